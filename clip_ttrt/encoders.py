@@ -1,0 +1,177 @@
+"""CLIP's two encoders in plain PyTorch, batch first: the reference that everything fast is a rewrite of.
+
+Built from OpenAI's weights (https://github.com/openai/CLIP, `clip/model.py`), equal to the
+original model with two exact rearrangements: query, key and value come from one packed linear
+layer, and the last block pools before its output projection, since no other token of that
+block is read afterwards.
+"""
+from typing import Callable, Mapping, NamedTuple, Optional
+
+import torch
+from torch import nn
+
+from clip_ttrt import ops
+from clip_ttrt.models import Dimensions, dimensions_from
+
+
+class FusedOps(NamedTuple):
+    """The implementations an encoder calls: the inference ops, or their differentiable references."""
+
+    attention: Callable = ops.attention
+    prepend_class_token: Callable = ops.prepend_class_token
+    pool_end_of_text: Callable = ops.pool_end_of_text
+
+
+DIFFERENTIABLE = FusedOps(ops.attention_reference, ops.prepend_class_token_reference, ops.pool_end_of_text_reference)
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """OpenAI's approximation of GELU, x·sigmoid(1.702·x), elementwise."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block: [B, T, W] -> [B, T, W], or [B, W] where `pool` picks a row."""
+
+    def __init__(self, width: int, heads: int, causal: bool, fused: FusedOps):
+        super().__init__()
+        self.heads, self.causal, self.fused = heads, causal, fused
+        self.norm_1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm_2 = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor, pool: Optional[Callable] = None) -> torch.Tensor:
+        attended = self.fused.attention(self.qkv(self.norm_1(x)), self.heads, self.causal)
+        if pool is not None:
+            x, attended = pool(x), pool(attended)
+        x = x + self.out(attended)
+        return x + self.down(quick_gelu(self.up(self.norm_2(x))))
+
+
+class ImageEncoder(nn.Module):
+    """Vision transformer: images [B, 3, R, R], float -> features [B, embed_dim], same dtype."""
+
+    def __init__(self, dims: Dimensions, fused: FusedOps = FusedOps()):
+        super().__init__()
+        self.fused = fused
+        width = dims.image_width
+        self.patches = nn.Conv2d(3, width, dims.patch_size, stride=dims.patch_size, bias=False)
+        self.class_token = nn.Parameter(torch.empty(width))
+        self.positions = nn.Parameter(torch.empty(dims.image_tokens, width))
+        self.norm_pre = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(Block(width, dims.image_heads, False, fused) for _ in range(dims.image_layers))
+        self.norm_post = nn.LayerNorm(width)
+        self.projection = nn.Linear(width, dims.embed_dim, bias=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.patches(images).flatten(2).transpose(1, 2)
+        x = self.fused.prepend_class_token(x, self.class_token)
+        x = self.norm_pre(x + self.positions)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        x = self.blocks[-1](x, pool=lambda rows: rows.select(1, 0))
+        return self.projection(self.norm_post(x))
+
+
+class TextEncoder(nn.Module):
+    """Causal text transformer: tokens int [B, T], T <= context_length -> features [B, embed_dim]."""
+
+    def __init__(self, dims: Dimensions, fused: FusedOps = FusedOps()):
+        super().__init__()
+        self.fused = fused
+        width = dims.text_width
+        self.tokens = nn.Embedding(dims.vocab_size, width)
+        self.positions = nn.Parameter(torch.empty(dims.context_length, width))
+        self.blocks = nn.ModuleList(Block(width, dims.text_heads, True, fused) for _ in range(dims.text_layers))
+        self.norm_final = nn.LayerNorm(width)
+        self.projection = nn.Linear(width, dims.embed_dim, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(tokens) + self.positions[: tokens.shape[1]]
+        for block in self.blocks[:-1]:
+            x = block(x)
+        x = self.blocks[-1](x, pool=lambda rows: self.fused.pool_end_of_text(rows, tokens))
+        return self.projection(self.norm_final(x))
+
+
+BLOCK_NAMES = {
+    "norm_1": "ln_1",
+    "out": "attn.out_proj",
+    "norm_2": "ln_2",
+    "up": "mlp.c_fc",
+    "down": "mlp.c_proj",
+}
+
+
+def _block_names(ours: str, theirs: str, layers: int) -> dict[str, str]:
+    """Parameter names of a stack of blocks: ours -> OpenAI's."""
+    names = {}
+    for layer in range(layers):
+        for kind in ("weight", "bias"):
+            names[f"{ours}.{layer}.qkv.{kind}"] = f"{theirs}.{layer}.attn.in_proj_{kind}"
+            for mine, original in BLOCK_NAMES.items():
+                names[f"{ours}.{layer}.{mine}.{kind}"] = f"{theirs}.{layer}.{original}.{kind}"
+    return names
+
+
+def image_names(dims: Dimensions) -> dict[str, str]:
+    """Parameter names of the image encoder: ours -> OpenAI's."""
+    return {
+        "patches.weight": "visual.conv1.weight",
+        "class_token": "visual.class_embedding",
+        "positions": "visual.positional_embedding",
+        "norm_pre.weight": "visual.ln_pre.weight",
+        "norm_pre.bias": "visual.ln_pre.bias",
+        "norm_post.weight": "visual.ln_post.weight",
+        "norm_post.bias": "visual.ln_post.bias",
+        "projection.weight": "visual.proj",
+        **_block_names("blocks", "visual.transformer.resblocks", dims.image_layers),
+    }
+
+
+def text_names(dims: Dimensions) -> dict[str, str]:
+    """Parameter names of the text encoder: ours -> OpenAI's."""
+    return {
+        "tokens.weight": "token_embedding.weight",
+        "positions": "positional_embedding",
+        "norm_final.weight": "ln_final.weight",
+        "norm_final.bias": "ln_final.bias",
+        "projection.weight": "text_projection",
+        **_block_names("blocks", "transformer.resblocks", dims.text_layers),
+    }
+
+
+def _load(encoder: nn.Module, names: Mapping[str, str], state_dict: Mapping[str, torch.Tensor]) -> nn.Module:
+    # OpenAI multiplies by its projections from the right; a linear layer holds the transpose.
+    encoder.load_state_dict({ours: state_dict[theirs].T if ours == "projection.weight" else state_dict[theirs]
+                             for ours, theirs in names.items()})
+    return encoder.eval().requires_grad_(False)
+
+
+def image_encoder(state_dict: Mapping[str, torch.Tensor]) -> ImageEncoder:
+    """The image encoder of a state dict in OpenAI's naming, fp32, in evaluation mode."""
+    dims = dimensions_from(state_dict)
+    return _load(ImageEncoder(dims), image_names(dims), state_dict)
+
+
+def text_encoder(state_dict: Mapping[str, torch.Tensor]) -> TextEncoder:
+    """The text encoder of a state dict in OpenAI's naming, fp32, in evaluation mode."""
+    dims = dimensions_from(state_dict)
+    return _load(TextEncoder(dims), text_names(dims), state_dict)
+
+
+def to_openai(image: ImageEncoder, text: TextEncoder, dims: Dimensions, logit_scale: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A state dict in OpenAI's naming from two trained encoders and log of the logit scale []."""
+    out = {"logit_scale": logit_scale.detach().clone()}
+    for encoder, names in ((image, image_names(dims)), (text, text_names(dims))):
+        ours = encoder.state_dict()
+        for mine, theirs in names.items():
+            value = ours[mine].detach()
+            out[theirs] = (value.T if mine == "projection.weight" else value).contiguous().clone()
+    return out
+
+
+ENCODERS = {"image": image_encoder, "text": text_encoder}

@@ -1,0 +1,12 @@
+"""What a user can get wrong, as one exception type whose text is the sentence to show."""
+
+
+class UserError(ValueError):
+    """Bad input or a missing prerequisite.  The message names the value and the remedy.
+
+    The command-line programs turn it into that one sentence and exit code 2.
+    """
+
+
+class VerificationError(RuntimeError):
+    """The compiled encoders differ from the original model by more than the precision allows."""

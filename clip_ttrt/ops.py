@@ -1,0 +1,78 @@
+"""Fused operations of our own: `torch.ops.clip_ttrt.*`, each a schema, a PyTorch reference and a fake.
+
+An op marks a place that a backend implements as one piece: the TensorRT backend through a
+converter (`converters.py`) or a plugin, the TorchScript backend through the reference.  They
+also keep data-dependent and batch-dependent indexing out of the exported graph, which
+Torch-TensorRT 2.2 converts wrongly or not at all.
+
+The references are differentiable PyTorch; the ops themselves are for inference.
+"""
+import torch
+import torch.nn.functional as F
+
+from clip_ttrt.models import HEAD_DIM
+
+_library = torch.library.Library("clip_ttrt", "DEF")
+
+
+def _register(schema: str, reference, fake):
+    """Define an op from its schema with one implementation for every device and one for shapes."""
+    name = schema.split("(")[0]
+    _library.define(schema)
+    _library.impl(name, reference, "CompositeExplicitAutograd")
+    register_fake = getattr(torch.library, "register_fake", None) or torch.library.impl_abstract
+    register_fake(f"clip_ttrt::{name}", fake, lib=_library)
+    return getattr(torch.ops.clip_ttrt, name).default
+
+
+def attention_reference(qkv: torch.Tensor, heads: int, causal: bool) -> torch.Tensor:
+    """Multi-head self-attention on packed projections, with head dimension 64.
+
+    qkv: [B, T, 3·W] with W = heads·64, the query, key and value blocks one after the other, as
+    one linear layer writes them.  Returns [B, T, W] in qkv's dtype.  Scores are scaled by
+    1/sqrt(64); `causal` lets token t see tokens 0..t only.
+    """
+    batch, tokens = qkv.shape[0], qkv.shape[1]
+    query, key, value = qkv.reshape(batch, tokens, 3, heads, HEAD_DIM).permute(2, 0, 3, 1, 4).unbind(0)
+    attended = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+    return attended.transpose(1, 2).reshape(batch, tokens, heads * HEAD_DIM)
+
+
+def _attention_fake(qkv, heads, causal):
+    return qkv.new_empty((qkv.shape[0], qkv.shape[1], heads * HEAD_DIM))
+
+
+def prepend_class_token_reference(patches: torch.Tensor, class_token: torch.Tensor) -> torch.Tensor:
+    """Put the class token before the patches: [B, N, W] and [W] -> [B, N + 1, W]."""
+    return torch.cat([class_token.to(patches.dtype).expand(patches.shape[0], 1, -1), patches], dim=1)
+
+
+def _prepend_class_token_fake(patches, class_token):
+    return patches.new_empty((patches.shape[0], patches.shape[1] + 1, patches.shape[2]))
+
+
+def pool_end_of_text_reference(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Each text's row at its end-of-text token: [B, T, W] and int [B, T] -> [B, W].
+
+    End of text is the first position of the highest token id in the row, as in OpenAI's
+    `encode_text` (`text.argmax(dim=-1)`; the end-of-text id is the highest of the vocabulary).
+    """
+    position = tokens.argmax(dim=-1)
+    return x.gather(1, position.view(-1, 1, 1).expand(-1, 1, x.shape[2])).squeeze(1)
+
+
+def _pool_end_of_text_fake(x, tokens):
+    return x.new_empty((x.shape[0], x.shape[2]))
+
+
+attention = _register("attention(Tensor qkv, int heads, bool causal) -> Tensor", attention_reference, _attention_fake)
+prepend_class_token = _register("prepend_class_token(Tensor patches, Tensor class_token) -> Tensor",
+                                prepend_class_token_reference, _prepend_class_token_fake)
+pool_end_of_text = _register("pool_end_of_text(Tensor x, Tensor tokens) -> Tensor",
+                             pool_end_of_text_reference, _pool_end_of_text_fake)
+
+REFERENCES = {
+    attention: attention_reference,
+    prepend_class_token: prepend_class_token_reference,
+    pool_end_of_text: pool_end_of_text_reference,
+}
