@@ -1,0 +1,17 @@
+"""OpenAI's CLIP, compiled for NVIDIA GPUs with Torch-TensorRT, straight from PyTorch.
+
+    artifact = clip_ttrt.compile(model="demo", precision="fp16", output="artifacts/demo")
+    model, preprocess = clip_ttrt.load("artifacts/demo", device="cuda")
+    features = model.encode_image(images)
+
+Importing the package also makes plain `torch.jit.load` able to read compiled modules.
+"""
+from clip_ttrt import backends
+from clip_ttrt.artifact import Artifact
+from clip_ttrt.errors import UserError, VerificationError
+from clip_ttrt.model import CompiledCLIP, load
+from clip_ttrt.pipeline import compile
+
+__all__ = ["Artifact", "CompiledCLIP", "UserError", "VerificationError", "compile", "load"]
+
+backends.register_runtime()

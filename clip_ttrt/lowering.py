@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.export import Dim, export
 
 from clip_ttrt import ops
+from clip_ttrt.options import LARGEST_BATCH
 
 aten = torch.ops.aten
 
@@ -44,9 +45,15 @@ def capture(encoder: nn.Module, example: torch.Tensor) -> fx.GraphModule:
     maps one tensor to one tensor.
     """
     [name] = inspect.signature(encoder.forward).parameters
-    batch = Dim("batch", min=1, max=1 << 20)
+    batch = Dim("batch", min=1, max=LARGEST_BATCH)
     with torch.no_grad():
-        return export(encoder, (example,), dynamic_shapes={name: {0: batch}}).module()
+        exported = export(encoder, (example,), dynamic_shapes={name: {0: batch}}).module()
+    # The exported module checks its inputs in a hook that cannot be traced, and wraps them in trees.
+    graph = exported.graph
+    graph.set_codegen(fx.graph.CodeGen())
+    [output] = [node for node in graph.nodes if node.op == "output"]
+    output.args = output.args[0]  # ((features,),) -> (features,)
+    return fx.GraphModule(exported, graph)
 
 
 def recompose_layer_norm(module: fx.GraphModule) -> int:

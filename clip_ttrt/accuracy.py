@@ -1,0 +1,173 @@
+"""Compiled encoders against the original `clip` model in fp32 on the same weights and inputs."""
+import statistics
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Callable
+
+import torch
+
+from clip_ttrt import demo, pictures
+from clip_ttrt.artifact import Artifact, load_modules
+from clip_ttrt.checkpoint import Checkpoint, original_model
+from clip_ttrt.demo import scenes
+from clip_ttrt.model import CompiledCLIP, out_of_memory
+
+COSINE_BOUND = {"fp32": 0.999999, "tf32": 0.9999, "fp16": 0.9999}
+TOP1_BOUND = 0.2  # percentage points that the trained demo model may gain or lose
+REFERENCE_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What both models see: images float32 [N, 3, R, R], tokens int32 [M, 77], the right text of each image [N]."""
+
+    images: torch.Tensor
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    description: str
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Errors of one set of rows (features or logits) against the reference.
+
+    abs_*: absolute difference, over all elements.  rel_*: norm of a row's difference over the
+    norm of the reference row, over all rows.  cos_*: cosine between a row and its reference.
+    """
+
+    rows: int
+    abs_max: float
+    abs_mean: float
+    abs_median: float
+    rel_max: float
+    rel_mean: float
+    rel_median: float
+    cos_min: float
+    cos_mean: float
+
+
+def errors(actual: torch.Tensor, reference: torch.Tensor) -> Errors:
+    """Compare rows [N, D] in float64; a NaN or infinity anywhere makes every figure NaN."""
+    a, b = actual.detach().double().cpu(), reference.detach().double().cpu()
+    difference = (a - b).abs()
+    relative = (a - b).norm(dim=1) / b.norm(dim=1)
+    cosine = torch.nn.functional.cosine_similarity(a, b, dim=1)
+    if not torch.isfinite(difference).all():
+        difference, relative, cosine = (torch.full_like(t, float("nan")) for t in (difference, relative, cosine))
+    return Errors(len(a), difference.max().item(), difference.mean().item(), difference.median().item(),
+                  relative.max().item(), relative.mean().item(), relative.median().item(), cosine.min().item(), cosine.mean().item())
+
+
+def inputs_for(model: str, resolution: int) -> Inputs:
+    """Meaningful inputs: held-out scenes for the demo model, eight photographs for the others."""
+    from clip import clip
+
+    if model == "demo":
+        images, labels = scenes.held_out_set()
+        captions = scenes.held_out_classes()
+        return Inputs(scenes.to_input(images), clip.tokenize(captions), labels,
+                      f"{len(images)} scenes of {len(captions)} combinations held out from training")
+    images, captions = pictures.load(resolution)
+    return Inputs(images, clip.tokenize(captions), torch.arange(len(images)), f"{len(images)} pictures and their captions")
+
+
+@contextmanager
+def exact_fp32():
+    """No TF32 in PyTorch's own kernels, so that the fp32 reference is one."""
+    matmul, convolution = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, convolution
+
+
+def reference_features(checkpoint: Checkpoint, inputs: Inputs, encoders: tuple[str, ...], device: str) -> dict[str, torch.Tensor]:
+    """Features of the original model in fp32, float32 [rows, embed_dim], on the CPU."""
+    with torch.random.fork_rng(devices=[]):
+        model = original_model(checkpoint.dimensions)
+    model.load_state_dict(checkpoint.state_dict)
+    model = model.eval().requires_grad_(False).to(device)
+    calls = {"image": (model.encode_image, inputs.images), "text": (model.encode_text, inputs.tokens)}
+    with torch.no_grad(), exact_fp32():
+        return {name: torch.cat([encode(part.to(device)).cpu() for part in rows.split(REFERENCE_BATCH)])
+                for name, (encode, rows) in calls.items() if name in encoders}
+
+
+def logits(image: torch.Tensor, text: torch.Tensor, scale: float) -> torch.Tensor:
+    """Scaled cosine similarities [images, texts] of features, in float64."""
+    normalised = [torch.nn.functional.normalize(features.double(), dim=-1) for features in (image, text)]
+    return scale * normalised[0] @ normalised[1].t()
+
+
+def milliseconds(call: Callable[[torch.Tensor], torch.Tensor], example: torch.Tensor, repeats: int = 20, warm_up: int = 5) -> float:
+    """Median wall time of a call, after warm-up, the GPU's work awaited."""
+    def once() -> float:
+        start = time.perf_counter()
+        call(example)
+        if example.is_cuda:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) * 1e3
+
+    for _ in range(warm_up):
+        once()
+    return statistics.median(once() for _ in range(repeats))
+
+
+def compare(artifact: Artifact, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Compare an artifact with the original model; the report is plain data for JSON.
+
+    The features of both run through the same logits in float64.  `passed` is false outside the
+    bounds of the artifact's precision, with the reasons in `failures`.
+    Raises UserError where the GPU's memory runs out.
+    """
+    dims, device = artifact.dimensions, artifact.device
+    inputs = inputs_for(artifact.manifest["model"], dims.image_resolution)
+    try:
+        reference = reference_features(checkpoint, inputs, artifact.encoders, device)
+        model = CompiledCLIP(artifact, load_modules(artifact))
+        calls = {"image": (model.encode_image, inputs.images), "text": (model.encode_text, inputs.tokens)}
+        with torch.no_grad():
+            compiled = {name: calls[name][0](calls[name][1].to(model.device)).cpu() for name in artifact.encoders}
+            batch = min(artifact.batch.optimal, 32) if device == "cpu" else artifact.batch.optimal
+            speed = {}
+            for name in artifact.encoders:
+                encode, rows = calls[name]
+                example = rows.repeat(-(-batch // len(rows)), *[1] * (rows.ndim - 1))[:batch].to(model.device)
+                speed[name] = {"batch": batch, "ms": milliseconds(encode, example, repeats=3 if device == "cpu" else 20, warm_up=1 if device == "cpu" else 5)}
+    except torch.cuda.OutOfMemoryError as problem:
+        raise out_of_memory("verifying") from problem
+    report: dict[str, Any] = {
+        "inputs": inputs.description,
+        "weights": checkpoint.origin.describe(),
+        "errors": {name: asdict(errors(compiled[name], reference[name])) for name in artifact.encoders},
+        "speed": speed,
+    }
+    if len(artifact.encoders) == 2:
+        scale = checkpoint.state_dict["logit_scale"].exp().item()
+        both = [logits(features["image"], features["text"], scale) for features in (reference, compiled)]
+        report["errors"]["logits"] = asdict(errors(both[1], both[0]))
+        chosen = [rows.argmax(dim=1) for rows in both]
+        report["top1"] = {
+            "reference": (chosen[0] == inputs.labels).double().mean().item() * 100,
+            "compiled": (chosen[1] == inputs.labels).double().mean().item() * 100,
+            "agreement": (chosen[0] == chosen[1]).double().mean().item() * 100,
+        }
+    report["failures"] = failures(artifact, checkpoint, report)
+    report["passed"] = not report["failures"]
+    return report
+
+
+def failures(artifact: Artifact, checkpoint: Checkpoint, report: dict[str, Any]) -> list[str]:
+    """What lies outside the bounds, a sentence each.  A NaN is outside every bound."""
+    bound, found = COSINE_BOUND[artifact.manifest["precision"]], []
+    for name in artifact.encoders:
+        cosine = report["errors"][name]["cos_min"]
+        if not cosine >= bound:
+            found.append(f"{name}: smallest cosine {cosine:.7f} is below {bound} ({artifact.manifest['precision']})")
+    if checkpoint.origin.kind == "demo" and "top1" in report:
+        change = abs(report["top1"]["compiled"] - report["top1"]["reference"])
+        if not change <= TOP1_BOUND:
+            found.append(f"zero-shot top-1 changed by {change:.2f} points, more than {TOP1_BOUND}")
+    return found

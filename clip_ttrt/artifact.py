@@ -1,0 +1,197 @@
+"""The folder that `compile` writes and `load` reads: modules, manifest, and the checks between them."""
+import json
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Mapping, Optional, Union
+
+import torch
+
+from clip_ttrt import backends, plugin
+from clip_ttrt.checkpoint import Origin, sha256_of_file
+from clip_ttrt.errors import UserError
+from clip_ttrt.models import Dimensions
+from clip_ttrt.options import BatchRange
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact folder and its manifest, as read or just written."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def dimensions(self) -> Dimensions:
+        return Dimensions(**self.manifest["dimensions"])
+
+    @property
+    def batch(self) -> BatchRange:
+        return BatchRange(**self.manifest["batch"])
+
+    @property
+    def origin(self) -> Origin:
+        return Origin(**self.manifest["weights"])
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        return tuple(self.manifest["modules"])
+
+    @property
+    def device(self) -> str:
+        """`cuda` or `cpu`: where the modules run."""
+        return self.manifest["device"]
+
+    @property
+    def verified(self) -> Optional[bool]:
+        """Whether verification passed; None where it was not run."""
+        verification = self.manifest["verification"]
+        return None if verification is None else verification["passed"]
+
+    def path(self, encoder: str) -> Path:
+        return self.folder / self.manifest["modules"][encoder]["file"]
+
+
+def read_artifact(folder: Union[str, Path]) -> Artifact:
+    """Read an artifact's manifest.
+
+    Raises UserError where there is none, it is damaged, or its format is unknown.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{folder} is not an artifact: it holds no {MANIFEST}; write one with python -m clip_ttrt.compile --output {folder}")
+    try:
+        manifest = json.loads(path.read_text())
+        version = manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise UserError(f"{path} is damaged: {problem!r}; compile again") from problem
+    if version != FORMAT:
+        raise UserError(f"{path} has format {version!r}, and this version of clip_ttrt reads format {FORMAT}; compile again")
+    artifact = Artifact(folder, manifest)
+    try:
+        artifact.dimensions, artifact.batch, artifact.origin, artifact.encoders, artifact.device, artifact.verified
+        manifest["precision"], manifest["backend"], manifest["plugin_version"]
+        for module in manifest["modules"].values():
+            module["file"], module["sha256"]
+    except (KeyError, TypeError, AttributeError) as problem:
+        raise UserError(f"{path} is damaged: {problem!r}; compile again") from problem
+    return artifact
+
+
+def check_runs_here(artifact: Artifact, device: Optional[str] = None) -> None:
+    """Whether this machine can run the artifact, found out before any engine is touched.
+
+    Raises UserError naming what differs: the device, the TensorRT packages or their version, the
+    GPU's architecture.
+    """
+    manifest = artifact.manifest
+    if device is not None and torch.device(device).type != artifact.device:
+        raise UserError(f"{artifact.folder} was compiled for {artifact.device}, not {device}; load it with device={artifact.device!r} or compile again")
+    if artifact.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"{artifact.folder} was compiled for {manifest['gpu'].get('name', 'a GPU')}, and no CUDA GPU answers here; compile again for this machine")
+    if manifest["backend"] != "tensorrt":
+        return
+    if missing := backends.missing_packages():
+        raise UserError(f"{artifact.folder} holds TensorRT engines, and not installed here: {', '.join(missing)}")
+    here, there = backends.gpu()["compute_capability"], manifest["gpu"]["compute_capability"]
+    if here != there:
+        raise UserError(f"{artifact.folder} was compiled for compute capability {there} ({manifest['gpu']['name']}), and this GPU has {here}; compile again on it")
+    mine, theirs = backends.versions()["tensorrt"], manifest["versions"]["tensorrt"]
+    if mine != theirs:
+        raise UserError(f"{artifact.folder} was compiled with TensorRT {theirs}, and {mine} is installed; compile again")
+
+
+def load_modules(artifact: Artifact) -> dict[str, torch.jit.ScriptModule]:
+    """Check each module's SHA-256 and load it onto the artifact's device.
+
+    Raises UserError for a missing, truncated or altered module, and for a plugin that is not there.
+    """
+    for encoder, entry in artifact.manifest["modules"].items():
+        path = artifact.path(encoder)
+        if not path.is_file():
+            raise UserError(f"{path} is missing; compile again")
+        if sha256_of_file(path) != entry["sha256"]:
+            raise UserError(f"{path} is truncated or altered: its SHA-256 is not the manifest's; compile again")
+    plugin.load(artifact.manifest["plugin_version"])
+    backends.register_runtime()
+    return {encoder: torch.jit.load(str(artifact.path(encoder)), map_location=artifact.device).eval() for encoder in artifact.encoders}
+
+
+class Draft:
+    """An artifact being written, in a folder of its own beside its final place."""
+
+    def __init__(self, folder: Path, target: Path):
+        self.folder, self.target = folder, target
+        self.modules: dict[str, dict[str, Any]] = {}
+
+    def add(self, encoder: str, module: torch.jit.ScriptModule, **facts: Any) -> None:
+        """Save one encoder's module; the facts go into the manifest beside its SHA-256."""
+        path = self.folder / f"{encoder}.ts"
+        torch.jit.save(module, str(path))
+        self.modules[encoder] = {"file": path.name, "sha256": sha256_of_file(path), "mib": round(path.stat().st_size / 2**20, 2), **facts}
+
+    def write_manifest(self, **facts: Any) -> Artifact:
+        """Write (or write again) the manifest of what has been added."""
+        manifest = {"format": FORMAT, **facts, "modules": self.modules}
+        (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        return Artifact(self.folder, manifest)
+
+    def publish(self, artifact: Artifact) -> Artifact:
+        """Move the finished folder to its place, in which it appears whole or not at all.
+
+        Where an older artifact stands (`--force`), it moves aside first and comes back if the
+        move fails.
+        """
+        aside = None
+        if self.target.exists():
+            aside = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.old-", dir=self.target.parent)) / "artifact"
+            os.rename(self.target, aside)
+        try:
+            os.rename(self.folder, self.target)
+        except OSError:
+            if aside is not None:
+                os.rename(aside, self.target)
+            raise
+        finally:
+            if aside is not None:
+                shutil.rmtree(aside.parent, ignore_errors=True)
+        return replace(artifact, folder=self.target)
+
+
+@contextmanager
+def draft(target: Path, force: bool):
+    """A `Draft` for a target folder; whatever is not published is removed.
+
+    Raises UserError, before any work is done, where the target exists (unless `force`, and then
+    only an artifact may be replaced) or cannot be written.
+    """
+    target = Path(os.path.abspath(target))
+    if target.exists() or target.is_symlink():
+        if not force:
+            raise UserError(f"{target} already exists; choose another --output, or replace it with --force")
+        if not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
+            raise UserError(f"{target} exists and is not an artifact, so --force does not replace it; choose another --output")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    except OSError as problem:
+        raise UserError(f"{target} cannot be written: {problem.strerror or problem}; choose another --output") from problem
+    try:
+        os.chmod(folder, 0o777 & ~current_umask())  # mkdtemp's 0700 is for secrets, which an artifact is not
+        yield Draft(folder, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def current_umask() -> int:
+    """The process's file mode mask."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

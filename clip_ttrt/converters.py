@@ -1,0 +1,165 @@
+"""Torch-TensorRT converters of our own: a lowered graph's operations -> TensorRT layers.
+
+Importing this module registers them; it needs a CUDA GPU, so only `engine.py` imports it.
+Registered are our own ops, and the aten ops for which Torch-TensorRT 2.2 has no converter or
+one that is wrong or weak (each docstring says which).  Every one works with a dynamic batch:
+a reshape writes 0 ("keep") for the batch, and nothing reads a shape.
+
+Networks are declared in fp32 throughout; the builder's precision flags decide what runs in half.
+"""
+from typing import Any, Sequence
+
+import numpy as np
+import tensorrt as trt
+import torch
+from torch_tensorrt.dynamo.conversion._ConversionContext import ConversionContext
+from torch_tensorrt.dynamo.conversion._ConverterRegistry import ConverterPriority, dynamo_tensorrt_converter
+
+from clip_ttrt import ops
+from clip_ttrt.models import HEAD_DIM
+
+# Added to a masked score.  exp() of it is exactly zero in fp16 and fp32, and unlike -inf it cannot
+# make a NaN on the way, nor overflow half's range when a score is added.
+MASKED = -3e4
+
+
+def register(target):
+    """Register a converter for one target before Torch-TensorRT's own."""
+    return dynamo_tensorrt_converter(target, priority=ConverterPriority.HIGH)
+
+
+def constant(ctx: ConversionContext, value: np.ndarray, name: str) -> trt.ITensor:
+    """A constant layer; the array must stay referenced until the engine is built, which the network does."""
+    layer = ctx.net.add_constant(value.shape, np.ascontiguousarray(value))
+    layer.name = name
+    return layer.get_output(0)
+
+
+def with_rank(value: np.ndarray, rank: int) -> np.ndarray:
+    """The same array with leading axes of size 1, since TensorRT broadcasts equal ranks only."""
+    return value.reshape((1,) * (rank - value.ndim) + value.shape)
+
+
+def shuffle(ctx: ConversionContext, x: trt.ITensor, name: str, shape: Sequence[int] = (), order: Sequence[int] = ()) -> trt.ITensor:
+    """Reshape (0 keeps a dimension), then transpose; either may be left out."""
+    layer = ctx.net.add_shuffle(x)
+    layer.name = name
+    if shape:
+        layer.reshape_dims = tuple(shape)
+    if order:
+        layer.second_transpose = tuple(order)
+    return layer.get_output(0)
+
+
+def elementwise(ctx: ConversionContext, a: trt.ITensor, b: trt.ITensor, operation: trt.ElementWiseOperation, name: str) -> trt.ITensor:
+    layer = ctx.net.add_elementwise(a, b, operation)
+    layer.name = name
+    return layer.get_output(0)
+
+
+def gather_index(ctx: ConversionContext, x: trt.ITensor, axis: int, index: int, name: str) -> trt.ITensor:
+    """x at one fixed index of an axis, which disappears."""
+    layer = ctx.net.add_gather(x, constant(ctx, np.array(index, dtype=np.int32), f"{name}_index"), axis)
+    layer.name = name
+    return layer.get_output(0)
+
+
+@register(ops.attention)
+def convert_attention(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
+    """[B, T, 3·W] -> [B, T, W] in TensorRT's own layers, in the form its attention fusion looks for.
+
+    We build the causal mask ourselves: Torch-TensorRT 2.2 drops masks and `is_causal` when it
+    lowers scaled_dot_product_attention.
+    """
+    qkv, heads, causal = args
+    tokens, width = qkv.shape[1], heads * HEAD_DIM
+    split = shuffle(ctx, qkv, f"{name}_split", shape=(0, tokens, 3, heads, HEAD_DIM), order=(2, 0, 3, 1, 4))
+    query, key, value = (gather_index(ctx, split, 0, part, f"{name}_{which}") for part, which in enumerate(("query", "key", "value")))
+    scale = constant(ctx, np.full((1, 1, 1, 1), HEAD_DIM ** -0.5, dtype=np.float32), f"{name}_scale")
+    query = elementwise(ctx, query, scale, trt.ElementWiseOperation.PROD, f"{name}_scaled")
+    scores = ctx.net.add_matrix_multiply(query, trt.MatrixOperation.NONE, key, trt.MatrixOperation.TRANSPOSE)
+    scores.name = f"{name}_scores"
+    scores = scores.get_output(0)
+    if causal:
+        mask = np.triu(np.full((1, 1, tokens, tokens), MASKED, dtype=np.float32), 1)
+        scores = elementwise(ctx, scores, constant(ctx, mask, f"{name}_mask"), trt.ElementWiseOperation.SUM, f"{name}_masked")
+    weights = ctx.net.add_softmax(scores)
+    weights.name = f"{name}_weights"
+    weights.axes = 1 << 3
+    attended = ctx.net.add_matrix_multiply(weights.get_output(0), trt.MatrixOperation.NONE, value, trt.MatrixOperation.NONE)
+    attended.name = f"{name}_attended"
+    heads_last = shuffle(ctx, attended.get_output(0), f"{name}_heads_last", order=(0, 2, 1, 3))
+    return shuffle(ctx, heads_last, f"{name}_merged", shape=(0, tokens, width))
+
+
+@register(ops.prepend_class_token)
+def convert_prepend_class_token(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
+    """[B, N, W] and [W] -> [B, N + 1, W].
+
+    An expand over a dynamic batch breaks in Torch-TensorRT 2.2.  Here the class token's rows are
+    the first patch's rows times zero plus the token, so that the batch follows by broadcasting.
+    """
+    patches, class_token = args
+    first = ctx.net.add_gather(patches, constant(ctx, np.zeros((1,), dtype=np.int32), f"{name}_index"), 1)
+    first.name = f"{name}_first"
+    zero = constant(ctx, np.zeros((1, 1, 1), dtype=np.float32), f"{name}_zero")
+    rows = elementwise(ctx, first.get_output(0), zero, trt.ElementWiseOperation.PROD, f"{name}_zeros")
+    token = constant(ctx, with_rank(class_token, 3), f"{name}_token")
+    rows = elementwise(ctx, rows, token, trt.ElementWiseOperation.SUM, f"{name}_rows")
+    layer = ctx.net.add_concatenation([rows, patches])
+    layer.name, layer.axis = name, 1
+    return layer.get_output(0)
+
+
+@register(ops.pool_end_of_text)
+def convert_pool_end_of_text(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
+    """[B, T, W] and int32 [B, T] -> [B, W]: the row of the first highest token id, found in int32.
+
+    Torch-TensorRT 2.2 casts the tokens to float for argmax, and half holds no 49407: start and end
+    of text become equal and the features silently wrong.  Here the position is the smallest
+    index at which a token equals the row's maximum, and every step of that is int32.
+    """
+    x, tokens = args
+    length = tokens.shape[1]
+    highest = ctx.net.add_reduce(tokens, trt.ReduceOperation.MAX, 1 << 1, True)
+    highest.name = f"{name}_highest"
+    is_highest = elementwise(ctx, tokens, highest.get_output(0), trt.ElementWiseOperation.EQUAL, f"{name}_is_highest")
+    index = constant(ctx, np.arange(length, dtype=np.int32).reshape(1, length), f"{name}_indices")
+    beyond = constant(ctx, np.full((1, length), length, dtype=np.int32), f"{name}_beyond")
+    candidates = ctx.net.add_select(is_highest, index, beyond)
+    candidates.name = f"{name}_candidates"
+    position = ctx.net.add_reduce(candidates.get_output(0), trt.ReduceOperation.MIN, 1 << 1, True)
+    position.name = f"{name}_position"
+    rows = ctx.net.add_gather(x, position.get_output(0), 1)
+    rows.name, rows.num_elementwise_dims = f"{name}_rows", 1
+    return shuffle(ctx, rows.get_output(0), name, shape=(0, x.shape[2]))
+
+
+@register(torch.ops.aten.layer_norm.default)
+def convert_layer_norm(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
+    """Layer norm over the last axis as one INormalizationLayer, which computes in fp32.
+
+    Torch-TensorRT 2.2 emits nine elementwise layers that overflow in half.
+    """
+    x, _, scale, bias, epsilon = args
+    rank = len(x.shape)
+    layer = ctx.net.add_normalization(x, constant(ctx, with_rank(scale, rank), f"{name}_scale"),
+                                      constant(ctx, with_rank(bias, rank), f"{name}_bias"), 1 << (rank - 1))
+    layer.name, layer.epsilon, layer.compute_precision = name, epsilon, trt.float32
+    return layer.get_output(0)
+
+
+@register(torch.ops.aten.transpose.int)
+def convert_transpose(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
+    """Swap two axes; Torch-TensorRT 2.2 expects a decomposition to permute."""
+    x, first, second = args
+    order = list(range(len(x.shape)))
+    order[first], order[second] = order[second], order[first]
+    return shuffle(ctx, x, name, order=order)
+
+
+@register(torch.ops.aten.select.int)
+def convert_select(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
+    """One index of an axis; Torch-TensorRT 2.2 computes the output's shape from the dynamic batch for it."""
+    x, axis, index = args
+    return gather_index(ctx, x, axis % len(x.shape), index, name)

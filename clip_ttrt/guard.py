@@ -1,0 +1,47 @@
+"""The module that is saved: an encoder behind checks that hold wherever TorchScript runs.
+
+Torch-TensorRT's runtime ignores what TensorRT answers to a wrong shape, and reads its input's
+memory through a temporary when that is not contiguous.  These checks are compiled into the saved
+module, so that they hold in C++ too.
+"""
+from typing import List
+
+import torch
+from torch import nn
+
+from clip_ttrt.options import BatchRange
+
+
+class Guarded(nn.Module):
+    """An encoder that accepts just what it was compiled for.
+
+    forward(x): x [B, *shape] with B in the batch range, on the encoder's device; floating point
+    for images and integers for tokens, of any width.  Returns features float32 [B, embed_dim].
+    Raises ValueError (from C++: an exception with the same text) for anything else.
+    """
+
+    def __init__(self, encoder: torch.jit.ScriptModule, shape: List[int], dtype: torch.dtype, batch: BatchRange, device: str):
+        super().__init__()
+        self.encoder = encoder
+        self.shape: List[int] = list(shape)
+        self.dtype = dtype
+        self.floating: bool = dtype.is_floating_point
+        self.minimum: int = batch.minimum
+        self.maximum: int = batch.maximum
+        self.on_cuda: bool = device == "cuda"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dim() != len(self.shape) + 1 or x.size()[1:] != self.shape:
+            raise ValueError(f"expected an input of shape [batch] + {self.shape}, got {x.size()}")
+        if x.size(0) < self.minimum or x.size(0) > self.maximum:
+            raise ValueError(f"batch {x.size(0)} is outside the compiled range {self.minimum} to {self.maximum}")
+        if x.is_floating_point() != self.floating or x.is_complex():
+            raise ValueError(f"expected {'floating-point images' if self.floating else 'integer tokens'}, got another type")
+        if x.is_cuda != self.on_cuda:
+            raise ValueError(f"expected an input on the {'GPU' if self.on_cuda else 'CPU'}")
+        return self.encoder(x.to(self.dtype).contiguous()).float()
+
+
+def guard(encoder: torch.jit.ScriptModule, example: torch.Tensor, batch: BatchRange) -> torch.jit.ScriptModule:
+    """Compile an encoder's guard; `example` gives the input's shape after the batch, dtype and device."""
+    return torch.jit.script(Guarded(encoder, list(example.shape[1:]), example.dtype, batch, example.device.type).eval())

@@ -1,0 +1,33 @@
+"""Eight photographs with captions, a second, meaningful input for the big models.
+
+Pictures from scikit-image (see README.md in this folder), captions from OpenAI's notebook
+"Interacting with CLIP" (https://github.com/openai/CLIP, `notebooks/`).
+"""
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent
+
+CAPTIONS = {
+    "page": "a page of text about segmentation",
+    "chelsea": "a facial photo of a tabby cat",
+    "astronaut": "a portrait of an astronaut with the American flag",
+    "rocket": "a rocket standing on a launchpad",
+    "motorcycle_right": "a red motorcycle standing in a garage",
+    "camera": "a person looking at a camera on a tripod",
+    "horse": "a black-and-white silhouette of a horse",
+    "coffee": "a cup of coffee on a saucer",
+}
+
+
+def load(resolution: int) -> tuple[torch.Tensor, list[str]]:
+    """The pictures through OpenAI's preprocessing, float32 [8, 3, resolution, resolution], and their captions."""
+    from clip.clip import _transform
+    from PIL import Image
+
+    preprocess, images = _transform(resolution), []
+    for name in CAPTIONS:
+        with Image.open(FOLDER / f"{name}.jpg") as picture:
+            images.append(preprocess(picture))
+    return torch.stack(images), [f"This is {caption}" for caption in CAPTIONS.values()]

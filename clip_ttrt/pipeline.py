@@ -1,0 +1,113 @@
+"""`compile`: weights -> encoders -> exported graph -> fused ops -> backend -> artifact -> verification."""
+from dataclasses import asdict
+from typing import Any, Optional
+
+import torch
+
+from clip_ttrt import accuracy, backends, guard, lowering, plugin, torchscript
+from clip_ttrt.artifact import Artifact, draft
+from clip_ttrt.backends import Backend
+from clip_ttrt.checkpoint import Checkpoint, load_checkpoint
+from clip_ttrt.encoders import ENCODERS
+from clip_ttrt.errors import VerificationError
+from clip_ttrt.models import Dimensions
+from clip_ttrt.options import BatchRange, Options
+from clip_ttrt.progress import Progress
+
+
+def compile(progress: Optional[Progress] = None, **options: Any) -> Artifact:
+    """Compile a model's encoders into an artifact folder and verify them against the original.
+
+    options: the fields of `Options`, whose defaults apply; `batch` may be N or "MIN:OPT:MAX".
+    progress: where stages are reported; silent by default.
+
+    Raises UserError for bad input, with nothing written; VerificationError where the compiled
+    encoders lie outside their precision's bounds, with the artifact written and marked.
+    """
+    if "batch" in options:
+        options["batch"] = BatchRange.parse(options["batch"])
+    artifact = compile_with(Options(**options), progress or Progress(quiet=True))
+    if artifact.verified is False:
+        raise VerificationError(f"{artifact.folder} is marked unverified: {'; '.join(artifact.manifest['verification']['failures'])}")
+    return artifact
+
+
+def compile_with(options: Options, progress: Progress) -> Artifact:
+    """Compile as `compile` does; a failed verification is recorded in the artifact and not raised."""
+    backend = backends.choose(options.backend, options.precision)
+    attention, why = plugin.resolve_attention(options.attention, backend.name)
+    progress.say(f"backend: {backend.reason}")
+    if backend.computes_in != options.precision:
+        progress.say(f"note: {options.precision} was asked for, and this backend computes in {backend.computes_in}")
+    progress.say(f"attention: {attention} ({why})")
+    with draft(options.folder, options.force) as writing:
+        with progress.stage(f"read weights of {options.model}"):
+            checkpoint = load_checkpoint(options.model, options.weights, options.seed, options.trust_weights)
+        progress.say(f"{'WARNING' if checkpoint.origin.kind == 'random' else 'weights'}: {checkpoint.origin.describe()}")
+        for encoder in options.encoders:
+            module, facts = build_encoder(encoder, checkpoint, options, backend, progress)
+            writing.add(encoder, module, **facts)
+            del module
+        manifest = describe(options, backend, attention, why, checkpoint)
+        artifact = writing.write_manifest(**manifest, verification=None)
+        if options.verify:
+            with progress.stage("verify against the original model in fp32"):
+                report = accuracy.compare(artifact, checkpoint)
+            artifact = writing.write_manifest(**manifest, verification=report)
+        return writing.publish(artifact)
+
+
+def build_encoder(encoder: str, checkpoint: Checkpoint, options: Options, backend: Backend,
+                  progress: Progress) -> tuple[torch.jit.ScriptModule, dict[str, Any]]:
+    """One encoder as the TorchScript module to save, and facts about it for the manifest."""
+    example = example_input(encoder, checkpoint.dimensions)
+    plain = ENCODERS[encoder](checkpoint.state_dict)
+    if backend.name == "torchscript":
+        plain = plain.to(backend.device, torch.half if backend.computes_in == "fp16" else torch.float)
+        example = example.to(backend.device)
+        if example.is_floating_point():
+            example = example.to(plain.positions.dtype)
+    with progress.stage(f"export the {encoder} encoder"):
+        graph = lowering.capture(plain, example)
+        rewrites = lowering.lower(graph)
+    facts = {"rewrites": rewrites}
+    if backend.name == "torchscript":
+        with progress.stage(f"trace the {encoder} encoder") as time:
+            module = torchscript.build(graph, example)
+    else:
+        from clip_ttrt import engine  # TensorRT's packages import only where there is a GPU
+
+        with progress.stage(f"build the {encoder} engine with TensorRT") as time:
+            built = engine.build_engine(graph, example, options.batch, options.precision)
+        example = example[:1].expand(options.batch.optimal, *example.shape[1:]).contiguous().cuda()
+        module = engine.to_torchscript(built, example, encoder)
+        facts |= {"engines": 1, "engine_mib": round(len(built.plan) / 2**20, 2), "network_layers": built.layers, "warnings": list(built.warnings)}
+    return guard.guard(module, example, options.batch), {**facts, "build_seconds": round(time["seconds"], 2)}
+
+
+def example_input(encoder: str, dims: Dimensions) -> torch.Tensor:
+    """A batch of two (torch.export takes 0 and 1 for constants): images float32 or tokens int32."""
+    if encoder == "image":
+        return torch.zeros(2, 3, dims.image_resolution, dims.image_resolution)
+    return torch.zeros(2, dims.context_length, dtype=torch.int32)
+
+
+def describe(options: Options, backend: Backend, attention: str, why: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The manifest's facts about a compile."""
+    return {
+        "model": options.model,
+        "dimensions": asdict(checkpoint.dimensions),
+        "weights": asdict(checkpoint.origin),
+        "logit_scale": checkpoint.state_dict["logit_scale"].item(),
+        "precision": options.precision,
+        "computes_in": backend.computes_in,
+        "batch": asdict(options.batch),
+        "backend": backend.name,
+        "backend_reason": backend.reason,
+        "device": backend.device,
+        "attention": attention,
+        "attention_reason": why,
+        "plugin_version": None,
+        "versions": backends.versions(),
+        "gpu": backends.gpu() if backend.device == "cuda" else {},
+    }
