@@ -1,0 +1,84 @@
+"""Errors of the compiled encoders against the original model, a row an encoder: results/h200/accuracy.csv.
+
+    python -m experiments.accuracy --models demo ViT-B/32 --precisions fp16 fp32 --batches 1:32:256 32
+
+Each model, precision and batch is compiled and verified in a fresh process, so that a crash costs one row and
+not the run; rows that are already there are skipped, so that a run can be made in pieces.  OpenAI's weights are
+used where they are at hand, else random ones, and the column `weights` says which.
+"""
+import argparse
+import csv
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Iterator
+
+from clip_ttrt import backends
+from clip_ttrt.artifact import read_artifact
+from experiments.record import append_row, provenance, write_environment
+
+ERRORS = ("abs_max", "abs_mean", "abs_median", "rel_max", "rel_mean", "rel_median", "cos_min", "cos_mean")
+
+
+def rows_of(folder: Path) -> Iterator[dict[str, Any]]:
+    """The CSV rows of one verified artifact: one for each encoder and one for the logits."""
+    artifact = read_artifact(folder)
+    manifest, report = artifact.manifest, artifact.manifest["verification"]
+    for name, figures in report["errors"].items():
+        module = manifest["modules"].get(name, {})
+        top1 = report.get("top1", {})
+        yield {
+            "model": manifest["model"], "encoder": name, "backend": manifest["backend"], "attention": manifest["attention"],
+            "precision": manifest["precision"], "batch": str(artifact.batch), "weights": artifact.origin.kind,
+            **{key: f"{figures[key]:.10g}" for key in ERRORS},
+            "top1_reference": f"{top1['reference']:.4f}" if name == "logits" else "",
+            "top1_compiled": f"{top1['compiled']:.4f}" if name == "logits" else "",
+            "engine_mib": module.get("engine_mib", module.get("mib", "")), "build_s": module.get("build_seconds", ""), **provenance(),
+        }
+
+
+def done(path: Path) -> set[tuple[str, ...]]:
+    """Which compiles the CSV already holds."""
+    if not path.exists():
+        return set()
+    with open(path, newline="") as file:
+        return {(row["model"], row["precision"], row["batch"], row["attention"]) for row in csv.DictReader(file)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["demo", "ViT-B/32", "ViT-L/14", "ViT-B/16", "ViT-L/14@336px"])
+    parser.add_argument("--precisions", nargs="+", default=["fp16", "tf32", "fp32"])
+    parser.add_argument("--batches", nargs="+", default=["1:32:256"])
+    parser.add_argument("--weights", default="random", help="for OpenAI's models: openai, random or a file (default random); demo has its own")
+    parser.add_argument("--attention", default="native")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--out", type=Path, default=Path("results/h200"))
+    parser.add_argument("--artifacts", type=Path, help="keep the artifacts in this folder")
+    options = parser.parse_args()
+    write_environment(options.out / "environment.json")
+    failed = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        for batch, model, precision in itertools.product(options.batches, options.models, options.precisions):
+            if (model, precision, batch, options.attention) in done(options.out / "accuracy.csv"):
+                continue
+            folder = (options.artifacts or Path(temporary)) / f"{model.replace('/', '-')}-{precision}-{batch.replace(':', '_')}"
+            command = [sys.executable, "-m", "clip_ttrt.compile", "--model", model, "--precision", precision, "--batch", batch, "--backend", options.backend,
+                       "--output", str(folder), "--force", *([] if options.attention == "auto" or backends.missing_packages() else ["--attention", options.attention]),
+                       *([] if model == "demo" else ["--weights", options.weights])]
+            code = subprocess.run(command).returncode
+            if not (folder / "manifest.json").is_file():
+                print(json.dumps({"failed": model, "precision": precision, "batch": batch, "exit code": code}), flush=True)
+                failed += 1
+                continue
+            for row in rows_of(folder):
+                append_row(options.out / "accuracy.csv", row)
+            failed += code != 0
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

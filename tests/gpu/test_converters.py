@@ -1,0 +1,133 @@
+"""Each converter of ours in an engine of its own, against the PyTorch reference, static and dynamic."""
+import pytest
+import torch
+from torch import nn
+
+from clip_ttrt import lowering, ops
+from clip_ttrt.options import BatchRange
+
+pytestmark = pytest.mark.gpu
+
+STATIC, DYNAMIC = BatchRange(4, 4, 4), BatchRange(1, 4, 8)
+HALF_ERROR = 4e-3  # a few roundings to half (2^-11 each) of values of order 1
+
+
+class Attention(nn.Module):
+    def __init__(self, heads, causal):
+        super().__init__()
+        self.heads, self.causal = heads, causal
+
+    def forward(self, x):
+        return ops.attention(x, self.heads, self.causal)
+
+
+class PrependClassToken(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(width))
+
+    def forward(self, x):
+        return ops.prepend_class_token(x, self.token)
+
+
+class PoolEndOfText(nn.Module):
+    """Tokens in, rows out: the row of each position in a fixed table, so that the position chosen shows."""
+
+    def __init__(self, length, width=64):
+        super().__init__()
+        self.tokens = nn.Embedding(49408, width)
+        self.positions = nn.Parameter(torch.randn(length, width))
+
+    def forward(self, x):
+        return ops.pool_end_of_text(self.tokens(x) * 0 + self.positions, x)
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, width, rank):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        nn.init.normal_(self.norm.weight, 1, 0.2)
+        nn.init.normal_(self.norm.bias)
+        self.rank = rank
+
+    def forward(self, x):
+        return self.norm(x if self.rank == 3 else x.select(1, 0))
+
+
+def run_in_engine(module, example, batch, precision, count):
+    """Export, lower, build and run; returns what the engine gives for `count` fresh rows, and the rows."""
+    from clip_ttrt import engine
+
+    graph = lowering.capture(module.eval().requires_grad_(False), example)
+    lowering.lower(graph)
+    built = engine.build_engine(graph, example, batch, precision)
+    rows = fresh_rows(example, count)
+    compiled = engine.to_torchscript(built, fresh_rows(example, batch.optimal).cuda(), "test")
+    with torch.no_grad():
+        return compiled(rows.cuda()).cpu(), rows
+
+
+def fresh_rows(example, count):
+    if example.is_floating_point():
+        return torch.randn(count, *example.shape[1:])
+    tokens = torch.randint(1, 49405, (count, example.shape[1]), dtype=torch.int32)
+    tokens[:, 0] = 49406
+    for row in range(count):
+        tokens[row, 1 + (row * 13) % (example.shape[1] - 1)] = 49407
+    return tokens
+
+
+@pytest.mark.parametrize("batch", [STATIC, DYNAMIC], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("tokens", [50, 77, 257])
+def test_attention(tokens, causal, batch):
+    torch.manual_seed(0)
+    actual, rows = run_in_engine(Attention(3, causal), torch.zeros(2, tokens, 3 * 192), batch, "fp16", 4)
+    expected = ops.attention_reference(rows.double(), 3, causal)
+    assert (actual - expected).abs().max() < HALF_ERROR
+
+
+@pytest.mark.parametrize("batch", [STATIC, DYNAMIC], ids=str)
+def test_prepend_class_token(batch):
+    torch.manual_seed(0)
+    module = PrependClassToken(64)
+    actual, rows = run_in_engine(module, torch.zeros(2, 49, 64), batch, "fp32", 4)
+    assert torch.equal(actual, ops.prepend_class_token_reference(rows, module.token))
+
+
+@pytest.mark.parametrize("batch", [STATIC, DYNAMIC], ids=str)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_pool_end_of_text_is_exact(precision, batch):
+    torch.manual_seed(0)
+    module = PoolEndOfText(77)
+    actual, rows = run_in_engine(module, torch.zeros(2, 77, dtype=torch.int32), batch, precision, 4)
+    expected = module.positions[rows.argmax(dim=1)].detach()
+    assert (actual - expected).abs().max() < HALF_ERROR  # another position's row differs by about 1
+
+
+@pytest.mark.parametrize("batch", [STATIC, DYNAMIC], ids=str)
+@pytest.mark.parametrize("rank", [2, 3])
+def test_layer_norm_does_not_overflow_in_half(rank, batch):
+    torch.manual_seed(0)
+    module = LayerNorm(768, rank)
+    actual, rows = run_in_engine(module, torch.zeros(2, 50, 768), batch, "fp16", 4)
+    expected = module.double()(rows.double())
+    assert (actual - expected).abs().max() < 4 * HALF_ERROR  # values of up to 5
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_dynamic_engine_serves_its_whole_range(count):
+    torch.manual_seed(0)
+    actual, rows = run_in_engine(Attention(2, True), torch.zeros(2, 77, 384), DYNAMIC, "fp16", count)
+    assert actual.shape[0] == count
+    assert (actual - ops.attention_reference(rows.double(), 2, True)).abs().max() < HALF_ERROR
+
+
+def test_what_no_converter_serves_is_an_error_that_names_it():
+    class Unsupported(nn.Module):
+        def forward(self, x):
+            return torch.cumsum(x, dim=1)
+
+    graph = lowering.capture(Unsupported(), torch.zeros(2, 4))
+    with pytest.raises(lowering.LoweringError, match="cumsum"):
+        lowering.lower(graph)

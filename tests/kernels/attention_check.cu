@@ -1,0 +1,117 @@
+// Runs variants of the attention kernel on small cases and compares with a float64 loop on the host.
+// For compute-sanitizer, where Python and PyTorch would take minutes:
+//   nvcc -std=c++17 -gencode=arch=compute_90a,code=sm_90a -o check
+//       tests/kernels/attention_check.cu kernels/attention/attention.cu
+//   compute-sanitizer --tool racecheck ./check 0          (variant 0: the automatic choice)
+//   ./check 20 32 16 257 0                                (variant batch heads tokens causal)
+// Exit code 0 if every case passed. `./check list` prints the ids of the variants.
+
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "../../kernels/attention/attention.h"
+
+namespace {
+
+#define CHECK(call)                                                                            \
+  do {                                                                                         \
+    const cudaError_t status = (call);                                                         \
+    if (status != cudaSuccess) {                                                               \
+      std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(status));    \
+      return false;                                                                            \
+    }                                                                                          \
+  } while (0)
+
+bool run(int variant, int batch, int heads, int tokens, int causal) {
+  const int width = heads * 64;
+  const size_t in_count = size_t(batch) * tokens * 3 * width, out_count = size_t(batch) * tokens * width;
+  std::vector<__half> qkv(in_count), out(out_count);
+  unsigned state = 12345u + tokens;
+  for (auto& x : qkv) {  // uniform in [-2, 2)
+    state = state * 1664525u + 1013904223u;
+    x = __float2half(float(state >> 8) / (1 << 22) - 2.0f);
+  }
+  void *device_qkv = nullptr, *device_out = nullptr;
+  CHECK(cudaMalloc(&device_qkv, in_count * 2));
+  CHECK(cudaMalloc(&device_out, out_count * 2));
+  CHECK(cudaMemcpy(device_qkv, qkv.data(), in_count * 2, cudaMemcpyHostToDevice));
+  CHECK(cudaMemset(device_out, 0xff, out_count * 2));  // NaN
+  const ClipAttentionParams params = {device_qkv, device_out, batch, heads, tokens, causal, variant};
+  CHECK(clip_attention_launch(&params, nullptr));
+  CHECK(cudaDeviceSynchronize());
+  CHECK(cudaMemcpy(out.data(), device_out, out_count * 2, cudaMemcpyDeviceToHost));
+  CHECK(cudaFree(device_qkv));
+  CHECK(cudaFree(device_out));
+
+  double worst = 0;
+  std::vector<double> weight(tokens);
+  const int pairs = batch * heads;
+  for (int pair = 0; pair < pairs; pair += pairs > 64 ? 1 + pairs / 61 : 1) {  // a sample of a large batch
+    const __half* base = qkv.data() + size_t(pair / heads) * tokens * 3 * width + pair % heads * 64;
+    // Of a long sequence, some rows: 61 is prime to every tile size, so all positions in a tile occur.
+    for (int i = tokens - 1; i >= 0; i -= tokens > 200 || pairs > 64 ? 61 : 1) {
+      const int keys = causal ? i + 1 : tokens;
+      double top = -INFINITY, sum = 0;
+      for (int j = 0; j < keys; ++j) {
+        double dot = 0;
+        for (int d = 0; d < 64; ++d)
+          dot += double(__half2float(base[size_t(i) * 3 * width + d])) *
+                 __half2float(base[size_t(j) * 3 * width + width + d]);
+        weight[j] = dot / 8;
+        top = std::fmax(top, weight[j]);
+      }
+      for (int j = 0; j < keys; ++j) sum += weight[j] = std::exp(weight[j] - top);
+      for (int d = 0; d < 64; ++d) {
+        double exact = 0;
+        for (int j = 0; j < keys; ++j)
+          exact += weight[j] / sum * __half2float(base[size_t(j) * 3 * width + 2 * width + d]);
+        const double got =
+            __half2float(out[(size_t(pair / heads) * tokens + i) * width + pair % heads * 64 + d]);
+        const double error = std::fabs(got - exact);
+        if (!(error <= worst)) worst = error;  // a NaN sticks
+      }
+    }
+  }
+  const bool ok = worst < 4e-3;  // values up to 2: fp16 rounding of weights and result is under 2e-3
+  std::printf("variant %2d  %4dx%2dx%4d causal %d  error %.2e  %s\n", variant, batch, heads, tokens, causal,
+              worst, ok ? "ok" : "WRONG");
+  return ok;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count > 1 && std::strcmp(arguments[1], "list") == 0) {
+    int32_t id = 0;
+    for (int i = 0; clip_attention_variant(i, &id) != nullptr; ++i) std::printf("%d ", id);
+    std::printf("\n");
+    return 0;
+  }
+  const int variant = count > 1 ? std::atoi(arguments[1]) : 0;
+  if (count > 5)
+    return run(variant, std::atoi(arguments[2]), std::atoi(arguments[3]), std::atoi(arguments[4]),
+               std::atoi(arguments[5]))
+               ? 0
+               : 1;
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
+    std::printf("no CUDA device\n");
+    return 2;
+  }
+  bool ok = true;
+  const int tokens[] = {1, 17, 50, 65, 77, 197, 257, 577, 1000};
+  for (int t : tokens)
+    for (int causal = 0; causal < 2; ++causal)
+      if (variant == 0 || clip_attention_variant_serves(variant, t, causal, major, minor)) {
+        ok = run(variant, 2, 3, t, causal) && ok;
+        if (t <= 77) ok = run(variant, 100, 4, t, causal) && ok;  // several units per block
+      }
+  return ok ? 0 : 1;
+}
