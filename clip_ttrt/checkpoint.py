@@ -1,6 +1,6 @@
 """A name or a file -> weights in OpenAI's naming, with their dimensions and where they came from."""
 import hashlib
-import urllib.error
+import http.client
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Mapping, Optional
@@ -124,7 +124,7 @@ def _openai(model: str) -> tuple[dict, Origin]:
     target = folder / url.rsplit("/", 1)[1]
     try:
         path = Path(clip._download(url, str(folder)))
-    except (urllib.error.URLError, OSError) as problem:
+    except (OSError, http.client.HTTPException) as problem:
         # A download that broke off is not a file to find next time.
         if target.is_file() and target.stat().st_size == 0:
             target.unlink()

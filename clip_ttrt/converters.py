@@ -7,6 +7,7 @@ a reshape writes 0 ("keep") for the batch, and nothing reads a shape.
 
 Networks are declared in fp32 throughout; the builder's precision flags decide what runs in half.
 """
+from dataclasses import dataclass
 from typing import Any, Sequence
 
 import numpy as np
@@ -15,12 +16,19 @@ import torch
 from torch_tensorrt.dynamo.conversion._ConversionContext import ConversionContext
 from torch_tensorrt.dynamo.conversion._ConverterRegistry import ConverterPriority, dynamo_tensorrt_converter
 
-from clip_ttrt import ops
+from clip_ttrt import ops, plugin
 from clip_ttrt.models import HEAD_DIM
 
 # Added to a masked score.  exp() of it is exactly zero in fp16 and fp32, and unlike -inf it cannot
 # make a NaN on the way, nor overflow half's range when a score is added.
 MASKED = -3e4
+
+
+@dataclass
+class Context(ConversionContext):
+    """Torch-TensorRT's conversion context with what our converters are told."""
+
+    attention: str = "native"  # or plugin
 
 
 def register(target):
@@ -66,12 +74,27 @@ def gather_index(ctx: ConversionContext, x: trt.ITensor, axis: int, index: int, 
 
 @register(ops.attention)
 def convert_attention(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
-    """[B, T, 3·W] -> [B, T, W] in TensorRT's own layers, in the form its attention fusion looks for.
+    """[B, T, 3·W] -> [B, T, W], through the plugin or TensorRT's own layers."""
+    if getattr(ctx, "attention", "native") == "plugin":
+        return plugin_attention(ctx, *args, name)
+    return native_attention(ctx, *args, name)
+
+
+def plugin_attention(ctx: ConversionContext, qkv: trt.ITensor, heads: int, causal: bool, name: str) -> trt.ITensor:
+    """One layer of the fused-attention plugin, which `plugin.load` has registered."""
+    creator = trt.get_plugin_registry().get_plugin_creator(plugin.PLUGIN, plugin.VERSION, "")
+    fields = [trt.PluginField(field, np.array([value], dtype=np.int32), trt.PluginFieldType.INT32) for field, value in (("heads", heads), ("causal", int(causal)))]
+    layer = ctx.net.add_plugin_v2([qkv], creator.create_plugin(name, trt.PluginFieldCollection(fields)))
+    layer.name = name
+    return layer.get_output(0)
+
+
+def native_attention(ctx: ConversionContext, qkv: trt.ITensor, heads: int, causal: bool, name: str) -> trt.ITensor:
+    """Attention in TensorRT's own layers, in the form that its fusion looks for.
 
     We build the causal mask ourselves: Torch-TensorRT 2.2 drops masks and `is_causal` when it
     lowers scaled_dot_product_attention.
     """
-    qkv, heads, causal = args
     tokens, width = qkv.shape[1], heads * HEAD_DIM
     split = shuffle(ctx, qkv, f"{name}_split", shape=(0, tokens, 3, heads, HEAD_DIM), order=(2, 0, 3, 1, 4))
     query, key, value = (gather_index(ctx, split, 0, part, f"{name}_{which}") for part, which in enumerate(("query", "key", "value")))

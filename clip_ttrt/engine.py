@@ -15,11 +15,10 @@ import torch
 import torch_tensorrt
 from torch import fx
 from torch_tensorrt.dynamo._settings import CompilationSettings
-from torch_tensorrt.dynamo.conversion._ConversionContext import ConversionContext
 from torch_tensorrt.dynamo.conversion._TRTInterpreter import TRTInterpreter
 from torch_tensorrt.dynamo.runtime import TorchTensorRTModule
 
-from clip_ttrt import converters  # noqa: F401  (registers the converters)
+from clip_ttrt import converters
 from clip_ttrt.errors import UserError
 from clip_ttrt.options import BatchRange
 
@@ -62,7 +61,7 @@ class Engine:
 class Interpreter(TRTInterpreter):
     """Torch-TensorRT's graph walker with our logger, builder settings and timing cache."""
 
-    def __init__(self, module: fx.GraphModule, spec: torch_tensorrt.Input):
+    def __init__(self, module: fx.GraphModule, spec: torch_tensorrt.Input, attention: str):
         LOG.errors.clear()
         LOG.warnings.clear()
         builder = trt.Builder(LOG)  # before the base class makes one with a logger of its own
@@ -70,7 +69,7 @@ class Interpreter(TRTInterpreter):
         super().__init__(module, [spec], output_dtypes=[torch.float32], compilation_settings=settings)
         self.builder = builder
         network = self.builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))
-        self.ctx = ConversionContext(network, settings)
+        self.ctx = converters.Context(network, settings, attention=attention)
         if self.optimization_profiles is not None:
             self.optimization_profiles = [self.builder.create_optimization_profile()]
 
@@ -121,11 +120,12 @@ def save_timing_cache(path: Path, content: bytes) -> None:
         return
 
 
-def build_engine(module: fx.GraphModule, example: torch.Tensor, batch: BatchRange, precision: str) -> Engine:
+def build_engine(module: fx.GraphModule, example: torch.Tensor, batch: BatchRange, precision: str, attention: str = "native") -> Engine:
     """Build one engine from a lowered graph.
 
     example: one input of any batch, whose other dimensions and dtype (float32 or int32) the engine
-    takes.  batch: static or a range.  precision: fp32, tf32 or fp16.
+    takes.  batch: static or a range.  precision: fp32, tf32 or fp16.  attention: `native`, or
+    `plugin` after `plugin.load`.
     Raises UserError where the GPU's memory does not suffice, EngineError for all else that TensorRT refuses.
     """
     shape = tuple(example.shape[1:])
@@ -134,7 +134,7 @@ def build_engine(module: fx.GraphModule, example: torch.Tensor, batch: BatchRang
     else:
         spec = torch_tensorrt.Input(min_shape=(batch.minimum, *shape), opt_shape=(batch.optimal, *shape),
                                     max_shape=(batch.maximum, *shape), dtype=example.dtype)
-    return Interpreter(module, spec).build(precision, timing_cache_path())
+    return Interpreter(module, spec, attention).build(precision, timing_cache_path())
 
 
 def to_torchscript(engine: Engine, example: torch.Tensor, name: str) -> torch.jit.ScriptModule:

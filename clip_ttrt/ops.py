@@ -10,6 +10,7 @@ The references are differentiable PyTorch; the ops themselves are for inference.
 import torch
 import torch.nn.functional as F
 
+from clip_ttrt import plugin
 from clip_ttrt.models import HEAD_DIM
 
 _library = torch.library.Library("clip_ttrt", "DEF")
@@ -70,6 +71,13 @@ prepend_class_token = _register("prepend_class_token(Tensor patches, Tensor clas
                                 prepend_class_token_reference, _prepend_class_token_fake)
 pool_end_of_text = _register("pool_end_of_text(Tensor x, Tensor tokens) -> Tensor",
                              pool_end_of_text_reference, _pool_end_of_text_fake)
+
+def _attention_cuda(qkv, heads, causal):
+    """On a GPU the op runs the plugin's kernel where it is built and serves the tensor, so that engine and eager agree."""
+    return plugin.attention(qkv, heads, causal) if plugin.serves(qkv, heads) else attention_reference(qkv, heads, causal)
+
+
+_library.impl("attention", _attention_cuda, "CUDA")
 
 REFERENCES = {
     attention: attention_reference,

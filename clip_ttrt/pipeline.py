@@ -35,17 +35,18 @@ def compile(progress: Optional[Progress] = None, **options: Any) -> Artifact:
 def compile_with(options: Options, progress: Progress) -> Artifact:
     """Compile as `compile` does; a failed verification is recorded in the artifact and not raised."""
     backend = backends.choose(options.backend, options.precision)
-    attention, why = plugin.resolve_attention(options.attention, backend.name)
+    attention, why = plugin.resolve_attention(options.attention, backend.name, options.precision)
     progress.say(f"backend: {backend.reason}")
     if backend.computes_in != options.precision:
         progress.say(f"note: {options.precision} was asked for, and this backend computes in {backend.computes_in}")
     progress.say(f"attention: {attention} ({why})")
+    plugin.load(plugin.VERSION if attention == "plugin" else None)
     with draft(options.folder, options.force) as writing:
         with progress.stage(f"read weights of {options.model}"):
             checkpoint = load_checkpoint(options.model, options.weights, options.seed, options.trust_weights)
         progress.say(f"{'WARNING' if checkpoint.origin.kind == 'random' else 'weights'}: {checkpoint.origin.describe()}")
         for encoder in options.encoders:
-            module, facts = build_encoder(encoder, checkpoint, options, backend, progress)
+            module, facts = build_encoder(encoder, checkpoint, options, backend, attention, progress)
             writing.add(encoder, module, **facts)
             del module
         manifest = describe(options, backend, attention, why, checkpoint)
@@ -57,7 +58,7 @@ def compile_with(options: Options, progress: Progress) -> Artifact:
         return writing.publish(artifact)
 
 
-def build_encoder(encoder: str, checkpoint: Checkpoint, options: Options, backend: Backend,
+def build_encoder(encoder: str, checkpoint: Checkpoint, options: Options, backend: Backend, attention: str,
                   progress: Progress) -> tuple[torch.jit.ScriptModule, dict[str, Any]]:
     """One encoder as the TorchScript module to save, and facts about it for the manifest."""
     example = example_input(encoder, checkpoint.dimensions)
@@ -78,7 +79,7 @@ def build_encoder(encoder: str, checkpoint: Checkpoint, options: Options, backen
         from clip_ttrt import engine  # TensorRT's packages import only where there is a GPU
 
         with progress.stage(f"build the {encoder} engine with TensorRT") as time:
-            built = engine.build_engine(graph, example, options.batch, options.precision)
+            built = engine.build_engine(graph, example, options.batch, options.precision, attention)
         example = example[:1].expand(options.batch.optimal, *example.shape[1:]).contiguous().cuda()
         module = engine.to_torchscript(built, example, encoder)
         facts |= {"engines": 1, "engine_mib": round(len(built.plan) / 2**20, 2), "network_layers": built.layers, "warnings": list(built.warnings)}
@@ -107,7 +108,7 @@ def describe(options: Options, backend: Backend, attention: str, why: str, check
         "device": backend.device,
         "attention": attention,
         "attention_reason": why,
-        "plugin_version": None,
+        "plugin_version": plugin.VERSION if attention == "plugin" else None,
         "versions": backends.versions(),
         "gpu": backends.gpu() if backend.device == "cuda" else {},
     }

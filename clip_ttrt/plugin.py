@@ -1,46 +1,112 @@
-"""The library of fused kernels: where it is, and loading it before an engine that needs it.
+"""The library of fused kernels (`kernels/`): where it is, its TensorRT plugin, and the same kernel for PyTorch.
 
-Loading registers the TensorRT plugin's creator with the process.  The kernels themselves live
-in `kernels/` and are built into `clip_ttrt/lib/`.
+`python -m kernels.build` builds the library into `clip_ttrt/lib/`.  Everything works without it,
+through TensorRT's own layers.
 """
 import ctypes
+import functools
 from pathlib import Path
 from typing import Optional
+
+import torch
 
 from clip_ttrt.errors import UserError
 
 LIBRARY = Path(__file__).parent / "lib" / "libclip_ttrt_kernels.so"
+BUILD_IT = "build it with `python -m kernels.build`"
+PLUGIN, VERSION = "ClipAttention", "1"  # as kernels/attention/attention_plugin.cpp registers it
+
+
+class AttentionParams(ctypes.Structure):
+    """`ClipAttentionParams` of kernels/attention/attention.h, field by field."""
+
+    _fields_ = [("qkv", ctypes.c_void_p), ("out", ctypes.c_void_p), ("batch", ctypes.c_int64), ("heads", ctypes.c_int32),
+                ("tokens", ctypes.c_int32), ("causal", ctypes.c_int32), ("variant", ctypes.c_int32)]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded library.  Raises UserError where it is not built or cannot be loaded."""
+    if not LIBRARY.is_file():
+        raise UserError(f"{LIBRARY.name} is not built; {BUILD_IT}")
+    try:
+        loaded = ctypes.CDLL(str(LIBRARY), mode=ctypes.RTLD_GLOBAL)
+    except OSError as problem:
+        raise UserError(f"{LIBRARY.name} cannot be loaded ({problem}); {BUILD_IT}") from problem
+    loaded.clip_attention_launch.argtypes = [ctypes.POINTER(AttentionParams), ctypes.c_void_p]
+    loaded.clip_attention_launch.restype = ctypes.c_int
+    if loaded.clip_attention_params_size() != ctypes.sizeof(AttentionParams):
+        raise UserError(f"{LIBRARY.name} belongs to another version of clip_ttrt; {BUILD_IT}")
+    return loaded
 
 
 def available() -> bool:
-    """Whether the library of fused kernels has been built."""
+    """Whether the library has been built."""
     return LIBRARY.is_file()
 
 
-def resolve_attention(asked: str, backend: str) -> tuple[str, str]:
+def resolve_attention(asked: str, backend: str, precision: str) -> tuple[str, str]:
     """Which attention to compile and why: (`plugin` or `native`, one clause).
 
     Raises UserError where the plugin is asked for and cannot be had.
     """
+    obstacle = None
     if backend != "tensorrt":
-        if asked == "plugin":
-            raise UserError("--attention plugin needs the TensorRT backend; leave it out or use --attention native")
-        return "native", "PyTorch's scaled_dot_product_attention"
+        obstacle = "it needs the TensorRT backend"
+    elif precision != "fp16":
+        obstacle = f"it computes in fp16, and {precision} was asked for"
+    elif not available():
+        obstacle = f"{LIBRARY.name} is not built; {BUILD_IT}"
+    if asked == "plugin" and obstacle:
+        raise UserError(f"--attention plugin: {obstacle}, or use --attention native or auto")
     if asked == "native":
         return "native", "as asked"
-    if asked == "plugin":
-        raise UserError(f"--attention plugin: there is no fused-attention plugin in this version (looked for {LIBRARY.name} in "
-                        f"{LIBRARY.parent.name}/); use --attention native or auto")
-    return "native", "there is no fused-attention plugin in this version"
+    if obstacle:
+        return "native", f"no fused-attention plugin: {obstacle}"
+    return "plugin", "as asked" if asked == "plugin" else "the fused-attention plugin is built"
 
 
 def load(version: Optional[str]) -> None:
-    """Load the plugin library that an engine was built with; None: the engine needs none.
+    """Load and register the plugin that an engine was built with; None: the engine needs none.
 
-    Raises UserError where it is missing, before TensorRT tries to deserialise the engine.
+    Raises UserError where it is missing or another version, before TensorRT deserialises the engine.
     """
     if version is None:
         return
-    if not available():
-        raise UserError(f"this artifact needs the fused-attention plugin, version {version}, and {LIBRARY.name} is not built")
-    ctypes.CDLL(str(LIBRARY), mode=ctypes.RTLD_GLOBAL)
+    try:
+        loaded = library()
+    except UserError as problem:
+        raise UserError(f"this artifact needs the fused-attention plugin, version {version}: {problem}") from problem
+    if version != VERSION:
+        raise UserError(f"this artifact needs version {version} of the fused-attention plugin, and this is version {VERSION}; compile again")
+    import tensorrt  # noqa: F401  (loads libnvinfer, in which the creator registers)
+
+    register = getattr(loaded, "clip_attention_register_plugin", None)
+    if register is None or register() != 1:
+        raise UserError(f"{LIBRARY.name} was built without the TensorRT plugin; {BUILD_IT} where TensorRT's headers are (TENSORRT_INCLUDE_DIR)")
+
+
+def attention(qkv: torch.Tensor, heads: int, causal: bool) -> torch.Tensor:
+    """The fused kernel on a CUDA tensor: fp16 [B, T, 3·heads·64] -> fp16 [B, T, heads·64], on the current stream.
+
+    Raises UserError without the library, RuntimeError where the launch fails.
+    """
+    qkv = qkv.contiguous()
+    batch, tokens = qkv.shape[:2]
+    out = qkv.new_empty((batch, tokens, qkv.shape[2] // 3))
+    if batch == 0:
+        return out
+    params = AttentionParams(qkv.data_ptr(), out.data_ptr(), batch, heads, tokens, int(causal), 0)
+    with torch.cuda.device(qkv.device):
+        status = library().clip_attention_launch(ctypes.byref(params), torch.cuda.current_stream().cuda_stream)
+    if status != 0:
+        raise RuntimeError(f"the fused attention kernel failed with CUDA error {status} for shape {list(qkv.shape)}, {heads} heads")
+    return out
+
+
+def serves(qkv: torch.Tensor, heads: int) -> bool:
+    """Whether the fused kernel can take this tensor: built, CUDA, fp16, sizes and GPU it supports."""
+    if not (qkv.is_cuda and qkv.dtype == torch.half and qkv.dim() == 3 and qkv.shape[2] == 3 * heads * 64 and available()):
+        return False
+    major, minor = torch.cuda.get_device_capability(qkv.device)
+    return bool(library().clip_attention_supported(ctypes.c_int64(max(1, qkv.shape[0])), heads, qkv.shape[1], 64, major, minor))

@@ -16,7 +16,6 @@ import tempfile
 from pathlib import Path
 from typing import Any, Iterator
 
-from clip_ttrt import backends
 from clip_ttrt.artifact import read_artifact
 from experiments.record import append_row, provenance, write_environment
 
@@ -38,6 +37,11 @@ def rows_of(folder: Path) -> Iterator[dict[str, Any]]:
             "top1_compiled": f"{top1['compiled']:.4f}" if name == "logits" else "",
             "engine_mib": module.get("engine_mib", module.get("mib", "")), "build_s": module.get("build_seconds", ""), **provenance(),
         }
+
+
+def folder_name(model: str, precision: str, batch: str, attention: str) -> str:
+    """The name of one compile's artifact folder."""
+    return f"{model.replace('/', '-')}-{precision}-{batch.replace(':', '_')}-{attention}"
 
 
 def done(path: Path) -> set[tuple[str, ...]]:
@@ -65,9 +69,9 @@ def main() -> int:
         for batch, model, precision in itertools.product(options.batches, options.models, options.precisions):
             if (model, precision, batch, options.attention) in done(options.out / "accuracy.csv"):
                 continue
-            folder = (options.artifacts or Path(temporary)) / f"{model.replace('/', '-')}-{precision}-{batch.replace(':', '_')}"
+            folder = (options.artifacts or Path(temporary)) / folder_name(model, precision, batch, options.attention)
             command = [sys.executable, "-m", "clip_ttrt.compile", "--model", model, "--precision", precision, "--batch", batch, "--backend", options.backend,
-                       "--output", str(folder), "--force", *([] if options.attention == "auto" or backends.missing_packages() else ["--attention", options.attention]),
+                       "--attention", options.attention, "--output", str(folder), "--force",
                        *([] if model == "demo" else ["--weights", options.weights])]
             code = subprocess.run(command).returncode
             if not (folder / "manifest.json").is_file():

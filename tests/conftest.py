@@ -19,3 +19,9 @@ def pytest_collection_modifyitems(items):
 def demo_artifact(tmp_path_factory):
     """The embedded model, compiled and verified as `make compile` does, through TorchScript, for batches of 2 to 8."""
     return clip_ttrt.compile(model="demo", precision="fp16", batch="2:4:8", backend="torchscript", output=tmp_path_factory.mktemp("artifacts") / "demo")
+
+
+@pytest.fixture(scope="session")
+def demo_engines(tmp_path_factory):
+    """The same, as TensorRT engines in fp16."""
+    return clip_ttrt.compile(model="demo", precision="fp16", batch="2:4:8", backend="tensorrt", output=tmp_path_factory.mktemp("engines") / "demo")

@@ -1,0 +1,127 @@
+"""Whole encoders as TensorRT engines: every ViT, precision and kind of batch, against the original model.
+
+Building takes a minute or two an engine.  Artifacts that `python -m experiments.accuracy --artifacts DIR` has made are
+taken from the folder in CLIP_TTRT_ARTIFACTS instead of built again.
+"""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import clip_ttrt
+from clip_ttrt import plugin
+from clip_ttrt.accuracy import COSINE_BOUND
+from clip_ttrt.artifact import read_artifact
+from clip_ttrt.models import MODELS
+from experiments.accuracy import folder_name
+from experiments.timing import graphed
+
+pytestmark = pytest.mark.gpu
+
+STATIC, DYNAMIC = "4", "1:4:8"
+ATTENTIONS = ["native", pytest.param("plugin", marks=pytest.mark.skipif(not plugin.available(), reason="the kernels are not built"))]
+
+
+@pytest.fixture(scope="session")
+def artifact_of(tmp_path_factory):
+    """A function from (model, precision, batch, attention) to an artifact with random weights (demo: trained)."""
+    root = Path(os.environ.get("CLIP_TTRT_ARTIFACTS") or tmp_path_factory.mktemp("engines"))
+
+    def find_or_compile(model, precision, batch, attention="native"):
+        folder = root / folder_name(model, precision, batch, attention)
+        if not (folder / "manifest.json").is_file():
+            clip_ttrt.compile(model=model, weights=None if model == "demo" else "random", precision=precision, batch=batch, attention=attention,
+                              backend="tensorrt", output=folder)
+        return read_artifact(folder)
+
+    return find_or_compile
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("batch", [STATIC, DYNAMIC])
+@pytest.mark.parametrize("precision", ["fp16", "fp32", "tf32"])
+@pytest.mark.parametrize("model", MODELS)
+def test_both_encoders_are_one_engine_each_and_right(artifact_of, model, precision, batch, attention):
+    if attention == "plugin" and precision != "fp16":
+        pytest.skip("the plugin computes in fp16")
+    if precision == "tf32" and model not in ("demo", "ViT-B/32"):
+        pytest.skip("TF32 is tried on two models: it shares every layer with fp32")
+    artifact = artifact_of(model, precision, batch, attention)
+    manifest = artifact.manifest
+    assert manifest["backend"] == "tensorrt" and manifest["computes_in"] == precision and manifest["attention"] == attention
+    assert all(module["engines"] == 1 for module in manifest["modules"].values())
+    assert artifact.verified, manifest["verification"]["failures"]
+    for encoder in ("image", "text"):
+        assert manifest["verification"]["errors"][encoder]["cos_min"] >= COSINE_BOUND[precision]
+    model_, _ = clip_ttrt.load(artifact.folder, device="cuda")
+    images = torch.randn(5, 3, *[artifact.dimensions.image_resolution] * 2, device="cuda")
+    assert torch.isfinite(model_.encode_image(images)).all()
+
+
+def test_a_new_process_loads_with_plain_torch(artifact_of, tmp_path):
+    artifact = artifact_of("demo", "fp16", DYNAMIC)
+    torch.manual_seed(0)
+    images = torch.randn(3, 3, 112, 112)
+    torch.save(images, tmp_path / "images.pt")
+    expected = torch.jit.load(str(artifact.path("image")))(images.cuda()).cpu()
+    program = ("import sys, torch, clip_ttrt; module = torch.jit.load(sys.argv[1]); "
+               "torch.save(module(torch.load(sys.argv[2]).cuda()).cpu(), sys.argv[3]); print('torch_tensorrt' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", program, str(artifact.path("image")), str(tmp_path / "images.pt"), str(tmp_path / "features.pt")],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "False"  # the runtime library alone is loaded, which takes no seconds
+    assert torch.equal(torch.load(tmp_path / "features.pt"), expected)
+
+
+@pytest.mark.parametrize("batch, count", [(STATIC, 3), (STATIC, 5), (DYNAMIC, 9)])
+def test_a_batch_out_of_range_is_an_error_of_the_module(artifact_of, batch, count):
+    module = torch.jit.load(str(artifact_of("demo", "fp16", batch).path("image")))
+    with pytest.raises(torch.jit.Error, match=f"batch {count} is outside the compiled range"):
+        module(torch.randn(count, 3, 112, 112, device="cuda"))
+    with pytest.raises(torch.jit.Error, match="expected an input on the GPU"):
+        module(torch.randn(4, 3, 112, 112))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_cuda_graph_replays_give_the_same_features(artifact_of, attention):
+    model, _ = clip_ttrt.load(artifact_of("demo", "fp16", DYNAMIC, attention).folder)
+    images = torch.randn(4, 3, 112, 112, device="cuda")
+    expected = model.encode_image(images).clone()
+    held = {}
+    replay = graphed(lambda: held.update(features=model.encode_image(images)))
+    held["features"].zero_()
+    replay()
+    torch.cuda.synchronize()
+    assert torch.equal(held["features"], expected)
+
+
+def test_two_models_on_two_streams_do_not_disturb_each_other(artifact_of):
+    model, _ = clip_ttrt.load(artifact_of("demo", "fp16", DYNAMIC).folder)
+    batches = [torch.randn(8, 3, 112, 112, device="cuda") for _ in range(2)]
+    expected = [model.encode_image(batch).clone() for batch in batches]
+    streams = [torch.cuda.Stream() for _ in batches]
+    torch.cuda.synchronize()
+    results = [[], []]
+    for _ in range(50):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                results[i].append(model.encode_image(batches[i]))
+    torch.cuda.synchronize()
+    for found, right in zip(results, expected):
+        assert all(torch.equal(features, right) for features in found)
+
+
+@pytest.mark.skipif(not plugin.available(), reason="the kernels are not built")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("tokens", [50, 77, 197, 257, 577])
+def test_the_op_on_a_gpu_runs_the_fused_kernel(tokens, causal):
+    torch.manual_seed(0)
+    qkv = torch.randn(3, tokens, 3 * 12 * 64, device="cuda", dtype=torch.half)
+    actual = torch.ops.clip_ttrt.attention(qkv, 12, causal)
+    assert torch.equal(actual, plugin.attention(qkv, 12, causal))
+    exact = clip_ttrt.ops.attention_reference(qkv.double(), 12, causal)
+    library = clip_ttrt.ops.attention_reference(qkv, 12, causal)
+    assert (actual - exact).abs().max() <= 2 * (library - exact).abs().max()
