@@ -17,7 +17,7 @@ TINY = Dimensions(32, 112, 16, 64, 2, 77, 49408, 64, 2)
 
 @pytest.fixture(scope="module")
 def tokens() -> train_demo.CaptionTokens:
-    return train_demo.CaptionTokens(clip.tokenize)
+    return train_demo.CaptionTokens()
 
 
 def test_composed_tokens_are_the_tokenizers(tokens):
@@ -117,14 +117,14 @@ def test_a_stopped_run_leaves_files_marked_unfinished(tmp_path, monkeypatch):
                                  out=str(tmp_path / "demo.safetensors"), report=str(tmp_path / "demo.json"))
     calls = []
 
-    def stop_at_third(*arguments):
+    def stop_at_fourth(*arguments):
         calls.append(None)
         if len(calls) == 4:
             raise KeyboardInterrupt
         return batch_losses(*arguments)
 
     batch_losses = train_demo.batch_losses
-    monkeypatch.setattr(train_demo, "batch_losses", stop_at_third)
+    monkeypatch.setattr(train_demo, "batch_losses", stop_at_fourth)
     with pytest.raises(KeyboardInterrupt):
         train_demo.train(options, TINY)
     assert json.loads(open(options.report).read())["finished"] is False
