@@ -9,11 +9,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from clip_ttrt import demo
+from clip_ttrt.demo import packing
 from clip_ttrt.errors import UserError
 from clip_ttrt.models import MODELS, Dimensions, dimensions_from, dimensions_of
 
 NOT_PARAMETERS = ("input_resolution", "context_length", "vocab_size")  # stored beside the weights in OpenAI's archives
-DEMO_FORMAT = "clip_ttrt-demo-1"
 
 
 @dataclass(frozen=True)
@@ -104,14 +104,9 @@ def sha256_of_file(path: Path) -> str:
 
 def _demo() -> tuple[dict, Origin]:
     tensors, metadata = _read_safetensors(demo.WEIGHTS)
-    if metadata.get("format") != DEMO_FORMAT:
-        raise UserError(f"the embedded weights have format {metadata.get('format')!r}, not {DEMO_FORMAT!r}; reinstall the package")
-    # Only the tokens that the demo's captions use are stored; all others embed as zero.
-    rows, ids = tensors.pop("token_embedding.rows"), tensors.pop("token_embedding.ids")
-    table = torch.zeros(int(metadata["vocab_size"]), rows.shape[1])
-    table[ids.long()] = rows.float()
-    tensors["token_embedding.weight"] = table
-    return tensors, Origin("demo", sha256_of_file(demo.WEIGHTS))
+    if metadata.get("format") != packing.FORMAT:
+        raise UserError(f"the embedded weights have format {metadata.get('format')!r}, not {packing.FORMAT!r}; reinstall the package")
+    return packing.unpack(tensors, int(metadata["vocab_size"])), Origin("demo", sha256_of_file(demo.WEIGHTS))
 
 
 def _openai(model: str) -> tuple[dict, Origin]:

@@ -1,9 +1,10 @@
 """CLIP's two encoders in plain PyTorch, batch first: the reference that everything fast is a rewrite of.
 
 Built from OpenAI's weights (https://github.com/openai/CLIP, `clip/model.py`), equal to the
-original model with two exact rearrangements: query, key and value come from one packed linear
-layer, and the last block pools before its output projection, since no other token of that
-block is read afterwards.
+original model with three exact rearrangements: query, key and value come from one packed linear
+layer; the patch convolution, whose stride is its kernel, is a linear layer on cut-out patches;
+and the last block pools before its output projection, since no other token of that block is
+read afterwards.
 """
 from typing import Callable, Mapping, NamedTuple, Optional
 
@@ -18,11 +19,12 @@ class FusedOps(NamedTuple):
     """The implementations an encoder calls: the inference ops, or their differentiable references."""
 
     attention: Callable = ops.attention
+    extract_patches: Callable = ops.extract_patches
     prepend_class_token: Callable = ops.prepend_class_token
     pool_end_of_text: Callable = ops.pool_end_of_text
 
 
-DIFFERENTIABLE = FusedOps(ops.attention_reference, ops.prepend_class_token_reference, ops.pool_end_of_text_reference)
+DIFFERENTIABLE = FusedOps(ops.attention_reference, ops.extract_patches_reference, ops.prepend_class_token_reference, ops.pool_end_of_text_reference)
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
@@ -58,7 +60,8 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.fused = fused
         width = dims.image_width
-        self.patches = nn.Conv2d(3, width, dims.patch_size, stride=dims.patch_size, bias=False)
+        self.patch_size = dims.patch_size
+        self.patches = nn.Linear(3 * dims.patch_size ** 2, width, bias=False)
         self.class_token = nn.Parameter(torch.empty(width))
         self.positions = nn.Parameter(torch.empty(dims.image_tokens, width))
         self.norm_pre = nn.LayerNorm(width)
@@ -67,7 +70,7 @@ class ImageEncoder(nn.Module):
         self.projection = nn.Linear(width, dims.embed_dim, bias=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = self.patches(images).flatten(2).transpose(1, 2)
+        x = self.patches(self.fused.extract_patches(images, self.patch_size))
         x = self.fused.prepend_class_token(x, self.class_token)
         x = self.norm_pre(x + self.positions)
         for block in self.blocks[:-1]:
@@ -145,10 +148,17 @@ def text_names(dims: Dimensions) -> dict[str, str]:
 
 
 def _load(encoder: nn.Module, names: Mapping[str, str], state_dict: Mapping[str, torch.Tensor]) -> nn.Module:
-    # OpenAI multiplies by its projections from the right; a linear layer holds the transpose.
-    encoder.load_state_dict({ours: state_dict[theirs].T if ours == "projection.weight" else state_dict[theirs]
-                             for ours, theirs in names.items()})
+    encoder.load_state_dict({ours: _converted(ours, state_dict[theirs]) for ours, theirs in names.items()})
     return encoder.eval().requires_grad_(False)
+
+
+def _converted(ours: str, value: torch.Tensor) -> torch.Tensor:
+    """OpenAI's tensor in the shape of ours.
+
+    OpenAI multiplies by its projections from the right, where a linear layer holds the transpose,
+    and its patch convolution's weight [W, 3, P, P] is our linear layer's [W, 3·P²].
+    """
+    return value.T if ours == "projection.weight" else value.flatten(1) if ours == "patches.weight" else value
 
 
 def image_encoder(state_dict: Mapping[str, torch.Tensor]) -> ImageEncoder:
@@ -170,7 +180,8 @@ def to_openai(image: ImageEncoder, text: TextEncoder, dims: Dimensions, logit_sc
         ours = encoder.state_dict()
         for mine, theirs in names.items():
             value = ours[mine].detach()
-            out[theirs] = (value.T if mine == "projection.weight" else value).contiguous().clone()
+            value = value.unflatten(1, (3, dims.patch_size, dims.patch_size)) if mine == "patches.weight" else _converted(mine, value)
+            out[theirs] = value.contiguous().clone()
     return out
 
 

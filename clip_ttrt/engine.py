@@ -73,9 +73,10 @@ class Interpreter(TRTInterpreter):
         if self.optimization_profiles is not None:
             self.optimization_profiles = [self.builder.create_optimization_profile()]
 
-    def build(self, precision: str, timing_cache: Optional[Path]) -> Engine:
+    def build(self, precision: str, optimization_level: int, timing_cache: Optional[Path]) -> Engine:
         fx.Interpreter.run(self, enable_io_processing=False)
         config = self.builder.create_builder_config()
+        config.builder_optimization_level = optimization_level
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         (config.clear_flag if precision == "fp32" else config.set_flag)(trt.BuilderFlag.TF32)
         if precision == "fp16":
@@ -120,12 +121,13 @@ def save_timing_cache(path: Path, content: bytes) -> None:
         return
 
 
-def build_engine(module: fx.GraphModule, example: torch.Tensor, batch: BatchRange, precision: str, attention: str = "native") -> Engine:
+def build_engine(module: fx.GraphModule, example: torch.Tensor, batch: BatchRange, precision: str, attention: str = "native",
+                 optimization_level: int = 3) -> Engine:
     """Build one engine from a lowered graph.
 
     example: one input of any batch, whose other dimensions and dtype (float32 or int32) the engine
     takes.  batch: static or a range.  precision: fp32, tf32 or fp16.  attention: `native`, or
-    `plugin` after `plugin.load`.
+    `plugin` after `plugin.load`.  optimization_level: of TensorRT's builder, 0 to 5.
     Raises UserError where the GPU's memory does not suffice, EngineError for all else that TensorRT refuses.
     """
     shape = tuple(example.shape[1:])
@@ -134,7 +136,7 @@ def build_engine(module: fx.GraphModule, example: torch.Tensor, batch: BatchRang
     else:
         spec = torch_tensorrt.Input(min_shape=(batch.minimum, *shape), opt_shape=(batch.optimal, *shape),
                                     max_shape=(batch.maximum, *shape), dtype=example.dtype)
-    return Interpreter(module, spec, attention).build(precision, timing_cache_path())
+    return Interpreter(module, spec, attention).build(precision, optimization_level, timing_cache_path())
 
 
 def to_torchscript(engine: Engine, example: torch.Tensor, name: str) -> torch.jit.ScriptModule:

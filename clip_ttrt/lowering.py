@@ -2,9 +2,9 @@
 
 `torch.export` decomposes linear layers and layer norms and computes views from the batch size.
 Torch-TensorRT 2.2 has no converter for a symbolic size, so one such view splits the engine.
-The passes below put the layers back together and leave -1 where a batch size was, after which
-the graph holds the operations in `OPERATIONS` and no sizes at all; anything else is an error
-that names it.
+The passes below put the layers back together, leave -1 where a batch size was, and let
+activations flow as rows [B·T, W], after which the graph holds the operations in `OPERATIONS` and
+no sizes at all; anything else is an error that names it.
 """
 import inspect
 import operator
@@ -21,10 +21,13 @@ aten = torch.ops.aten
 
 # What a lowered graph may hold: what both backends implement.
 OPERATIONS = frozenset({
-    aten.convolution.default, aten.view.default, aten.transpose.int, aten.select.int, aten.embedding.default,
-    aten.linear.default, aten.layer_norm.default, aten.add.Tensor, aten.mul.Tensor, aten.sigmoid.default,
-    ops.attention, ops.prepend_class_token, ops.pool_end_of_text,
+    aten.view.default, aten.select.int, aten.embedding.default, aten.linear.default, aten.layer_norm.default,
+    aten.add.Tensor, aten.mul.Tensor, aten.sigmoid.default,
+    ops.attention_rows, ops.extract_patches, ops.prepend_class_token, ops.pool_end_of_text,
 })
+
+# What treats every row of [B, T, W] alike, or as `attention` has a form of its own for rows.
+ROWWISE = frozenset({aten.linear.default, aten.layer_norm.default, aten.add.Tensor, aten.mul.Tensor, aten.sigmoid.default, ops.attention})
 
 NO_END = torch.iinfo(torch.int64).max  # how an exported slice writes "to the end"
 
@@ -136,12 +139,58 @@ def forget_batch_size(module: fx.GraphModule) -> int:
     return count
 
 
+def rank(node: fx.Node) -> int:
+    """How many dimensions a tensor-valued node has."""
+    return node.meta["val"].dim()
+
+
+def flatten_rows(module: fx.GraphModule) -> int:
+    """Let row-wise operations on [B, T, W] work on rows [B·T, W].
+
+    TensorRT flattens three dimensions for every matrix product and unfolds them after it: copies
+    before and after a plugin, and slow index arithmetic in its fused elementwise kernels where
+    the batch is dynamic.
+    """
+    flat: dict[fx.Node, fx.Node] = {}
+
+    def rows(node: fx.Node) -> fx.Node:
+        if node not in flat:
+            with module.graph.inserting_after(node):
+                flat[node] = module.graph.call_function(aten.view.default, (node, [-1, node.meta["val"].shape[-1]]))
+        return flat[node]
+
+    rewritten = []
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or node.target not in ROWWISE or rank(node) != 3:
+            continue
+        elementwise = node.target in (aten.add.Tensor, aten.mul.Tensor)
+        activations = [arg for arg in (node.args if elementwise else node.args[:1]) if isinstance(arg, fx.Node)]
+        if any(arg.op == "get_attr" or rank(arg) != 3 for arg in activations):
+            continue  # such as positions, which differ from row to row
+        inputs = {arg: rows(arg) for arg in activations}
+        args = tuple(inputs.get(arg, arg) if isinstance(arg, fx.Node) else arg for arg in node.args)
+        with module.graph.inserting_before(node):
+            if node.target is ops.attention:
+                flat[node] = module.graph.call_function(ops.attention_rows, (args[0], node.meta["val"].shape[1], *args[1:]))
+            else:
+                flat[node] = module.graph.call_function(node.target, args)
+        rewritten.append(node)
+    for node in rewritten:
+        # For what still wants three dimensions; unused where all users work on rows.
+        with module.graph.inserting_after(flat[node]):
+            view = module.graph.call_function(aten.view.default, (flat[node], [-1, *node.meta["val"].shape[1:]]))
+        view.meta = dict(node.meta)
+        node.replace_all_uses_with(view)
+    return len(rewritten)
+
+
 PASSES: tuple[Callable[[fx.GraphModule], int], ...] = (
     recompose_layer_norm,
     recompose_linear,
     remove_whole_slices,
     fold_parameter_slices,
     forget_batch_size,
+    flatten_rows,
 )
 
 

@@ -43,6 +43,30 @@ def _attention_fake(qkv, heads, causal):
     return qkv.new_empty((qkv.shape[0], qkv.shape[1], heads * HEAD_DIM))
 
 
+def attention_rows_reference(qkv: torch.Tensor, tokens: int, heads: int, causal: bool) -> torch.Tensor:
+    """`attention` on rows: [B·T, 3·W] -> [B·T, W] with T = tokens, the form a lowered graph holds."""
+    return attention_reference(qkv.reshape(-1, tokens, qkv.shape[1]), heads, causal).reshape(-1, heads * HEAD_DIM)
+
+
+def _attention_rows_fake(qkv, tokens, heads, causal):
+    return qkv.new_empty((qkv.shape[0], heads * HEAD_DIM))
+
+
+def extract_patches_reference(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Cut images into patches: [B, C, R, R] -> [B, (R/size)², C·size²], values in the order of a convolution's weight.
+
+    A convolution whose stride is its kernel is then one matrix product with that weight.
+    """
+    batch, channels, side = images.shape[0], images.shape[1], images.shape[2] // size
+    cut = images.reshape(batch, channels, side, size, side, size).permute(0, 2, 4, 1, 3, 5)
+    return cut.reshape(batch, side * side, channels * size * size)
+
+
+def _extract_patches_fake(images, size):
+    side = images.shape[2] // size
+    return images.new_empty((images.shape[0], side * side, images.shape[1] * size * size))
+
+
 def prepend_class_token_reference(patches: torch.Tensor, class_token: torch.Tensor) -> torch.Tensor:
     """Put the class token before the patches: [B, N, W] and [W] -> [B, N + 1, W]."""
     return torch.cat([class_token.to(patches.dtype).expand(patches.shape[0], 1, -1), patches], dim=1)
@@ -67,6 +91,9 @@ def _pool_end_of_text_fake(x, tokens):
 
 
 attention = _register("attention(Tensor qkv, int heads, bool causal) -> Tensor", attention_reference, _attention_fake)
+attention_rows = _register("attention_rows(Tensor qkv, int tokens, int heads, bool causal) -> Tensor",
+                           attention_rows_reference, _attention_rows_fake)
+extract_patches = _register("extract_patches(Tensor images, int size) -> Tensor", extract_patches_reference, _extract_patches_fake)
 prepend_class_token = _register("prepend_class_token(Tensor patches, Tensor class_token) -> Tensor",
                                 prepend_class_token_reference, _prepend_class_token_fake)
 pool_end_of_text = _register("pool_end_of_text(Tensor x, Tensor tokens) -> Tensor",
@@ -81,6 +108,8 @@ _library.impl("attention", _attention_cuda, "CUDA")
 
 REFERENCES = {
     attention: attention_reference,
+    attention_rows: attention_rows_reference,
+    extract_patches: extract_patches_reference,
     prepend_class_token: prepend_class_token_reference,
     pool_end_of_text: pool_end_of_text_reference,
 }

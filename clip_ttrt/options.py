@@ -55,6 +55,7 @@ class Options:
     encoder: str = "both"
     backend: str = "auto"
     attention: str = "auto"
+    optimization_level: int = 3  # of TensorRT's builder, 0 to 5: lower builds faster, the engine may be slower
     output: Optional[Path] = None  # artifacts/MODEL-PRECISION
     verify: bool = True
     force: bool = False
@@ -67,6 +68,8 @@ class Options:
                                      (self.backend, BACKENDS, "backend"), (self.attention, ATTENTIONS, "attention")):
             if value not in choices:
                 raise UserError(f"unknown {what} {value!r}; choices: {', '.join(choices)}")
+        if self.optimization_level not in range(6):
+            raise UserError(f"bad optimization level {self.optimization_level!r}: TensorRT's builder has 0 to 5")
 
     @property
     def encoders(self) -> tuple[str, ...]:

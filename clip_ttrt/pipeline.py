@@ -79,7 +79,7 @@ def build_encoder(encoder: str, checkpoint: Checkpoint, options: Options, backen
         from clip_ttrt import engine  # TensorRT's packages import only where there is a GPU
 
         with progress.stage(f"build the {encoder} engine with TensorRT") as time:
-            built = engine.build_engine(graph, example, options.batch, options.precision, attention)
+            built = engine.build_engine(graph, example, options.batch, options.precision, attention, options.optimization_level)
         example = example[:1].expand(options.batch.optimal, *example.shape[1:]).contiguous().cuda()
         module = engine.to_torchscript(built, example, encoder)
         facts |= {"engines": 1, "engine_mib": round(len(built.plan) / 2**20, 2), "network_layers": built.layers, "warnings": list(built.warnings)}
@@ -108,6 +108,7 @@ def describe(options: Options, backend: Backend, attention: str, why: str, check
         "device": backend.device,
         "attention": attention,
         "attention_reason": why,
+        "optimization_level": options.optimization_level,
         "plugin_version": plugin.VERSION if attention == "plugin" else None,
         "versions": backends.versions(),
         "gpu": backends.gpu() if backend.device == "cuda" else {},

@@ -30,9 +30,10 @@ def main() -> None:
     parser.add_argument("--precision", default="fp16")
     parser.add_argument("--encoder", default="both")
     parser.add_argument("--range", default="1:32:256")
+    parser.add_argument("--attention", default="auto")
     parser.add_argument("--out", type=Path, default=Path("results/h200/dynamic_batch.csv"))
     options = parser.parse_args()
-    common = dict(model=options.model, weights=options.weights, precision=options.precision, encoder=options.encoder, backend="tensorrt", verify=False)
+    common = dict(model=options.model, weights=options.weights, precision=options.precision, encoder=options.encoder, backend="tensorrt", attention=options.attention, verify=False)
     batch = int(options.range.split(":")[1])
     checkpoint = load_checkpoint(options.model, options.weights)
     original = original_model(checkpoint.dimensions)
@@ -60,7 +61,7 @@ def main() -> None:
             eager_ms = median_ms(lambda: eager(eager_input))
         medians = {name: statistics.median(rounds) for name, rounds in times.items()}
         append_row(options.out, {
-            "model": options.model, "encoder": encoder, "precision": options.precision, "weights": checkpoint.origin.kind,
+            "model": options.model, "encoder": encoder, "precision": options.precision, "attention": dynamic.manifest["attention"], "weights": checkpoint.origin.kind,
             "batch": batch, "range": options.range, "static_ms": f"{medians['static']:.4f}", "dynamic_ms": f"{medians['dynamic']:.4f}",
             "ratio": f"{medians['dynamic'] / medians['static']:.4f}", "spread": f"{max(times['static']) / min(times['static']) - 1:.4f}",
             "dynamic_without_graph_ms": f"{plain:.4f}", "eager_fp16_ms": f"{eager_ms:.4f}", **provenance()})

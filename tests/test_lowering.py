@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from clip_ttrt import lowering, torchscript
+from clip_ttrt import lowering, ops, torchscript
 from clip_ttrt.checkpoint import load_checkpoint
 from clip_ttrt.encoders import ENCODERS
 from clip_ttrt.models import MODELS
@@ -21,11 +21,32 @@ def test_every_rewrite_is_made_and_nothing_else_is_left(encoder, state_dict):
     graph = lowering.capture(plain, example)
     counts = lowering.lower(graph)
     blocks = len(plain.blocks)
-    assert counts["recompose_linear"] == 4 * blocks + 1
+    assert counts["recompose_linear"] == 4 * blocks + (2 if encoder == "image" else 1)
     assert counts["recompose_layer_norm"] == 2 * blocks + (2 if encoder == "image" else 1)
     targets = {node.target for node in graph.graph.nodes if node.op == "call_function"}
     assert targets <= lowering.OPERATIONS
+    assert ops.attention_rows in targets and ops.attention not in targets
     assert not any(isinstance(node.meta.get("val"), torch.SymInt) for node in graph.graph.nodes)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_activations_flow_as_rows(encoder, state_dict):
+    """Between tokens that are joined or positioned and the two poolings, nothing sees three dimensions."""
+    plain, example = ENCODERS[encoder](state_dict), example_input(encoder, MODELS["demo"])
+    graph = lowering.capture(plain, example)
+    assert lowering.lower(graph)["flatten_rows"] >= 8 * (len(plain.blocks) - 1)
+    views = [node for node in graph.graph.nodes if node.target is torch.ops.aten.view.default]
+    assert len(views) == (5 if encoder == "image" else 3)
+    shapes = {}
+
+    class Recorder(torch.fx.Interpreter):
+        def run_node(self, node):
+            shapes[node] = super().run_node(node)
+            return shapes[node]
+
+    with torch.no_grad():
+        Recorder(graph).run(example)
+    assert all(shapes[node].dim() == 2 for node in graph.graph.nodes if node.target is torch.ops.aten.linear.default)
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)

@@ -30,6 +30,19 @@ def test_attention(heads, tokens, causal):
     assert (actual - attention_in_float64(qkv, heads, causal)).abs().max() < 1e-5
 
 
+def test_attention_on_rows_is_attention():
+    qkv = torch.randn(3, 7, 384)
+    assert torch.equal(ops.attention_rows(qkv.view(21, 384), 7, 2, True), ops.attention(qkv, 2, True).view(21, 128))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_patches_times_a_weight_are_a_convolution(size):
+    images, convolution = torch.randn(2, 3, 8, 8), torch.nn.Conv2d(3, 5, size, stride=size, bias=False)
+    expected = convolution(images).flatten(2).transpose(1, 2)
+    actual = ops.extract_patches(images, size) @ convolution.weight.flatten(1).T
+    assert torch.allclose(actual, expected, atol=1e-6)
+
+
 def test_prepend_class_token():
     patches, token = torch.randn(3, 4, 8), torch.randn(8)
     out = ops.prepend_class_token(patches, token)
@@ -46,7 +59,9 @@ def test_pool_end_of_text_takes_the_first_of_equal_highest_tokens():
 
 def test_fakes_give_the_shapes_of_the_references():
     qkv, tokens = torch.randn(2, 5, 384), torch.zeros(2, 5, dtype=torch.int32)
-    calls = [(ops.attention, (qkv, 2, False)), (ops.prepend_class_token, (qkv, torch.randn(384))), (ops.pool_end_of_text, (qkv, tokens))]
+    images = torch.randn(2, 3, 8, 8)
+    calls = [(ops.attention, (qkv, 2, False)), (ops.attention_rows, (qkv.view(10, 384), 5, 2, False)), (ops.extract_patches, (images, 4)),
+             (ops.prepend_class_token, (qkv, torch.randn(384))), (ops.pool_end_of_text, (qkv, tokens))]
     for op, arguments in calls:
         real = op(*arguments)
         with FakeTensorMode() as mode:

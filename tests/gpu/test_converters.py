@@ -21,6 +21,11 @@ class Attention(nn.Module):
         return ops.attention(x, self.heads, self.causal)
 
 
+class Patches(nn.Module):
+    def forward(self, x):
+        return ops.extract_patches(x, 4)
+
+
 class PrependClassToken(nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -85,6 +90,12 @@ def test_attention(tokens, causal, batch):
     actual, rows = run_in_engine(Attention(3, causal), torch.zeros(2, tokens, 3 * 192), batch, "fp16", 4)
     expected = ops.attention_reference(rows.double(), 3, causal)
     assert (actual - expected).abs().max() < HALF_ERROR
+
+
+@pytest.mark.parametrize("batch", [STATIC, DYNAMIC], ids=str)
+def test_extract_patches(batch):
+    actual, rows = run_in_engine(Patches(), torch.zeros(2, 3, 16, 16), batch, "fp32", 4)
+    assert torch.equal(actual, ops.extract_patches_reference(rows, 4))
 
 
 @pytest.mark.parametrize("batch", [STATIC, DYNAMIC], ids=str)
