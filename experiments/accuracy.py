@@ -16,7 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import Any, Iterator
 
-from clip_ttrt.artifact import read_artifact
+from clip_ttrt import pipeline
+from clip_ttrt.artifact import MANIFEST, Artifact, read_artifact
+from clip_ttrt.errors import UserError
+from clip_ttrt.progress import Progress
 from experiments.record import append_row, provenance, write_environment
 
 ERRORS = ("abs_max", "abs_mean", "abs_median", "rel_max", "rel_mean", "rel_median", "cos_min", "cos_mean")
@@ -26,6 +29,8 @@ def rows_of(folder: Path) -> Iterator[dict[str, Any]]:
     """The CSV rows of one verified artifact: one for each encoder and one for the logits."""
     artifact = read_artifact(folder)
     manifest, report = artifact.manifest, artifact.manifest["verification"]
+    if report is None:
+        raise UserError(f"{folder} was never verified")
     for name, figures in report["errors"].items():
         module = manifest["modules"].get(name, {})
         top1 = report.get("top1", {})
@@ -42,6 +47,15 @@ def rows_of(folder: Path) -> Iterator[dict[str, Any]]:
 def folder_name(model: str, precision: str, batch: str, attention: str) -> str:
     """The name of one compile's artifact folder."""
     return f"{model.replace('/', '-')}-{precision}-{batch.replace(':', '_')}-{attention}"
+
+
+def compiled(root: Path, model: str, weights: str | None, precision: str, batch: str, attention: str, **options: Any) -> Artifact:
+    """The artifact of one compile with TensorRT under a root folder: the one that is there, else made and verified now."""
+    folder = root / folder_name(model, precision, batch, attention)
+    if not (folder / MANIFEST).is_file():
+        pipeline.compile(progress=Progress(), model=model, weights=weights, precision=precision, batch=batch, attention=attention, backend="tensorrt",
+                         output=folder, **options)
+    return read_artifact(folder)
 
 
 def done(path: Path) -> set[tuple[str, ...]]:
@@ -62,24 +76,31 @@ def main() -> int:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--out", type=Path, default=Path("results/h200"))
     parser.add_argument("--artifacts", type=Path, help="keep the artifacts in this folder")
+    parser.add_argument("--of", nargs="+", type=Path, metavar="ARTIFACT", help="write the rows of these artifacts and compile nothing")
+    parser.add_argument("--csv", default="accuracy.csv", help="the file's name in --out")
     options = parser.parse_args()
     write_environment(options.out / "environment.json")
+    if options.of:
+        for folder in options.of:
+            for row in rows_of(folder):
+                append_row(options.out / options.csv, row)
+        return 0
     failed = 0
     with tempfile.TemporaryDirectory() as temporary:
         for batch, model, precision in itertools.product(options.batches, options.models, options.precisions):
-            if (model, precision, batch, options.attention) in done(options.out / "accuracy.csv"):
+            if (model, precision, batch, options.attention) in done(options.out / options.csv):
                 continue
             folder = (options.artifacts or Path(temporary)) / folder_name(model, precision, batch, options.attention)
             command = [sys.executable, "-m", "clip_ttrt.compile", "--model", model, "--precision", precision, "--batch", batch, "--backend", options.backend,
                        "--attention", options.attention, "--output", str(folder), "--force",
                        *([] if model == "demo" else ["--weights", options.weights])]
             code = subprocess.run(command).returncode
-            if not (folder / "manifest.json").is_file():
+            if not (folder / MANIFEST).is_file():
                 print(json.dumps({"failed": model, "precision": precision, "batch": batch, "exit code": code}), flush=True)
                 failed += 1
                 continue
             for row in rows_of(folder):
-                append_row(options.out / "accuracy.csv", row)
+                append_row(options.out / options.csv, row)
             failed += code != 0
     return 1 if failed else 0
 

@@ -3,7 +3,8 @@
     python -m experiments.dynamic_batch --model ViT-B/32 --weights random --out results/h200/dynamic_batch.csv
 
 Medians of CUDA-graph replays on random inputs, static and dynamic measured alternately; beside them the
-original `clip` model in eager fp16.  Needs a GPU with TensorRT.
+original `clip` model in eager fp16.  Needs a GPU with TensorRT.  With --artifacts FOLDER, artifacts are taken from there
+where they are (under the names that experiments.accuracy gives) and left there.
 """
 import argparse
 import statistics
@@ -11,12 +12,12 @@ import tempfile
 from pathlib import Path
 
 import torch
+from clip.model import convert_weights
 
-import clip_ttrt
 from clip_ttrt.accuracy import inputs_for
 from clip_ttrt.artifact import load_modules
 from clip_ttrt.checkpoint import load_checkpoint, original_model
-from clip_ttrt.progress import Progress
+from experiments.accuracy import compiled
 from experiments.record import append_row, provenance
 from experiments.timing import graphed, median_ms
 
@@ -28,22 +29,23 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--weights", default=None)
     parser.add_argument("--precision", default="fp16")
-    parser.add_argument("--encoder", default="both")
     parser.add_argument("--range", default="1:32:256")
-    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--attention", choices=("native", "plugin"), default="native")
+    parser.add_argument("--artifacts", type=Path)
     parser.add_argument("--out", type=Path, default=Path("results/h200/dynamic_batch.csv"))
     options = parser.parse_args()
-    common = dict(model=options.model, weights=options.weights, precision=options.precision, encoder=options.encoder, backend="tensorrt", attention=options.attention, verify=False)
     batch = int(options.range.split(":")[1])
     checkpoint = load_checkpoint(options.model, options.weights)
     original = original_model(checkpoint.dimensions)
     original.load_state_dict(checkpoint.state_dict)
-    original = original.eval().cuda().half()
-    with tempfile.TemporaryDirectory() as folder:
-        static = clip_ttrt.compile(progress=Progress(), batch=batch, output=f"{folder}/static", **common)
-        dynamic = clip_ttrt.compile(progress=Progress(), batch=options.range, output=f"{folder}/dynamic", **common)
-        modules = {"static": load_modules(static), "dynamic": load_modules(dynamic)}
-    for encoder in static.encoders:
+    original = original.eval().cuda()
+    convert_weights(original)  # to fp16, as clip.load does on a GPU
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.artifacts or Path(temporary)
+        made = {name: compiled(folder, options.model, options.weights, options.precision, sizes, options.attention)
+                for name, sizes in (("static", str(batch)), ("dynamic", options.range))}
+        modules = {name: load_modules(artifact) for name, artifact in made.items()}
+    for encoder in made["static"].encoders:
         if encoder == "image":
             example = torch.randn(batch, 3, checkpoint.dimensions.image_resolution, checkpoint.dimensions.image_resolution, device="cuda")
             eager, eager_input = original.encode_image, example.half()
@@ -61,7 +63,7 @@ def main() -> None:
             eager_ms = median_ms(lambda: eager(eager_input))
         medians = {name: statistics.median(rounds) for name, rounds in times.items()}
         append_row(options.out, {
-            "model": options.model, "encoder": encoder, "precision": options.precision, "attention": dynamic.manifest["attention"], "weights": checkpoint.origin.kind,
+            "model": options.model, "encoder": encoder, "precision": options.precision, "attention": made["dynamic"].manifest["attention"], "weights": checkpoint.origin.kind,
             "batch": batch, "range": options.range, "static_ms": f"{medians['static']:.4f}", "dynamic_ms": f"{medians['dynamic']:.4f}",
             "ratio": f"{medians['dynamic'] / medians['static']:.4f}", "spread": f"{max(times['static']) / min(times['static']) - 1:.4f}",
             "dynamic_without_graph_ms": f"{plain:.4f}", "eager_fp16_ms": f"{eager_ms:.4f}", **provenance()})

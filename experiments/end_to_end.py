@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from clip_ttrt import artifact, pipeline
+from clip_ttrt.artifact import load_modules
 from clip_ttrt.encoders import DIFFERENTIABLE, ImageEncoder, TextEncoder
 from clip_ttrt.models import Dimensions, dimensions_of
-from clip_ttrt.progress import Progress
+from experiments.accuracy import compiled
 from experiments.record import append_row, provenance
 from experiments.timing import graphed, median_ms
 
@@ -42,16 +42,14 @@ def random_input(encoder: str, dims: Dimensions, batch: int, dtype: torch.dtype)
     return torch.randint(1, 49407, (batch, dims.context_length), device="cuda", dtype=torch.int32)
 
 
-def measure(backend: str, attention: str, model: str, encoder: str, batch: int) -> tuple[float, float]:
+def measure(backend: str, attention: str, model: str, encoder: str, batch: int, artifacts: Path) -> tuple[float, float]:
     """Milliseconds of one call and seconds that building took."""
     dims = dimensions_of(model)
     start = time.perf_counter()
     with torch.no_grad():
         if backend == "clip_ttrt":
-            with tempfile.TemporaryDirectory() as folder:
-                made = pipeline.compile(progress=Progress(), model=model, weights="random", precision="fp16", batch=batch, encoder=encoder, backend="tensorrt",
-                                        attention=attention, verify=False, output=f"{folder}/artifact")
-                module = artifact.load_modules(made)[encoder]
+            made = compiled(artifacts, model, "random", "fp16", str(batch), attention)
+            module = load_modules(made)[encoder]
             x = random_input(encoder, dims, batch, torch.float32)
             call = graphed(lambda: module(x))
         else:
@@ -77,13 +75,15 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["ViT-B/32"])
     parser.add_argument("--encoders", nargs="+", default=["image", "text"])
     parser.add_argument("--batches", nargs="+", type=int, default=[32])
+    parser.add_argument("--artifacts", type=Path, help="folder from which artifacts are taken, and in which new ones stay")
     parser.add_argument("--out", type=Path, default=Path("results/h200/end_to_end.csv"))
     options = parser.parse_args()
     attentions = options.attention if options.backend == "clip_ttrt" else ["sdpa"]
-    for model, encoder, batch, attention in itertools.product(options.models, options.encoders, options.batches, attentions):
-        milliseconds, built = measure(options.backend, attention, model, encoder, batch)
-        append_row(options.out, {"model": model, "encoder": encoder, "backend": options.backend, "attention": attention, "precision": "fp16", "batch": batch,
-                                 "median_ms": f"{milliseconds:.4f}", "per_second": f"{batch / milliseconds * 1e3:.0f}", "build_s": f"{built:.1f}", **provenance()})
+    with tempfile.TemporaryDirectory() as temporary:
+        for model, encoder, batch, attention in itertools.product(options.models, options.encoders, options.batches, attentions):
+            milliseconds, built = measure(options.backend, attention, model, encoder, batch, options.artifacts or Path(temporary))
+            append_row(options.out, {"model": model, "encoder": encoder, "backend": options.backend, "attention": attention, "precision": "fp16", "batch": batch,
+                                     "median_ms": f"{milliseconds:.4f}", "per_second": f"{batch / milliseconds * 1e3:.0f}", "build_s": f"{built:.1f}", **provenance()})
 
 
 if __name__ == "__main__":
