@@ -161,16 +161,16 @@ def _converted(ours: str, value: torch.Tensor) -> torch.Tensor:
     return value.T if ours == "projection.weight" else value.flatten(1) if ours == "patches.weight" else value
 
 
-def image_encoder(state_dict: Mapping[str, torch.Tensor]) -> ImageEncoder:
+def image_encoder(state_dict: Mapping[str, torch.Tensor], fused: FusedOps = FusedOps()) -> ImageEncoder:
     """The image encoder of a state dict in OpenAI's naming, fp32, in evaluation mode."""
     dims = dimensions_from(state_dict)
-    return _load(ImageEncoder(dims), image_names(dims), state_dict)
+    return _load(ImageEncoder(dims, fused), image_names(dims), state_dict)
 
 
-def text_encoder(state_dict: Mapping[str, torch.Tensor]) -> TextEncoder:
+def text_encoder(state_dict: Mapping[str, torch.Tensor], fused: FusedOps = FusedOps()) -> TextEncoder:
     """The text encoder of a state dict in OpenAI's naming, fp32, in evaluation mode."""
     dims = dimensions_from(state_dict)
-    return _load(TextEncoder(dims), text_names(dims), state_dict)
+    return _load(TextEncoder(dims, fused), text_names(dims), state_dict)
 
 
 def to_openai(image: ImageEncoder, text: TextEncoder, dims: Dimensions, logit_scale: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ no sizes at all; anything else is an error that names it.
 """
 import inspect
 import operator
+import sys
 from typing import Callable
 
 import torch
@@ -39,6 +40,11 @@ def find_nodes(module: fx.GraphModule, target) -> list[fx.Node]:
 
 class LoweringError(RuntimeError):
     """The exported graph holds operations that no backend implements; the message names them."""
+
+
+def can_export() -> bool:
+    """Whether torch.export runs on this Python: that of PyTorch 2.2 needs one older than 3.12."""
+    return sys.version_info < (3, 12) or not torch.__version__.startswith("2.2.")
 
 
 def capture(encoder: nn.Module, example: torch.Tensor) -> fx.GraphModule:

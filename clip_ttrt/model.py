@@ -1,4 +1,5 @@
 """`load`: an artifact as a drop-in for what `clip.load` returns."""
+import contextlib
 import threading
 import warnings
 from pathlib import Path
@@ -16,8 +17,8 @@ from clip_ttrt.options import BatchRange
 def load(folder: Union[str, Path], device: Optional[str] = None, force: bool = False) -> tuple["CompiledCLIP", Callable]:
     """Load an artifact: `model, preprocess = clip_ttrt.load(DIR, device="cuda")`.
 
-    device: `cuda` or `cpu`; by default the one the artifact was compiled for, and no other is
-    possible.  force: load although verification failed.
+    device: `cuda`, `cuda:N` or `cpu`; by default the kind the artifact was compiled for, and no
+    other kind is possible.  force: load although verification failed.
     Returns the model and the transform from a PIL image to float32 [3, R, R], which is OpenAI's.
 
     Raises UserError where the folder is no artifact, was altered, failed its verification, or
@@ -28,12 +29,26 @@ def load(folder: Union[str, Path], device: Optional[str] = None, force: bool = F
         raise UserError(f"{folder} failed its verification; compile again, or load it all the same with force=True (--force)")
     if artifact.verified is None:
         warnings.warn(f"{folder} was never verified; python -m clip_ttrt.verify {folder} compares it with the original model", stacklevel=2)
-    check_runs_here(artifact, device)
     try:
-        model = CompiledCLIP(artifact, load_modules(artifact))
+        with current_device(device):
+            check_runs_here(artifact, device)
+            model = CompiledCLIP(artifact, load_modules(artifact))
     except torch.cuda.OutOfMemoryError as problem:
         raise out_of_memory(f"loading {folder}") from problem
     return model, preprocess(artifact.dimensions.image_resolution)
+
+
+def current_device(device: Optional[str]):
+    """A context in which `cuda:N` is the current GPU, on which the runtime places an engine."""
+    try:
+        index = None if device is None else torch.device(device).index
+    except RuntimeError as problem:
+        raise UserError(f"unknown device {device!r}; write cuda, cuda:N or cpu") from problem
+    if index is None or not torch.cuda.is_available():
+        return contextlib.nullcontext()
+    if index >= torch.cuda.device_count():
+        raise UserError(f"there is no {device} here: {torch.cuda.device_count()} GPUs answer")
+    return torch.cuda.device(index)
 
 
 def preprocess(resolution: int) -> Callable:

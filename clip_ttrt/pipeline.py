@@ -3,12 +3,13 @@ from dataclasses import asdict
 from typing import Any, Optional
 
 import torch
+from torch import fx, nn
 
 from clip_ttrt import accuracy, backends, guard, lowering, plugin, torchscript
 from clip_ttrt.artifact import Artifact, draft
 from clip_ttrt.backends import Backend
 from clip_ttrt.checkpoint import Checkpoint, load_checkpoint
-from clip_ttrt.encoders import ENCODERS
+from clip_ttrt.encoders import DIFFERENTIABLE, ENCODERS, FusedOps
 from clip_ttrt.errors import VerificationError
 from clip_ttrt.models import Dimensions
 from clip_ttrt.options import BatchRange, Options
@@ -62,28 +63,50 @@ def build_encoder(encoder: str, checkpoint: Checkpoint, options: Options, backen
                   progress: Progress) -> tuple[torch.jit.ScriptModule, dict[str, Any]]:
     """One encoder as the TorchScript module to save, and facts about it for the manifest."""
     example = example_input(encoder, checkpoint.dimensions)
-    plain = ENCODERS[encoder](checkpoint.state_dict)
     if backend.name == "torchscript":
-        plain = plain.to(backend.device, torch.half if backend.computes_in == "fp16" else torch.float)
-        example = example.to(backend.device)
-        if example.is_floating_point():
-            example = example.to(plain.positions.dtype)
+        if backend.computes_in == "fp16" and example.is_floating_point():
+            example = example.half()
+        module, facts, seconds = build_torchscript(encoder, checkpoint, backend, example.to(backend.device), progress)
+    else:
+        module, facts, seconds = build_tensorrt(encoder, checkpoint, options, attention, example, progress)
+    return guard.guard(module, example.to(backend.device), options.batch), {**facts, "build_seconds": round(seconds, 2)}
+
+
+def build_torchscript(encoder: str, checkpoint: Checkpoint, backend: Backend, example: torch.Tensor,
+                      progress: Progress) -> tuple[torch.jit.ScriptModule, dict[str, Any], float]:
+    """One encoder through TorchScript: the module, facts for the manifest, seconds."""
+    exported = lowering.can_export()
+    plain = ENCODERS[encoder](checkpoint.state_dict, FusedOps() if exported else DIFFERENTIABLE)
+    plain = plain.to(backend.device, torch.half if backend.computes_in == "fp16" else torch.float)
+    if not exported:
+        with progress.stage(f"trace the {encoder} encoder as it is (torch.export of PyTorch 2.2 needs Python 3.11 or older)") as time:
+            module = torchscript.trace(plain, example)
+        return module, {"rewrites": {}}, time["seconds"]
+    graph, rewrites = lowered(plain, example, encoder, progress)
+    with progress.stage(f"trace the {encoder} encoder") as time:
+        module = torchscript.build(graph, example)
+    return module, {"rewrites": rewrites}, time["seconds"]
+
+
+def build_tensorrt(encoder: str, checkpoint: Checkpoint, options: Options, attention: str, example: torch.Tensor,
+                   progress: Progress) -> tuple[torch.jit.ScriptModule, dict[str, Any], float]:
+    """One encoder as one TensorRT engine: the module, facts for the manifest, seconds."""
+    from clip_ttrt import engine  # TensorRT's packages import only where there is a GPU
+
+    graph, rewrites = lowered(ENCODERS[encoder](checkpoint.state_dict), example, encoder, progress)
+    with progress.stage(f"build the {encoder} engine with TensorRT") as time:
+        built = engine.build_engine(graph, example, options.batch, options.precision, attention, options.optimization_level)
+    whole_batch = example[:1].expand(options.batch.optimal, *example.shape[1:]).contiguous().cuda()
+    module = engine.to_torchscript(built, whole_batch, encoder)
+    facts = {"rewrites": rewrites, "engines": 1, "engine_mib": round(len(built.plan) / 2**20, 2), "network_layers": built.layers, "warnings": list(built.warnings)}
+    return module, facts, time["seconds"]
+
+
+def lowered(plain: nn.Module, example: torch.Tensor, encoder: str, progress: Progress) -> tuple[fx.GraphModule, dict[str, int]]:
+    """The exported and lowered graph of an encoder, and how often each pass rewrote."""
     with progress.stage(f"export the {encoder} encoder"):
         graph = lowering.capture(plain, example)
-        rewrites = lowering.lower(graph)
-    facts = {"rewrites": rewrites}
-    if backend.name == "torchscript":
-        with progress.stage(f"trace the {encoder} encoder") as time:
-            module = torchscript.build(graph, example)
-    else:
-        from clip_ttrt import engine  # TensorRT's packages import only where there is a GPU
-
-        with progress.stage(f"build the {encoder} engine with TensorRT") as time:
-            built = engine.build_engine(graph, example, options.batch, options.precision, attention, options.optimization_level)
-        example = example[:1].expand(options.batch.optimal, *example.shape[1:]).contiguous().cuda()
-        module = engine.to_torchscript(built, example, encoder)
-        facts |= {"engines": 1, "engine_mib": round(len(built.plan) / 2**20, 2), "network_layers": built.layers, "warnings": list(built.warnings)}
-    return guard.guard(module, example, options.batch), {**facts, "build_seconds": round(time["seconds"], 2)}
+        return graph, lowering.lower(graph)
 
 
 def example_input(encoder: str, dims: Dimensions) -> torch.Tensor:

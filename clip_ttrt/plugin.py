@@ -58,7 +58,7 @@ def resolve_attention(asked: str, backend: str, precision: str) -> tuple[str, st
     elif not available():
         obstacle = f"{LIBRARY.name} is not built; {BUILD_IT}"
     if asked == "plugin" and obstacle:
-        raise UserError(f"--attention plugin: {obstacle}, or use --attention native or auto")
+        raise UserError(f"--attention plugin cannot be used: {obstacle}; or use --attention native or auto")
     if asked == "native":
         return "native", "as asked"
     if obstacle:

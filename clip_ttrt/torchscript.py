@@ -3,7 +3,7 @@
 For machines without TensorRT, on the CPU or a GPU.
 """
 import torch
-from torch import fx
+from torch import fx, nn
 
 from clip_ttrt import ops
 
@@ -25,5 +25,10 @@ def build(module: fx.GraphModule, example: torch.Tensor) -> torch.jit.ScriptModu
     example: one input, batch >= 2, on the device and in the dtype to run in.
     """
     inline_references(module)
+    return trace(module, example)
+
+
+def trace(module: nn.Module, example: torch.Tensor) -> torch.jit.ScriptModule:
+    """Trace a module that calls no op of ours, such as an encoder built with `encoders.DIFFERENTIABLE`."""
     with torch.no_grad():
         return torch.jit.trace(module, (example,), check_trace=False)

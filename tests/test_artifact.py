@@ -216,3 +216,8 @@ def test_another_device_than_compiled_for(demo_artifact):
     other = "cuda" if demo_artifact.device == "cpu" else "cpu"
     with pytest.raises(UserError, match=f"compiled for {demo_artifact.device}, not {other}"):
         clip_ttrt.load(demo_artifact.folder, device=other)
+
+
+def test_a_device_that_does_not_exist(demo_artifact):
+    with pytest.raises(UserError, match="unknown device 'gpu'"):
+        clip_ttrt.load(demo_artifact.folder, device="gpu")

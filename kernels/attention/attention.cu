@@ -1,0 +1,1171 @@
+// Fused attention on packed QKV for CLIP's short sequences (50, 77, 197, 257, 577 tokens; any up to
+// 1024), head dimension 64, fp16 in and out, fp32 softmax. Interface and layout: attention.h.
+//
+// Three kernels:
+//   portable_kernel  mma.sync and cp.async, sm_80 and newer. One block takes 64 query rows of one
+//                    (image, head) and walks over the keys in chunks of 64.
+//   hopper_kernel    wgmma and tensor copies (TMA), sm_90a. One persistent block per multiprocessor: two
+//                    threads keep copying the next heads' keys, values and queries into shared memory
+//                    while up to four warpgroups compute, each on its own tile of 64 query rows.
+//   short_kernel     mma.sync and tensor copies, sm_90a. Heads of up to 80 tokens, whole, in a ring; every
+//                    warp computes on its own tile of 16 query rows.
+// All hold scores in registers and rescale the running output only when the row maximum has grown by
+// more than 2^8 since the last rescale (exact in real arithmetic, and rarely needed).
+// How each choice was reached: NOTES.md.
+
+#include "attention.h"
+
+#include <cuda.h>
+#include <cuda_fp16.h>
+
+#include <atomic>
+
+#include "wgmma.cuh"
+
+namespace {
+
+constexpr int kHeadDim = kClipAttentionHeadDim;
+constexpr int kRowBytes = kHeadDim * 2;  // one head's row of q, k, v or out: 128 bytes
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kScale = 0.125f * kLog2e;  // 1/sqrt(64), with exp(x) = exp2(x log2 e)
+constexpr float kRescaleAbove = 8.0f;      // log2 of the largest probability weight kept unscaled
+
+// ---------------------------------------------------------------------------------------------
+// Pieces that both kernels use
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ uint32_t pack_half2(float low, float high) {
+  __half2 packed = __floats2half2_rn(low, high);
+  return *reinterpret_cast<uint32_t*>(&packed);
+}
+
+// The four lanes of a quad share a row of the accumulators.
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// Lane t of a quad holds word t of four 16-byte pieces and gets the whole of piece t.
+__device__ __forceinline__ uint4 quad_transpose(uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+  const uint32_t a = __shfl_xor_sync(0xffffffffu, odd ? r0 : r1, 1);
+  const uint32_t b = __shfl_xor_sync(0xffffffffu, odd ? r2 : r3, 1);
+  const uint32_t low0 = odd ? a : r0, high0 = odd ? r1 : a;
+  const uint32_t low1 = odd ? b : r2, high1 = odd ? r3 : b;
+  const uint32_t c = __shfl_xor_sync(0xffffffffu, upper ? low0 : low1, 2);
+  const uint32_t d = __shfl_xor_sync(0xffffffffu, upper ? high0 : high1, 2);
+  return upper ? make_uint4(c, d, low1, high1) : make_uint4(low0, high0, c, d);
+}
+
+// Softmax state of one thread: two rows (r and r + 8 of a 16-row tile), and their output in the
+// accumulator layout: o[4 j + e] is row r + 8 (e / 2), column 8 j + 2 (lane % 4) + e % 2.
+struct Rows {
+  float o[32];
+  float maximum[2];  // of the raw scores; may lag by kRescaleAbove
+  float sum[2];      // this thread's columns only, until the end
+};
+
+// Scores s[4 j + e] (layout as above) of N keys to probability weights in place; updates maximum and
+// sum. Returns whether the output of earlier keys must shrink by `shrink`, the same for the whole warp.
+// Every lane of the warp must call it.
+template <int N>
+__device__ __forceinline__ bool softmax_weights(float (&s)[N / 2], Rows& rows, bool first,
+                                                float (&shrink)[2]) {
+  float top[2] = {s[0], s[2]};
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) top[(i >> 1) & 1] = fmaxf(top[(i >> 1) & 1], s[i]);
+  top[0] = quad_max(top[0]);
+  top[1] = quad_max(top[1]);
+  bool rescale = false;
+  if (first) {
+    rows.maximum[0] = top[0];
+    rows.maximum[1] = top[1];
+    rows.sum[0] = rows.sum[1] = 0.0f;
+  } else {
+    const bool grown = (top[0] - rows.maximum[0]) * kScale > kRescaleAbove ||
+                       (top[1] - rows.maximum[1]) * kScale > kRescaleAbove;
+    rescale = __any_sync(0xffffffffu, grown);
+    if (rescale) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float maximum = fmaxf(rows.maximum[r], top[r]);
+        shrink[r] = exp2_fast((rows.maximum[r] - maximum) * kScale);
+        rows.maximum[r] = maximum;
+        rows.sum[r] *= shrink[r];
+      }
+    }
+  }
+  const float shift[2] = {rows.maximum[0] * kScale, rows.maximum[1] * kScale};
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) {
+    const int r = (i >> 1) & 1;
+    s[i] = exp2_fast(fmaf(s[i], kScale, -shift[r]));
+    rows.sum[r] += s[i];
+  }
+  return rescale;
+}
+
+__device__ __forceinline__ void shrink_output(Rows& rows, const float (&shrink)[2]) {
+#pragma unroll
+  for (int i = 0; i < 32; ++i) rows.o[i] *= shrink[(i >> 1) & 1];
+}
+
+template <int N>
+__device__ __forceinline__ void softmax_step(float (&s)[N / 2], Rows& rows, bool first) {
+  float shrink[2];
+  if (softmax_weights<N>(s, rows, first, shrink)) shrink_output(rows, shrink);
+}
+
+// Hides keys from `limit[r]` on, for the columns first_column .. N - 1 of a chunk that starts at key k0.
+template <int N, int kFirstColumn>
+__device__ __forceinline__ void mask_step(float (&s)[N / 2], int k0, const int (&limit)[2]) {
+  const int column = k0 + 2 * (threadIdx.x & 3);
+#pragma unroll
+  for (int i = kFirstColumn / 2; i < N / 2; ++i) {
+    if (column + 8 * (i >> 2) + (i & 1) >= limit[(i >> 1) & 1]) s[i] = -INFINITY;
+  }
+}
+
+// Divides by the sums and writes rows `row` and `row + 8` (this lane's) of one head as 16-byte pieces.
+__device__ __forceinline__ void store_rows(const Rows& rows, __half* head_out, int64_t row_stride,
+                                           int row, int tokens) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float scale = 1.0f / quad_sum(rows.sum[r]);
+    uint32_t packed[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+      packed[j] = pack_half2(rows.o[4 * j + 2 * r] * scale, rows.o[4 * j + 2 * r + 1] * scale);
+    const uint4 left = quad_transpose(packed[0], packed[1], packed[2], packed[3]);
+    const uint4 right = quad_transpose(packed[4], packed[5], packed[6], packed[7]);
+    if (row + 8 * r < tokens) {
+      uint4* target = reinterpret_cast<uint4*>(head_out + (row + 8 * r) * row_stride) + (threadIdx.x & 3);
+      target[0] = left;
+      target[4] = right;
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Portable kernel: mma.sync, cp.async
+
+__device__ __forceinline__ void copy_async_16(uint32_t target, const void* source, bool valid) {
+  const int bytes = valid ? 16 : 0;  // 0: the 16 bytes are filled with zeros, nothing is read
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ void mma_16x8x16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Rows of 128 bytes, their eight 16-byte pieces permuted by the row: eight rows of one column, which
+// is what ldmatrix reads, then lie in different banks.
+__device__ __forceinline__ uint32_t swizzled(int row, int piece) {
+  return row * kRowBytes + ((piece ^ (row & 7)) << 4);
+}
+
+// Copies `count` rows from `first` on of one head's q, k or v to shared memory; rows from `tokens` on
+// become zeros (a value row that is never written could hold NaN, and 0 * NaN is NaN).
+template <int kThreads, int kCount>
+__device__ __forceinline__ void copy_rows(uint32_t target, const __half* source, int64_t row_stride,
+                                          int first, int tokens) {
+#pragma unroll
+  for (int i = 0; i < (kCount * 8 + kThreads - 1) / kThreads; ++i) {
+    const int index = i * kThreads + threadIdx.x;
+    const int row = index >> 3, piece = index & 7;
+    if ((kCount * 8) % kThreads != 0 && row >= kCount) break;
+    const bool valid = first + row < tokens;
+    copy_async_16(target + swizzled(row, piece),
+                  source + (valid ? (first + row) * row_stride : 0) + piece * 8, valid);
+  }
+}
+
+// kWarps warps of kTiles 16-row tiles each; keys in chunks of kKeys, kStages chunks in flight.
+template <int kWarps, int kTiles, int kKeys, int kStages, int kBlocks>
+__global__ void __launch_bounds__(kWarps * 32, kBlocks)
+    portable_kernel(const __half* __restrict__ qkv, __half* __restrict__ out, int64_t units,
+                    int row_blocks, int heads, int tokens, int causal) {
+  constexpr int kThreads = kWarps * 32;
+  constexpr int kQueryRows = kWarps * kTiles * 16;
+  constexpr int kGroups = kKeys / 16;
+  extern __shared__ __align__(128) unsigned char shared[];
+  const uint32_t q_shared = shared_address(shared);
+  const uint32_t ring = q_shared + kQueryRows * kRowBytes;
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const int width = heads * kHeadDim;
+  const int64_t row_stride = 3 * static_cast<int64_t>(width);
+
+  for (int64_t unit = blockIdx.x; unit < units; unit += gridDim.x) {
+    const int row_block = static_cast<int>(unit % row_blocks);
+    const int64_t pair = unit / row_blocks;
+    const int head = static_cast<int>(pair % heads);
+    const int64_t image = pair / heads;
+    const __half* q = qkv + image * tokens * row_stride + head * kHeadDim;
+    const __half* k = q + width;
+    const __half* v = k + width;
+    const int q0 = row_block * kQueryRows;
+    // Keys that any row of this block may see, and the chunks they fill.
+    const int keys = causal ? min(tokens, q0 + kQueryRows) : tokens;
+    const int chunks = (keys + kKeys - 1) / kKeys;
+
+    // Each chunk is two groups of copies (k, then v); the queries travel with the first keys.
+    copy_rows<kThreads, kQueryRows>(q_shared, q, row_stride, q0, tokens);
+#pragma unroll
+    for (int c = 0; c < kStages - 1; ++c) {
+      const uint32_t stage = ring + c * kKeys * kRowBytes * 2;
+      if (c < chunks) copy_rows<kThreads, kKeys>(stage, k, row_stride, c * kKeys, tokens);
+      copy_async_commit();
+      if (c < chunks)
+        copy_rows<kThreads, kKeys>(stage + kKeys * kRowBytes, v, row_stride, c * kKeys, tokens);
+      copy_async_commit();
+    }
+
+    const int tile0 = q0 + warp * kTiles * 16;
+    const bool busy = tile0 < tokens;  // the same for the whole warp
+    uint32_t q_fragments[kTiles][4][4];
+    Rows rows[kTiles];
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 32; ++i) rows[t].o[i] = 0.0f;
+      rows[t].maximum[0] = rows[t].maximum[1] = 0.0f;
+      rows[t].sum[0] = rows[t].sum[1] = 0.0f;
+    }
+
+    for (int c = 0; c < chunks; ++c) {
+      const int k0 = c * kKeys;
+      const uint32_t k_shared = ring + (c % kStages) * kKeys * kRowBytes * 2;
+      const uint32_t v_shared = k_shared + kKeys * kRowBytes;
+      copy_async_wait<2 * (kStages - 1) - 1>();
+      __syncthreads();  // this chunk's keys are there, and every warp has left the chunk before
+      {
+        const int next = c + kStages - 1;
+        const uint32_t stage = ring + (next % kStages) * kKeys * kRowBytes * 2;
+        if (next < chunks) copy_rows<kThreads, kKeys>(stage, k, row_stride, next * kKeys, tokens);
+        copy_async_commit();
+        if (next < chunks)
+          copy_rows<kThreads, kKeys>(stage + kKeys * kRowBytes, v, row_stride, next * kKeys, tokens);
+        copy_async_commit();
+      }
+      float s[kTiles][kKeys / 2];
+      const int last_row = min(tile0 + kTiles * 16, tokens) - 1;
+      const int visible = (causal ? min(keys, last_row + 1) : keys) - k0;  // for this warp
+      const int groups = busy && visible > 0 ? min(kGroups, (visible + 15) / 16) : 0;
+      if (c == 0) {
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+          for (int d = 0; d < 4; ++d)
+            load_matrices(q_fragments[t][d], q_shared + swizzled((warp * kTiles + t) * 16 + (lane & 15),
+                                                                  2 * d + (lane >> 4)));
+      }
+      if (groups > 0) {
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+          for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+            for (int i = 0; i < 8; ++i) s[t][8 * g + i] = g < groups ? 0.0f : -INFINITY;
+          if (g < groups) {
+#pragma unroll
+            for (int d = 0; d < 4; ++d) {
+              uint32_t b[4];
+              load_matrices(b, k_shared + swizzled(g * 16 + (lane & 7) + ((lane >> 4) << 3),
+                                                   2 * d + ((lane >> 3) & 1)));
+#pragma unroll
+              for (int t = 0; t < kTiles; ++t) {
+                mma_16x8x16(&s[t][8 * g], q_fragments[t][d], b[0], b[1]);
+                mma_16x8x16(&s[t][8 * g + 4], q_fragments[t][d], b[2], b[3]);
+              }
+            }
+          }
+        }
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+          const int row = tile0 + t * 16 + (lane >> 2);
+          if (k0 + kKeys > tokens || (causal && k0 + kKeys > tile0 + t * 16)) {
+            const int limit[2] = {causal ? min(tokens, row + 1) : tokens,
+                                  causal ? min(tokens, row + 9) : tokens};
+            mask_step<kKeys, 0>(s[t], k0, limit);
+          }
+          softmax_step<kKeys>(s[t], rows[t], c == 0);
+        }
+      }
+      copy_async_wait<2 * (kStages - 1)>();
+      __syncthreads();  // this chunk's values are there
+      if (groups > 0) {
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g) {
+          if (g < groups) {
+            uint32_t p[kTiles][4];
+#pragma unroll
+            for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+              for (int i = 0; i < 4; ++i)
+                p[t][i] = pack_half2(s[t][8 * g + 2 * i], s[t][8 * g + 2 * i + 1]);
+#pragma unroll
+            for (int d = 0; d < 4; ++d) {
+              uint32_t b[4];
+              load_matrices_transposed(b, v_shared + swizzled(g * 16 + (lane & 15), 2 * d + (lane >> 4)));
+#pragma unroll
+              for (int t = 0; t < kTiles; ++t) {
+                mma_16x8x16(&rows[t].o[8 * d], p[t], b[0], b[1]);
+                mma_16x8x16(&rows[t].o[8 * d + 4], p[t], b[2], b[3]);
+              }
+            }
+          }
+        }
+      }
+    }
+    if (busy) {
+      __half* head_out = out + image * tokens * width + head * kHeadDim;
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t)
+        store_rows(rows[t], head_out, width, tile0 + t * 16 + (lane >> 2), tokens);
+    }
+    copy_async_wait<0>();
+    __syncthreads();  // before the next unit's copies overwrite what a slower warp still reads
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Hopper kernel: wgmma, tensor copies
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Returns once the phase with this parity has completed (parity 1 on a fresh barrier: at once).
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// A box of 64 columns of a [batch][tokens][columns] tensor; rows past `tokens` arrive as zeros.
+__device__ __forceinline__ void copy_tensor(uint32_t target, const CUtensorMap* map, uint32_t barrier,
+                                            int column, int row, int image) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(target),
+      "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(image)
+      : "memory");
+}
+
+constexpr int kTileRows = 64;  // of a warpgroup
+constexpr int kTileBytes = kTileRows * kRowBytes;
+constexpr int kMaxStages = 24;
+constexpr int kHopperSharedBytes = 227 * 1024;  // that a block may have on sm_90
+constexpr int kHopperReservedBytes = 1024 + 2048;  // to align tiles; barriers and what the system keeps
+
+// Where one block's work lies. A unit is one (image, head) and up to tiles_per_unit of its tiles; a block
+// takes units blockIdx.x, blockIdx.x + gridDim.x, ...
+struct HopperPlan {
+  int units;
+  int heads;
+  int tokens;
+  int full_chunks;  // chunks of kKeys keys, before the last one of kTailKeys
+  int units_per_head;
+  int tiles_per_unit;
+  int stages;  // of the ring, each one chunk of k and of v
+  // gridDim.x as a step in the mixed radix (image, head, part of the head's tiles).
+  int step_image, step_head, step_part;
+};
+
+// kKeys: keys of a chunk. kTailKeys: of a head's last chunk, whose first kTailSeen keys are real (the
+// mask then skips them). kGroups: warpgroups that compute. kQueries: query tiles in flight for each.
+template <int kKeys, int kTailKeys, int kTailSeen, int kGroups, int kQueries, bool kCausal>
+struct HopperShape {
+  static constexpr int keys = kKeys, tail_keys = kTailKeys, tail_seen = kTailSeen, groups = kGroups,
+                       queries = kQueries;
+  static constexpr bool causal = kCausal;
+  static constexpr int chunk_bytes = kKeys * kRowBytes;  // of k, or of v
+  static constexpr int query_bytes = kGroups * kQueries * kTileBytes;
+  // Many warpgroups need more registers each than an equal share: the copying warp then gets a
+  // warpgroup of its own, which gives back most of what it had at launch.
+  static constexpr bool moves_registers = kGroups >= 3;
+  static constexpr int threads = kGroups * 128 + (moves_registers ? 128 : 64);
+  static constexpr int launch_registers = 65536 / threads / 8 * 8;
+  static constexpr int copy_registers = 32;
+  static constexpr int compute_registers =
+      (launch_registers * threads - copy_registers * 128) / (kGroups * 128) / 8 * 8;
+  static_assert(kKeys % 16 == 0 && kTailKeys % 8 == 0 && kTailKeys <= kKeys && kTailSeen <= kTailKeys,
+                "chunk shape");
+  // Stages of the ring that fit, beside what alignment, barriers and the system take.
+  static constexpr int max_stages_fit =
+      (kHopperSharedBytes - kHopperReservedBytes - query_bytes) / (2 * chunk_bytes);
+  static constexpr int max_stages = max_stages_fit < kMaxStages ? max_stages_fit : kMaxStages;
+  static_assert(!moves_registers || compute_registers <= 240, "registers");
+};
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// Issues the scores of a tile against N keys; they are there after a wait.
+template <int N>
+__device__ __forceinline__ void issue_scores(float (&s)[N / 2], uint32_t q_shared, uint32_t k_shared) {
+  wgmma::fence();
+#pragma unroll
+  for (int d = 0; d < 4; ++d)  // 16 columns are 32 bytes: 2 in a descriptor's units of 16
+    wgmma::Scores<N>::step(s, wgmma::descriptor(q_shared, 2 * d), wgmma::descriptor(k_shared, 2 * d),
+                           d > 0);
+  wgmma::commit();
+}
+
+// Issues the product of N weights, rounded to fp16, with N values (N rounded up to 16: weights past N are
+// zero, and the copy left no NaN in those rows of v). `first`: overwrites the output.
+template <int N>
+__device__ __forceinline__ void issue_values(const uint32_t (&p)[(N + 15) / 16 * 4], Rows& rows,
+                                             uint32_t v_shared, bool first) {
+  wgmma::fence();
+#pragma unroll
+  for (int step = 0; step < (N + 15) / 16; ++step)
+    wgmma::values(rows.o, &p[4 * step], wgmma::descriptor(v_shared, step * kRowBytes),
+                  step > 0 || !first);
+  wgmma::commit();
+}
+
+template <int N>
+__device__ __forceinline__ void pack_weights(const float (&s)[N / 2], uint32_t (&p)[(N + 15) / 16 * 4]) {
+#pragma unroll
+  for (int i = 0; i < (N + 15) / 16 * 4; ++i)
+    p[i] = 2 * i < N / 2 ? pack_half2(s[2 * i], s[2 * i + 1]) : 0;
+}
+
+#endif
+
+// A walk over a block's list of tiles: those of unit blockIdx.x, then of unit blockIdx.x + gridDim.x, ...
+// Steps are additions with carry, since a division per tile would cost as much as a chunk's softmax.
+struct Cursor {
+  int unit, image, head, part;
+  int tile;          // in the unit
+  int stage, phase;  // of the ring, for the unit's first chunk
+
+  __device__ __forceinline__ explicit Cursor(const HopperPlan& plan)
+      : unit(blockIdx.x), part(unit % plan.units_per_head), tile(0), stage(0), phase(0) {
+    const int pair = unit / plan.units_per_head;
+    image = pair / plan.heads;
+    head = pair % plan.heads;
+  }
+
+  __device__ __forceinline__ void next_unit(const HopperPlan& plan) {
+    unit += gridDim.x;
+    image += plan.step_image;
+    head += plan.step_head;
+    part += plan.step_part;
+    if (part >= plan.units_per_head) {
+      part -= plan.units_per_head;
+      ++head;
+    }
+    if (head >= plan.heads) {
+      head -= plan.heads;
+      ++image;
+    }
+    stage += plan.full_chunks + 1;
+    while (stage >= plan.stages) {
+      stage -= plan.stages;
+      phase ^= 1;
+    }
+  }
+
+  __device__ __forceinline__ void skip_tiles(const HopperPlan& plan, int count) {
+    tile += count;
+    while (tile >= plan.tiles_per_unit) {
+      tile -= plan.tiles_per_unit;
+      next_unit(plan);
+    }
+  }
+};
+
+template <class Shape>
+__global__ void __launch_bounds__(Shape::threads, 1)
+    hopper_kernel(const __grid_constant__ CUtensorMap query_map,
+                  const __grid_constant__ CUtensorMap key_map, __half* __restrict__ out,
+                  const HopperPlan plan) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ unsigned char shared[];
+  constexpr int kBuffers = Shape::groups * Shape::queries;
+  __shared__ __align__(8) uint64_t barriers[3 * kMaxStages + 2 * kBuffers];
+  // The swizzle is a function of the address, so tiles start at multiples of 1024.
+  const uint32_t queries = (shared_address(shared) + 1023) & ~1023u;
+  const uint32_t ring = queries + Shape::query_bytes;
+  const uint32_t k_full = shared_address(barriers);
+  const uint32_t v_full = k_full + 8 * kMaxStages;
+  const uint32_t empty = v_full + 8 * kMaxStages;
+  const uint32_t q_full = empty + 8 * kMaxStages;
+  const uint32_t q_empty = q_full + 8 * kBuffers;
+  const int chunks = plan.full_chunks + 1;
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < plan.stages; ++i) {
+      barrier_init(k_full + 8 * i, 1);
+      barrier_init(v_full + 8 * i, 1);
+      barrier_init(empty + 8 * i, 4 * plan.tiles_per_unit);  // one arrival per warp and tile
+    }
+    for (int i = 0; i < kBuffers; ++i) {
+      barrier_init(q_full + 8 * i, 1);
+      barrier_init(q_empty + 8 * i, 4);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async;" ::: "memory");
+  }
+  __syncthreads();
+
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);  // known uniform to the compiler
+  const int lane = threadIdx.x & 31;
+  Cursor at(plan);
+  if (warp >= 4 * Shape::groups) {
+    // The copying warpgroup, of which two threads work.
+    if (Shape::moves_registers)
+      asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Shape::copy_registers));
+    if (warp == 4 * Shape::groups && lane == 0) {
+      // Keys and values of every unit, in order.
+      int stage = 0, phase = 0;
+      for (; at.unit < plan.units; at.next_unit(plan)) {
+        const int k_column = (plan.heads + at.head) * kHeadDim;
+        const int v_column = k_column + plan.heads * kHeadDim;
+        for (int c = 0; c < chunks; ++c) {
+          const uint32_t k_shared = ring + stage * 2 * Shape::chunk_bytes;
+          barrier_wait(empty + 8 * stage, phase ^ 1);
+          barrier_expect(k_full + 8 * stage, Shape::chunk_bytes);
+          copy_tensor(k_shared, &key_map, k_full + 8 * stage, k_column, c * Shape::keys, at.image);
+          barrier_expect(v_full + 8 * stage, Shape::chunk_bytes);
+          copy_tensor(k_shared + Shape::chunk_bytes, &key_map, v_full + 8 * stage, v_column,
+                      c * Shape::keys, at.image);
+          if (++stage == plan.stages) {
+            stage = 0;
+            phase ^= 1;
+          }
+        }
+      }
+    } else if (warp == 4 * Shape::groups + 1 && lane == 0) {
+      // Queries of every tile, in order: item i of the block's list goes to warpgroup i % kGroups.
+      int group = 0, buffer = 0, phase = 0;
+      for (; at.unit < plan.units; at.skip_tiles(plan, 1)) {
+        const int which = group * Shape::queries + buffer;
+        barrier_wait(q_empty + 8 * which, phase ^ 1);
+        barrier_expect(q_full + 8 * which, kTileBytes);
+        copy_tensor(queries + which * kTileBytes, &query_map, q_full + 8 * which, at.head * kHeadDim,
+                    (at.part * plan.tiles_per_unit + at.tile) * kTileRows, at.image);
+        if (++group == Shape::groups) {
+          group = 0;
+          if (++buffer == Shape::queries) {
+            buffer = 0;
+            phase ^= 1;
+          }
+        }
+      }
+    }
+    return;
+  }
+  if (Shape::moves_registers)
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Shape::compute_registers));
+
+  // A computing warpgroup: tiles group, group + kGroups, ... of this block's list of tiles.
+  const int group = warp >> 2, group_warp = warp & 3;
+  Rows rows;
+#pragma unroll
+  for (int i = 0; i < 32; ++i) rows.o[i] = 0.0f;
+
+  int buffer = 0, buffer_phase = 0;
+  for (at.skip_tiles(plan, group); at.unit < plan.units; at.skip_tiles(plan, Shape::groups)) {
+    const int tile = at.part * plan.tiles_per_unit + at.tile;
+    const int row0 = tile * kTileRows + group_warp * 16;
+    const int row = row0 + (lane >> 2);
+    const bool busy = row0 < plan.tokens;  // the same for the whole warp
+    const int limit[2] = {Shape::causal ? min(plan.tokens, row + 1) : plan.tokens,
+                          Shape::causal ? min(plan.tokens, row + 9) : plan.tokens};
+    // Chunks that hold a key some row of the tile may see; none for a tile past the last row, which
+    // exists only to keep the number of arrivals on `empty` the same for every unit.
+    const int keys = Shape::causal ? min(plan.tokens, (tile + 1) * kTileRows) : plan.tokens;
+    const int visible = tile * kTileRows >= plan.tokens ? 0
+                        : Shape::causal ? min(chunks, (keys + Shape::keys - 1) / Shape::keys)
+                                        : chunks;
+    int stage = at.stage, phase = at.phase;
+    auto k_shared = [&] { return ring + stage * 2 * Shape::chunk_bytes; };
+    auto v_shared = [&] { return k_shared() + Shape::chunk_bytes; };
+    auto wait_keys = [&] { barrier_wait(k_full + 8 * stage, phase); };
+    auto wait_values = [&] { barrier_wait(v_full + 8 * stage, phase); };
+    auto next_stage = [&] {
+      if (++stage == plan.stages) {
+        stage = 0;
+        phase ^= 1;
+      }
+    };
+    auto release_stage = [&](int which) {
+      __syncwarp();
+      if (lane == 0) barrier_arrive(empty + 8 * which);
+    };
+    const int which = group * Shape::queries + buffer;
+    const uint32_t q_shared = queries + which * kTileBytes;
+    auto release_queries = [&] {
+      __syncwarp();
+      if (lane == 0) barrier_arrive(q_empty + 8 * which);
+    };
+    barrier_wait(q_full + 8 * which, buffer_phase);
+    int c = 0;
+    for (; c < min(visible, plan.full_chunks); ++c) {
+      float s[Shape::keys / 2];
+      uint32_t p[Shape::keys / 4];
+      wait_keys();
+      issue_scores<Shape::keys>(s, q_shared, k_shared());
+      wgmma::wait<0>();
+      wgmma::settle(s);
+      if (Shape::causal && c == visible - 1) release_queries();
+      if (busy) {  // the same for the whole warp
+        if (Shape::causal && (c + 1) * Shape::keys > row0)
+          mask_step<Shape::keys, 0>(s, c * Shape::keys, limit);
+        softmax_step<Shape::keys>(s, rows, c == 0);
+      }
+      pack_weights<Shape::keys>(s, p);
+      wait_values();
+      issue_values<Shape::keys>(p, rows, v_shared(), c == 0);
+      wgmma::wait<0>();
+      wgmma::settle(rows.o);
+      release_stage(stage);
+      next_stage();
+    }
+    if (c < visible) {
+      float s[Shape::tail_keys / 2];
+      uint32_t p[(Shape::tail_keys + 15) / 16 * 4];
+      wait_keys();
+      issue_scores<Shape::tail_keys>(s, q_shared, k_shared());
+      wgmma::wait<0>();
+      wgmma::settle(s);
+      release_queries();
+      if (busy) {
+        mask_step<Shape::tail_keys, Shape::causal ? 0 : Shape::tail_seen>(s, c * Shape::keys, limit);
+        softmax_step<Shape::tail_keys>(s, rows, c == 0);
+      }
+      pack_weights<Shape::tail_keys>(s, p);
+      wait_values();
+      issue_values<Shape::tail_keys>(p, rows, v_shared(), c == 0);
+      wgmma::wait<0>();
+      wgmma::settle(rows.o);
+      release_stage(stage);
+      next_stage();
+      ++c;
+    }
+    if (visible == 0) release_queries();
+    for (; c < chunks; ++c) {
+      // Both copies must have landed before the stage may be filled again.
+      wait_keys();
+      wait_values();
+      release_stage(stage);
+      next_stage();
+    }
+    if (visible > 0 && busy) {
+      const int width = plan.heads * kHeadDim;
+      store_rows(rows, out + static_cast<int64_t>(at.image) * plan.tokens * width + at.head * kHeadDim,
+                 width, row, plan.tokens);
+    }
+    if (++buffer == Shape::queries) {
+      buffer = 0;
+      buffer_phase ^= 1;
+    }
+  }
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------
+// Short kernel: mma.sync, tensor copies; for heads that are a single chunk of keys
+
+struct ShortPlan {
+  int pairs;  // (image, head)
+  int heads;
+  int tokens;
+  int tiles;  // of 16 rows, per head
+  int stages;  // of the ring, each q, k and v of one head
+  int step_image, step_head;  // gridDim.x as a step in (image, head)
+};
+
+// kRows: rows of q, k and v that are copied, at least the tokens. kWarps: warps that compute, each on its own
+// tile of 16 rows, beside the one that copies.
+template <int kRows, int kWarps, int kBlocks>
+__global__ void __launch_bounds__(kWarps * 32 + 32, kBlocks)
+    short_kernel(const __grid_constant__ CUtensorMap map, __half* __restrict__ out, const ShortPlan plan,
+                 const int causal) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr int kPartBytes = kRows * kRowBytes;  // q, k or v of a head
+  constexpr int kGroups = kRows / 16;
+  extern __shared__ unsigned char shared[];
+  __shared__ __align__(8) uint64_t barriers[2 * kMaxStages];
+  const uint32_t ring = (shared_address(shared) + 1023) & ~1023u;
+  const uint32_t full = shared_address(barriers);
+  const uint32_t empty = full + 8 * kMaxStages;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < plan.stages; ++i) {
+      barrier_init(full + 8 * i, 1);
+      barrier_init(empty + 8 * i, plan.tiles);  // one arrival per tile
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async;" ::: "memory");
+  }
+  __syncthreads();
+
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
+  int pair = blockIdx.x, image = pair / plan.heads, head = pair % plan.heads, stage = 0, phase = 0;
+  auto next_pair = [&] {
+    pair += gridDim.x;
+    image += plan.step_image;
+    head += plan.step_head;
+    if (head >= plan.heads) {
+      head -= plan.heads;
+      ++image;
+    }
+    if (++stage == plan.stages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  };
+  if (warp == kWarps) {
+    if (lane == 0) {
+      for (; pair < plan.pairs; next_pair()) {
+        barrier_wait(empty + 8 * stage, phase ^ 1);
+        barrier_expect(full + 8 * stage, 3 * kPartBytes);
+#pragma unroll
+        for (int part = 0; part < 3; ++part)
+          copy_tensor(ring + (3 * stage + part) * kPartBytes, &map, full + 8 * stage,
+                      (part * plan.heads + head) * kHeadDim, 0, image);
+      }
+    }
+    return;
+  }
+
+  const int width = plan.heads * kHeadDim;
+  int tile = warp;
+  for (;; tile += kWarps) {
+    while (tile >= plan.tiles) {
+      tile -= plan.tiles;
+      next_pair();
+    }
+    if (pair >= plan.pairs) break;
+    const uint32_t q_shared = ring + 3 * stage * kPartBytes;
+    const uint32_t k_shared = q_shared + kPartBytes, v_shared = k_shared + kPartBytes;
+    const int row = tile * 16 + (lane >> 2);
+    // The last group of 16 keys that this tile sees, the only one that needs a mask.
+    const int last = causal ? tile : (plan.tokens - 1) / 16;
+    const int limit[2] = {causal ? row + 1 : plan.tokens, causal ? row + 9 : plan.tokens};
+
+    barrier_wait(full + 8 * stage, phase);
+    uint32_t q[4][4];
+#pragma unroll
+    for (int d = 0; d < 4; ++d)
+      load_matrices(q[d], q_shared + swizzled(tile * 16 + (lane & 15), 2 * d + (lane >> 4)));
+    Rows rows;
+    float s[kRows / 2];
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      float(&part)[8] = *reinterpret_cast<float(*)[8]>(&s[8 * g]);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) part[i] = g <= last ? 0.0f : -INFINITY;
+      if (g <= last) {
+#pragma unroll
+        for (int d = 0; d < 4; ++d) {
+          uint32_t b[4];
+          load_matrices(b, k_shared + swizzled(g * 16 + (lane & 7) + ((lane >> 4) << 3),
+                                               2 * d + ((lane >> 3) & 1)));
+          mma_16x8x16(&part[0], q[d], b[0], b[1]);
+          mma_16x8x16(&part[4], q[d], b[2], b[3]);
+        }
+        if (g == last) mask_step<16, 0>(part, g * 16, limit);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 32; ++i) rows.o[i] = 0.0f;
+    softmax_step<kRows>(s, rows, true);
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      if (g <= last) {
+        uint32_t p[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) p[i] = pack_half2(s[8 * g + 2 * i], s[8 * g + 2 * i + 1]);
+#pragma unroll
+        for (int d = 0; d < 4; ++d) {
+          uint32_t b[4];
+          load_matrices_transposed(b, v_shared + swizzled(g * 16 + (lane & 15), 2 * d + (lane >> 4)));
+          mma_16x8x16(&rows.o[8 * d], p, b[0], b[1]);
+          mma_16x8x16(&rows.o[8 * d + 4], p, b[2], b[3]);
+        }
+      }
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(empty + 8 * stage);
+    store_rows(rows, out + static_cast<int64_t>(image) * plan.tokens * width + head * kHeadDim, width, row,
+               plan.tokens);
+  }
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------
+// Launchers
+
+struct Device {
+  int sm_major, sm_minor, sm_count, shared_bytes;
+};
+
+cudaError_t current_device(Device& device) {
+  int id = 0;
+  cudaError_t status = cudaGetDevice(&id);
+  if (status == cudaSuccess)
+    status = cudaDeviceGetAttribute(&device.sm_major, cudaDevAttrComputeCapabilityMajor, id);
+  if (status == cudaSuccess)
+    status = cudaDeviceGetAttribute(&device.sm_minor, cudaDevAttrComputeCapabilityMinor, id);
+  if (status == cudaSuccess)
+    status = cudaDeviceGetAttribute(&device.sm_count, cudaDevAttrMultiProcessorCount, id);
+  if (status == cudaSuccess)
+    status = cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
+  return status;
+}
+
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+template <int kWarps, int kTiles, int kKeys, int kStages, int kBlocks>
+cudaError_t launch_portable(const ClipAttentionParams& params, const Device&, cudaStream_t stream) {
+  constexpr int kQueryRows = kWarps * kTiles * 16;
+  const int row_blocks = ceil_div(params.tokens, kQueryRows);
+  const int stages = ceil_div(params.tokens, kKeys) < kStages ? ceil_div(params.tokens, kKeys) : kStages;
+  const int shared = (kQueryRows + stages * kKeys * 2) * kRowBytes;
+  const int64_t units = params.batch * params.heads * row_blocks;
+  const int64_t blocks = units < (int64_t(1) << 30) ? units : int64_t(1) << 30;
+  auto kernel = portable_kernel<kWarps, kTiles, kKeys, kStages, kBlocks>;
+  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (status != cudaSuccess) return status;
+  kernel<<<static_cast<unsigned>(blocks), kWarps * 32, shared, stream>>>(
+      static_cast<const __half*>(params.qkv), static_cast<__half*>(params.out), units, row_blocks,
+      params.heads, params.tokens, params.causal);
+  return cudaGetLastError();
+}
+
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's function, found at run time so that the library needs no libcuda at link time.
+cudaError_t find_encode_tiled(EncodeTiled& encode) {
+  static std::atomic<EncodeTiled> known{nullptr};
+  EncodeTiled found = known.load(std::memory_order_acquire);
+  if (found == nullptr) {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+    cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000,
+                                                          cudaEnableDefault, &result);
+#else
+    cudaError_t status =
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &result);
+#endif
+    if (status != cudaSuccess) return status;
+    if (result != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+    found = reinterpret_cast<EncodeTiled>(entry);
+    known.store(found, std::memory_order_release);
+  }
+  encode = found;
+  return cudaSuccess;
+}
+
+// Boxes of 64 columns and `rows` rows of qkv, in the layout that wgmma::descriptor describes.
+cudaError_t encode_map(CUtensorMap& map, const ClipAttentionParams& params, int rows) {
+  EncodeTiled encode;
+  cudaError_t status = find_encode_tiled(encode);
+  if (status != cudaSuccess) return status;
+  const cuuint64_t columns = 3 * static_cast<cuuint64_t>(params.heads) * kHeadDim;
+  const cuuint64_t sizes[3] = {columns, static_cast<cuuint64_t>(params.tokens),
+                               static_cast<cuuint64_t>(params.batch)};
+  const cuuint64_t strides[2] = {columns * 2, columns * 2 * params.tokens};
+  const cuuint32_t box[3] = {kHeadDim, static_cast<cuuint32_t>(rows), 1};
+  const cuuint32_t element_strides[3] = {1, 1, 1};
+  const CUresult result =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3, const_cast<void*>(params.qkv), sizes, strides, box,
+             element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+constexpr int hopper_full_chunks(int tokens, int keys, int tail_keys) {
+  return tokens > tail_keys ? ceil_div(tokens - tail_keys, keys) : 0;
+}
+
+template <class Shape>
+bool hopper_serves(int tokens, int causal) {
+  const int full_chunks = hopper_full_chunks(tokens, Shape::keys, Shape::tail_keys);
+  const int tail = tokens - full_chunks * Shape::keys;
+  return tail >= 1 && tail >= Shape::tail_seen && (causal != 0) == Shape::causal;
+}
+
+// How many tiles of a head one block takes at a time. A larger unit loads keys and values less often,
+// a smaller one spreads a small batch over the chip: the cost of a unit is taken as its tiles plus one
+// for its keys and values, and the cost of the launch as that of the units of the busiest block.
+int choose_tiles_per_unit(int64_t pairs, int tiles, int sm_count) {
+  int best = tiles;
+  int64_t best_cost = INT64_MAX;
+  for (int size = tiles; size >= 1; --size) {
+    const int64_t units = pairs * ceil_div(tiles, size);
+    const int64_t cost = (units + sm_count - 1) / sm_count * (size + 1);
+    if (cost < best_cost) {
+      best_cost = cost;
+      best = size;
+    }
+  }
+  return best;
+}
+
+template <class Shape>
+cudaError_t launch_hopper(const ClipAttentionParams& params, const Device& device, cudaStream_t stream) {
+  auto kernel = hopper_kernel<Shape>;
+  HopperPlan plan;
+  plan.heads = params.heads;
+  plan.tokens = params.tokens;
+  plan.full_chunks = hopper_full_chunks(params.tokens, Shape::keys, Shape::tail_keys);
+  const int chunks = plan.full_chunks + 1;
+  plan.stages = Shape::max_stages;
+  const int tiles = ceil_div(params.tokens, kTileRows);
+  const int64_t pairs = params.batch * params.heads;
+  plan.tiles_per_unit = choose_tiles_per_unit(pairs, tiles, device.sm_count);
+  // A warpgroup that meets a unit again for another tile starts over at the unit's first chunk, which
+  // must then still be there.
+  if (plan.stages < chunks && plan.tiles_per_unit > Shape::groups) plan.tiles_per_unit = Shape::groups;
+  plan.units_per_head = ceil_div(tiles, plan.tiles_per_unit);
+  const int64_t units = pairs * plan.units_per_head;
+  if (units > INT32_MAX / 2) return cudaErrorInvalidValue;  // a qkv of more than 400 GB
+  plan.units = static_cast<int>(units);
+  const int grid = plan.units < device.sm_count ? plan.units : device.sm_count;
+  const int turns = ceil_div(plan.units, grid);
+  plan.step_part = grid % plan.units_per_head;
+  plan.step_head = grid / plan.units_per_head % params.heads;
+  plan.step_image = grid / plan.units_per_head / params.heads;
+  if (plan.stages > turns * chunks) plan.stages = turns * chunks;
+  const int shared = 1024 + Shape::query_bytes + plan.stages * 2 * Shape::chunk_bytes;
+  CUtensorMap query_map, key_map;
+  cudaError_t status = encode_map(query_map, params, kTileRows);
+  if (status == cudaSuccess) status = encode_map(key_map, params, Shape::keys);
+  if (status == cudaSuccess)
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (status != cudaSuccess) return status;
+  kernel<<<grid, Shape::threads, shared, stream>>>(query_map, key_map, static_cast<__half*>(params.out),
+                                                   plan);
+  return cudaGetLastError();
+}
+
+template <int kRows, int kWarps, int kBlocks>
+cudaError_t launch_short(const ClipAttentionParams& params, const Device& device, cudaStream_t stream) {
+  constexpr int kStageBytes = 3 * kRows * kRowBytes;
+  auto kernel = short_kernel<kRows, kWarps, kBlocks>;
+  const int64_t pairs = params.batch * params.heads;
+  if (pairs > INT32_MAX / 2) return cudaErrorInvalidValue;  // a qkv of more than 400 GB
+  ShortPlan plan;
+  plan.pairs = static_cast<int>(pairs);
+  plan.heads = params.heads;
+  plan.tokens = params.tokens;
+  plan.tiles = ceil_div(params.tokens, 16);
+  const int resident = device.sm_count * kBlocks;
+  const int grid = plan.pairs < resident ? plan.pairs : resident;
+  plan.step_head = grid % params.heads;
+  plan.step_image = grid / params.heads;
+  plan.stages = (kHopperSharedBytes / kBlocks - kHopperReservedBytes) / kStageBytes;
+  if (plan.stages > kMaxStages) plan.stages = kMaxStages;
+  if (plan.stages > ceil_div(plan.pairs, grid)) plan.stages = ceil_div(plan.pairs, grid);
+  const int shared = 1024 + plan.stages * kStageBytes;
+  CUtensorMap map;
+  cudaError_t status = encode_map(map, params, kRows);
+  if (status == cudaSuccess)
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (status != cudaSuccess) return status;
+  kernel<<<grid, kWarps * 32 + 32, shared, stream>>>(map, static_cast<__half*>(params.out), plan,
+                                                     params.causal);
+  return cudaGetLastError();
+}
+
+// ---------------------------------------------------------------------------------------------
+// Variants, and the choice among them
+
+using Launch = cudaError_t (*)(const ClipAttentionParams&, const Device&, cudaStream_t);
+using Serves = bool (*)(int tokens, int causal);
+
+struct Variant {
+  int id;
+  const char* name;
+  bool hopper;
+  Launch launch;
+  Serves serves;
+};
+
+bool serves_all(int, int) { return true; }
+
+template <int kWarps, int kTiles, int kKeys, int kStages, int kBlocks>
+constexpr Variant portable(int id, const char* name) {
+  return {id, name, false, launch_portable<kWarps, kTiles, kKeys, kStages, kBlocks>, serves_all};
+}
+
+template <int kKeys, int kTailKeys, int kTailSeen, int kGroups, int kQueries, bool kCausal>
+constexpr Variant hopper(int id, const char* name) {
+  using Shape = HopperShape<kKeys, kTailKeys, kTailSeen, kGroups, kQueries, kCausal>;
+  return {id, name, true, launch_hopper<Shape>, hopper_serves<Shape>};
+}
+
+template <int kRows, int kWarps, int kBlocks>
+constexpr Variant short_variant(int id, const char* name) {
+  return {id, name, true, launch_short<kRows, kWarps, kBlocks>,
+          [](int tokens, int) { return tokens <= kRows; }};
+}
+
+// Names: warps x tiles x keys x stages; rows, warps x blocks; keys/tail keys x warpgroups.
+enum VariantId {
+  kPortable = 1,
+  kShort64 = 10,
+  kShort80 = 11,
+  kHopper64Tail56 = 20,
+  kHopper64 = 21,
+  kHopper96Tail8 = 22,
+  kHopper96Tail72 = 23,
+  kHopper96 = 24,
+  kHopper96Causal = 25,
+  kHopper128Tail8 = 26,
+  kHopper128Tail72 = 27,
+};
+
+const Variant kVariants[] = {
+    portable<4, 1, 64, 3, 4>(kPortable, "portable 4x1x64x3"),
+    short_variant<64, 4, 4>(kShort64, "short 64 4x4"),
+    short_variant<80, 9, 2>(kShort80, "short 80 9x2"),
+    hopper<64, 56, 49, 4, 2, false>(kHopper64Tail56, "hopper 64/56x4"),
+    hopper<64, 64, 1, 4, 2, false>(kHopper64, "hopper 64/64x4"),
+    hopper<96, 8, 1, 4, 1, false>(kHopper96Tail8, "hopper 96/8x4"),
+    hopper<96, 72, 65, 4, 1, false>(kHopper96Tail72, "hopper 96/72x4"),
+    hopper<96, 96, 1, 4, 1, false>(kHopper96, "hopper 96/96x4"),
+    hopper<96, 96, 1, 4, 1, true>(kHopper96Causal, "hopper 96/96x4 causal"),
+    hopper<128, 8, 1, 1, 1, false>(kHopper128Tail8, "hopper 128/8x1"),
+    hopper<128, 72, 65, 3, 1, false>(kHopper128Tail72, "hopper 128/72x3"),
+};
+
+const Variant* find_variant(int id) {
+  for (const Variant& variant : kVariants)
+    if (variant.id == id) return &variant;
+  return nullptr;
+}
+
+bool variant_serves(const Variant& variant, int tokens, int causal, int sm_major, int sm_minor) {
+  if (sm_major < 8) return false;
+  if (variant.hopper && !(sm_major == 9 && sm_minor == 0)) return false;
+  return variant.serves(tokens, causal);
+}
+
+}  // namespace
+
+extern "C" int32_t clip_attention_params_size(void) { return sizeof(ClipAttentionParams); }
+
+extern "C" int32_t clip_attention_supported(int64_t batch, int32_t heads, int32_t tokens,
+                                            int32_t head_dim, int32_t sm_major, int32_t) {
+  return batch >= 1 && heads >= 1 && heads <= kClipAttentionMaxHeads && tokens >= 1 &&
+         tokens <= kClipAttentionMaxTokens && head_dim == kClipAttentionHeadDim && sm_major >= 8;
+}
+
+extern "C" const char* clip_attention_variant(int32_t index, int32_t* id) {
+  if (index < 0 || index >= static_cast<int32_t>(sizeof(kVariants) / sizeof(kVariants[0]))) return nullptr;
+  if (id != nullptr) *id = kVariants[index].id;
+  return kVariants[index].name;
+}
+
+extern "C" int32_t clip_attention_variant_serves(int32_t variant, int32_t tokens, int32_t causal,
+                                                 int32_t sm_major, int32_t sm_minor) {
+  const Variant* found = find_variant(variant);
+  return found != nullptr && variant_serves(*found, tokens, causal, sm_major, sm_minor);
+}
+
+// The measurements behind this are in NOTES.md. CLIP's lengths are 50, 77 (and shorter prompts), 197, 257
+// and 577; other lengths take what serves them with the least padding.
+extern "C" int32_t clip_attention_choose(int64_t batch, int32_t heads, int32_t tokens, int32_t causal,
+                                         int32_t sm_major, int32_t sm_minor, int32_t sm_count) {
+  if (sm_major != 9 || sm_minor != 0) return kPortable;
+  const int64_t pairs = batch * heads;
+  const auto serves = [&](int id) { return find_variant(id)->serves(tokens, causal); };
+  if (tokens <= 80) {
+    // A block of warpgroups needs a tile of 64 rows that is mostly full, and several heads in flight.
+    if (!causal && pairs > sm_count) {
+      if (serves(kHopper64Tail56)) return kHopper64Tail56;
+      if (tokens > 56 && serves(kHopper64)) return kHopper64;
+    }
+    return tokens <= 64 ? kShort64 : kShort80;
+  }
+  if (causal) return kHopper96Causal;
+  // One tile per multiprocessor: few long steps beat many warpgroups.
+  if (pairs * ceil_div(tokens, kTileRows) <= sm_count) {
+    if (serves(kHopper128Tail8)) return kHopper128Tail8;
+    if (serves(kHopper128Tail72)) return kHopper128Tail72;
+  }
+  if (serves(kHopper96Tail8)) return kHopper96Tail8;
+  if (serves(kHopper96Tail72)) return kHopper96Tail72;
+  return kHopper96;
+}
+
+extern "C" cudaError_t clip_attention_launch(const ClipAttentionParams* params, cudaStream_t stream) {
+  if (params == nullptr || params->qkv == nullptr || params->out == nullptr) return cudaErrorInvalidValue;
+  if (reinterpret_cast<uintptr_t>(params->qkv) % 16 != 0 || reinterpret_cast<uintptr_t>(params->out) % 16 != 0)
+    return cudaErrorInvalidValue;
+  Device device;
+  cudaError_t status = current_device(device);
+  if (status != cudaSuccess) return status;
+  if (device.sm_major < 8) return cudaErrorNoKernelImageForDevice;
+  if (!clip_attention_supported(params->batch, params->heads, params->tokens, kHeadDim, device.sm_major,
+                                device.sm_minor))
+    return cudaErrorInvalidValue;
+  const int id = params->variant != 0
+                     ? params->variant
+                     : clip_attention_choose(params->batch, params->heads, params->tokens, params->causal,
+                                             device.sm_major, device.sm_minor, device.sm_count);
+  const Variant* variant = find_variant(id);
+  if (variant == nullptr ||
+      !variant_serves(*variant, params->tokens, params->causal, device.sm_major, device.sm_minor))
+    return cudaErrorInvalidValue;
+  return variant->launch(*params, device, stream);
+}

@@ -1,0 +1,69 @@
+// Fused attention for CLIP: the interface between callers (the TensorRT plugin, the PyTorch op, the
+// benchmark) and the kernels. Pointers, sizes and a stream only: neither Torch nor TensorRT.
+//
+//   qkv  fp16 [batch, tokens, 3 * heads * 64], contiguous, as CLIP's QKV linear writes it: the blocks
+//        q | k | v, each heads * 64 wide, head h in columns 64 h .. 64 h + 63 of its block
+//   out  fp16 [batch, tokens, heads * 64], contiguous
+//   out = softmax(q k^T / sqrt(64)) v per image and head; with `causal`, token i sees tokens 0 .. i.
+//
+// Products and softmax accumulate in fp32. Same input, same bits.
+#ifndef CLIP_TTRT_ATTENTION_H_
+#define CLIP_TTRT_ATTENTION_H_
+
+#include <cuda_runtime_api.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum {
+  kClipAttentionHeadDim = 64,
+  kClipAttentionMaxHeads = 40,
+  kClipAttentionMaxTokens = 1024,
+};
+
+// Plain data, also filled through ctypes (experiments/attention_bench.py): keep the two alike.
+typedef struct ClipAttentionParams {
+  const void* qkv;  // device, 16-byte aligned
+  void* out;        // device, 16-byte aligned
+  int64_t batch;    // >= 1
+  int32_t heads;    // 1 .. kClipAttentionMaxHeads
+  int32_t tokens;   // 1 .. kClipAttentionMaxTokens
+  int32_t causal;   // 0 or 1
+  int32_t variant;  // 0: the automatic choice; else an id that clip_attention_variant_name knows
+} ClipAttentionParams;
+
+// Enqueues on `stream` and returns at once; safe in CUDA-graph capture; allocates nothing.
+// cudaErrorInvalidValue: a size or a pointer outside the contract above, or a variant that does not
+// serve these sizes. cudaErrorNoKernelImageForDevice: the GPU is older than sm_80.
+cudaError_t clip_attention_launch(const ClipAttentionParams* params, cudaStream_t stream);
+
+// 1 where clip_attention_launch serves these sizes on a GPU of compute capability sm_major.sm_minor.
+int32_t clip_attention_supported(int64_t batch, int32_t heads, int32_t tokens, int32_t head_dim,
+                                 int32_t sm_major, int32_t sm_minor);
+
+// The variant that `variant = 0` stands for: a pure function of its arguments.
+int32_t clip_attention_choose(int64_t batch, int32_t heads, int32_t tokens, int32_t causal,
+                              int32_t sm_major, int32_t sm_minor, int32_t sm_count);
+
+// Name of the index-th variant and its id through `id`; NULL past the last one.
+const char* clip_attention_variant(int32_t index, int32_t* id);
+
+// 1 where this variant can serve these sizes on this GPU.
+int32_t clip_attention_variant_serves(int32_t variant, int32_t tokens, int32_t causal,
+                                      int32_t sm_major, int32_t sm_minor);
+
+// Only in a library that was built with TensorRT's headers: registers the plugin (attention_plugin.cpp) if
+// libnvinfer is loaded in this process. 1: TensorRT knows the plugin now, also if it did before. Loading
+// the library calls it too, so only a program that loads TensorRT later needs to.
+int32_t clip_attention_register_plugin(void);
+
+// sizeof(ClipAttentionParams): lets a caller in another language check that its copy agrees.
+int32_t clip_attention_params_size(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif  // CLIP_TTRT_ATTENTION_H_

@@ -1,0 +1,260 @@
+// The TensorRT plugin around clip_attention_launch (attention.h).
+//
+//   name     ClipAttention, version "1", default namespace
+//   fields   heads   int32  1 .. 40
+//            tokens  int32  1 .. 1024
+//            causal  int32  0 or 1
+//   input 0  qkv, fp16, linear, [batch * tokens, 3 * heads * 64] or [batch, tokens, 3 * heads * 64]
+//   output 0 fp16, linear, the input's shape with heads * 64 as its last dimension
+//
+// Rank 2 is what TensorRT's matrix products give and take without a copy; the number of tokens, which the
+// shape then does not show, is a field.
+//
+// The creator registers itself when the library is loaded, if libnvinfer is in the process by then;
+// clip_attention_register_plugin() does the same later. libnvinfer is looked up among the libraries
+// already loaded and never linked: the library then also loads where there is no TensorRT (the benchmark,
+// the PyTorch op), and finds the one that Python loaded privately.
+
+#include <NvInferRuntime.h>
+#include <NvInferVersion.h>
+
+#include <dlfcn.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <string>
+
+#include "attention.h"
+
+namespace {
+
+constexpr char kName[] = "ClipAttention";
+constexpr char kVersion[] = "1";
+constexpr int32_t kInputs = 1, kOutputs = 1;
+constexpr int32_t kQkv = 0, kOut = 1;  // positions in supportsFormatCombination
+constexpr int32_t kFlatRank = 2;     // [batch * tokens, width]
+constexpr int32_t kBatchedRank = 3;  // [batch, tokens, width]
+
+// What an engine file holds for one attention layer.
+struct Serialized {
+  int32_t layout;  // of this struct; another number is another version of this file
+  int32_t heads;
+  int32_t tokens;
+  int32_t causal;
+};
+constexpr int32_t kLayout = 1;
+
+bool valid(int32_t heads, int32_t tokens, int32_t causal) {
+  return heads >= 1 && heads <= kClipAttentionMaxHeads && tokens >= 1 &&
+         tokens <= kClipAttentionMaxTokens && (causal == 0 || causal == 1);
+}
+
+void report(const char* what) { std::fprintf(stderr, "%s plugin: %s\n", kName, what); }
+
+class AttentionPlugin final : public nvinfer1::IPluginV2DynamicExt {
+ public:
+  AttentionPlugin(int32_t heads, int32_t tokens, int32_t causal, const std::string& plugin_namespace)
+      : heads_(heads), tokens_(tokens), causal_(causal), namespace_(plugin_namespace) {}
+
+  // IPluginV2DynamicExt
+
+  nvinfer1::IPluginV2DynamicExt* clone() const noexcept override {
+    try {
+      return new AttentionPlugin(heads_, tokens_, causal_, namespace_);
+    } catch (const std::exception& error) {
+      report(error.what());
+      return nullptr;
+    }
+  }
+
+  nvinfer1::DimsExprs getOutputDimensions(int32_t, const nvinfer1::DimsExprs* inputs, int32_t,
+                                          nvinfer1::IExprBuilder& builder) noexcept override {
+    nvinfer1::DimsExprs out = inputs[0];
+    out.d[out.nbDims - 1] = builder.constant(heads_ * kClipAttentionHeadDim);
+    return out;
+  }
+
+  bool supportsFormatCombination(int32_t position, const nvinfer1::PluginTensorDesc* tensors,
+                                 int32_t inputs, int32_t outputs) noexcept override {
+    return inputs == kInputs && outputs == kOutputs && (position == kQkv || position == kOut) &&
+           tensors[position].type == nvinfer1::DataType::kHALF &&
+           tensors[position].format == nvinfer1::TensorFormat::kLINEAR;
+  }
+
+  void configurePlugin(const nvinfer1::DynamicPluginTensorDesc*, int32_t,
+                       const nvinfer1::DynamicPluginTensorDesc*, int32_t) noexcept override {}
+
+  size_t getWorkspaceSize(const nvinfer1::PluginTensorDesc*, int32_t, const nvinfer1::PluginTensorDesc*,
+                          int32_t) const noexcept override {
+    return 0;
+  }
+
+  int32_t enqueue(const nvinfer1::PluginTensorDesc* input, const nvinfer1::PluginTensorDesc*,
+                  const void* const* inputs, void* const* outputs, void*,
+                  cudaStream_t stream) noexcept override {
+    const nvinfer1::Dims& dims = input[0].dims;
+    const bool flat = dims.nbDims == kFlatRank;
+    if ((!flat && (dims.nbDims != kBatchedRank || dims.d[1] != tokens_)) ||
+        dims.d[dims.nbDims - 1] != 3 * heads_ * kClipAttentionHeadDim) {
+      report("the input is neither [batch * tokens, 3 * heads * 64] nor [batch, tokens, 3 * heads * 64] "
+             "for the heads and tokens that it was built with");
+      return static_cast<int32_t>(cudaErrorInvalidValue);
+    }
+    if (flat && dims.d[0] % tokens_ != 0) {
+      report("the number of rows is not a multiple of the tokens that it was built with");
+      return static_cast<int32_t>(cudaErrorInvalidValue);
+    }
+    ClipAttentionParams params = {};
+    params.qkv = inputs[0];
+    params.out = outputs[0];
+    params.batch = flat ? dims.d[0] / tokens_ : dims.d[0];
+    params.heads = heads_;
+    params.tokens = tokens_;
+    params.causal = causal_;
+    if (params.batch == 0) return 0;
+    const cudaError_t status = clip_attention_launch(&params, stream);
+    if (status != cudaSuccess) report(cudaGetErrorString(status));
+    return static_cast<int32_t>(status);
+  }
+
+  // IPluginV2Ext
+
+  nvinfer1::DataType getOutputDataType(int32_t, const nvinfer1::DataType* inputs,
+                                       int32_t) const noexcept override {
+    return inputs[0];
+  }
+
+  // IPluginV2
+
+  const char* getPluginType() const noexcept override { return kName; }
+  const char* getPluginVersion() const noexcept override { return kVersion; }
+  int32_t getNbOutputs() const noexcept override { return kOutputs; }
+  int32_t initialize() noexcept override { return 0; }
+  void terminate() noexcept override {}
+  size_t getSerializationSize() const noexcept override { return sizeof(Serialized); }
+
+  void serialize(void* buffer) const noexcept override {
+    const Serialized data = {kLayout, heads_, tokens_, causal_};
+    std::memcpy(buffer, &data, sizeof(data));
+  }
+
+  void destroy() noexcept override { delete this; }
+
+  void setPluginNamespace(const char* plugin_namespace) noexcept override {
+    try {
+      namespace_ = plugin_namespace == nullptr ? "" : plugin_namespace;
+    } catch (const std::exception& error) {
+      report(error.what());
+    }
+  }
+
+  const char* getPluginNamespace() const noexcept override { return namespace_.c_str(); }
+
+ private:
+  const int32_t heads_;
+  const int32_t tokens_;
+  const int32_t causal_;
+  std::string namespace_;
+};
+
+class AttentionPluginCreator final : public nvinfer1::IPluginCreator {
+ public:
+  const char* getPluginName() const noexcept override { return kName; }
+  const char* getPluginVersion() const noexcept override { return kVersion; }
+  const nvinfer1::PluginFieldCollection* getFieldNames() noexcept override { return &collection_; }
+
+  nvinfer1::IPluginV2* createPlugin(const char*,
+                                    const nvinfer1::PluginFieldCollection* fields) noexcept override {
+    int32_t heads = 0, tokens = 0, causal = -1;  // none of them valid
+    for (int32_t i = 0; fields != nullptr && i < fields->nbFields; ++i) {
+      const nvinfer1::PluginField& field = fields->fields[i];
+      int32_t* value = std::strcmp(field.name, "heads") == 0    ? &heads
+                       : std::strcmp(field.name, "tokens") == 0 ? &tokens
+                       : std::strcmp(field.name, "causal") == 0 ? &causal
+                                                                : nullptr;
+      if (value == nullptr || field.type != nvinfer1::PluginFieldType::kINT32 || field.length != 1 ||
+          field.data == nullptr) {
+        report("the fields are heads, tokens and causal, one int32 each");
+        return nullptr;
+      }
+      std::memcpy(value, field.data, sizeof(*value));
+    }
+    return create(heads, tokens, causal);
+  }
+
+  nvinfer1::IPluginV2* deserializePlugin(const char*, const void* bytes, size_t size) noexcept override {
+    Serialized data = {};
+    if (bytes == nullptr || size != sizeof(data)) {
+      report("the engine holds data of another size than this version writes");
+      return nullptr;
+    }
+    std::memcpy(&data, bytes, sizeof(data));
+    if (data.layout != kLayout) {
+      report("the engine was built with another version of this plugin");
+      return nullptr;
+    }
+    return create(data.heads, data.tokens, data.causal);
+  }
+
+  void setPluginNamespace(const char* plugin_namespace) noexcept override {
+    try {
+      namespace_ = plugin_namespace == nullptr ? "" : plugin_namespace;
+    } catch (const std::exception& error) {
+      report(error.what());
+    }
+  }
+
+  const char* getPluginNamespace() const noexcept override { return namespace_.c_str(); }
+
+ private:
+  nvinfer1::IPluginV2* create(int32_t heads, int32_t tokens, int32_t causal) noexcept {
+    if (!valid(heads, tokens, causal)) {
+      report("heads must be 1 to 40, tokens 1 to 1024 and causal 0 or 1, all given");
+      return nullptr;
+    }
+    try {
+      return new AttentionPlugin(heads, tokens, causal, namespace_);
+    } catch (const std::exception& error) {
+      report(error.what());
+      return nullptr;
+    }
+  }
+
+  const nvinfer1::PluginField fields_[3] = {
+      {"heads", nullptr, nvinfer1::PluginFieldType::kINT32, 1},
+      {"tokens", nullptr, nvinfer1::PluginFieldType::kINT32, 1},
+      {"causal", nullptr, nvinfer1::PluginFieldType::kINT32, 1},
+  };
+  const nvinfer1::PluginFieldCollection collection_ = {3, fields_};
+  std::string namespace_;
+};
+
+#define CLIP_TTRT_STRING_OF(x) #x
+#define CLIP_TTRT_STRING(x) CLIP_TTRT_STRING_OF(x)
+constexpr char kRuntime[] = "libnvinfer.so." CLIP_TTRT_STRING(NV_TENSORRT_MAJOR);
+
+}  // namespace
+
+extern "C" int32_t clip_attention_register_plugin() {
+  static bool registered = false;
+  if (registered) return 1;
+  void* runtime = dlopen(kRuntime, RTLD_LAZY | RTLD_NOLOAD);
+  if (runtime == nullptr) return 0;
+  using GetRegistry = nvinfer1::IPluginRegistry* (*)();
+  const auto get_registry = reinterpret_cast<GetRegistry>(dlsym(runtime, "getPluginRegistry"));
+  nvinfer1::IPluginRegistry* registry = get_registry == nullptr ? nullptr : get_registry();
+  if (registry != nullptr) {
+    // Lives as long as the process: TensorRT keeps the pointer, and the library is never unloaded.
+    static AttentionPluginCreator creator;
+    registered = registry->registerCreator(creator, "") ||
+                 registry->getPluginCreator(kName, kVersion, "") != nullptr;
+  }
+  dlclose(runtime);  // gives back the reference that dlopen took; the library stays loaded
+  return registered ? 1 : 0;
+}
+
+namespace {
+__attribute__((constructor)) void register_when_loaded() { clip_attention_register_plugin(); }
+}  // namespace

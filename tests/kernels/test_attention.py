@@ -1,0 +1,196 @@
+"""The fused attention kernel: the build command, the interface, and the numbers it computes."""
+
+import ctypes
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from experiments import attention_bench
+from kernels import build
+
+ROOT = pathlib.Path(__file__).parents[2]
+HEADER = ROOT / "kernels" / "attention" / "attention.h"
+HOPPER, AMPERE, TURING = (9, 0), (8, 6), (7, 5)
+
+built = pytest.mark.skipif(not build.OUTPUT.is_file(), reason="the library is not built: python -m kernels.build")
+
+
+def has_gpu() -> bool:
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+# The build command
+
+
+def test_missing_nvcc_is_one_sentence_and_exit_code_2():
+    answer = subprocess.run(
+        [sys.executable, "-c", "import sys; from kernels import build; build.find_nvcc = lambda: None; sys.exit(build.main([]))"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert answer.returncode == 2
+    assert answer.stdout == ""
+    assert answer.stderr.count("\n") == 1 and "pip install nvidia-cuda-nvcc" in answer.stderr
+
+
+def test_nvcc_is_found_in_a_wheel_when_path_has_none(tmp_path, monkeypatch):
+    nvcc = tmp_path / "nvidia" / "cu13" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.touch()
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    monkeypatch.setattr(build.sysconfig, "get_paths", lambda: {"purelib": str(tmp_path)})
+    assert build.find_nvcc() == nvcc
+    nvcc.unlink()
+    assert build.find_nvcc() is None
+
+
+def test_plugin_is_compiled_only_with_tensorrt_headers(tmp_path):
+    def sources(tensorrt):
+        commands = build.build_commands(pathlib.Path("/x/bin/nvcc"), ["80", "90a"], tensorrt, 1, False)
+        return [argument for command in commands for argument in command if argument.endswith((".cu", ".cpp"))]
+
+    assert not any("plugin" in source for source in sources(None))
+    assert any(source.endswith("attention_plugin.cpp") for source in sources(tmp_path))
+
+
+def test_wrong_tensorrt_directory_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORRT_INCLUDE_DIR", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path))):
+        build.find_tensorrt(fetch=False)
+
+
+def test_every_source_exists_and_every_architecture_is_built():
+    for source in (*build.KERNEL_SOURCES, *build.PLUGIN_SOURCES):
+        assert (build.KERNELS / source).is_file()
+    flags = build.architecture_flags(list(build.ARCHITECTURES))
+    # wgmma needs the target with the "a".
+    assert "-gencode=arch=compute_90a,code=sm_90a" in flags and len(flags) == 4
+
+
+# The interface
+
+
+def test_ctypes_struct_agrees_with_the_header():
+    body = re.search(r"typedef struct ClipAttentionParams \{(.*?)\}", HEADER.read_text(), re.DOTALL).group(1)
+    fields = re.findall(r"^\s*(const void\*|void\*|int64_t|int32_t) (\w+);", body, re.MULTILINE)
+    types = {
+        "const void*": ctypes.c_void_p, "void*": ctypes.c_void_p,
+        "int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32,
+    }  # fmt: skip
+    assert [(name, types[kind]) for kind, name in fields] == list(attention_bench.Params._fields_)
+
+
+def test_csv_columns_are_those_of_the_issue():
+    assert attention_bench.COLUMNS == (
+        "kernel batch heads tokens causal us tflops gbps floor_us best_library best_library_us ratio "
+        "max_error library_error gpu commit"
+    ).split()
+
+
+def test_floor_counts_each_byte_once():
+    shape = attention_bench.Shape(32, 16, 257, False)
+    assert shape.bytes == 32 * 257 * 1024 * 2 * 4  # q, k, v read and out written, fp16
+    assert shape.flops == 4 * 32 * 16 * 257 * 257 * 64
+    # 77 queries see 1 .. 77 keys.
+    assert attention_bench.Shape(1, 1, 77, True).flops == 4 * 64 * sum(range(1, 78))
+
+
+@pytest.fixture
+def library():
+    return attention_bench.Library(build.OUTPUT)
+
+
+@built
+def test_every_length_has_a_variant_on_every_supported_gpu(library):
+    for capability in (HOPPER, AMPERE):
+        for tokens in range(1, 1025):
+            for causal in (False, True):
+                for batch in (1, 128):
+                    chosen = library.choose(batch, 12, tokens, causal, capability, 132)
+                    assert library.serves(chosen, tokens, causal, capability), (capability, tokens, causal)
+
+
+@built
+def test_variants_stay_on_their_gpus(library):
+    for variant, name in library.variants.items():
+        on_ampere = any(library.serves(variant, t, c, AMPERE) for t in (1, 50, 77, 257, 577) for c in (False, True))
+        assert on_ampere == name.startswith("portable"), name
+        assert not library.serves(variant, 50, False, TURING)
+
+
+@built
+@pytest.mark.parametrize("tokens, tail", [(50, 56), (197, 8), (257, 72), (577, 8)])
+def test_clip_lengths_are_padded_by_less_than_eight_keys(library, tokens, tail):
+    """The last chunk of keys is cut to size: 50 <= 56, 197 = 2 * 96 + 5, 257 = 2 * 96 + 65, 577 = 6 * 96 + 1."""
+    name = library.variants[library.choose(128, 12, tokens, False, HOPPER, 132)]
+    chunk, last = re.fullmatch(r"hopper (\d+)/(\d+)x\d", name).groups()
+    assert int(last) == tail and 0 <= tail - tokens % int(chunk) < 8
+
+
+@built
+def test_small_batches_take_the_kernel_for_them(library):
+    def name(batch, heads, tokens, causal=False):
+        return library.variants[library.choose(batch, heads, tokens, causal, HOPPER, 132)]
+
+    assert name(1, 12, 50).startswith("short") and name(128, 12, 50).startswith("hopper")
+    assert name(1, 8, 77, True) == name(128, 8, 77, True) == "short 80 9x2"
+    assert name(1, 16, 257) == "hopper 128/8x1" and name(32, 16, 257) == "hopper 96/72x4"
+
+
+@built
+@pytest.mark.parametrize(
+    "changed", [{"heads": 0}, {"heads": 41}, {"tokens": 0}, {"tokens": 1025}, {"batch": 0}, {"head_dim": 80}, {"major": 7}]
+)  # fmt: skip
+def test_sizes_outside_the_contract_are_refused(library, changed):
+    sizes = {"batch": 1, "heads": 12, "tokens": 50, "head_dim": 64, "major": 9} | changed
+    supported = library._library.clip_attention_supported
+    supported.argtypes = [ctypes.c_int64] + [ctypes.c_int32] * 5
+    assert supported(70000, 40, 1024, 64, 8, 0) == 1
+    assert supported(*(sizes[k] for k in ("batch", "heads", "tokens", "head_dim", "major")), 0) == 0
+
+
+# The numbers
+
+
+@built
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_gpu(), reason="needs a GPU of compute capability 8.0 or newer, and PyTorch")
+@pytest.mark.parametrize("tokens", attention_bench.CHECK_TOKENS)
+def test_error_is_at_most_twice_that_of_pytorch(library, tokens, tmp_path):
+    """Also: every element written, nothing beside them, the same bits twice."""
+    import torch
+
+    cases = [case for case in attention_bench.check_shapes(full=True) if case[0].tokens == tokens]
+    assert len(cases) == 2 * 3 * 5 * 3
+    table = attention_bench.Table(tmp_path / "check.csv", attention_bench.CHECK_COLUMNS)
+    assert attention_bench.check(torch, library, cases, [0], table, seconds=600) == {0: 0}
+
+
+@built
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_gpu(), reason="needs a GPU of compute capability 8.0 or newer, and PyTorch")
+@pytest.mark.parametrize("tokens", [1, 17, 50, 77, 197, 257, 577, 1024])
+def test_portable_kernel_on_any_gpu(library, tokens, tmp_path):
+    import torch
+
+    portable = [id for id, name in library.variants.items() if name.startswith("portable")]
+    cases = [case for case in attention_bench.check_shapes(full=False) if case[0].tokens == tokens]
+    table = attention_bench.Table(tmp_path / "check.csv", attention_bench.CHECK_COLUMNS)
+    assert set(attention_bench.check(torch, library, cases, portable, table, seconds=600).values()) == {0}
+
+
+@built
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_gpu(), reason="needs a GPU of compute capability 8.0 or newer, and PyTorch")
+def test_batches_beyond_the_grid_limits_of_y_and_z(library, tmp_path):
+    import torch
+
+    cases = [(attention_bench.Shape(70000, 1, 2, False), 1.0), (attention_bench.Shape(66000, 2, 17, True), 1.0)]
+    table = attention_bench.Table(tmp_path / "check.csv", attention_bench.CHECK_COLUMNS)
+    assert attention_bench.check(torch, library, cases, [0], table, seconds=600) == {0: 0}
