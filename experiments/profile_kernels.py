@@ -28,6 +28,7 @@ KINDS = (
     ("matrix product", r"gemm|xmma_fprop|cublas"),
     ("layer norm", r"Mea.*Div|Mea.*Sqr|CasMeaSub|LayerNorm"),
     ("activation", r"NegExp"),
+    ("bias", r"_Add$"),
     ("copy and transpose", r"Tra|Mov|Reformat|permutation|nhwc|copy|Res"),
 )
 
