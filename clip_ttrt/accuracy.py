@@ -7,7 +7,7 @@ from typing import Any, Callable
 
 import torch
 
-from clip_ttrt import demo, pictures
+from clip_ttrt import pictures
 from clip_ttrt.artifact import Artifact, load_modules
 from clip_ttrt.checkpoint import Checkpoint, original_model
 from clip_ttrt.demo import scenes

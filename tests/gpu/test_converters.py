@@ -84,7 +84,7 @@ def fresh_rows(example, count):
 
 @pytest.mark.parametrize("batch", [STATIC, DYNAMIC], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("tokens", [50, 77, 257])
+@pytest.mark.parametrize("tokens", [50, 77, 197, 257, 577])
 def test_attention(tokens, causal, batch):
     torch.manual_seed(0)
     actual, rows = run_in_engine(Attention(3, causal), torch.zeros(2, tokens, 3 * 192), batch, "fp16", 4)
