@@ -7,7 +7,6 @@ not the run; rows that are already there are skipped, so that a run can be made 
 used where they are at hand, else random ones, and the column `weights` says which.
 """
 import argparse
-import csv
 import itertools
 import json
 import subprocess
@@ -20,7 +19,7 @@ from clip_ttrt import pipeline
 from clip_ttrt.artifact import MANIFEST, Artifact, read_artifact
 from clip_ttrt.errors import UserError
 from clip_ttrt.progress import Progress
-from experiments.record import append_row, provenance, write_environment
+from experiments.record import append_row, provenance, read_rows, write_environment
 
 ERRORS = ("abs_max", "abs_mean", "abs_median", "rel_max", "rel_mean", "rel_median", "cos_min", "cos_mean")
 
@@ -60,10 +59,7 @@ def compiled(root: Path, model: str, weights: str | None, precision: str, batch:
 
 def done(path: Path) -> set[tuple[str, ...]]:
     """Which compiles the CSV already holds."""
-    if not path.exists():
-        return set()
-    with open(path, newline="") as file:
-        return {(row["model"], row["precision"], row["batch"], row["attention"]) for row in csv.DictReader(file)}
+    return {(row["model"], row["precision"], row["batch"], row["attention"]) for row in read_rows(path)}
 
 
 def main() -> int:

@@ -125,6 +125,9 @@ TIMED = [
     Shape(128, 16, 257, False), Shape(512, 12, 50, False), Shape(128, 16, 577, False),
 ]  # fmt: skip
 
+# Lengths at which a head has fewer tiles than a block of the kernel has warps or warpgroups for them.
+SKIPPING_TOKENS = [1, 7, 16, 17, 32, 33, 48, 60, 64, 70, 80, 81, 100, 128, 150, 190]
+
 CHECK_TOKENS = [1, 2, 15, 16, 17, 49, 50, 64, 65, 77, 128, 196, 197, 257, 320, 577, 1024]
 
 

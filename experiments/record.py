@@ -48,6 +48,14 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
     print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV as strings; none where there is no file yet."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def write_environment(path: Path) -> None:
     """Hardware and software of this machine as JSON."""
     def said(*command: str) -> str:

@@ -7,8 +7,10 @@
 //   hopper_kernel    wgmma and tensor copies (TMA), sm_90a. One persistent block per multiprocessor: two
 //                    threads keep copying the next heads' keys, values and queries into shared memory
 //                    while up to four warpgroups compute, each on its own tile of 64 query rows.
-//   short_kernel     mma.sync and tensor copies, sm_90a. Heads of up to 80 tokens, whole, in a ring; every
-//                    warp computes on its own tile of 16 query rows.
+//   short_kernel     mma.sync and tensor copies, sm_90a. Heads of 49 to 80 tokens, whole, in a ring; every
+//                    warp computes its own tile of 16 query rows of every head.
+// The rings of the last two rest on one rule, which the launchers keep: a barrier tells its phases apart only
+// by parity, so whoever waits on a stage must use every filling of that stage (NOTES.md, round 3).
 // All hold scores in registers and rescale the running output only when the row maximum has grown by
 // more than 2^8 since the last rescale (exact in real arithmetic, and rarely needed).
 // How each choice was reached: NOTES.md.
@@ -31,7 +33,7 @@ constexpr float kScale = 0.125f * kLog2e;  // 1/sqrt(64), with exp(x) = exp2(x l
 constexpr float kRescaleAbove = 8.0f;      // log2 of the largest probability weight kept unscaled
 
 // ---------------------------------------------------------------------------------------------
-// Pieces that both kernels use
+// Pieces that all kernels use
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -960,6 +962,18 @@ int choose_tiles_per_unit(int64_t pairs, int tiles, int sm_count) {
   return best;
 }
 
+constexpr int greatest_common_divisor(int a, int b) { return b == 0 ? a : greatest_common_divisor(b, a % b); }
+
+// Stages of the ring so that every warpgroup uses every filling of each stage that it waits on. With a tile
+// of every unit for every warpgroup any number will do. With fewer tiles, the warpgroups that a unit occupies
+// repeat after groups / gcd(groups, tiles) units, so the ring must hold a multiple of the chunks of so many.
+// 0: no such number fits.
+constexpr int ring_stages(int most, int chunks, int groups, int tiles_per_unit) {
+  if (tiles_per_unit >= groups) return most;
+  const int period = chunks * (groups / greatest_common_divisor(groups, tiles_per_unit));
+  return most / period * period;
+}
+
 template <class Shape>
 cudaError_t launch_hopper(const ClipAttentionParams& params, const Device& device, cudaStream_t stream) {
   auto kernel = hopper_kernel<Shape>;
@@ -973,8 +987,15 @@ cudaError_t launch_hopper(const ClipAttentionParams& params, const Device& devic
   const int64_t pairs = params.batch * params.heads;
   plan.tiles_per_unit = choose_tiles_per_unit(pairs, tiles, device.sm_count);
   // A warpgroup that meets a unit again for another tile starts over at the unit's first chunk, which
-  // must then still be there.
+  // must then still be there. (With one unit per block no stage is filled twice, and any number will do.)
   if (plan.stages < chunks && plan.tiles_per_unit > Shape::groups) plan.tiles_per_unit = Shape::groups;
+  if (pairs * ceil_div(tiles, plan.tiles_per_unit) > device.sm_count) {  // blocks with several units
+    const int stages = ring_stages(plan.stages, chunks, Shape::groups, plan.tiles_per_unit);
+    if (stages > 0)
+      plan.stages = stages;
+    else
+      plan.tiles_per_unit = Shape::groups;  // some of them past the last row, if need be
+  }
   plan.units_per_head = ceil_div(tiles, plan.tiles_per_unit);
   const int64_t units = pairs * plan.units_per_head;
   if (units > INT32_MAX / 2) return cudaErrorInvalidValue;  // a qkv of more than 400 GB
@@ -1056,7 +1077,8 @@ constexpr Variant hopper(int id, const char* name) {
 template <int kRows, int kWarps, int kBlocks>
 constexpr Variant short_variant(int id, const char* name) {
   return {id, name, true, launch_short<kRows, kWarps, kBlocks>,
-          [](int tokens, int) { return tokens <= kRows; }};
+          // Tile by tile a warp each, in every head: then every warp uses every filling of the ring.
+          [](int tokens, int) { return ceil_div(tokens, 16) == kWarps && tokens <= kRows; }};
 }
 
 // Names: warps x tiles x keys x stages; rows, warps x blocks; keys/tail keys x warpgroups.
@@ -1066,6 +1088,7 @@ enum VariantId {
   kShort80 = 11,
   kHopper64Tail56 = 20,
   kHopper64 = 21,
+  kHopper64Causal = 28,
   kHopper96Tail8 = 22,
   kHopper96Tail72 = 23,
   kHopper96 = 24,
@@ -1077,9 +1100,10 @@ enum VariantId {
 const Variant kVariants[] = {
     portable<4, 1, 64, 3, 4>(kPortable, "portable 4x1x64x3"),
     short_variant<64, 4, 4>(kShort64, "short 64 4x4"),
-    short_variant<80, 9, 2>(kShort80, "short 80 9x2"),
+    short_variant<80, 5, 3>(kShort80, "short 80 5x3"),
     hopper<64, 56, 49, 4, 2, false>(kHopper64Tail56, "hopper 64/56x4"),
     hopper<64, 64, 1, 4, 2, false>(kHopper64, "hopper 64/64x4"),
+    hopper<64, 64, 1, 4, 2, true>(kHopper64Causal, "hopper 64/64x4 causal"),
     hopper<96, 8, 1, 4, 1, false>(kHopper96Tail8, "hopper 96/8x4"),
     hopper<96, 72, 65, 4, 1, false>(kHopper96Tail72, "hopper 96/72x4"),
     hopper<96, 96, 1, 4, 1, false>(kHopper96, "hopper 96/96x4"),
@@ -1103,6 +1127,11 @@ bool variant_serves(const Variant& variant, int tokens, int causal, int sm_major
 }  // namespace
 
 extern "C" int32_t clip_attention_params_size(void) { return sizeof(ClipAttentionParams); }
+
+extern "C" int32_t clip_attention_ring_stages(int32_t most, int32_t chunks, int32_t groups,
+                                              int32_t tiles_per_unit) {
+  return ring_stages(most, chunks, groups, tiles_per_unit);
+}
 
 extern "C" int32_t clip_attention_supported(int64_t batch, int32_t heads, int32_t tokens,
                                             int32_t head_dim, int32_t sm_major, int32_t) {
@@ -1129,14 +1158,13 @@ extern "C" int32_t clip_attention_choose(int64_t batch, int32_t heads, int32_t t
   if (sm_major != 9 || sm_minor != 0) return kPortable;
   const int64_t pairs = batch * heads;
   const auto serves = [&](int id) { return find_variant(id)->serves(tokens, causal); };
-  if (tokens <= 80) {
-    // A block of warpgroups needs a tile of 64 rows that is mostly full, and several heads in flight.
-    if (!causal && pairs > sm_count) {
-      if (serves(kHopper64Tail56)) return kHopper64Tail56;
-      if (tokens > 56 && serves(kHopper64)) return kHopper64;
-    }
-    return tokens <= 64 ? kShort64 : kShort80;
+  if (tokens <= 48) return causal ? kHopper64Causal : kHopper64;
+  if (tokens <= 64) {
+    // Tiles of 64 rows need several heads in flight per multiprocessor.
+    if (causal || pairs <= sm_count) return kShort64;
+    return serves(kHopper64Tail56) ? kHopper64Tail56 : kHopper64;
   }
+  if (tokens <= 80) return kShort80;
   if (causal) return kHopper96Causal;
   // One tile per multiprocessor: few long steps beat many warpgroups.
   if (pairs * ceil_div(tokens, kTileRows) <= sm_count) {

@@ -3,7 +3,7 @@
 //   nvcc -std=c++17 -gencode=arch=compute_90a,code=sm_90a -o check
 //       tests/kernels/attention_check.cu kernels/attention/attention.cu
 //   compute-sanitizer --tool racecheck ./check 0          (variant 0: the automatic choice)
-//   ./check 20 32 16 257 0                                (variant batch heads tokens causal)
+//   ./check 23 32 16 257 0                                (variant batch heads tokens causal)
 // Exit code 0 if every case passed. `./check list` prints the ids of the variants.
 
 #include <cuda_fp16.h>

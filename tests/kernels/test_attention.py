@@ -134,13 +134,47 @@ def test_clip_lengths_are_padded_by_less_than_eight_keys(library, tokens, tail):
 
 
 @built
-def test_small_batches_take_the_kernel_for_them(library):
+def test_batch_and_length_choose_the_kernel(library):
     def name(batch, heads, tokens, causal=False):
         return library.variants[library.choose(batch, heads, tokens, causal, HOPPER, 132)]
 
     assert name(1, 12, 50).startswith("short") and name(128, 12, 50).startswith("hopper")
-    assert name(1, 8, 77, True) == name(128, 8, 77, True) == "short 80 9x2"
+    assert name(1, 8, 77, True) == name(128, 8, 77, True) == "short 80 5x3"
     assert name(1, 16, 257) == "hopper 128/8x1" and name(32, 16, 257) == "hopper 96/72x4"
+
+
+@built
+def test_short_kernel_serves_only_as_many_tiles_as_it_has_warps(library):
+    """Else a warp skips heads and takes one filling of a ring stage for another (NOTES.md, round 3)."""
+    for variant, name in library.variants.items():
+        if not name.startswith("short"):
+            continue
+        warps = int(re.fullmatch(r"short \d+ (\d+)x\d+", name).group(1))
+        served = [t for t in range(1, 1025) if library.serves(variant, t, True, HOPPER)]
+        assert served and {-(-t // 16) for t in served} == {warps}
+
+
+@built
+def test_every_warpgroup_uses_every_filling_of_the_stages_it_waits_on(library):
+    """A barrier knows its phases by parity alone, so waiting for filling n is only safe after using n - 1."""
+    ring_stages = library._library.clip_attention_ring_stages
+    fitted = 0
+    for groups in (1, 2, 3, 4):
+        for tiles_per_unit in range(1, 17):
+            for chunks in range(1, 12):
+                for most in range(1, 25):
+                    stages = ring_stages(most, chunks, groups, tiles_per_unit)
+                    assert 0 <= stages <= most
+                    if stages == 0:
+                        assert tiles_per_unit < groups
+                        continue
+                    fitted += 1
+                    for group in range(groups):
+                        # Tile j of a block belongs to warpgroup j % groups and to unit j // tiles_per_unit.
+                        units = {j // tiles_per_unit for j in range(group, 30 * tiles_per_unit, groups)}
+                        used = {unit * chunks + chunk for unit in units for chunk in range(chunks)}
+                        assert all(i < stages or i - stages in used for i in used)
+    assert fitted > 1000
 
 
 @built
@@ -192,5 +226,18 @@ def test_batches_beyond_the_grid_limits_of_y_and_z(library, tmp_path):
     import torch
 
     cases = [(attention_bench.Shape(70000, 1, 2, False), 1.0), (attention_bench.Shape(66000, 2, 17, True), 1.0)]
+    table = attention_bench.Table(tmp_path / "check.csv", attention_bench.CHECK_COLUMNS)
+    assert attention_bench.check(torch, library, cases, [0], table, seconds=600) == {0: 0}
+
+
+@built
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_gpu(), reason="needs a GPU of compute capability 8.0 or newer, and PyTorch")
+@pytest.mark.parametrize("tokens", attention_bench.SKIPPING_TOKENS)
+def test_many_heads_with_fewer_tiles_than_workers(library, tokens, tmp_path):
+    """Warps and warpgroups then skip heads: the ring of copies must not confuse two fillings of a stage."""
+    import torch
+
+    cases = [(attention_bench.Shape(700, 8, tokens, causal), 1.0) for causal in (False, True)]
     table = attention_bench.Table(tmp_path / "check.csv", attention_bench.CHECK_COLUMNS)
     assert attention_bench.check(torch, library, cases, [0], table, seconds=600) == {0: 0}

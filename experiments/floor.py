@@ -1,0 +1,119 @@
+"""The library floor of an encoder: the sum of the fastest single library kernels for the same work, with no gaps.
+
+    python -m experiments.floor --model ViT-B/32 --encoder image --batch 32 --precision fp16
+
+Matrix products with bias (PyTorch's linear, which is cuBLAS on a GPU), attention (the fastest of what
+scaled_dot_product_attention offers) and layer norms, each timed alone and multiplied by how often an encoder needs it.
+Elementwise work and gathers count as fused into their neighbours.
+"""
+import argparse
+import contextlib
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+
+from clip_ttrt.models import HEAD_DIM, Dimensions, dimensions_of
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an encoder computes: matrix products (rows, inputs, outputs, times), attention, layer norms (rows, width, times)."""
+
+    products: tuple[tuple[int, int, int, int], ...]
+    attention: tuple[int, int, int, bool, int]  # batch, heads, tokens, causal, times
+    norms: tuple[tuple[int, int, int], ...]
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of the products and of attention (half of it with the causal mask)."""
+        batch, heads, tokens, causal, times = self.attention
+        products = sum(2 * rows * inputs * outputs * count for rows, inputs, outputs, count in self.products)
+        return products + 4 * batch * heads * tokens**2 * HEAD_DIM * times * (0.5 if causal else 1)
+
+
+def work_of(dims: Dimensions, encoder: str, batch: int, tokens: int) -> Work:
+    """The work of an encoder; the last block's MLP and output projection see one row a sample, as our encoders do."""
+    if encoder == "image":
+        width, layers, heads, causal = dims.image_width, dims.image_layers, dims.image_heads, False
+        patches = [(batch * (tokens - 1), 3 * dims.patch_size**2, width, 1)]
+        extra_norms = [(batch * tokens, width, 1)]
+    else:
+        width, layers, heads, causal, patches, extra_norms = dims.text_width, dims.text_layers, dims.text_heads, True, [], []
+    rows = batch * tokens
+    block = [(width, width), (width, 4 * width), (4 * width, width)]
+    products = [*patches, (rows, width, 3 * width, layers)]
+    products += [(rows, inputs, outputs, layers - 1) for inputs, outputs in block] + [(batch, inputs, outputs, 1) for inputs, outputs in block]
+    products.append((batch, width, dims.embed_dim, 1))
+    norms = [*extra_norms, (rows, width, 2 * layers - 1), (batch, width, 2)]
+    return Work(tuple(products), (batch, heads, tokens, causal, layers), tuple(norms))
+
+
+def milliseconds(call: Callable[[], object], device: str, repeats: int = 20) -> float:
+    """Median of one call: CUDA-graph replays on a GPU, wall time on the CPU."""
+    if device == "cuda":
+        from experiments.timing import graphed, median_ms
+
+        return median_ms(graphed(call), repeats)
+    call()
+    times = []
+    for _ in range(max(3, repeats // 4)):
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)
+
+
+def attention_ms(batch: int, heads: int, tokens: int, causal: bool, device: str, dtype: torch.dtype) -> float:
+    """The fastest of scaled_dot_product_attention's backends that take this input."""
+    query, key, value = (torch.randn(batch, heads, tokens, HEAD_DIM, device=device, dtype=dtype) for _ in range(3))
+
+    def call():
+        return F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+
+    if device == "cpu":
+        return milliseconds(call, device)
+    times = []
+    for choice in ({"enable_flash": True}, {"enable_mem_efficient": True}, {"enable_math": True}):
+        flags = {"enable_flash": False, "enable_mem_efficient": False, "enable_math": False, **choice}
+        with contextlib.suppress(RuntimeError), torch.backends.cuda.sdp_kernel(**flags):
+            times.append(milliseconds(call, device))
+    return min(times)
+
+
+def floor_ms(dims: Dimensions, encoder: str, batch: int, tokens: int, precision: str, device: str) -> dict[str, float]:
+    """Milliseconds of the products, of attention, of the norms, and their sum."""
+    dtype = torch.half if precision == "fp16" else torch.float
+    work, parts = work_of(dims, encoder, batch, tokens), {"products": 0.0, "attention": 0.0, "norms": 0.0}
+    with torch.no_grad():
+        for rows, inputs, outputs, times in work.products:
+            x, weight, bias = (torch.randn(*shape, device=device, dtype=dtype) for shape in ((rows, inputs), (outputs, inputs), (outputs,)))
+            parts["products"] += times * milliseconds(lambda: F.linear(x, weight, bias), device)
+        *shape, times = work.attention
+        parts["attention"] = times * attention_ms(*shape, device, dtype)
+        for rows, width, times in work.norms:
+            x, scale = torch.randn(rows, width, device=device, dtype=dtype), torch.ones(width, device=device, dtype=dtype)
+            parts["norms"] += times * milliseconds(lambda: F.layer_norm(x, (width,), scale, scale), device)
+    return {**parts, "sum": sum(parts.values())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="ViT-B/32")
+    parser.add_argument("--encoder", choices=("image", "text"), default="image")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    dims = dimensions_of(options.model)
+    tokens = dims.image_tokens if options.encoder == "image" else dims.context_length
+    precision = options.precision if options.device == "cuda" else "fp32"
+    for name, value in floor_ms(dims, options.encoder, options.batch, tokens, precision, options.device).items():
+        print(f"{name:10} {value:8.3f} ms")
+
+
+if __name__ == "__main__":
+    main()
