@@ -21,7 +21,9 @@ from experiments.timing import graphed
 pytestmark = pytest.mark.gpu
 
 STATIC, DYNAMIC = "4", "1:4:8"
-ATTENTIONS = ["native", pytest.param("plugin", marks=pytest.mark.skipif(not plugin.available(), reason="the kernels are not built"))]
+needs_kernels = pytest.mark.skipif(not plugin.available(), reason="the kernels are not built")
+ATTENTIONS = ["native", pytest.param("plugin", marks=needs_kernels)]
+SAME_TEXT = ("ViT-B/16", "ViT-L/14@336px")  # their text encoders are ViT-B/32's and ViT-L/14's, size for size
 
 
 @pytest.fixture(scope="session")
@@ -33,26 +35,32 @@ def artifact_of(tmp_path_factory):
 
         def find_or_compile(model, precision, batch, attention="native"):
             # Level 1 takes the kernels that heuristics name: what is tested is right or wrong at any level.
-            return compiled(root, model, None if model == "demo" else "random", precision, batch, attention, optimization_level=1)
+            return compiled(root, model, None if model == "demo" else "random", precision, batch, attention, optimization_level=1,
+                            encoder="image" if model in SAME_TEXT else "both")
 
         yield find_or_compile
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("batch", [STATIC, DYNAMIC])
-@pytest.mark.parametrize("precision", ["fp16", "fp32", "tf32"])
-@pytest.mark.parametrize("model", MODELS)
-def test_both_encoders_are_one_engine_each_and_right(artifact_of, model, precision, batch, attention):
-    if attention == "plugin" and precision != "fp16":
-        pytest.skip("the plugin computes in fp16")
-    if precision == "tf32" and model not in ("demo", "ViT-B/32"):
-        pytest.skip("TF32 is tried on two models: it shares every layer with fp32")
+def cases():
+    """(model, precision, batch, attention): every ViT in fp16 and fp32, static and dynamic; TF32, which shares every layer
+    with fp32, on two; the plugin in the precision that it has."""
+    for model in MODELS:
+        for batch in (STATIC, DYNAMIC):
+            yield model, "fp16", batch, "native"
+            yield pytest.param(model, "fp16", batch, "plugin", marks=needs_kernels)
+            yield model, "fp32", batch, "native"
+            if model in ("demo", "ViT-B/32"):
+                yield model, "tf32", batch, "native"
+
+
+@pytest.mark.parametrize("model, precision, batch, attention", list(cases()))
+def test_each_encoder_is_one_engine_and_right(artifact_of, model, precision, batch, attention):
     artifact = artifact_of(model, precision, batch, attention)
     manifest = artifact.manifest
     assert manifest["backend"] == "tensorrt" and manifest["computes_in"] == precision and manifest["attention"] == attention
     assert all(module["engines"] == 1 for module in manifest["modules"].values())
     assert artifact.verified, manifest["verification"]["failures"]
-    for encoder in ("image", "text"):
+    for encoder in artifact.encoders:
         assert manifest["verification"]["errors"][encoder]["cos_min"] >= COSINE_BOUND[precision]
     model_, _ = clip_ttrt.load(artifact.folder, device="cuda")
     images = torch.randn(5, 3, *[artifact.dimensions.image_resolution] * 2, device="cuda")
@@ -112,7 +120,7 @@ def test_two_models_on_two_streams_do_not_disturb_each_other(artifact_of):
         assert all(torch.equal(features, right) for features in found)
 
 
-@pytest.mark.skipif(not plugin.available(), reason="the kernels are not built")
+@needs_kernels
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("tokens", [50, 77, 197, 257, 577])
 def test_the_op_on_a_gpu_runs_the_fused_kernel(tokens, causal):
