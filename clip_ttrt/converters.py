@@ -119,8 +119,8 @@ def native_attention(ctx: ConversionContext, qkv: trt.ITensor, tokens: int, head
 def convert_extract_patches(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
     """[B, C, R, R] -> [B, (R/size)², C·size²].
 
-    TensorRT 8.6 has no good convolution for three channels and a stride of 32: on an H200 it takes
-    140 µs of ViT-B/32 at batch 32.  A matrix product with the patches takes its place.
+    TensorRT 8.6 has no good convolution for three channels and a stride of 32; a matrix product
+    with the patches takes its place.
     """
     images, size = args
     channels, side = images.shape[1], images.shape[2] // size
@@ -190,7 +190,7 @@ def convert_select(ctx: ConversionContext, target: Any, args: tuple, kwargs: dic
     """One index of the second of three axes, [B, T, W] -> [B, W], as a slice.
 
     Torch-TensorRT 2.2 makes a gather of it, which TensorRT 8.6 fuses into the addition before it,
-    and badly where the batch is dynamic (63 µs instead of 6, ViT-B/32 at batch 32 on an H200).
+    and badly where the batch is dynamic.
     """
     x, axis, index = args
     if len(x.shape) != 3 or axis != 1:
