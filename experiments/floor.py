@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from clip_ttrt.models import HEAD_DIM, Dimensions, dimensions_of
+from experiments.timing import graphed, median_ms
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,6 @@ def work_of(dims: Dimensions, encoder: str, batch: int, tokens: int) -> Work:
 def milliseconds(call: Callable[[], object], device: str, repeats: int = 20) -> float:
     """Median of one call: CUDA-graph replays on a GPU, wall time on the CPU."""
     if device == "cuda":
-        from experiments.timing import graphed, median_ms
-
         return median_ms(graphed(call), repeats)
     call()
     times = []

@@ -23,7 +23,9 @@ import torch
 from clip_ttrt.models import dimensions_of
 from clip_ttrt.progress import Progress
 from experiments.baselines import BACKENDS, Missing, Request
+from experiments.floor import floor_ms, work_of
 from experiments.record import append_row, provenance, read_rows
+from experiments.timing import graphed, times_ms
 
 COLUMNS = ("model", "encoder", "backend", "attention", "precision", "batch", "tokens", "resolution", "cuda_graph", "median_ms", "p90_ms", "p99_ms",
            "per_second", "tflops", "floor_ms", "engine_mib", "gpu_memory_mib", "build_s", "torch", "tensorrt", "gpu", "commit", "error")
@@ -59,35 +61,24 @@ def blank_row(backend: str, request: Request, graph: bool) -> dict[str, Any]:
 
 def latencies(call: Callable[[], object], device: str) -> list[float]:
     """Milliseconds of single calls after warm-up: between CUDA events, or by the clock on the CPU."""
-    repeats, warm_up = (200, 20) if device == "cuda" else (20, 3)
+    if device == "cuda":
+        return times_ms(call, repeats=200, warm_up=20)
     times = []
-    for step in range(warm_up + repeats):
-        if device == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            begin = time.perf_counter()
-            call()
-            times.append((time.perf_counter() - begin) * 1e3)
-    return times[warm_up:]
+    for _ in range(23):
+        begin = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - begin) * 1e3)
+    return times[3:]
 
 
 def measure(backend: str, request: Request, graph: bool) -> dict[str, Any]:
     """One row, in this process."""
-    from experiments.floor import floor_ms, work_of
-
     row, dims = blank_row(backend, request, graph), dimensions_of(request.model)
     try:
         with torch.no_grad():
             subject = BACKENDS[backend](request)
             call = subject.call
             if graph and not subject.brings_graphs:
-                from experiments.timing import graphed
-
                 call = graphed(call)
             times = latencies(call, request.device)
             row["gpu_memory_mib"] = str(torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0] >> 20) if request.device == "cuda" else ""

@@ -5,8 +5,8 @@ from typing import Callable
 import torch
 
 
-def median_ms(call: Callable[[], object], repeats: int = 50, warm_up: int = 10) -> float:
-    """Median milliseconds of one call, between CUDA events."""
+def times_ms(call: Callable[[], object], repeats: int, warm_up: int) -> list[float]:
+    """Milliseconds of single calls after warm-up, between CUDA events."""
     for _ in range(warm_up):
         call()
     torch.cuda.synchronize()
@@ -18,7 +18,12 @@ def median_ms(call: Callable[[], object], repeats: int = 50, warm_up: int = 10) 
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))
-    return statistics.median(times)
+    return times
+
+
+def median_ms(call: Callable[[], object], repeats: int = 50, warm_up: int = 10) -> float:
+    """Median milliseconds of one call, between CUDA events."""
+    return statistics.median(times_ms(call, repeats, warm_up))
 
 
 def graphed(call: Callable[[], object]) -> Callable[[], object]:
