@@ -77,7 +77,9 @@ def read_artifact(folder: Union[str, Path]) -> Artifact:
     artifact = Artifact(folder, manifest)
     try:
         artifact.dimensions, artifact.batch, artifact.origin, artifact.encoders, artifact.device, artifact.verified
-        manifest["precision"], manifest["backend"], manifest["plugin_version"]
+        manifest["model"], manifest["precision"], manifest["backend"], manifest["logit_scale"], manifest["plugin_version"]
+        if manifest["backend"] == "tensorrt":
+            manifest["gpu"]["name"], manifest["gpu"]["compute_capability"], manifest["versions"]["tensorrt"]
         for module in manifest["modules"].values():
             module["file"], module["sha256"]
     except (KeyError, TypeError, AttributeError) as problem:

@@ -114,9 +114,10 @@ def save_timing_cache(path: Path, content: bytes) -> None:
     """Replace the timing cache in one step; a cache that cannot be written costs only time."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(content)
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            draft = Path(folder) / path.name
+            draft.write_bytes(content)
+            os.replace(draft, path)
     except OSError:
         return
 

@@ -1,4 +1,7 @@
-"""Fixtures, and the rule for the `gpu` marker: such tests are skipped where no GPU or no TensorRT answers."""
+"""Fixtures, and the rule for the `gpu` marker: such tests are skipped where no GPU answers, and all but those of the
+kernels, which run in any PyTorch, where TensorRT is not installed."""
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,12 +10,14 @@ from clip_ttrt import backends
 
 
 def pytest_collection_modifyitems(items):
-    missing = "no CUDA GPU answers" if not torch.cuda.is_available() else ", ".join(backends.missing_packages()) and "the TensorRT packages are not installed"
-    if not missing:
-        return
+    kernels = Path(__file__).parent / "kernels"
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason=f"needs a GPU with TensorRT: {missing}"))
+        if "gpu" not in item.keywords:
+            continue
+        if not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: no CUDA GPU answers"))
+        elif backends.missing_packages() and kernels not in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason=f"needs TensorRT: not installed: {', '.join(backends.missing_packages())}"))
 
 
 @pytest.fixture(scope="session")

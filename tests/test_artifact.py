@@ -148,6 +148,21 @@ def test_a_damaged_manifest(copy, content):
         clip_ttrt.load(copy)
 
 
+@pytest.mark.parametrize("missing", ["model", "dimensions", "weights", "batch", "device", "logit_scale", "precision", "verification", "modules"])
+def test_a_manifest_that_lacks_something(copy, missing):
+    manifest = json.loads((copy / MANIFEST).read_text())
+    del manifest[missing]
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=f"is damaged: KeyError\\('{missing}'\\)"):
+        clip_ttrt.load(copy)
+
+
+def test_engines_whose_gpu_is_not_recorded(copy):
+    engines(copy, gpu={})
+    with pytest.raises(UserError, match="is damaged: KeyError"):
+        clip_ttrt.load(copy)
+
+
 def test_a_truncated_module(copy):
     content = (copy / "image.ts").read_bytes()
     (copy / "image.ts").write_bytes(content[:-100])

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from clip_ttrt import plugin
 from experiments import attention_bench
 from kernels import build
 
@@ -84,6 +85,7 @@ def test_ctypes_struct_agrees_with_the_header():
         "int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32,
     }  # fmt: skip
     assert [(name, types[kind]) for kind, name in fields] == list(attention_bench.Params._fields_)
+    assert attention_bench.Params._fields_ == plugin.AttentionParams._fields_  # the bench runs without our package
 
 
 def test_csv_columns_are_those_of_the_issue():
