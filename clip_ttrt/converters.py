@@ -8,7 +8,7 @@ reshape writes 0 ("keep") or -1 ("what is left") for it.
 Networks are declared in fp32 throughout; the builder's precision flags decide what runs in half.
 """
 from dataclasses import dataclass
-from typing import Any, Sequence
+from typing import Any, Optional, Sequence
 
 import numpy as np
 import tensorrt as trt
@@ -29,6 +29,7 @@ class Context(ConversionContext):
     """Torch-TensorRT's conversion context with what our converters are told."""
 
     attention: str = "native"  # or plugin
+    precision: str = "fp32"
 
 
 def register(target):
@@ -72,22 +73,57 @@ def gather_index(ctx: ConversionContext, x: trt.ITensor, axis: int, index: int, 
     return layer.get_output(0)
 
 
+def plugin_layer(ctx: ConversionContext, plugin_name: str, inputs: Sequence[trt.ITensor], fields: dict[str, np.generic], name: str) -> trt.ILayer:
+    """One layer of a plugin of ours, which `plugin.load` has registered; a field's type is its value's, int32 or float32."""
+    kinds = {np.dtype(np.int32): trt.PluginFieldType.INT32, np.dtype(np.float32): trt.PluginFieldType.FLOAT32}
+    values = {field: np.array([value]) for field, value in fields.items()}
+    given = [trt.PluginField(field, value, kinds[value.dtype]) for field, value in values.items()]
+    creator = trt.get_plugin_registry().get_plugin_creator(plugin_name, plugin.VERSION, "")
+    made = creator and creator.create_plugin(name, trt.PluginFieldCollection(given))
+    if not made:
+        raise RuntimeError(f"{plugin_name} {plugin.VERSION} cannot be created with {fields}")
+    layer = ctx.net.add_plugin_v2(list(inputs), made)
+    layer.name = name
+    return layer
+
+
 @register(ops.attention_rows)
 def convert_attention_rows(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
     """[B·T, 3·W] -> [B·T, W], through the plugin or TensorRT's own layers."""
-    if getattr(ctx, "attention", "native") == "plugin":
-        return plugin_attention(ctx, *args, name)
-    return native_attention(ctx, *args, name)
+    qkv, tokens, heads, causal, query_bias = (*args, None)[:5]
+    if by_plugin(ctx):
+        return plugin_attention(ctx, qkv, tokens, heads, causal, query_bias, name)
+    if query_bias is not None:
+        raise NotImplementedError("a query bias of its own: only the plugin adds it, and fusion.py makes it for the plugin")
+    return native_attention(ctx, qkv, tokens, heads, causal, name)
 
 
-def plugin_attention(ctx: ConversionContext, qkv: trt.ITensor, tokens: int, heads: int, causal: bool, name: str) -> trt.ITensor:
-    """One layer of the fused-attention plugin, which `plugin.load` has registered."""
-    creator = trt.get_plugin_registry().get_plugin_creator(plugin.PLUGIN, plugin.VERSION, "")
-    values = {"tokens": tokens, "heads": heads, "causal": int(causal)}
-    fields = [trt.PluginField(field, np.array([value], dtype=np.int32), trt.PluginFieldType.INT32) for field, value in values.items()]
-    layer = ctx.net.add_plugin_v2([qkv], creator.create_plugin(name, trt.PluginFieldCollection(fields)))
-    layer.name = name
-    return layer.get_output(0)
+def by_plugin(ctx: ConversionContext) -> bool:
+    return getattr(ctx, "attention", "native") == "plugin"
+
+
+def plugin_attention(ctx: ConversionContext, qkv: trt.ITensor, tokens: int, heads: int, causal: bool, query_bias: Optional[np.ndarray],
+                     name: str) -> trt.ITensor:
+    """One layer of the fused-attention plugin."""
+    inputs = [qkv] if query_bias is None else [qkv, constant(ctx, query_bias, f"{name}_query_bias")]
+    fields = {"tokens": np.int32(tokens), "heads": np.int32(heads), "causal": np.int32(causal), "query_bias": np.int32(len(inputs) - 1)}
+    return plugin_layer(ctx, plugin.ATTENTION, inputs, fields, name).get_output(0)
+
+
+@register(ops.bias_quick_gelu)
+def convert_bias_quick_gelu(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
+    """[M, N] and [N] -> [M, N], a plugin."""
+    x, bias = args
+    return plugin_layer(ctx, plugin.BIAS_QUICK_GELU, [x, constant(ctx, bias, f"{name}_bias")], {}, name).get_output(0)
+
+
+@register(ops.residual_layer_norm)
+def convert_residual_layer_norm(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> tuple[trt.ITensor, trt.ITensor]:
+    """Two [M, W] and three [W] -> two [M, W], a plugin."""
+    x, delta, bias, scale, shift, epsilon = args
+    constants = [constant(ctx, value, f"{name}_{which}") for which, value in (("bias", bias), ("scale", scale), ("shift", shift))]
+    layer = plugin_layer(ctx, plugin.RESIDUAL_LAYER_NORM, [x, delta, *constants], {"residual": np.int32(1), "epsilon": np.float32(epsilon)}, name)
+    return layer.get_output(0), layer.get_output(1)
 
 
 def native_attention(ctx: ConversionContext, qkv: trt.ITensor, tokens: int, heads: int, causal: bool, name: str) -> trt.ITensor:
@@ -173,16 +209,35 @@ def convert_pool_end_of_text(ctx: ConversionContext, target: Any, args: tuple, k
 
 @register(torch.ops.aten.layer_norm.default)
 def convert_layer_norm(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
-    """Layer norm over the last axis as one INormalizationLayer, which computes in fp32.
+    """Layer norm over the last axis as one INormalizationLayer, which computes in fp32, or as a plugin.
 
     Torch-TensorRT 2.2 emits nine elementwise layers that overflow in half.
     """
     x, _, scale, bias, epsilon = args
+    if by_plugin(ctx):
+        constants = [constant(ctx, value, f"{name}_{which}") for which, value in (("scale", scale), ("shift", bias))]
+        fields = {"residual": np.int32(0), "epsilon": np.float32(epsilon)}
+        return plugin_layer(ctx, plugin.RESIDUAL_LAYER_NORM, [x, *constants], fields, name).get_output(0)
     rank = len(x.shape)
     layer = ctx.net.add_normalization(x, constant(ctx, with_rank(scale, rank), f"{name}_scale"),
                                       constant(ctx, with_rank(bias, rank), f"{name}_bias"), 1 << (rank - 1))
     layer.name, layer.epsilon, layer.compute_precision = name, epsilon, trt.float32
     return layer.get_output(0)
+
+
+@register(torch.ops.aten.sigmoid.default)
+def convert_sigmoid(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
+    """In half as (1 + tanh(x/2)) / 2, which is one instruction of the GPU where TensorRT's sigmoid is several."""
+    [x] = args
+    if ctx.precision != "fp16":
+        layer = ctx.net.add_activation(x, trt.ActivationType.SIGMOID)
+        layer.name = name
+        return layer.get_output(0)
+    half = constant(ctx, np.full((1,) * len(x.shape), 0.5, dtype=np.float32), f"{name}_half")
+    layer = ctx.net.add_activation(elementwise(ctx, x, half, trt.ElementWiseOperation.PROD, f"{name}_halved"), trt.ActivationType.TANH)
+    layer.name = f"{name}_tanh"
+    scaled = elementwise(ctx, layer.get_output(0), half, trt.ElementWiseOperation.PROD, f"{name}_scaled")
+    return elementwise(ctx, scaled, half, trt.ElementWiseOperation.SUM, name)
 
 
 @register(torch.ops.aten.select.int)

@@ -7,6 +7,8 @@ Torch-TensorRT 2.2 converts wrongly or not at all.
 
 The references are differentiable PyTorch; the ops themselves are for inference.
 """
+from typing import Optional
+
 import torch
 import torch.nn.functional as F
 
@@ -43,13 +45,36 @@ def _attention_fake(qkv, heads, causal):
     return qkv.new_empty((qkv.shape[0], qkv.shape[1], heads * HEAD_DIM))
 
 
-def attention_rows_reference(qkv: torch.Tensor, tokens: int, heads: int, causal: bool) -> torch.Tensor:
-    """`attention` on rows: [B·T, 3·W] -> [B·T, W] with T = tokens, the form a lowered graph holds."""
+def attention_rows_reference(qkv: torch.Tensor, tokens: int, heads: int, causal: bool, query_bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """`attention` on rows: [B·T, 3·W] -> [B·T, W] with T = tokens, the form a lowered graph holds; query_bias [W] is added to the queries."""
+    if query_bias is not None:
+        qkv = qkv + F.pad(query_bias, (0, 2 * heads * HEAD_DIM)).to(qkv.dtype)
     return attention_reference(qkv.reshape(-1, tokens, qkv.shape[1]), heads, causal).reshape(-1, heads * HEAD_DIM)
 
 
-def _attention_rows_fake(qkv, tokens, heads, causal):
+def _attention_rows_fake(qkv, tokens, heads, causal, query_bias=None):
     return qkv.new_empty((qkv.shape[0], heads * HEAD_DIM))
+
+
+def bias_quick_gelu_reference(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """y·sigmoid(1.702·y) of y = x + bias: [..., N] and [N] -> [..., N]."""
+    y = x + bias
+    return y * torch.sigmoid(1.702 * y)
+
+
+def _bias_quick_gelu_fake(x, bias):
+    return torch.empty_like(x)
+
+
+def residual_layer_norm_reference(x: torch.Tensor, delta: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor,
+                                  epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + delta + bias and its layer norm over the last axis: two [..., W] and three [W] -> two [..., W]."""
+    total = x + (delta + bias)
+    return total, F.layer_norm(total, total.shape[-1:], scale, shift, epsilon)
+
+
+def _residual_layer_norm_fake(x, delta, bias, scale, shift, epsilon):
+    return torch.empty_like(x), torch.empty_like(x)
 
 
 def extract_patches_reference(images: torch.Tensor, size: int) -> torch.Tensor:
@@ -91,13 +116,16 @@ def _pool_end_of_text_fake(x, tokens):
 
 
 attention = _register("attention(Tensor qkv, int heads, bool causal) -> Tensor", attention_reference, _attention_fake)
-attention_rows = _register("attention_rows(Tensor qkv, int tokens, int heads, bool causal) -> Tensor",
+attention_rows = _register("attention_rows(Tensor qkv, int tokens, int heads, bool causal, Tensor? query_bias=None) -> Tensor",
                            attention_rows_reference, _attention_rows_fake)
 extract_patches = _register("extract_patches(Tensor images, int size) -> Tensor", extract_patches_reference, _extract_patches_fake)
 prepend_class_token = _register("prepend_class_token(Tensor patches, Tensor class_token) -> Tensor",
                                 prepend_class_token_reference, _prepend_class_token_fake)
 pool_end_of_text = _register("pool_end_of_text(Tensor x, Tensor tokens) -> Tensor",
                              pool_end_of_text_reference, _pool_end_of_text_fake)
+bias_quick_gelu = _register("bias_quick_gelu(Tensor x, Tensor bias) -> Tensor", bias_quick_gelu_reference, _bias_quick_gelu_fake)
+residual_layer_norm = _register("residual_layer_norm(Tensor x, Tensor delta, Tensor bias, Tensor scale, Tensor shift, float epsilon) -> (Tensor, Tensor)",
+                                residual_layer_norm_reference, _residual_layer_norm_fake)
 
 def _attention_cuda(qkv, heads, causal):
     """On a GPU the op runs the plugin's kernel where it is built and serves the tensor, so that engine and eager agree."""
@@ -112,4 +140,6 @@ REFERENCES = {
     extract_patches: extract_patches_reference,
     prepend_class_token: prepend_class_token_reference,
     pool_end_of_text: pool_end_of_text_reference,
+    bias_quick_gelu: bias_quick_gelu_reference,
+    residual_layer_norm: residual_layer_norm_reference,
 }

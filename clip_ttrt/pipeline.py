@@ -5,7 +5,7 @@ from typing import Any, Optional
 import torch
 from torch import fx, nn
 
-from clip_ttrt import accuracy, backends, guard, lowering, plugin, torchscript
+from clip_ttrt import accuracy, backends, fusion, guard, lowering, plugin, torchscript
 from clip_ttrt.artifact import Artifact, draft
 from clip_ttrt.backends import Backend
 from clip_ttrt.checkpoint import Checkpoint, load_checkpoint
@@ -94,6 +94,8 @@ def build_tensorrt(encoder: str, checkpoint: Checkpoint, options: Options, atten
     from clip_ttrt import engine  # TensorRT's packages import only where there is a GPU
 
     graph, rewrites = lowered(ENCODERS[encoder](checkpoint.state_dict), example, encoder, progress)
+    if attention == "plugin":
+        rewrites = {**rewrites, **fusion.fuse(graph)}
     with progress.stage(f"build the {encoder} engine with TensorRT") as time:
         built = engine.build_engine(graph, example, options.batch, options.precision, attention, options.optimization_level)
     whole_batch = example[:1].expand(options.batch.optimal, *example.shape[1:]).contiguous().cuda()

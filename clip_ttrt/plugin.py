@@ -1,4 +1,4 @@
-"""The library of fused kernels (`kernels/`): where it is, its TensorRT plugin, and the same kernel for PyTorch.
+"""The library of fused kernels (`kernels/`): where it is, its TensorRT plugins, and the attention kernel for PyTorch.
 
 `python -m kernels.build` builds the library into `clip_ttrt/lib/`.  Everything works without it,
 through TensorRT's own layers.
@@ -14,7 +14,10 @@ from clip_ttrt.errors import UserError
 
 LIBRARY = Path(__file__).parent / "lib" / "libclip_ttrt_kernels.so"
 BUILD_IT = "build it with `python -m kernels.build`"
-PLUGIN, VERSION = "ClipAttention", "1"  # as kernels/attention/attention_plugin.cpp registers it
+# As kernels/*/*_plugin.cpp register them, all under one version, which grows when any of them changes.
+ATTENTION, BIAS_QUICK_GELU, RESIDUAL_LAYER_NORM = "ClipAttention", "ClipBiasQuickGelu", "ClipResidualLayerNorm"
+VERSION = "2"
+REGISTER = ("clip_attention_register_plugin", "clip_elementwise_register_plugins")
 
 
 class AttentionParams(ctypes.Structure):
@@ -81,8 +84,7 @@ def load(version: Optional[str]) -> None:
         raise UserError(f"this artifact needs version {version} of the fused-attention plugin, and this is version {VERSION}; compile again")
     import tensorrt  # noqa: F401  (loads libnvinfer, in which the creator registers)
 
-    register = getattr(loaded, "clip_attention_register_plugin", None)
-    if register is None or register() != 1:
+    if not all(hasattr(loaded, name) and getattr(loaded, name)() == 1 for name in REGISTER):
         raise UserError(f"{LIBRARY.name} was built without the TensorRT plugin; {BUILD_IT} where TensorRT's headers are (TENSORRT_INCLUDE_DIR)")
 
 

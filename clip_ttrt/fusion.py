@@ -1,0 +1,120 @@
+"""A lowered graph for the plugins: what the library of fused kernels does in one piece becomes one operation.
+
+Afterwards TensorRT is left with matrix products and our plugins.  Its compiler's own elementwise kernels are slower, and
+much slower where the batch is dynamic; a bias before a plugin it fuses into nothing.  Every rewrite is exact in real
+arithmetic, and on the CPU the graph still runs through the references.
+"""
+import operator
+from typing import Callable, Optional
+
+import torch
+from torch import fx, nn
+
+from clip_ttrt import ops
+from clip_ttrt.lowering import find_nodes, getattr_nested
+
+aten = torch.ops.aten
+
+QUICK_GELU_SLOPE = 1.702
+
+
+def add_parameter(module: fx.GraphModule, name: str, value: torch.Tensor) -> fx.Node:
+    """Register a parameter and return its node, at the graph's beginning."""
+    module.register_parameter(name, nn.Parameter(value.detach().clone(), requires_grad=False))
+    with module.graph.inserting_before(next(iter(module.graph.nodes))):
+        return module.graph.get_attr(name)
+
+
+def is_biased_linear(node: object) -> bool:
+    return isinstance(node, fx.Node) and node.target is aten.linear.default and len(node.args) == 3 and node.args[2] is not None
+
+
+def readers(node: fx.Node) -> Optional[list[fx.Node]]:
+    """The linear layers that read a node's rows, directly or after a choice of rows; None where anything else does."""
+    found: list[fx.Node] = []
+    for user in node.users:
+        if is_biased_linear(user) and user.args[0] is node:
+            found.append(user)
+        elif user.target in (aten.view.default, aten.select.int, ops.pool_end_of_text) and user.args[0] is node:
+            below = readers(user)
+            if below is None:
+                return None
+            found += below
+        else:
+            return None
+    return found
+
+
+def fold_projection_biases(module: fx.GraphModule) -> int:
+    """The bias of the query-key-value projection leaves the matrix product.
+
+    A constant added to all keys adds the same to every score of a row, which softmax ignores; one added to all values is
+    added to the output, whose projection takes it into its own bias; the queries' goes to the attention kernel.
+    """
+    count = 0
+    for node in find_nodes(module, ops.attention_rows):
+        projection, *sizes = node.args
+        outputs = readers(node)
+        if not is_biased_linear(projection) or len(projection.users) != 1 or len(sizes) != 3 or not outputs:
+            continue
+        query, _, value = getattr_nested(module, projection.args[2].target).chunk(3)
+        for output in outputs:
+            weight, bias = (getattr_nested(module, arg.target) for arg in output.args[1:])
+            folded = bias.double() + weight.double() @ value.double()
+            output.args = (*output.args[:2], add_parameter(module, f"{output.name}_folded_bias", folded.to(bias.dtype)))
+        projection.args = projection.args[:2]
+        node.args = (*node.args, add_parameter(module, f"{node.name}_query_bias", query))
+        count += 1
+    return count
+
+
+def fuse_bias_quick_gelu(module: fx.GraphModule) -> int:
+    """linear with bias, then x·sigmoid(1.702·x): linear without bias, then bias_quick_gelu."""
+    count = 0
+    for sigmoid in find_nodes(module, aten.sigmoid.default):
+        scaled = sigmoid.args[0]
+        if scaled.target is not aten.mul.Tensor or scaled.args[1] != QUICK_GELU_SLOPE or len(scaled.users) != 1 or len(sigmoid.users) != 1:
+            continue
+        x, [product] = scaled.args[0], sigmoid.users
+        if product.target is not aten.mul.Tensor or set(product.args) != {x, sigmoid} or set(x.users) != {scaled, product} or not is_biased_linear(x):
+            continue
+        bias = x.args[2]
+        x.args = x.args[:2]
+        with module.graph.inserting_before(product):
+            new = module.graph.call_function(ops.bias_quick_gelu, (x, bias))
+        product.replace_all_uses_with(new)
+        count += 1
+    return count
+
+
+def fuse_residual_layer_norm(module: fx.GraphModule) -> int:
+    """x + linear with bias, then layer norm: linear without bias, then residual_layer_norm, which also gives the sum."""
+    count = 0
+    for norm in find_nodes(module, aten.layer_norm.default):
+        total = norm.args[0]
+        if total.target is not aten.add.Tensor or not is_biased_linear(total.args[1]) or len(total.args[1].users) != 1:
+            continue
+        x, linear = total.args
+        bias = linear.args[2]
+        linear.args = linear.args[:2]
+        with module.graph.inserting_before(total):
+            both = module.graph.call_function(ops.residual_layer_norm, (x, linear, bias, *norm.args[2:5]))
+            sum_, normalised = (module.graph.call_function(operator.getitem, (both, index)) for index in range(2))
+        total.replace_all_uses_with(sum_)
+        norm.replace_all_uses_with(normalised)
+        count += 1
+    return count
+
+
+PASSES: tuple[Callable[[fx.GraphModule], int], ...] = (fold_projection_biases, fuse_bias_quick_gelu, fuse_residual_layer_norm)
+
+
+def fuse(module: fx.GraphModule) -> dict[str, int]:
+    """Run all passes on a lowered graph, in place; returns how often each one rewrote."""
+    counts = {}
+    for rewrite in PASSES:
+        counts[rewrite.__name__] = rewrite(module)
+        module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()
+    return counts

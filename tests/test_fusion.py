@@ -1,0 +1,89 @@
+"""What the plugins take over: every rewrite made, nothing changed in real arithmetic."""
+import operator
+
+import pytest
+import torch
+from torch import nn
+
+from clip_ttrt import fusion, lowering, ops
+from clip_ttrt.checkpoint import load_checkpoint
+from clip_ttrt.encoders import ENCODERS
+from clip_ttrt.models import MODELS
+from clip_ttrt.pipeline import example_input
+
+pytestmark = pytest.mark.skipif(not lowering.can_export(), reason="torch.export of PyTorch 2.2 needs Python 3.11 or older")
+aten = torch.ops.aten
+
+
+@pytest.fixture(scope="module", params=["image", "text"])
+def fused(request):
+    """(plain encoder, example, fused graph, counts) of the demo model with random weights and biases."""
+    torch.manual_seed(0)
+    plain = ENCODERS[request.param](load_checkpoint("demo", "random").state_dict)
+    for name, parameter in plain.named_parameters():
+        if "bias" in name:
+            nn.init.normal_(parameter)
+    example = example_input(request.param, MODELS["demo"])
+    graph = lowering.capture(plain, example)
+    lowering.lower(graph)
+    return plain, example, graph, fusion.fuse(graph)
+
+
+def test_every_block_is_fused(fused):
+    plain, _, graph, counts = fused
+    blocks = len(plain.blocks)
+    assert counts == {"fold_projection_biases": blocks, "fuse_bias_quick_gelu": blocks, "fuse_residual_layer_norm": 2 * blocks}
+    targets = {node.target for node in graph.graph.nodes if node.op == "call_function"}
+    assert targets <= lowering.OPERATIONS | {ops.bias_quick_gelu, ops.residual_layer_norm, operator.getitem}
+    assert aten.sigmoid.default not in targets and aten.mul.Tensor not in targets
+    assert not any(fusion.is_biased_linear(node) for node in graph.graph.nodes)
+
+
+def test_features_stay_the_same(fused):
+    plain, example, graph, _ = fused
+    torch.manual_seed(1)
+    rows = torch.randn(5, *example.shape[1:]).double() if example.is_floating_point() else torch.randint(0, 49408, (5, 77), dtype=torch.int32)
+    with torch.no_grad():
+        expected, actual = plain.double()(rows), graph.double()(rows)
+    assert (actual - expected).abs().max() < 1e-6 * expected.abs().max()  # the folded biases are rounded to float
+    plain.float(), graph.float()
+
+
+class OneAttention(nn.Module):
+    """A projection whose attention something else than a linear layer reads: its value bias has nowhere to go."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(64, 192), nn.Linear(64, 64)
+
+    def forward(self, x):
+        attended = ops.attention(self.qkv(x), 1, False)
+        return self.out(attended) + attended
+
+
+def test_a_bias_with_nowhere_to_go_stays():
+    module = OneAttention().eval().requires_grad_(False)
+    graph = lowering.capture(module, torch.zeros(2, 5, 64))
+    lowering.lower(graph)
+    assert fusion.fuse(graph)["fold_projection_biases"] == 0
+    x = torch.randn(3, 5, 64)
+    assert torch.allclose(graph(x), module(x), atol=1e-6)
+
+
+class OtherActivation(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.up(x)
+        return y * torch.sigmoid(1.5 * y)
+
+
+def test_another_slope_is_another_activation():
+    module = OtherActivation().eval().requires_grad_(False)
+    graph = lowering.capture(module, torch.zeros(2, 8))
+    lowering.lower(graph)
+    assert fusion.fuse(graph)["fuse_bias_quick_gelu"] == 0
+    x = torch.randn(3, 8)
+    assert torch.allclose(graph(x), module(x), atol=1e-6)
