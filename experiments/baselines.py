@@ -1,24 +1,32 @@
-"""What our modules are compared with, each as a callable on the same weights: `BACKENDS[name](Request) -> Subject`.
+"""What our modules are compared with, each a callable on the same weights: `BACKENDS[name](Request) -> Subject`.
 
 Imports of optional packages stay inside their backend; what is missing raises `Missing`, which a sweep records as a
-skipped row with its reason.
+skipped row with its reason.  Where the `clip` package is not installed, as in a newer PyTorch's environment, our plain
+encoders get random weights of their own, which a time does not depend on.
 """
+import functools
 import importlib.util
+import inspect
 import io
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable
+from typing import Callable
 
 import torch
 
-from clip_ttrt import backends, pipeline
-from clip_ttrt.artifact import load_modules
+from clip_ttrt import pipeline
+from clip_ttrt.accuracy import COSINE_BOUND, exact_fp32
+from clip_ttrt.artifact import MANIFEST, Artifact, load_modules, read_artifact
 from clip_ttrt.checkpoint import Checkpoint, load_checkpoint, original_model
-from clip_ttrt.encoders import DIFFERENTIABLE, ENCODERS
+from clip_ttrt.encoders import DIFFERENTIABLE, ENCODERS, ImageEncoder, TextEncoder
 from clip_ttrt.errors import UserError
 from clip_ttrt.models import dimensions_of
+from clip_ttrt.options import BatchRange
+from experiments.accuracy import folder_name
+
+CHECKED = 8  # samples of a batch that are compared with the fp32 reference
 
 
 class Missing(Exception):
@@ -36,17 +44,26 @@ class Request:
     batch: int
     tokens: int
     device: str  # cuda or cpu
+    artifacts: str = ""  # folder from which artifacts are taken where they are, and in which new ones stay
+    batches: str = "1:32:512"  # what a backend that ends in _range compiles for
+    level: int = 3  # of TensorRT's builder
 
 
 @dataclass(frozen=True)
 class Subject:
     """A callable on one tensor, that tensor, and facts for the row."""
 
-    call: Callable[[], Any]
+    run: Callable[[torch.Tensor], torch.Tensor]
+    x: torch.Tensor
     build_s: float
     attention: str = ""
     engine_mib: str = ""
-    brings_graphs: bool = False  # torch.compile's reduce-overhead captures by itself
+    brings_graphs: bool = False  # it replays CUDA graphs of its own
+    uncapturable: str = ""  # why a CUDA graph of it cannot be captured
+    remark: str = ""  # what is wrong with the features, for the row's error
+
+    def call(self) -> torch.Tensor:
+        return self.run(self.x)
 
 
 def example(request: Request, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -66,54 +83,107 @@ def dtype_of(request: Request) -> torch.dtype:
     return torch.half if request.precision == "fp16" else torch.float
 
 
+@functools.lru_cache(maxsize=1)
+def weights_of(model: str, weights: str) -> Checkpoint:
+    return load_checkpoint(model, weights)
+
+
 def checkpoint_of(request: Request) -> Checkpoint:
-    return load_checkpoint(request.model, request.weights)
+    """The request's weights.  Raises Missing where the `clip` package, which defines them, is not installed."""
+    if not has_clip():
+        raise Missing("the original `clip` package is not installed")
+    return weights_of(request.model, request.weights)
+
+
+def has_clip() -> bool:
+    return importlib.util.find_spec("clip") is not None
+
+
+class Original(torch.nn.Module):
+    """One encoder of the original `clip` model as a module of its own."""
+
+    def __init__(self, request: Request):
+        super().__init__()
+        checkpoint = checkpoint_of(request)
+        self.clip = original_model(checkpoint.dimensions)
+        self.clip.load_state_dict(checkpoint.state_dict)
+        self.image = request.encoder == "image"
+        self.eval().requires_grad_(False).to(request.device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.clip.encode_image(x) if self.image else self.clip.encode_text(x)
 
 
 def clip_eager(request: Request) -> Subject:
     """The original `clip` model, as `clip.load` gives it: fp32, or fp16 through its own convert_weights."""
-    from clip.model import convert_weights
-
     dtype_of(request)
-    start, checkpoint = time.perf_counter(), checkpoint_of(request)
-    model = original_model(checkpoint.dimensions)
-    model.load_state_dict(checkpoint.state_dict)
-    model = model.eval().requires_grad_(False).to(request.device)
+    start = time.perf_counter()
+    original = Original(request)
     if request.precision == "fp16":
-        convert_weights(model)
-    x, encode = example(request), model.encode_image if request.encoder == "image" else model.encode_text
-    return Subject(lambda: encode(x), time.perf_counter() - start, "multi-head module")
+        from clip.model import convert_weights
+
+        convert_weights(original.clip)
+    reason = "" if original.image else "encode_text of the original copies an index from the CPU"
+    return Subject(original, example(request), time.perf_counter() - start, "multi-head module", uncapturable=reason)
 
 
 def plain(request: Request) -> torch.nn.Module:
-    """Our plain encoder with PyTorch's scaled_dot_product_attention."""
-    return ENCODERS[request.encoder](checkpoint_of(request).state_dict, DIFFERENTIABLE).to(request.device, dtype_of(request))
+    """Our plain encoder with PyTorch's scaled_dot_product_attention; without the `clip` package with weights of its own."""
+    dtype = dtype_of(request)
+    if has_clip():
+        module = ENCODERS[request.encoder](checkpoint_of(request).state_dict, DIFFERENTIABLE)
+    else:
+        module = (ImageEncoder if request.encoder == "image" else TextEncoder)(dimensions_of(request.model), DIFFERENTIABLE).eval().requires_grad_(False)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in module.parameters():
+            parameter.normal_(std=0.02, generator=generator)
+    return module.to(request.device, dtype)
 
 
 def eager_sdpa(request: Request) -> Subject:
     """Our plain encoder, eager."""
     start = time.perf_counter()
     module, x = plain(request), example(request, dtype_of(request))
-    return Subject(lambda: module(x), time.perf_counter() - start, "sdpa")
+    return Subject(module, x, time.perf_counter() - start, "sdpa")
 
 
 def torch_compile(mode: str) -> Callable[[Request], Subject]:
     """Our plain encoder under torch.compile of the PyTorch that runs this."""
     def build(request: Request) -> Subject:
-        start = time.perf_counter()
         if request.device == "cuda" and importlib.util.find_spec("triton") is None:
             raise Missing("torch.compile on a GPU needs Triton, which is not installed")
-        module, x = torch.compile(plain(request), mode=mode, fullgraph=True), example(request, dtype_of(request))
+        torch._dynamo.reset()  # else a second batch size in one process would be compiled for any batch
+        module, x = plain(request), example(request, dtype_of(request))
+        start = time.perf_counter()
+        module = torch.compile(module, mode=mode, fullgraph=True, dynamic=False)
         with torch.no_grad():
             for _ in range(3):
                 module(x)
-        return Subject(lambda: module(x), time.perf_counter() - start, "sdpa", brings_graphs=request.device == "cuda")
+        return Subject(module, x, time.perf_counter() - start, "sdpa", brings_graphs=request.device == "cuda")
 
     return build
 
 
+def onnx_model(module: torch.nn.Module, x: torch.Tensor) -> bytes:
+    """A module as ONNX (opset 17) for inputs of just x's shape, through PyTorch's TorchScript exporter.
+
+    Raises RuntimeError where something cannot be exported.
+    """
+    buffer = io.BytesIO()
+    exporter = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
+    try:
+        torch.onnx.export(module, (x,), buffer, input_names=["x"], output_names=["features"], opset_version=17, **exporter)
+    except torch.onnx.errors.OnnxExporterError as problem:
+        raise RuntimeError(f"ONNX export failed: {problem}") from problem
+    return buffer.getvalue()
+
+
 def onnxruntime(request: Request) -> Subject:
-    """Our plain encoder through ONNX in ONNX Runtime, inputs and outputs in host memory as its users have them."""
+    """Our plain encoder through ONNX in ONNX Runtime.
+
+    On the CPU inputs and outputs are NumPy's, as its users have them; on a GPU they are bound where they lie, and a call
+    is a replay of its own CUDA graph where it can make one.
+    """
     if importlib.util.find_spec("onnxruntime") is None:
         raise Missing("onnxruntime is not installed")
     import onnxruntime as ort
@@ -122,35 +192,156 @@ def onnxruntime(request: Request) -> Subject:
     if provider not in ort.get_available_providers():
         raise Missing(f"this onnxruntime has no {provider}")
     start = time.perf_counter()
-    module, x, buffer = plain(request), example(request, dtype_of(request)), io.BytesIO()
+    x = example(request, dtype_of(request))
+    model, name = onnx_model(plain(request), x), f"onnxruntime {ort.__version__}"
+    if request.device == "cpu":
+        session = ort.InferenceSession(model, providers=[provider])
+        return Subject(lambda rows: session.run(None, {"x": rows.numpy()})[0], x, time.perf_counter() - start, name)
+    if hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # CUDA's libraries, from where PyTorch has them
     try:
-        torch.onnx.export(module, (x,), buffer, input_names=["x"], output_names=["features"], opset_version=17)
-    except torch.onnx.errors.OnnxExporterError as problem:
-        raise Missing(f"ONNX export failed: {problem}") from problem
-    session = ort.InferenceSession(buffer.getvalue(), providers=[provider])
-    feed = {"x": x.cpu().numpy()}
-    return Subject(lambda: session.run(None, feed), time.perf_counter() - start, "onnx")
+        run, own = bound(ort, model, request, x, "1"), True
+    except Exception as problem:  # which one, depends on its version
+        print(f"no CUDA graph in ONNX Runtime: {str(problem)[:300]}")
+        run, own = bound(ort, model, request, x, "0"), False
+    return Subject(run, x, time.perf_counter() - start, name, brings_graphs=own, uncapturable="" if own else "ONNX Runtime could not capture its own CUDA graph")
 
 
-def clip_ttrt(attention: str) -> Callable[[Request], Subject]:
-    """Our artifact's module, static batch: TensorRT on a GPU, TorchScript on the CPU."""
+def bound(ort, model: bytes, request: Request, x: torch.Tensor, graph: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A session on the GPU with x and the features bound to their memory, warmed up; it serves x alone."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(model, options, providers=[("CUDAExecutionProvider", {"enable_cuda_graph": graph})])
+    if "CUDAExecutionProvider" not in session.get_providers():
+        raise Missing("onnxruntime's CUDAExecutionProvider does not load here")
+    features = torch.empty(request.batch, dimensions_of(request.model).embed_dim, device="cuda", dtype=dtype_of(request))
+    binding = session.io_binding()
+    for bind, name, tensor in ((binding.bind_input, "x", x), (binding.bind_output, "features", features)):
+        element = {torch.half: "float16", torch.float: "float32", torch.int32: "int32"}[tensor.dtype]
+        bind(name, "cuda", 0, element, tuple(tensor.shape), tensor.data_ptr())
+
+    def run(rows: torch.Tensor) -> torch.Tensor:
+        session.run_with_iobinding(binding)
+        return features
+
+    for _ in range(3):
+        run(x)
+    return run
+
+
+def tensorrt_onnx(request: Request) -> Subject:
+    """The original `clip` encoder through ONNX and TensorRT's own parser: the road that this project does without."""
+    dtype_of(request)
+    if request.device == "cpu":
+        raise Missing("TensorRT needs a GPU")
+    if importlib.util.find_spec("tensorrt") is None:
+        raise Missing("tensorrt is not installed")
+    import tensorrt as trt
+
+    x = example(request)
+    start = time.perf_counter()
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(onnx_model(Original(request), x)):
+        raise RuntimeError("TensorRT's parser refused the model: " + "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors)))
+    config = builder.create_builder_config()
+    config.builder_optimization_level = request.level
+    config.clear_flag(trt.BuilderFlag.TF32)
+    if request.precision == "fp16":
+        config.set_flag(trt.BuilderFlag.FP16)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise RuntimeError("TensorRT could not build the engine of the ONNX model")
+    seconds, size = time.perf_counter() - start, plan.nbytes
+    runtime = trt.Runtime(logger)
+    engine = runtime.deserialize_cuda_engine(plan)
+    context = engine.create_execution_context()
+    source, target = sorted((engine.get_tensor_name(index) for index in range(engine.num_io_tensors)),
+                            key=lambda name: engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT)
+    features = torch.empty(tuple(engine.get_tensor_shape(target)), device="cuda")
+    if (engine.get_tensor_dtype(source), engine.get_tensor_dtype(target)) != (trt.float32 if x.is_floating_point() else trt.int32, trt.float32):
+        raise RuntimeError(f"the ONNX engine wants {engine.get_tensor_dtype(source)} and gives {engine.get_tensor_dtype(target)}")
+
+    def run(rows: torch.Tensor) -> torch.Tensor:
+        context.set_tensor_address(source, rows.data_ptr())
+        context.set_tensor_address(target, features.data_ptr())
+        if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
+            raise RuntimeError("TensorRT could not run the ONNX engine")
+        return features
+
+    run.keeps = runtime, engine  # a context needs both alive
+    return Subject(run, x, seconds, "onnx" + at_level(request), f"{size / 2**20:.2f}", remark=wrong(run, x, request))
+
+
+def at_level(request: Request) -> str:
+    return "" if request.level == 3 else f", builder level {request.level}"
+
+
+def wrong(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, request: Request) -> str:
+    """How the features of the first samples differ from our plain encoder's in fp32, where they do so beyond the precision's bound; else empty."""
+    with torch.no_grad(), exact_fp32():
+        actual = run(x)[:CHECKED].float()
+        expected = plain(replace(request, precision="fp32"))(x[:CHECKED])
+    smallest = torch.nn.functional.cosine_similarity(actual, expected, dim=1).min().item()
+    return "" if smallest >= COSINE_BOUND[request.precision] else f"wrong: smallest cosine {smallest:.4f} against fp32"
+
+
+@functools.cache
+def temporary_root() -> tempfile.TemporaryDirectory:
+    """Where artifacts are kept for this process alone."""
+    return tempfile.TemporaryDirectory()
+
+
+def artifact_of(request: Request, attention: str, batch: str) -> Artifact:
+    """The artifact of one compile: from the request's folder where it is (under the names of experiments.accuracy), else made there now.
+
+    Raises Missing where it cannot be made here.
+    """
+    root = Path(request.artifacts or temporary_root().name)
+    name = folder_name(request.model, request.precision, batch, attention) + ("" if request.level == 3 else f"-level_{request.level}")
+    for folder in (root / name, root / f"{name}-{request.encoder}"):
+        if (folder / MANIFEST).is_file() and request.encoder in (made := read_artifact(folder)).encoders:
+            return made
+    try:
+        return pipeline.compile(model=request.model, weights=request.weights, precision=request.precision, batch=batch, encoder=request.encoder,
+                                backend="tensorrt" if request.device == "cuda" else "torchscript", attention=attention, verify=False,
+                                optimization_level=request.level, output=folder)
+    except UserError as problem:
+        raise Missing(str(problem)) from problem
+
+
+def load_encoder(made: Artifact, encoder: str) -> torch.jit.ScriptModule:
+    """One encoder's module of an artifact, loaded anew."""
+    alone = {**made.manifest, "modules": {encoder: made.manifest["modules"][encoder]}}
+    return load_modules(replace(made, manifest=alone))[encoder]
+
+
+@functools.lru_cache(maxsize=1)
+def loaded(folder: Path, encoder: str) -> torch.jit.ScriptModule:
+    """As `load_encoder`, the last one kept: rows of one batch range share it."""
+    return load_encoder(read_artifact(folder), encoder)
+
+
+def clip_ttrt(attention: str, ranged: bool) -> Callable[[Request], Subject]:
+    """Our artifact's module, for one static batch or for a batch range: TensorRT on a GPU, TorchScript on the CPU."""
     def build(request: Request) -> Subject:
-        asked = "tensorrt" if request.device == "cuda" else "torchscript"
         if request.device == "cpu" and (attention == "plugin" or request.precision == "fp16"):
             raise Missing(f"{attention} in {request.precision} needs a GPU")
-        start = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                made = pipeline.compile(model=request.model, weights=request.weights, precision=request.precision, batch=request.batch, encoder=request.encoder,
-                                        backend=asked, attention=attention, verify=False, output=Path(folder) / "artifact")
-            except UserError as problem:
-                raise Missing(str(problem)) from problem
-            module, facts = load_modules(made)[request.encoder], made.manifest["modules"][request.encoder]
-        context = dimensions_of(request.model).context_length
+        batches = BatchRange.parse(request.batches if ranged else request.batch)
+        if not batches.minimum <= request.batch <= batches.maximum:
+            raise Missing(f"batch {request.batch} is outside the range {batches}")
+        made = artifact_of(request, attention, str(batches))
+        module, facts = loaded(made.folder, request.encoder), made.manifest["modules"][request.encoder]
         x = example(request)
         if request.encoder == "text":
-            x = torch.nn.functional.pad(x, (0, context - x.shape[1]))  # as `model.encode_text` does
-        return Subject(lambda: module(x), time.perf_counter() - start, made.manifest["attention"], str(facts.get("engine_mib", facts["mib"])))
+            x = torch.nn.functional.pad(x, (0, dimensions_of(request.model).context_length - x.shape[1]))  # as `model.encode_text` does
+        kind = made.manifest["attention"] + (f" {batches}" if ranged else "") + at_level(request)
+        remark = {True: "", False: "wrong: failed its verification", None: ""}[made.verified]
+        if made.verified is None and request.device == "cuda":
+            remark = wrong(module, x, request)
+        return Subject(module, x, facts["build_seconds"], kind, str(facts.get("engine_mib", facts["mib"])), remark=remark)
 
     return build
 
@@ -161,11 +352,9 @@ BACKENDS: dict[str, Callable[[Request], Subject]] = {
     "torch_compile_reduce_overhead": torch_compile("reduce-overhead"),
     "torch_compile_max_autotune": torch_compile("max-autotune"),
     "onnxruntime": onnxruntime,
-    "clip_ttrt_native": clip_ttrt("native"),
-    "clip_ttrt_plugin": clip_ttrt("plugin"),
+    "tensorrt_onnx": tensorrt_onnx,
+    "clip_ttrt_native": clip_ttrt("native", ranged=False),
+    "clip_ttrt_plugin": clip_ttrt("plugin", ranged=False),
+    "clip_ttrt_native_range": clip_ttrt("native", ranged=True),
+    "clip_ttrt_plugin_range": clip_ttrt("plugin", ranged=True),
 }
-
-
-def gpu_name() -> str:
-    """The GPU's name; on the CPU the processor's kind."""
-    return backends.gpu().get("name", "cpu")

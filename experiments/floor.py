@@ -1,23 +1,30 @@
 """The library floor of an encoder: the sum of the fastest single library kernels for the same work, with no gaps.
 
-    python -m experiments.floor --model ViT-B/32 --encoder image --batch 32 --precision fp16
+    python -m experiments.floor --model ViT-B/32 --encoder image --batches 1 32 --precision fp16 [--out results/h200/floor.csv]
 
 Matrix products with bias (PyTorch's linear, which is cuBLAS on a GPU), attention (the fastest of what
-scaled_dot_product_attention offers) and layer norms, each timed alone and multiplied by how often an encoder needs it.
-Elementwise work and gathers count as fused into their neighbours.
+scaled_dot_product_attention offers, on packed and on separate tensors) and layer norms, each timed alone and multiplied by
+how often an encoder needs it.  Elementwise work and gathers count as fused into their neighbours.  The libraries are those
+of the PyTorch that runs this: the newest gives the lowest floor.  Rows that are in the file already are skipped.
 """
 import argparse
 import contextlib
+import itertools
 import statistics
 import time
+import warnings
 from dataclasses import dataclass
-from typing import Callable
+from pathlib import Path
+from typing import Any, Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 
 from clip_ttrt.models import HEAD_DIM, Dimensions, dimensions_of
+from experiments.record import append_row, provenance, read_rows
 from experiments.timing import graphed, median_ms
+
+KEY = ("model", "encoder", "precision", "batch", "tokens")
 
 
 @dataclass(frozen=True)
@@ -66,20 +73,31 @@ def milliseconds(call: Callable[[], object], device: str, repeats: int = 20) -> 
     return statistics.median(times)
 
 
+def attention_backends() -> Iterator[Any]:
+    """A context for each library that scaled_dot_product_attention can be told to use."""
+    try:
+        from torch.nn.attention import SDPBackend, sdpa_kernel  # PyTorch 2.3
+    except ImportError:
+        for choice in ("enable_flash", "enable_mem_efficient", "enable_math"):
+            yield torch.backends.cuda.sdp_kernel(**{name: name == choice for name in ("enable_flash", "enable_mem_efficient", "enable_math")})
+        return
+    for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
+        if hasattr(SDPBackend, name):
+            yield sdpa_kernel(getattr(SDPBackend, name))
+
+
 def attention_ms(batch: int, heads: int, tokens: int, causal: bool, device: str, dtype: torch.dtype) -> float:
-    """The fastest of scaled_dot_product_attention's backends that take this input."""
-    query, key, value = (torch.randn(batch, heads, tokens, HEAD_DIM, device=device, dtype=dtype) for _ in range(3))
-
-    def call():
-        return F.scaled_dot_product_attention(query, key, value, is_causal=causal)
-
+    """The fastest of scaled_dot_product_attention's libraries that take this input, on views of packed and on separate tensors."""
+    packed = torch.randn(batch, tokens, 3, heads, HEAD_DIM, device=device, dtype=dtype).permute(2, 0, 3, 1, 4)
     if device == "cpu":
-        return milliseconds(call, device)
+        return milliseconds(lambda: F.scaled_dot_product_attention(*packed.unbind(0), is_causal=causal), device)
     times = []
-    for choice in ({"enable_flash": True}, {"enable_mem_efficient": True}, {"enable_math": True}):
-        flags = {"enable_flash": False, "enable_mem_efficient": False, "enable_math": False, **choice}
-        with contextlib.suppress(RuntimeError), torch.backends.cuda.sdp_kernel(**flags):
-            times.append(milliseconds(call, device))
+    for layout in (packed, packed.contiguous()):
+        query, key, value = layout.unbind(0)
+        for library in attention_backends():
+            with contextlib.suppress(RuntimeError), warnings.catch_warnings(), library:
+                warnings.simplefilter("ignore")  # each library says why it does not take an input
+                times.append(milliseconds(lambda: F.scaled_dot_product_attention(query, key, value, is_causal=causal), device))
     return min(times)
 
 
@@ -103,15 +121,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-B/32")
     parser.add_argument("--encoder", choices=("image", "text"), default="image")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batches", type=int, nargs="+", default=[32])
     parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp16")
+    parser.add_argument("--tokens", type=int, nargs="+", help="text lengths (default: the model's)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("results/floor.csv"))
     options = parser.parse_args()
     dims = dimensions_of(options.model)
-    tokens = dims.image_tokens if options.encoder == "image" else dims.context_length
-    precision = options.precision if options.device == "cuda" else "fp32"
-    for name, value in floor_ms(dims, options.encoder, options.batch, tokens, precision, options.device).items():
-        print(f"{name:10} {value:8.3f} ms")
+    lengths = [dims.image_tokens] if options.encoder == "image" else options.tokens or [dims.context_length]
+    done = {tuple(row[name] for name in KEY) for row in read_rows(options.out)}
+    for tokens, batch in itertools.product(lengths, options.batches):
+        row = {"model": options.model, "encoder": options.encoder, "precision": options.precision, "batch": str(batch), "tokens": str(tokens)}
+        if tuple(row.values()) in done:
+            continue
+        parts = floor_ms(dims, options.encoder, batch, tokens, options.precision if options.device == "cuda" else "fp32", options.device)
+        append_row(options.out, {**row, **{f"{'floor' if name == 'sum' else name}_ms": f"{value:.4f}" for name, value in parts.items()}, **provenance()})
 
 
 if __name__ == "__main__":

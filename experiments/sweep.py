@@ -1,29 +1,39 @@
-"""Latency of every backend over models, precisions, batches and text lengths: OUT/sweep.csv.
+"""Latency of every backend over models, encoders, precisions, batches and text lengths: OUT/sweep.csv.
 
     python -m experiments.sweep --grid quick            the embedded model on two CPU cores, within five minutes
     python -m experiments.sweep --grid h200             the full grid; stops and resumes where it was
+    python -m experiments.sweep --grid h200 --models ViT-B/32 --backends clip_ttrt_plugin_range clip_eager --batches 1 32 --precisions fp16
+    python -m experiments.sweep --grid hackathon        the batches of a 2022 hackathon entry
 
-Each row runs in a fresh process: a crash, a timeout or an exhausted GPU is a row with its `error`, a missing backend a row
-that says why, and neither ends the sweep.  Rows that are there already are skipped.  `--python NAME=PATH` runs one backend
-with another interpreter, such as a newer PyTorch for torch.compile.  `floor_ms` is measured in the row's own process.
+Rows of one backend, model, encoder and precision run in one fresh process, which gives them row by row: a crash, a timeout
+or an exhausted GPU is a row with its `error`, after which the rest goes on in another process, and a missing backend is a
+row that says why.  Rows that are in the file already are skipped.  `--python NAME=PATH` runs one backend, or `floor`, with
+another interpreter, such as a newer PyTorch's.  The library floor of the same work is measured before a group's rows and
+kept in OUT/floor.csv.  `error` that starts with "wrong:" stands beside times of features that are wrong.
 """
 import argparse
+import gc
 import itertools
 import json
+import os
+import queue
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
 
 import torch
 
 from clip_ttrt.models import dimensions_of
+from clip_ttrt.options import BatchRange
 from clip_ttrt.progress import Progress
-from experiments.baselines import BACKENDS, Missing, Request
-from experiments.floor import floor_ms, work_of
+from experiments import floor
+from experiments.baselines import BACKENDS, Missing, Request, Subject
 from experiments.record import append_row, provenance, read_rows
 from experiments.timing import graphed, times_ms
 
@@ -31,38 +41,85 @@ COLUMNS = ("model", "encoder", "backend", "attention", "precision", "batch", "to
            "per_second", "tflops", "floor_ms", "engine_mib", "gpu_memory_mib", "build_s", "torch", "tensorrt", "gpu", "commit", "error")
 KEY = ("model", "encoder", "backend", "precision", "batch", "tokens", "cuda_graph")
 ROW_SECONDS = 900
-RESULT = "sweep-row "  # marks the line of a child's output that holds its row
+RESULT = "sweep-row "  # marks the lines of a child's output that hold its rows
+MEASURING_MS = 1500  # of one row on a GPU, where its calls take so long that fewer than REPEATS must do
+REPEATS, FEWEST = 200, 20
 
-# name: (models, backends, precisions, batches, text lengths, with and without CUDA graph)
-GRIDS: dict[str, tuple[Sequence, ...]] = {
-    "quick": (("demo",), ("clip_eager", "eager_sdpa", "onnxruntime", "clip_ttrt_native"), ("fp32",), (1, 8), (77,), (False,)),
-    "h200": (("ViT-B/32", "ViT-L/14", "ViT-B/16", "ViT-L/14@336px", "demo"), tuple(BACKENDS), ("fp16", "fp32"), (1, 8, 32, 128, 512), (77, 16, 32, 48), (True, False)),
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of a grid: the product of its parts.  `batches_range` is what the backends that end in _range compile for."""
+
+    models: Sequence[str]
+    backends: Sequence[str]
+    precisions: Sequence[str]
+    batches: Sequence[int]
+    encoders: Sequence[str] = ("image", "text")
+    lengths: Sequence[Optional[int]] = (None,)  # of texts; None: the model's
+    graphs: Sequence[bool] = (True, False)
+    batches_range: str = "1:32:512"
+
+
+MODELS = ("ViT-B/32", "ViT-L/14", "ViT-B/16", "ViT-L/14@336px", "demo")
+PRECISIONS = ("fp16", "fp32")
+GRIDS: dict[str, tuple[Block, ...]] = {
+    "quick": (Block(("demo",), ("clip_eager", "eager_sdpa", "onnxruntime", "clip_ttrt_native"), ("fp32",), (1, 8), graphs=(False,)),),
+    "h200": (Block(MODELS, tuple(BACKENDS), PRECISIONS, (32, 1, 8, 128, 512)),
+             Block(MODELS, tuple(BACKENDS), PRECISIONS, (32, 1, 8, 128, 512), encoders=("text",), lengths=(16, 32, 48))),
+    "hackathon": (Block(("ViT-B/32",), tuple(BACKENDS), ("fp16",), (1024, 64, 768), encoders=("image",), batches_range="64:1024:1024"),
+                  Block(("ViT-B/32",), tuple(BACKENDS), ("fp32",), (1024,), encoders=("image",), batches_range="64:1024:1024")),
 }
 
 
-def rows_of(grid: str, device: str) -> Iterator[tuple[str, Request, bool]]:
-    """(backend, request, CUDA graph) of every row of a grid, the full text length and CUDA graphs first."""
-    models, names, precisions, batches, lengths, graphs = GRIDS[grid]
-    for length, graph, model, precision, batch, encoder, backend in itertools.product(lengths, graphs, models, precisions, batches, ("image", "text"), names):
-        dims = dimensions_of(model)
-        if encoder == "image" and length != dims.context_length:
-            continue
-        tokens = dims.image_tokens if encoder == "image" else length
-        yield backend, Request(model, "demo" if model == "demo" else "random", encoder, precision, batch, tokens, device), graph and device == "cuda"
+@dataclass(frozen=True)
+class Row:
+    """One row to measure."""
+
+    backend: str
+    request: Request
+    graph: bool
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """As the CSV's columns `KEY`."""
+        request = self.request
+        return request.model, request.encoder, self.backend, request.precision, str(request.batch), str(request.tokens), str(self.graph)
+
+    @property
+    def group(self) -> tuple[str, ...]:
+        """What one process can measure."""
+        return self.backend, self.request.model, self.request.encoder, self.request.precision, self.request.batches
+
+    def describe(self) -> str:
+        request = self.request
+        return (f"{request.model} {request.encoder} {self.backend} {request.precision} batch {request.batch}, {request.tokens} tokens"
+                f"{', CUDA graph' if self.graph else ''}")
 
 
-def blank_row(backend: str, request: Request, graph: bool) -> dict[str, Any]:
-    """A row with what is known before measuring."""
-    dims = dimensions_of(request.model)
-    return {**dict.fromkeys(COLUMNS, ""), "model": request.model, "encoder": request.encoder, "backend": backend, "precision": request.precision,
-            "batch": str(request.batch), "tokens": str(request.tokens), "resolution": str(dims.image_resolution) if request.encoder == "image" else "",
-            "cuda_graph": str(graph), **provenance()}
+def rows_of(grid: str, device: str, **fixed: Any) -> Iterator[Row]:
+    """The rows of a grid; those of one group stand together, in the order of the grid's batches.  fixed: other fields of every request."""
+    for block in GRIDS[grid]:
+        fields = {"batches": block.batches_range, **fixed}
+        for model, precision, encoder, backend in itertools.product(block.models, block.precisions, block.encoders, block.backends):
+            dims = dimensions_of(model)
+            for length, batch, graph in itertools.product(block.lengths, block.batches, block.graphs if device == "cuda" else (False,)):
+                tokens = dims.image_tokens if encoder == "image" else length or dims.context_length
+                yield Row(backend, Request(model, "demo" if model == "demo" else "random", encoder, precision, batch, tokens, device, **fields), graph)
+
+
+def blank(row: Row) -> dict[str, Any]:
+    """A CSV row with what is known before measuring."""
+    dims = dimensions_of(row.request.model)
+    return {**dict.fromkeys(COLUMNS, ""), **dict(zip(KEY, row.key)), **provenance(),
+            "resolution": str(dims.image_resolution) if row.request.encoder == "image" else ""}
 
 
 def latencies(call: Callable[[], object], device: str) -> list[float]:
     """Milliseconds of single calls after warm-up: between CUDA events, or by the clock on the CPU."""
     if device == "cuda":
-        return times_ms(call, repeats=200, warm_up=20)
+        about = statistics.median(times_ms(call, repeats=5, warm_up=5))
+        repeats = int(min(REPEATS, max(FEWEST, MEASURING_MS / about)))
+        return times_ms(call, repeats, warm_up=repeats // 5)
     times = []
     for _ in range(23):
         begin = time.perf_counter()
@@ -71,69 +128,212 @@ def latencies(call: Callable[[], object], device: str) -> list[float]:
     return times[3:]
 
 
-def measure(backend: str, request: Request, graph: bool) -> dict[str, Any]:
-    """One row, in this process."""
-    row, dims = blank_row(backend, request, graph), dimensions_of(request.model)
-    try:
-        with torch.no_grad():
-            subject = BACKENDS[backend](request)
-            call = subject.call
-            if graph and not subject.brings_graphs:
-                call = graphed(call)
-            times = latencies(call, request.device)
-            row["gpu_memory_mib"] = str(torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0] >> 20) if request.device == "cuda" else ""
-            floor = floor_ms(dims, request.encoder, request.batch, request.tokens, request.precision, request.device)["sum"]
-    except Missing as reason:
-        return {**row, "error": f"skipped: {reason}"}
+def used_mib() -> float:
+    """The GPU's memory in use, in MiB."""
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 2**20
+
+
+def measure(row: Row, subject: Subject, used_before: float) -> dict[str, Any]:
+    """The CSV row of a subject, but for its floor.  Raises Missing where it cannot run so."""
+    request = row.request
+    if row.graph and not subject.brings_graphs and subject.uncapturable:
+        raise Missing(f"no CUDA graph: {subject.uncapturable}")
+    if subject.brings_graphs and not row.graph:
+        raise Missing("it always replays CUDA graphs of its own")
+    call = graphed(subject.call) if row.graph and not subject.brings_graphs else subject.call
+    times = latencies(call, request.device)
     median, cuts = statistics.median(times), statistics.quantiles(times, n=100, method="inclusive")
-    flops = work_of(dims, request.encoder, request.batch, request.tokens).flops
-    return {**row, "attention": subject.attention, "median_ms": f"{median:.4f}", "p90_ms": f"{cuts[89]:.4f}", "p99_ms": f"{cuts[98]:.4f}",
-            "per_second": f"{request.batch / median * 1e3:.1f}", "tflops": f"{flops / median / 1e9:.3f}", "floor_ms": f"{floor:.4f}",
-            "engine_mib": subject.engine_mib, "build_s": f"{subject.build_s:.1f}"}
+    flops = floor.work_of(dimensions_of(request.model), request.encoder, request.batch, request.tokens).flops
+    return {**blank(row), "attention": subject.attention, "median_ms": f"{median:.4f}", "p90_ms": f"{cuts[89]:.4f}", "p99_ms": f"{cuts[98]:.4f}",
+            "per_second": f"{request.batch / median * 1e3:.1f}", "tflops": f"{flops / median / 1e9:.3f}", "engine_mib": subject.engine_mib,
+            "gpu_memory_mib": f"{used_mib() - used_before:.0f}" if request.device == "cuda" else "", "build_s": f"{subject.build_s:.1f}", "error": subject.remark}
 
 
-def in_a_process(python: str, backend: str, request: Request, graph: bool, seconds: float) -> dict[str, Any]:
-    """One row, in a process of its own; whatever goes wrong there is the row's error."""
-    specification = json.dumps({"backend": backend, "request": asdict(request), "graph": graph})
-    try:
-        done = subprocess.run([python, "-m", "experiments.sweep", "--row", specification], capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return {**blank_row(backend, request, graph), "error": f"took over {seconds:.0f} s"}
-    for line in done.stdout.splitlines():
-        if line.startswith(RESULT):
-            return json.loads(line[len(RESULT):])
-    said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-    return {**blank_row(backend, request, graph), "error": f"exit code {done.returncode}: {said[:200]}"}
+def measure_all(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    """The CSV rows of one group, one after the other in this process; a subject serves the rows of its request."""
+    used_before = used_mib() if rows[0].request.device == "cuda" else 0.0
+    subject, built = None, None
+    for row in rows:
+        try:
+            if built != row.request:
+                subject = built = None
+                release()
+                subject, built = BACKENDS[row.backend](row.request), row.request
+                release()
+            result = measure(row, subject, used_before)
+        except Missing as reason:
+            result = {**blank(row), "error": f"skipped: {reason}"}
+        yield result
+
+
+def release() -> None:
+    """Give the GPU's memory of what is no longer referred to back."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def child(specification: str) -> None:
+    """Measure a group and print its rows as they come."""
+    rows = [Row(item["backend"], Request(**item["request"]), item["graph"]) for item in json.loads(specification)]
+    with torch.no_grad():
+        for result in measure_all(rows):
+            print(RESULT + json.dumps(result), flush=True)
+
+
+def in_processes(python: str, rows: Sequence[Row], seconds: float) -> Iterator[dict[str, Any]]:
+    """The CSV rows of one group, from a process of their own; what goes wrong there is the error of the row it was at, and the rest
+    goes on in another process.
+
+    seconds: how long one row may take.  The process ends with the iterator.
+    """
+    rows = list(rows)
+    while rows:
+        with Child([python, "-m", "experiments.sweep", "--group", json.dumps([asdict(row) for row in rows])]) as process:
+            while rows:
+                line = process.line(seconds)
+                if line is None:
+                    yield {**blank(rows.pop(0)), "error": process.problem}
+                    break
+                if line.startswith(RESULT):
+                    rows.pop(0)
+                    yield json.loads(line[len(RESULT):])
+
+
+class Child:
+    """A process whose lines are read with a time limit."""
+
+    def __init__(self, command: Sequence[str]):
+        self.problem = ""
+        self._said = tempfile.TemporaryFile(mode="w+", errors="replace")
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._said, text=True, errors="replace")
+        self._lines: queue.Queue = queue.Queue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self._process.stdout:
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def line(self, seconds: float) -> Optional[str]:
+        """The next line; None where the process ended, or took too long and was ended, and `problem` says so."""
+        try:
+            line = self._lines.get(timeout=seconds)
+        except queue.Empty:
+            self.problem = f"took over {seconds:.0f} s"
+            return None
+        if line is None:
+            code = self._process.wait()
+            self._said.seek(0)
+            self.problem = f"exit code {code}: {(self._said.read().strip().splitlines() or ['it said nothing'])[-1][:200]}"
+        return line
+
+    def __enter__(self) -> "Child":
+        return self
+
+    def __exit__(self, *problem) -> None:
+        if self._process.poll() is None:
+            try:
+                self._process.wait(timeout=0 if self.problem or problem[0] else 30)  # it has said all, and only has to end
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._reader.join()
+        self._process.stdout.close()
+        self._said.close()
+
+
+def floors(python: str, rows: Sequence[Row], path: Path, progress: Progress) -> Mapping[tuple[str, ...], str]:
+    """floor_ms by the columns of `floor.KEY`, measured now where the file lacks a row of this group."""
+    def known() -> dict[tuple[str, ...], str]:
+        return {tuple(row[name] for name in floor.KEY): row["floor_ms"] for row in read_rows(path)}
+
+    first, have = rows[0].request, known()
+    missing = [row.request for row in rows if floor_key(row.request) not in have]
+    if missing:
+        tokens = sorted({request.tokens for request in missing})
+        command = [python, "-m", "experiments.floor", "--model", first.model, "--encoder", first.encoder, "--precision", first.precision, "--device", first.device,
+                   "--batches", *(str(batch) for batch in sorted({request.batch for request in missing})), "--out", str(path),
+                   *([] if first.encoder == "image" else ["--tokens", *map(str, tokens)])]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=ROW_SECONDS)
+        except subprocess.TimeoutExpired:
+            progress.say(f"the floor took over {ROW_SECONDS} s")
+        else:
+            if done.returncode != 0:
+                progress.say(f"the floor could not be measured: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1][:200]}")
+        have = known()
+    return have
+
+
+def floor_key(request: Request) -> tuple[str, ...]:
+    return request.model, request.encoder, request.precision, str(request.batch), str(request.tokens)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", choices=GRIDS, default="quick")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--gpu", type=int, metavar="N", help="use this GPU alone; two runs at once need an --out each")
     parser.add_argument("--out", type=Path, default=Path("results"))
-    parser.add_argument("--python", metavar="BACKEND=PATH", nargs="*", default=[], help="another interpreter for a backend")
-    parser.add_argument("--models", nargs="+", help="only these of the grid's models")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no row after so many seconds; the next run goes on")
-    parser.add_argument("--row", help=argparse.SUPPRESS)
+    parser.add_argument("--artifacts", type=Path, help="take artifacts from this folder (under the names of experiments.accuracy), and keep new ones there")
+    parser.add_argument("--python", metavar="BACKEND=PATH", nargs="*", default=[], help="another interpreter for a backend, or for floor")
+    parser.add_argument("--range", metavar="MIN:OPT:MAX", help="what the backends that end in _range compile for (default: the grid's)")
+    parser.add_argument("--optimization-level", type=int, default=3, metavar="0-5", help="of TensorRT's builder (default 3); another one is named in `attention`")
+    for name in ("models", "backends", "encoders", "precisions", "batches", "lengths"):
+        parser.add_argument(f"--{name}", nargs="+", type=int if name in ("batches", "lengths") else str, help=f"only these of the grid's {name}")
+    parser.add_argument("--graphs-only", action="store_true", help="only rows with CUDA graphs, and the others of the original model")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="end after so many seconds; the next run goes on")
+    parser.add_argument("--group", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.row:
-        given = json.loads(options.row)
-        print(RESULT + json.dumps(measure(given["backend"], Request(**given["request"]), given["graph"])))
+    if options.group:
+        child(options.group)
         return 0
+    if options.gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(options.gpu)  # for the children; this process computes nothing
     interpreters = dict(pair.split("=", 1) for pair in options.python)
+    for name in [*(options.backends or ()), *interpreters]:
+        if name not in BACKENDS and name != "floor":
+            parser.error(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
+    fixed = {"level": options.optimization_level, "artifacts": str(options.artifacts.resolve()) if options.artifacts else ""}
+    if options.range:
+        fixed["batches"] = str(BatchRange.parse(options.range))
+
+    def asked(row: Row) -> bool:
+        request = row.request
+        chosen = ((options.models, request.model), (options.backends, row.backend), (options.encoders, request.encoder),
+                  (options.precisions, request.precision), (options.batches, request.batch), (options.lengths, request.tokens))
+        if options.graphs_only and not row.graph and row.backend != "clip_eager":
+            return False
+        return all(not only or value in only for only, value in chosen)
+
     path, progress, start = options.out / "sweep.csv", Progress(), time.perf_counter()
     done = {tuple(row[name] for name in KEY) for row in read_rows(path)}
-    wanted = [row for row in rows_of(options.grid, options.device) if not options.models or row[1].model in options.models]
-    wanted = [row for row in wanted if tuple(blank_row(*row)[name] for name in KEY) not in done]
-    for index, (backend, request, graph) in enumerate(wanted):
-        elapsed = time.perf_counter() - start
-        if elapsed > options.seconds:
-            progress.say(f"stopped after {elapsed:.0f} s with {len(wanted) - index} rows to go")
+    wanted = [row for row in rows_of(options.grid, options.device, **fixed) if asked(row) and row.key not in done]
+    finished = 0
+    for _, group in itertools.groupby(wanted, key=lambda row: row.group):
+        group = list(group)
+        if time.perf_counter() - start > options.seconds:
             break
-        left = f", about {elapsed / index * (len(wanted) - index):.0f} s left" if index else ""
-        progress.say(f"[{index + 1}/{len(wanted)}{left}] {request.model} {request.encoder} {backend} {request.precision} batch {request.batch}")
-        append_row(path, in_a_process(interpreters.get(backend, sys.executable), backend, request, graph, ROW_SECONDS))
+        have = floors(interpreters.get("floor", sys.executable), group, options.out / "floor.csv", progress)
+        progress.say(f"[{finished + 1}/{len(wanted)}{left(finished, len(wanted), start)}] {group[0].describe()}, {len(group)} rows")
+        for row, result in zip(group, in_processes(interpreters.get(group[0].backend, sys.executable), group, ROW_SECONDS)):
+            append_row(path, {**result, "floor_ms": have.get(floor_key(row.request), "") if result["median_ms"] else ""})
+            finished += 1
+            if time.perf_counter() - start > options.seconds:
+                break
+    if finished < len(wanted):
+        progress.say(f"stopped after {time.perf_counter() - start:.0f} s with {len(wanted) - finished} rows to go")
     return 0
+
+
+def left(finished: int, wanted: int, start: float) -> str:
+    """An estimate from what the rows so far have taken."""
+    if not finished:
+        return ""
+    return f", about {(time.perf_counter() - start) / finished * (wanted - finished):.0f} s left"
 
 
 if __name__ == "__main__":
