@@ -1,17 +1,18 @@
 """`compile`: weights -> encoders -> exported graph -> fused ops -> backend -> artifact -> verification."""
 from dataclasses import asdict
-from typing import Any, Optional
+from typing import Any, Mapping, Optional
 
 import torch
 from torch import fx, nn
 
-from clip_ttrt import accuracy, backends, fusion, guard, lowering, plugin, torchscript
+from clip_ttrt import accuracy, attention_choice, backends, fusion, guard, lowering, plugin, torchscript
 from clip_ttrt.artifact import Artifact, draft
+from clip_ttrt.attention_choice import Choice
 from clip_ttrt.backends import Backend
 from clip_ttrt.checkpoint import Checkpoint, load_checkpoint
 from clip_ttrt.encoders import DIFFERENTIABLE, ENCODERS, FusedOps
 from clip_ttrt.errors import VerificationError
-from clip_ttrt.models import Dimensions
+from clip_ttrt.models import Dimensions, dimensions_of
 from clip_ttrt.options import BatchRange, Options
 from clip_ttrt.progress import Progress
 
@@ -36,21 +37,23 @@ def compile(progress: Optional[Progress] = None, **options: Any) -> Artifact:
 def compile_with(options: Options, progress: Progress) -> Artifact:
     """Compile as `compile` does; a failed verification is recorded in the artifact and not raised."""
     backend = backends.choose(options.backend, options.precision)
-    attention, why = plugin.resolve_attention(options.attention, backend.name, options.precision)
+    dims = dimensions_of(options.model)
+    choices = {encoder: attention_choice.choose(options.attention, backend.name, options.precision, dims, encoder, options.batch) for encoder in options.encoders}
     progress.say(f"backend: {backend.reason}")
     if backend.computes_in != options.precision:
         progress.say(f"note: {options.precision} was asked for, and this backend computes in {backend.computes_in}")
-    progress.say(f"attention: {attention} ({why})")
-    plugin.load(plugin.VERSION if attention == "plugin" else None)
+    for encoder, choice in choices.items():
+        progress.say(f"attention of the {encoder} encoder: {choice.attention} ({choice.reason})")
+    plugin.load(needed_plugin(choices))
     with draft(options.folder, options.force) as writing:
         with progress.stage(f"read weights of {options.model}"):
             checkpoint = load_checkpoint(options.model, options.weights, options.seed, options.trust_weights)
         progress.say(f"{'WARNING' if checkpoint.origin.kind == 'random' else 'weights'}: {checkpoint.origin.describe()}")
         for encoder in options.encoders:
-            module, facts = build_encoder(encoder, checkpoint, options, backend, attention, progress)
-            writing.add(encoder, module, **facts)
+            module, facts = build_encoder(encoder, checkpoint, options, backend, choices[encoder].attention, progress)
+            writing.add(encoder, module, **facts, attention=choices[encoder].attention, attention_reason=choices[encoder].reason)
             del module
-        manifest = describe(options, backend, attention, why, checkpoint)
+        manifest = describe(options, backend, choices, checkpoint)
         artifact = writing.write_manifest(**manifest, verification=None)
         if options.verify:
             with progress.stage("verify against the original model in fp32"):
@@ -118,7 +121,12 @@ def example_input(encoder: str, dims: Dimensions) -> torch.Tensor:
     return torch.zeros(2, dims.context_length, dtype=torch.int32)
 
 
-def describe(options: Options, backend: Backend, attention: str, why: str, checkpoint: Checkpoint) -> dict[str, Any]:
+def needed_plugin(choices: Mapping[str, Choice]) -> Optional[str]:
+    """The version of the plugins that the encoders need; None where none does."""
+    return plugin.VERSION if any(choice.attention == "plugin" for choice in choices.values()) else None
+
+
+def describe(options: Options, backend: Backend, choices: Mapping[str, Choice], checkpoint: Checkpoint) -> dict[str, Any]:
     """The manifest's facts about a compile."""
     return {
         "model": options.model,
@@ -131,10 +139,9 @@ def describe(options: Options, backend: Backend, attention: str, why: str, check
         "backend": backend.name,
         "backend_reason": backend.reason,
         "device": backend.device,
-        "attention": attention,
-        "attention_reason": why,
+        "attention": "/".join(sorted({choice.attention for choice in choices.values()})),  # each encoder's own: modules
         "optimization_level": options.optimization_level,
-        "plugin_version": plugin.VERSION if attention == "plugin" else None,
+        "plugin_version": needed_plugin(choices),
         "versions": backends.versions(),
         "gpu": backends.gpu() if backend.device == "cuda" else {},
     }

@@ -23,8 +23,8 @@ REGISTER = ("clip_attention_register_plugin", "clip_elementwise_register_plugins
 class AttentionParams(ctypes.Structure):
     """`ClipAttentionParams` of kernels/attention/attention.h, field by field."""
 
-    _fields_ = [("qkv", ctypes.c_void_p), ("out", ctypes.c_void_p), ("batch", ctypes.c_int64), ("heads", ctypes.c_int32),
-                ("tokens", ctypes.c_int32), ("causal", ctypes.c_int32), ("variant", ctypes.c_int32)]
+    _fields_ = [("qkv", ctypes.c_void_p), ("out", ctypes.c_void_p), ("query_bias", ctypes.c_void_p), ("batch", ctypes.c_int64),
+                ("heads", ctypes.c_int32), ("tokens", ctypes.c_int32), ("causal", ctypes.c_int32), ("variant", ctypes.c_int32)]
 
 
 @functools.cache
@@ -48,27 +48,6 @@ def available() -> bool:
     return LIBRARY.is_file()
 
 
-def resolve_attention(asked: str, backend: str, precision: str) -> tuple[str, str]:
-    """Which attention to compile and why: (`plugin` or `native`, one clause).
-
-    Raises UserError where the plugin is asked for and cannot be had.
-    """
-    obstacle = None
-    if backend != "tensorrt":
-        obstacle = "it needs the TensorRT backend"
-    elif precision != "fp16":
-        obstacle = f"it computes in fp16, and {precision} was asked for"
-    elif not available():
-        obstacle = f"{LIBRARY.name} is not built; {BUILD_IT}"
-    if asked == "plugin" and obstacle:
-        raise UserError(f"--attention plugin cannot be used: {obstacle}; or use --attention native or auto")
-    if asked == "native":
-        return "native", "as asked"
-    if obstacle:
-        return "native", f"no fused-attention plugin: {obstacle}"
-    return "plugin", "as asked" if asked == "plugin" else "the fused-attention plugin is built"
-
-
 def load(version: Optional[str]) -> None:
     """Load and register the plugin that an engine was built with; None: the engine needs none.
 
@@ -88,17 +67,24 @@ def load(version: Optional[str]) -> None:
         raise UserError(f"{LIBRARY.name} was built without the TensorRT plugin; {BUILD_IT} where TensorRT's headers are (TENSORRT_INCLUDE_DIR)")
 
 
-def attention(qkv: torch.Tensor, heads: int, causal: bool) -> torch.Tensor:
+def attention(qkv: torch.Tensor, heads: int, causal: bool, query_bias: Optional[torch.Tensor] = None) -> torch.Tensor:
     """The fused kernel on a CUDA tensor: fp16 [B, T, 3·heads·64] -> fp16 [B, T, heads·64], on the current stream.
 
-    Raises UserError without the library, RuntimeError where the launch fails.
+    `query_bias`, fp32 [heads·64] on the same device, is added to the queries (rounded to fp16, as in an fp16 linear layer).
+    Raises ValueError for another bias, UserError without the library, RuntimeError where the launch fails.
     """
     qkv = qkv.contiguous()
+    if query_bias is not None:
+        if query_bias.dtype != torch.float32 or query_bias.shape != (heads * 64,) or query_bias.device != qkv.device:
+            raise ValueError(f"query_bias must be fp32 [{heads * 64}] on {qkv.device}, not {query_bias.dtype} "
+                             f"{list(query_bias.shape)} on {query_bias.device}")
+        query_bias = query_bias.contiguous()
     batch, tokens = qkv.shape[:2]
     out = qkv.new_empty((batch, tokens, qkv.shape[2] // 3))
     if batch == 0:
         return out
-    params = AttentionParams(qkv.data_ptr(), out.data_ptr(), batch, heads, tokens, int(causal), 0)
+    bias_pointer = None if query_bias is None else query_bias.data_ptr()
+    params = AttentionParams(qkv.data_ptr(), out.data_ptr(), bias_pointer, batch, heads, tokens, int(causal), 0)
     with torch.cuda.device(qkv.device):
         status = library().clip_attention_launch(ctypes.byref(params), torch.cuda.current_stream().cuda_stream)
     if status != 0:

@@ -34,7 +34,7 @@ def rows_of(folder: Path) -> Iterator[dict[str, Any]]:
         module = manifest["modules"].get(name, {})
         top1 = report.get("top1", {})
         yield {
-            "model": manifest["model"], "encoder": name, "backend": manifest["backend"], "attention": manifest["attention"],
+            "model": manifest["model"], "encoder": name, "backend": manifest["backend"], "attention": module.get("attention", manifest["attention"]),
             "precision": manifest["precision"], "batch": str(artifact.batch), "weights": artifact.origin.kind,
             **{key: f"{figures[key]:.10g}" for key in ERRORS},
             "top1_reference": f"{top1['reference']:.4f}" if name == "logits" else "",

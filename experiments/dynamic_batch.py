@@ -63,7 +63,7 @@ def main() -> None:
             eager_ms = median_ms(lambda: eager(eager_input))
         medians = {name: statistics.median(rounds) for name, rounds in times.items()}
         append_row(options.out, {
-            "model": options.model, "encoder": encoder, "precision": options.precision, "attention": made["dynamic"].manifest["attention"], "weights": checkpoint.origin.kind,
+            "model": options.model, "encoder": encoder, "precision": options.precision, "attention": options.attention, "weights": checkpoint.origin.kind,
             "batch": batch, "range": options.range, "static_ms": f"{medians['static']:.4f}", "dynamic_ms": f"{medians['dynamic']:.4f}",
             "ratio": f"{medians['dynamic'] / medians['static']:.4f}", "spread": f"{max(times['static']) / min(times['static']) - 1:.4f}",
             "dynamic_without_graph_ms": f"{plain:.4f}", "eager_fp16_ms": f"{eager_ms:.4f}", **provenance()})

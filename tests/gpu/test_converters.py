@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from clip_ttrt import lowering, ops
+from clip_ttrt import fusion, lowering, ops, plugin
+from clip_ttrt.encoders import Block, FusedOps, quick_gelu
 from clip_ttrt.options import BatchRange
 
 pytestmark = pytest.mark.gpu
@@ -59,13 +60,35 @@ class LayerNorm(nn.Module):
         return self.norm(x if self.rank == 3 else x.select(1, 0))
 
 
-def run_in_engine(module, example, batch, precision, count):
+class Blocks(nn.Module):
+    """Transformer blocks and a last layer norm, so that every addition has one behind it."""
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.blocks = blocks
+        self.norm = nn.LayerNorm(128).to(blocks[0].qkv.weight)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class QuickGelu(nn.Module):
+    def forward(self, x):
+        return quick_gelu(x)
+
+
+def run_in_engine(module, example, batch, precision, count, attention="native"):
     """Export, lower, build and run; returns what the engine gives for `count` fresh rows, and the rows."""
     from clip_ttrt import engine
 
     graph = lowering.capture(module.eval().requires_grad_(False), example)
     lowering.lower(graph)
-    built = engine.build_engine(graph, example, batch, precision)
+    if attention == "plugin":
+        plugin.load(plugin.VERSION)
+        assert all(fusion.fuse(graph).values())
+    built = engine.build_engine(graph, example, batch, precision, attention)
     rows = fresh_rows(example, count)
     compiled = engine.to_torchscript(built, fresh_rows(example, batch.optimal).cuda(), "test")
     with torch.no_grad():
@@ -124,6 +147,29 @@ def test_layer_norm_does_not_overflow_in_half(rank, batch):
     actual, rows = run_in_engine(module, torch.zeros(2, 50, 768), batch, "fp16", 4)
     expected = module.double()(rows.double())
     assert (actual - expected).abs().max() < 4 * HALF_ERROR  # values of up to 5
+
+
+@pytest.mark.parametrize("batch", [STATIC, DYNAMIC], ids=str)
+def test_quick_gelu_keeps_its_tails_in_half(batch):
+    """The sigmoid goes through tanh in half, whose error must stay below a rounding of values of order 1."""
+    torch.manual_seed(0)
+    actual, rows = run_in_engine(QuickGelu(), torch.zeros(2, 50, 768), batch, "fp16", 4)
+    assert (actual - quick_gelu(rows.double())).abs().max() < HALF_ERROR
+
+
+@pytest.mark.skipif(not plugin.available(), reason="the kernels are not built")
+@pytest.mark.parametrize("batch", [STATIC, DYNAMIC], ids=str)
+@pytest.mark.parametrize("tokens, causal", [(50, False), (77, True), (197, False), (257, False), (577, False)])
+def test_a_block_of_plugins(tokens, causal, batch):
+    """Everything that a block's plugins do, biases included, between TensorRT's matrix products."""
+    torch.manual_seed(0)
+    module = nn.ModuleList([Block(128, 2, causal, FusedOps()) for _ in range(2)])
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.05 if parameter.dim() > 1 else 0.5)
+    blocks = Blocks(module)
+    actual, rows = run_in_engine(blocks, torch.zeros(2, tokens, 128), batch, "fp16", 4, "plugin")
+    expected = Blocks(module.double())(rows.double())
+    assert ((actual - expected).norm() / expected.norm()) < HALF_ERROR
 
 
 @pytest.mark.parametrize("count", [1, 3, 8])

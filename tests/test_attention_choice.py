@@ -1,0 +1,64 @@
+"""`--attention auto` decides each encoder from measurements, and says from which."""
+import csv
+
+import pytest
+
+from clip_ttrt import attention_choice, plugin
+from clip_ttrt.attention_choice import choose
+from clip_ttrt.errors import UserError
+from clip_ttrt.models import MODELS
+from clip_ttrt.options import BatchRange
+
+B32, L14 = MODELS["ViT-B/32"], MODELS["ViT-L/14"]
+RANGE, STATIC = BatchRange(1, 32, 256), BatchRange(32, 32, 32)
+ROWS = [("12", "50", "0", "1:32:256", "1.2", "1.3"), ("12", "50", "0", "32", "1.1", "1.0"), ("12", "50", "0", "1", "0.3", "0.4"), ("8", "77", "1", "32", "1.3", "0.8")]
+
+
+@pytest.fixture(autouse=True)
+def measured(monkeypatch, tmp_path):
+    """A made-up table on a made-up GPU, and a library that is there."""
+    with open(tmp_path / "measured.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(attention_choice.COLUMNS)
+        writer.writerows(["Some GPU", *row, "abc"] for row in ROWS)
+    rows = attention_choice.measurements(tmp_path / "measured.csv")
+    monkeypatch.setattr(attention_choice, "measurements", lambda: rows)
+    monkeypatch.setattr("clip_ttrt.backends.gpu", lambda: {"name": "Some GPU"})
+    monkeypatch.setattr(plugin, "LIBRARY", tmp_path / "measured.csv")
+
+
+@pytest.mark.parametrize("batch, expected, said", [(RANGE, "native", "1:32:256"), (STATIC, "plugin", "batch 32"), (BatchRange(2, 2, 2), "native", "batch 1:"),
+                                                   (BatchRange(64, 64, 64), "plugin", "batch 32"), (BatchRange(1, 8, 16), "native", "1:32:256")], ids=str)
+def test_the_nearest_batch_of_the_same_kind_decides(batch, expected, said):
+    choice = choose("auto", "tensorrt", "fp16", B32, "image", batch)
+    assert choice.attention == expected and said in choice.reason and " ms" in choice.reason
+
+
+def test_each_encoder_has_its_own():
+    assert choose("auto", "tensorrt", "fp16", B32, "text", RANGE).attention == "plugin"  # only a static batch was measured
+
+
+def test_what_was_not_measured_gets_the_plugin_and_says_so(monkeypatch):
+    choice = choose("auto", "tensorrt", "fp16", L14, "image", RANGE)
+    assert choice.attention == "plugin" and "16 heads of 257 tokens were not measured" in choice.reason
+    monkeypatch.setattr("clip_ttrt.backends.gpu", lambda: {"name": "Another GPU"})
+    assert "not measured on Another GPU" in choose("auto", "tensorrt", "fp16", B32, "image", STATIC).reason
+
+
+def test_what_is_asked_for_is_not_second_guessed():
+    assert choose("plugin", "tensorrt", "fp16", B32, "image", RANGE) == ("plugin", "as asked")
+    assert choose("native", "tensorrt", "fp16", B32, "text", RANGE) == ("native", "as asked")
+
+
+@pytest.mark.parametrize("backend, precision, obstacle", [("torchscript", "fp16", "TensorRT backend"), ("tensorrt", "fp32", "computes in fp16")])
+def test_where_the_plugin_cannot_be(backend, precision, obstacle):
+    assert choose("auto", backend, precision, B32, "image", RANGE).attention == "native"
+    with pytest.raises(UserError, match=obstacle):
+        choose("plugin", backend, precision, B32, "image", RANGE)
+
+
+def test_the_shipped_table_can_be_read():
+    rows = attention_choice.measurements.__wrapped__(attention_choice.MEASURED) if attention_choice.MEASURED.is_file() else ()
+    for row in rows:
+        assert tuple(row) == attention_choice.COLUMNS and float(row["native_ms"]) > 0 and float(row["plugin_ms"]) > 0 and row["gpu"]
+        BatchRange.parse(row["batch"])
