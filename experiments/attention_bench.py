@@ -4,7 +4,8 @@
     python -m experiments.attention_bench --out DIR --develop  the same for every variant of the kernel
 
 Needs a GPU, PyTorch and the library that `python -m kernels.build` makes; nothing else of this
-repository (not even TensorRT). Writes DIR/attention.csv and DIR/attention_check.csv row by row.
+repository (not even TensorRT). Writes DIR/attention_check.csv (with and without a query bias),
+DIR/attention.csv (without) and DIR/attention_bias.csv (what the bias costs) row by row.
 
 Times are medians over replays of a CUDA graph of many launches that take turns over several input
 sets: together they exceed the L2 cache where the batch is large, as in an encoder, where other layers
@@ -39,9 +40,10 @@ COLUMNS = [
     "best_library", "best_library_us", "ratio", "max_error", "library_error", "gpu", "commit",
 ]  # fmt: skip
 CHECK_COLUMNS = [
-    "kernel", "batch", "heads", "tokens", "causal", "scale", "max_error", "library_error", "max_value",
-    "ok",
+    "kernel", "batch", "heads", "tokens", "causal", "bias", "scale", "max_error", "library_error",
+    "max_value", "ok",
 ]  # fmt: skip
+BIAS_COLUMNS = ["batch", "heads", "tokens", "causal", "us_without", "us_with", "ratio", "gpu", "commit"]
 
 
 class Params(ctypes.Structure):
@@ -50,6 +52,7 @@ class Params(ctypes.Structure):
     _fields_ = [
         ("qkv", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
+        ("query_bias", ctypes.c_void_p),
         ("batch", ctypes.c_int64),
         ("heads", ctypes.c_int32),
         ("tokens", ctypes.c_int32),
@@ -88,9 +91,9 @@ class Library:
             batch, heads, tokens, int(causal), *capability, multiprocessors
         )
 
-    def launch(self, qkv_pointer, out_pointer, batch, heads, tokens, causal, variant, stream) -> int:
-        """Enqueues one launch; returns the cudaError_t."""
-        params = Params(qkv_pointer, out_pointer, batch, heads, tokens, int(causal), variant)
+    def launch(self, qkv_pointer, out_pointer, bias_pointer, batch, heads, tokens, causal, variant, stream) -> int:
+        """Enqueues one launch; returns the cudaError_t. `bias_pointer` None: no query bias."""
+        params = Params(qkv_pointer, out_pointer, bias_pointer, batch, heads, tokens, int(causal), variant)
         return self._library.clip_attention_launch(ctypes.byref(params), stream)
 
 
@@ -128,6 +131,8 @@ TIMED = [
 # Lengths at which a head has fewer tiles than a block of the kernel has warps or warpgroups for them.
 SKIPPING_TOKENS = [1, 7, 16, 17, 32, 33, 48, 60, 64, 70, 80, 81, 100, 128, 150, 190]
 
+BIAS_SEED = 10**6  # of the first bias; the inputs count from 0
+
 CHECK_TOKENS = [1, 2, 15, 16, 17, 49, 50, 64, 65, 77, 128, 196, 197, 257, 320, 577, 1024]
 
 
@@ -157,14 +162,16 @@ class Table:
         self._file.flush()
 
 
-def reference(torch, qkv, heads: int, causal: bool):
-    """Attention in float64 on packed QKV, [B, T, W]; image by image, to bound the memory."""
+def reference(torch, qkv, heads: int, causal: bool, query_bias=None):
+    """Attention in float64 on packed QKV, [B, T, W], the bias [W] added to q; image by image, to bound the memory."""
     batch, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     out = torch.empty(batch, tokens, width, dtype=torch.float64, device=qkv.device)
     step = max(1, int(2e8) // (heads * tokens * tokens))
     for first in range(0, batch, step):
         part = qkv[first : first + step].double().view(-1, tokens, 3, heads, HEAD_DIM)
         q, k, v = (part[:, :, i].transpose(1, 2) for i in range(3))
+        if query_bias is not None:
+            q = q + query_bias.double().view(heads, 1, HEAD_DIM)
         scores = q @ k.transpose(-1, -2) / math.sqrt(HEAD_DIM)
         if causal:
             hidden = torch.ones(tokens, tokens, dtype=torch.bool, device=qkv.device).triu(1)
@@ -185,9 +192,24 @@ def random_qkv(torch, shape: Shape, scale: float, seed: int):
     return (torch.randn(size, generator=generator, device="cuda", dtype=torch.float32) * scale).half()
 
 
-def run_kernel(torch, library: Library, qkv, shape: Shape, variant: int, out) -> None:
+def random_bias(torch, shape: Shape, scale: float, seed: int):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(shape.heads * HEAD_DIM, generator=generator, device="cuda", dtype=torch.float32) * scale
+
+
+def pytorch_attention(torch, qkv, shape: Shape, query_bias=None):
+    """PyTorch's own fp16 attention, [B, T, W]; a bias is added as a half-precision linear layer would."""
+    q, k, v = split(qkv, shape.heads)
+    if query_bias is not None:
+        q = q + query_bias.half().view(shape.heads, 1, HEAD_DIM)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=shape.causal)
+    return out.transpose(1, 2).reshape(shape.batch, shape.tokens, -1)
+
+
+def run_kernel(torch, library: Library, qkv, shape: Shape, variant: int, out, query_bias=None) -> None:
+    bias_pointer = None if query_bias is None else query_bias.data_ptr()
     status = library.launch(
-        qkv.data_ptr(), out.data_ptr(), shape.batch, shape.heads, shape.tokens, shape.causal, variant,
+        qkv.data_ptr(), out.data_ptr(), bias_pointer, shape.batch, shape.heads, shape.tokens, shape.causal, variant,
         torch.cuda.current_stream().cuda_stream,
     )  # fmt: skip
     if status != 0:
@@ -199,7 +221,7 @@ def largest(torch, x) -> float:
 
 
 def check(torch, library: Library, cases, variants: list[int], table: Table, seconds: float) -> dict[int, int]:
-    """Runs every variant on every case it serves; returns how many failed by variant.
+    """Runs every variant on every case it serves, without and with a query bias; returns how many failed by variant.
 
     A case passes when its largest error is at most twice that of PyTorch's fp16 attention (or twice what
     rounding the exact result to fp16 may cost, where PyTorch happens to be luckier), every element was
@@ -215,41 +237,44 @@ def check(torch, library: Library, cases, variants: list[int], table: Table, sec
             break
         serving = [v for v in variants if v == 0 or library.serves(v, shape.tokens, shape.causal, capability)]
         qkv = random_qkv(torch, shape, scale, index)
-        exact = reference(torch, qkv, shape.heads, shape.causal)
-        theirs = torch.nn.functional.scaled_dot_product_attention(
-            *split(qkv, shape.heads), is_causal=shape.causal
-        ).transpose(1, 2)
-        library_error = largest(torch, theirs.reshape(exact.shape).double() - exact)
-        top = largest(torch, exact)
-        bound = 2 * max(library_error, top * 2**-11)
-        width = shape.heads * HEAD_DIM
-        for variant in serving:
-            runs = []
-            # Two rows of guard values before and behind the output: nothing may be written there.
-            for poison in (math.nan, 77.0):
-                whole = torch.full((shape.batch * shape.tokens + 4, width), poison, device="cuda").half()
-                run_kernel(torch, library, qkv, shape, variant, whole[2:])
-                runs.append(whole)
-            torch.cuda.synchronize()
-            out = runs[0][2:-2].view(exact.shape)
-            error = largest(torch, out.double() - exact)
-            same = torch.equal(runs[0][2:-2], runs[1][2:-2])
-            guarded = bool((runs[1][:2] == 77).all()) and bool((runs[1][-2:] == 77).all())
-            ok = error <= bound and same and guarded
-            ran[variant] += 1
-            if not ok:
-                failed[variant] += 1
-                if failed[variant] <= 5:
-                    print(f"FAIL variant {variant} {library.variants.get(variant, 'auto')} {shape} scale {scale}: "
-                          f"error {error:.3g}, bound {bound:.3g}, same bits {same}, guards {guarded}")  # fmt: skip
-            table.write(
-                kernel=library.variants.get(variant, "auto"), batch=shape.batch, heads=shape.heads,
-                tokens=shape.tokens, causal=int(shape.causal), scale=scale, max_error=f"{error:.4g}",
-                library_error=f"{library_error:.4g}", max_value=f"{top:.4g}", ok=int(ok),
-            )  # fmt: skip
+        for bias in (None, random_bias(torch, shape, scale, BIAS_SEED + index)):
+            exact = reference(torch, qkv, shape.heads, shape.causal, bias)
+            library_error = largest(torch, pytorch_attention(torch, qkv, shape, bias).double() - exact)
+            top = largest(torch, exact)
+            bound = 2 * max(library_error, top * 2**-11)
+            for variant in serving:
+                error, same, guarded = run_guarded(torch, library, qkv, shape, variant, bias, exact)
+                ok = error <= bound and same and guarded
+                ran[variant] += 1
+                if not ok:
+                    failed[variant] += 1
+                    if failed[variant] <= 5:
+                        print(f"FAIL variant {variant} {library.variants.get(variant, 'auto')} {shape} scale {scale}"
+                              f"{'' if bias is None else ' with bias'}: error {error:.3g}, bound {bound:.3g}, "
+                              f"same bits {same}, guards {guarded}")  # fmt: skip
+                table.write(
+                    kernel=library.variants.get(variant, "auto"), batch=shape.batch, heads=shape.heads,
+                    tokens=shape.tokens, causal=int(shape.causal), bias=int(bias is not None), scale=scale,
+                    max_error=f"{error:.4g}", library_error=f"{library_error:.4g}", max_value=f"{top:.4g}", ok=int(ok),
+                )  # fmt: skip
     for variant in variants:
         print(f"check: {library.variants.get(variant, 'auto'):28s} {ran[variant]:5d} cases, {failed[variant]} failed")
     return failed
+
+
+def run_guarded(torch, library: Library, qkv, shape: Shape, variant: int, query_bias, exact) -> tuple[float, bool, bool]:
+    """(largest error, the same bits twice, nothing written beside the output)."""
+    runs = []
+    # Two rows of guard values before and behind the output: nothing may be written there.
+    for poison in (math.nan, 77.0):
+        whole = torch.full((shape.batch * shape.tokens + 4, shape.heads * HEAD_DIM), poison, device="cuda").half()
+        run_kernel(torch, library, qkv, shape, variant, whole[2:], query_bias)
+        runs.append(whole)
+    torch.cuda.synchronize()
+    error = largest(torch, runs[0][2:-2].view(exact.shape).double() - exact)
+    same = torch.equal(runs[0][2:-2], runs[1][2:-2])
+    guarded = bool((runs[1][:2] == 77).all()) and bool((runs[1][-2:] == 77).all())
+    return error, same, guarded
 
 
 def time_us(torch, launch, sets: int, seconds: float) -> float:
@@ -279,6 +304,20 @@ def time_us(torch, launch, sets: int, seconds: float) -> float:
         end.synchronize()
         times.append(begin.elapsed_time(end) * 1e3 / launches)
     return statistics.median(times)
+
+
+def time_bias(torch, library: Library, shape: Shape, packed, outs, seconds: float) -> tuple[float, float]:
+    """Medians of the automatic choice (without, with) a query bias, measured in turns."""
+    bias = random_bias(torch, shape, 1.0, BIAS_SEED)
+    rounds = []
+    for _ in range(3):
+        for query_bias in (None, bias):
+
+            def launch(i, query_bias=query_bias):
+                run_kernel(torch, library, packed[i], shape, 0, outs[i], query_bias)
+
+            rounds.append(time_us(torch, launch, len(packed), seconds / 3))
+    return statistics.median(rounds[0::2]), statistics.median(rounds[1::2])
 
 
 def time_library(torch, shape: Shape, packed, seconds: float) -> tuple[str, float]:
@@ -351,6 +390,7 @@ def main(arguments: list[str] | None = None) -> int:
         failed = check(torch, library, check_shapes(not options.develop), variants, table, options.check_seconds)
 
     table = Table(options.out / "attention.csv", COLUMNS)
+    bias_table = Table(options.out / "attention_bias.csv", BIAS_COLUMNS)
     about = {"gpu": torch.cuda.get_device_name(), "commit": commit(options.commit)}
     for shape in TIMED[: options.shapes]:
         # Enough sets that they exceed twice the L2 cache, unless the batch is so small that an encoder
@@ -359,10 +399,7 @@ def main(arguments: list[str] | None = None) -> int:
         packed = [random_qkv(torch, shape, 1.0, i) for i in range(sets)]
         outs = [torch.empty_like(qkv[:, :, : shape.heads * HEAD_DIM].contiguous()) for qkv in packed]
         exact = reference(torch, packed[0][:2].contiguous(), shape.heads, shape.causal)
-        theirs = torch.nn.functional.scaled_dot_product_attention(
-            *split(packed[0], shape.heads), is_causal=shape.causal
-        ).transpose(1, 2)[:2]
-        library_error = largest(torch, theirs.reshape(exact.shape).double() - exact)
+        library_error = largest(torch, pytorch_attention(torch, packed[0], shape)[:2].double() - exact)
         best_library, best_us = time_library(torch, shape, packed, options.time_seconds)
         chosen = library.choose(shape.batch, shape.heads, shape.tokens, shape.causal, capability, multiprocessors)
         print(f"{shape.batch}x{shape.heads}x{shape.tokens}{' causal' if shape.causal else ''}: floor "
@@ -386,6 +423,12 @@ def main(arguments: list[str] | None = None) -> int:
             )  # fmt: skip
             print(f"    {name:36s} {us:8.2f} us  {us / best_us:5.2f}x  {shape.flops / us * 1e-6:6.1f} TFLOP/s "
                   f"{shape.bytes / us * 1e-3:6.0f} GB/s{'  WRONG' if failed[variant] else ''}")  # fmt: skip
+        without, with_bias = time_bias(torch, library, shape, packed, outs, options.time_seconds)
+        bias_table.write(
+            batch=shape.batch, heads=shape.heads, tokens=shape.tokens, causal=int(shape.causal),
+            us_without=f"{without:.3f}", us_with=f"{with_bias:.3f}", ratio=f"{with_bias / without:.3f}", **about,
+        )  # fmt: skip
+        print(f"    query bias: {without:.2f} -> {with_bias:.2f} us, {with_bias / without:.3f}x")
         del packed, outs
     wrong = {v: n for v, n in failed.items() if n}
     print(f"failed checks by variant: {wrong}" if wrong else "all checks passed")

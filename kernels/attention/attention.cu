@@ -7,8 +7,8 @@
 //   hopper_kernel    wgmma and tensor copies (TMA), sm_90a. One persistent block per multiprocessor: two
 //                    threads keep copying the next heads' keys, values and queries into shared memory
 //                    while up to four warpgroups compute, each on its own tile of 64 query rows.
-//   short_kernel     mma.sync and tensor copies, sm_90a. Heads of 49 to 80 tokens, whole, in a ring; every
-//                    warp computes its own tile of 16 query rows of every head.
+//   short_kernel     mma.sync and tensor copies, sm_90a. Heads of up to 80 tokens, whole, in a ring; warps
+//                    take tiles of 16 query rows in turn.
 // The rings of the last two rest on one rule, which the launchers keep: a barrier tells its phases apart only
 // by parity, so whoever waits on a stage must use every filling of that stage (NOTES.md, round 3).
 // All hold scores in registers and rescale the running output only when the row maximum has grown by
@@ -50,6 +50,11 @@ __device__ __forceinline__ uint32_t pack_half2(float low, float high) {
   return *reinterpret_cast<uint32_t*>(&packed);
 }
 
+__device__ __forceinline__ uint32_t add_half2(uint32_t a, uint32_t b) {
+  const __half2 sum = __hadd2(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&sum);
+}
+
 // The four lanes of a quad share a row of the accumulators.
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
@@ -87,11 +92,15 @@ struct Rows {
 template <int N>
 __device__ __forceinline__ bool softmax_weights(float (&s)[N / 2], Rows& rows, bool first,
                                                 float (&shrink)[2]) {
-  float top[2] = {s[0], s[2]};
+  // Two chains per row, even and odd columns, in maximum and sum: half as many dependent steps.
+  float even[2] = {s[0], s[2]}, odd[2] = {s[1], s[3]};
 #pragma unroll
-  for (int i = 0; i < N / 2; ++i) top[(i >> 1) & 1] = fmaxf(top[(i >> 1) & 1], s[i]);
-  top[0] = quad_max(top[0]);
-  top[1] = quad_max(top[1]);
+  for (int i = 4; i < N / 2; i += 2) {
+    const int r = (i >> 1) & 1;
+    even[r] = fmaxf(even[r], s[i]);
+    odd[r] = fmaxf(odd[r], s[i + 1]);
+  }
+  const float top[2] = {quad_max(fmaxf(even[0], odd[0])), quad_max(fmaxf(even[1], odd[1]))};
   bool rescale = false;
   if (first) {
     rows.maximum[0] = top[0];
@@ -112,12 +121,17 @@ __device__ __forceinline__ bool softmax_weights(float (&s)[N / 2], Rows& rows, b
     }
   }
   const float shift[2] = {rows.maximum[0] * kScale, rows.maximum[1] * kScale};
+  float odd_sum[2] = {0.0f, 0.0f};
 #pragma unroll
-  for (int i = 0; i < N / 2; ++i) {
+  for (int i = 0; i < N / 2; i += 2) {
     const int r = (i >> 1) & 1;
     s[i] = exp2_fast(fmaf(s[i], kScale, -shift[r]));
+    s[i + 1] = exp2_fast(fmaf(s[i + 1], kScale, -shift[r]));
     rows.sum[r] += s[i];
+    odd_sum[r] += s[i + 1];
   }
+  rows.sum[0] += odd_sum[0];
+  rows.sum[1] += odd_sum[1];
   return rescale;
 }
 
@@ -200,6 +214,23 @@ __device__ __forceinline__ void mma_16x8x16(float* d, const uint32_t* a, uint32_
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// A head's query bias for the columns of this lane's A fragments: word 2 d + i is for fragment words 2 i and
+// 2 i + 1 of columns 16 d .. 16 d + 15.
+__device__ __forceinline__ void load_fragment_bias(uint32_t (&bias)[8], const float* head_bias) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const float2 pair = __ldg(reinterpret_cast<const float2*>(head_bias) + 4 * j + (threadIdx.x & 3));
+    bias[j] = pack_half2(pair.x, pair.y);
+  }
+}
+
+__device__ __forceinline__ void add_fragment_bias(uint32_t (&q)[4][4], const uint32_t (&bias)[8]) {
+#pragma unroll
+  for (int d = 0; d < 4; ++d)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) q[d][i] = add_half2(q[d][i], bias[2 * d + (i >> 1)]);
+}
+
 // Rows of 128 bytes, their eight 16-byte pieces permuted by the row: eight rows of one column, which
 // is what ldmatrix reads, then lie in different banks.
 __device__ __forceinline__ uint32_t swizzled(int row, int piece) {
@@ -225,8 +256,9 @@ __device__ __forceinline__ void copy_rows(uint32_t target, const __half* source,
 // kWarps warps of kTiles 16-row tiles each; keys in chunks of kKeys, kStages chunks in flight.
 template <int kWarps, int kTiles, int kKeys, int kStages, int kBlocks>
 __global__ void __launch_bounds__(kWarps * 32, kBlocks)
-    portable_kernel(const __half* __restrict__ qkv, __half* __restrict__ out, int64_t units,
-                    int row_blocks, int heads, int tokens, int causal) {
+    portable_kernel(const __half* __restrict__ qkv, __half* __restrict__ out,
+                    const float* __restrict__ query_bias, int64_t units, int row_blocks, int heads,
+                    int tokens, int causal) {
   constexpr int kThreads = kWarps * 32;
   constexpr int kQueryRows = kWarps * kTiles * 16;
   constexpr int kGroups = kKeys / 16;
@@ -300,6 +332,12 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
           for (int d = 0; d < 4; ++d)
             load_matrices(q_fragments[t][d], q_shared + swizzled((warp * kTiles + t) * 16 + (lane & 15),
                                                                   2 * d + (lane >> 4)));
+        if (query_bias != nullptr) {
+          uint32_t bias[8];
+          load_fragment_bias(bias, query_bias + head * kHeadDim);
+#pragma unroll
+          for (int t = 0; t < kTiles; ++t) add_fragment_bias(q_fragments[t], bias);
+        }
       }
       if (groups > 0) {
 #pragma unroll
@@ -446,6 +484,9 @@ struct HopperShape {
       (launch_registers * threads - copy_registers * 128) / (kGroups * 128) / 8 * 8;
   static_assert(kKeys % 16 == 0 && kTailKeys % 8 == 0 && kTailKeys <= kKeys && kTailSeen <= kTailKeys,
                 "chunk shape");
+  // Rows of k and v that the last chunk copies: what it multiplies, in steps of 16 values.
+  static constexpr int tail_rows = (kTailKeys + 15) / 16 * 16;
+  static constexpr int tail_bytes = tail_rows * kRowBytes;
   // Stages of the ring that fit, beside what alignment, barriers and the system take.
   static constexpr int max_stages_fit =
       (kHopperSharedBytes - kHopperReservedBytes - query_bytes) / (2 * chunk_bytes);
@@ -484,6 +525,33 @@ __device__ __forceinline__ void pack_weights(const float (&s)[N / 2], uint32_t (
 #pragma unroll
   for (int i = 0; i < (N + 15) / 16 * 4; ++i)
     p[i] = 2 * i < N / 2 ? pack_half2(s[2 * i], s[2 * i + 1]) : 0;
+}
+
+// Adds a head's query bias in place to a warp's 16 rows of a tile of queries, which wgmma reads from shared
+// memory. Lane l takes piece l % 8 of rows l / 8, l / 8 + 4, ..., so eight lanes share a row and no bank twice.
+__device__ __forceinline__ void load_piece_bias(uint32_t (&bias)[4], const float* head_bias) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = __ldg(reinterpret_cast<const float2*>(head_bias) + 4 * (threadIdx.x & 7) + i);
+    bias[i] = pack_half2(pair.x, pair.y);
+  }
+}
+
+__device__ __forceinline__ void add_piece_bias(uint32_t warp_rows, const uint32_t (&bias)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t address = warp_rows + swizzled(((threadIdx.x & 31) >> 3) + 4 * i, threadIdx.x & 7);
+    uint32_t q[4];
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(q[0]), "=r"(q[1]), "=r"(q[2]), "=r"(q[3])
+                 : "r"(address)
+                 : "memory");
+#pragma unroll
+    for (int j = 0; j < 4; ++j) q[j] = add_half2(q[j], bias[j]);
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(q[0]), "r"(q[1]), "r"(q[2]),
+                 "r"(q[3])
+                 : "memory");
+  }
 }
 
 #endif
@@ -534,8 +602,9 @@ struct Cursor {
 template <class Shape>
 __global__ void __launch_bounds__(Shape::threads, 1)
     hopper_kernel(const __grid_constant__ CUtensorMap query_map,
-                  const __grid_constant__ CUtensorMap key_map, __half* __restrict__ out,
-                  const HopperPlan plan) {
+                  const __grid_constant__ CUtensorMap key_map,
+                  const __grid_constant__ CUtensorMap tail_map, __half* __restrict__ out,
+                  const float* __restrict__ query_bias, const HopperPlan plan) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ unsigned char shared[];
   constexpr int kBuffers = Shape::groups * Shape::queries;
@@ -578,19 +647,21 @@ __global__ void __launch_bounds__(Shape::threads, 1)
       for (; at.unit < plan.units; at.next_unit(plan)) {
         const int k_column = (plan.heads + at.head) * kHeadDim;
         const int v_column = k_column + plan.heads * kHeadDim;
-        for (int c = 0; c < chunks; ++c) {
+        auto copy_chunk = [&](const CUtensorMap& map, int bytes, int c) {
           const uint32_t k_shared = ring + stage * 2 * Shape::chunk_bytes;
           barrier_wait(empty + 8 * stage, phase ^ 1);
-          barrier_expect(k_full + 8 * stage, Shape::chunk_bytes);
-          copy_tensor(k_shared, &key_map, k_full + 8 * stage, k_column, c * Shape::keys, at.image);
-          barrier_expect(v_full + 8 * stage, Shape::chunk_bytes);
-          copy_tensor(k_shared + Shape::chunk_bytes, &key_map, v_full + 8 * stage, v_column,
-                      c * Shape::keys, at.image);
+          barrier_expect(k_full + 8 * stage, bytes);
+          copy_tensor(k_shared, &map, k_full + 8 * stage, k_column, c * Shape::keys, at.image);
+          barrier_expect(v_full + 8 * stage, bytes);
+          copy_tensor(k_shared + Shape::chunk_bytes, &map, v_full + 8 * stage, v_column, c * Shape::keys,
+                      at.image);
           if (++stage == plan.stages) {
             stage = 0;
             phase ^= 1;
           }
-        }
+        };
+        for (int c = 0; c < plan.full_chunks; ++c) copy_chunk(key_map, Shape::chunk_bytes, c);
+        copy_chunk(tail_map, Shape::tail_bytes, plan.full_chunks);
       }
     } else if (warp == 4 * Shape::groups + 1 && lane == 0) {
       // Queries of every tile, in order: item i of the block's list goes to warpgroup i % kGroups.
@@ -656,7 +727,17 @@ __global__ void __launch_bounds__(Shape::threads, 1)
       __syncwarp();
       if (lane == 0) barrier_arrive(q_empty + 8 * which);
     };
-    barrier_wait(q_full + 8 * which, buffer_phase);
+    if (query_bias == nullptr) {
+      barrier_wait(q_full + 8 * which, buffer_phase);
+    } else {
+      uint32_t bias[4];
+      load_piece_bias(bias, query_bias + at.head * kHeadDim);
+      barrier_wait(q_full + 8 * which, buffer_phase);
+      add_piece_bias(q_shared + group_warp * 16 * kRowBytes, bias);
+      // wgmma reads through the async proxy, and all warps' rows.
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+    }
     int c = 0;
     for (; c < min(visible, plan.full_chunks); ++c) {
       float s[Shape::keys / 2];
@@ -737,8 +818,8 @@ struct ShortPlan {
 // tile of 16 rows, beside the one that copies.
 template <int kRows, int kWarps, int kBlocks>
 __global__ void __launch_bounds__(kWarps * 32 + 32, kBlocks)
-    short_kernel(const __grid_constant__ CUtensorMap map, __half* __restrict__ out, const ShortPlan plan,
-                 const int causal) {
+    short_kernel(const __grid_constant__ CUtensorMap map, __half* __restrict__ out,
+                 const float* __restrict__ query_bias, const ShortPlan plan, const int causal) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr int kPartBytes = kRows * kRowBytes;  // q, k or v of a head
   constexpr int kGroups = kRows / 16;
@@ -750,7 +831,7 @@ __global__ void __launch_bounds__(kWarps * 32 + 32, kBlocks)
   if (threadIdx.x == 0) {
     for (int i = 0; i < plan.stages; ++i) {
       barrier_init(full + 8 * i, 1);
-      barrier_init(empty + 8 * i, plan.tiles);  // one arrival per tile
+      barrier_init(empty + 8 * i, kWarps);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async;" ::: "memory");
@@ -787,13 +868,17 @@ __global__ void __launch_bounds__(kWarps * 32 + 32, kBlocks)
   }
 
   const int width = plan.heads * kHeadDim;
+  // Tiles go to the warps in turn, over the heads' ends; this warp's next one is `tile`, of this head or a
+  // later one. A warp with no tile in a head still waits for it and releases it: a barrier tells its phases
+  // apart by parity, so a warp that left a filling out could take the next one for it.
   int tile = warp;
-  for (;; tile += kWarps) {
-    while (tile >= plan.tiles) {
-      tile -= plan.tiles;
-      next_pair();
+  for (; pair < plan.pairs; next_pair(), tile -= plan.tiles) {
+    barrier_wait(full + 8 * stage, phase);
+    if (tile >= plan.tiles) {
+      __syncwarp();
+      if (lane == 0) barrier_arrive(empty + 8 * stage);
+      continue;
     }
-    if (pair >= plan.pairs) break;
     const uint32_t q_shared = ring + 3 * stage * kPartBytes;
     const uint32_t k_shared = q_shared + kPartBytes, v_shared = k_shared + kPartBytes;
     const int row = tile * 16 + (lane >> 2);
@@ -801,11 +886,15 @@ __global__ void __launch_bounds__(kWarps * 32 + 32, kBlocks)
     const int last = causal ? tile : (plan.tokens - 1) / 16;
     const int limit[2] = {causal ? row + 1 : plan.tokens, causal ? row + 9 : plan.tokens};
 
-    barrier_wait(full + 8 * stage, phase);
     uint32_t q[4][4];
 #pragma unroll
     for (int d = 0; d < 4; ++d)
       load_matrices(q[d], q_shared + swizzled(tile * 16 + (lane & 15), 2 * d + (lane >> 4)));
+    if (query_bias != nullptr) {
+      uint32_t bias[8];
+      load_fragment_bias(bias, query_bias + head * kHeadDim);
+      add_fragment_bias(q, bias);
+    }
     Rows rows;
     float s[kRows / 2];
 #pragma unroll
@@ -847,6 +936,7 @@ __global__ void __launch_bounds__(kWarps * 32 + 32, kBlocks)
     if (lane == 0) barrier_arrive(empty + 8 * stage);
     store_rows(rows, out + static_cast<int64_t>(image) * plan.tokens * width + head * kHeadDim, width, row,
                plan.tokens);
+    tile += kWarps;
   }
 #endif
 }
@@ -886,8 +976,9 @@ cudaError_t launch_portable(const ClipAttentionParams& params, const Device&, cu
   cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (status != cudaSuccess) return status;
   kernel<<<static_cast<unsigned>(blocks), kWarps * 32, shared, stream>>>(
-      static_cast<const __half*>(params.qkv), static_cast<__half*>(params.out), units, row_blocks,
-      params.heads, params.tokens, params.causal);
+      static_cast<const __half*>(params.qkv), static_cast<__half*>(params.out),
+      static_cast<const float*>(params.query_bias), units, row_blocks, params.heads, params.tokens,
+      params.causal);
   return cudaGetLastError();
 }
 
@@ -1007,14 +1098,16 @@ cudaError_t launch_hopper(const ClipAttentionParams& params, const Device& devic
   plan.step_image = grid / plan.units_per_head / params.heads;
   if (plan.stages > turns * chunks) plan.stages = turns * chunks;
   const int shared = 1024 + Shape::query_bytes + plan.stages * 2 * Shape::chunk_bytes;
-  CUtensorMap query_map, key_map;
+  CUtensorMap query_map, key_map, tail_map;
   cudaError_t status = encode_map(query_map, params, kTileRows);
   if (status == cudaSuccess) status = encode_map(key_map, params, Shape::keys);
+  if (status == cudaSuccess) status = encode_map(tail_map, params, Shape::tail_rows);
   if (status == cudaSuccess)
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (status != cudaSuccess) return status;
-  kernel<<<grid, Shape::threads, shared, stream>>>(query_map, key_map, static_cast<__half*>(params.out),
-                                                   plan);
+  kernel<<<grid, Shape::threads, shared, stream>>>(query_map, key_map, tail_map,
+                                                   static_cast<__half*>(params.out),
+                                                   static_cast<const float*>(params.query_bias), plan);
   return cudaGetLastError();
 }
 
@@ -1042,7 +1135,8 @@ cudaError_t launch_short(const ClipAttentionParams& params, const Device& device
   if (status == cudaSuccess)
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (status != cudaSuccess) return status;
-  kernel<<<grid, kWarps * 32 + 32, shared, stream>>>(map, static_cast<__half*>(params.out), plan,
+  kernel<<<grid, kWarps * 32 + 32, shared, stream>>>(map, static_cast<__half*>(params.out),
+                                                     static_cast<const float*>(params.query_bias), plan,
                                                      params.causal);
   return cudaGetLastError();
 }
@@ -1077,8 +1171,8 @@ constexpr Variant hopper(int id, const char* name) {
 template <int kRows, int kWarps, int kBlocks>
 constexpr Variant short_variant(int id, const char* name) {
   return {id, name, true, launch_short<kRows, kWarps, kBlocks>,
-          // Tile by tile a warp each, in every head: then every warp uses every filling of the ring.
-          [](int tokens, int) { return ceil_div(tokens, 16) == kWarps && tokens <= kRows; }};
+          // No warp has two tiles of a head.
+          [](int tokens, int) { return tokens <= kRows && ceil_div(tokens, 16) <= kWarps; }};
 }
 
 // Names: warps x tiles x keys x stages; rows, warps x blocks; keys/tail keys x warpgroups.
@@ -1086,6 +1180,7 @@ enum VariantId {
   kPortable = 1,
   kShort64 = 10,
   kShort80 = 11,
+  kShort80Warps9 = 12,
   kHopper64Tail56 = 20,
   kHopper64 = 21,
   kHopper64Causal = 28,
@@ -1101,6 +1196,7 @@ const Variant kVariants[] = {
     portable<4, 1, 64, 3, 4>(kPortable, "portable 4x1x64x3"),
     short_variant<64, 4, 4>(kShort64, "short 64 4x4"),
     short_variant<80, 5, 3>(kShort80, "short 80 5x3"),
+    short_variant<80, 9, 2>(kShort80Warps9, "short 80 9x2"),
     hopper<64, 56, 49, 4, 2, false>(kHopper64Tail56, "hopper 64/56x4"),
     hopper<64, 64, 1, 4, 2, false>(kHopper64, "hopper 64/64x4"),
     hopper<64, 64, 1, 4, 2, true>(kHopper64Causal, "hopper 64/64x4 causal"),
@@ -1164,7 +1260,7 @@ extern "C" int32_t clip_attention_choose(int64_t batch, int32_t heads, int32_t t
     if (causal || pairs <= sm_count) return kShort64;
     return serves(kHopper64Tail56) ? kHopper64Tail56 : kHopper64;
   }
-  if (tokens <= 80) return kShort80;
+  if (tokens <= 80) return kShort80Warps9;
   if (causal) return kHopper96Causal;
   // One tile per multiprocessor: few long steps beat many warpgroups.
   if (pairs * ceil_div(tokens, kTileRows) <= sm_count) {
@@ -1178,7 +1274,9 @@ extern "C" int32_t clip_attention_choose(int64_t batch, int32_t heads, int32_t t
 
 extern "C" cudaError_t clip_attention_launch(const ClipAttentionParams* params, cudaStream_t stream) {
   if (params == nullptr || params->qkv == nullptr || params->out == nullptr) return cudaErrorInvalidValue;
-  if (reinterpret_cast<uintptr_t>(params->qkv) % 16 != 0 || reinterpret_cast<uintptr_t>(params->out) % 16 != 0)
+  if (reinterpret_cast<uintptr_t>(params->qkv) % 16 != 0 ||
+      reinterpret_cast<uintptr_t>(params->out) % 16 != 0 ||
+      reinterpret_cast<uintptr_t>(params->query_bias) % 8 != 0)
     return cudaErrorInvalidValue;
   Device device;
   cudaError_t status = current_device(device);

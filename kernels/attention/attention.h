@@ -4,7 +4,13 @@
 //   qkv  fp16 [batch, tokens, 3 * heads * 64], contiguous, as CLIP's QKV linear writes it: the blocks
 //        q | k | v, each heads * 64 wide, head h in columns 64 h .. 64 h + 63 of its block
 //   out  fp16 [batch, tokens, heads * 64], contiguous
-//   out = softmax(q k^T / sqrt(64)) v per image and head; with `causal`, token i sees tokens 0 .. i.
+//   query_bias  fp32 [heads * 64], or NULL for none
+//   out = softmax((q + query_bias) k^T / sqrt(64)) v per image and head; with `causal`, token i sees tokens
+//   0 .. i. The bias is rounded to fp16 and added in fp16, as the linear layer of an fp16 model adds it.
+//
+// The bias of a QKV linear layer need not be in qkv: that of k adds the same to every score of a row and so
+// drops out of the softmax, that of v adds itself to the output (weights sum to 1) and can be folded into the
+// bias of the layer behind; that of q is `query_bias`.
 //
 // Products and softmax accumulate in fp32. Same input, same bits.
 #ifndef CLIP_TTRT_ATTENTION_H_
@@ -25,13 +31,14 @@ enum {
 
 // Plain data, also filled through ctypes (experiments/attention_bench.py): keep the two alike.
 typedef struct ClipAttentionParams {
-  const void* qkv;  // device, 16-byte aligned
-  void* out;        // device, 16-byte aligned
-  int64_t batch;    // >= 1
-  int32_t heads;    // 1 .. kClipAttentionMaxHeads
-  int32_t tokens;   // 1 .. kClipAttentionMaxTokens
-  int32_t causal;   // 0 or 1
-  int32_t variant;  // 0: the automatic choice; else an id that clip_attention_variant_name knows
+  const void* qkv;         // device, 16-byte aligned
+  void* out;               // device, 16-byte aligned
+  const void* query_bias;  // device, 8-byte aligned, or NULL
+  int64_t batch;           // >= 1
+  int32_t heads;           // 1 .. kClipAttentionMaxHeads
+  int32_t tokens;          // 1 .. kClipAttentionMaxTokens
+  int32_t causal;          // 0 or 1
+  int32_t variant;         // 0: the automatic choice; else an id that clip_attention_variant knows
 } ClipAttentionParams;
 
 // Enqueues on `stream` and returns at once; safe in CUDA-graph capture; allocates nothing.

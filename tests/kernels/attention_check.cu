@@ -3,7 +3,7 @@
 //   nvcc -std=c++17 -gencode=arch=compute_90a,code=sm_90a -o check
 //       tests/kernels/attention_check.cu kernels/attention/attention.cu
 //   compute-sanitizer --tool racecheck ./check 0          (variant 0: the automatic choice)
-//   ./check 23 32 16 257 0                                (variant batch heads tokens causal)
+//   ./check 23 32 16 257 0 1                              (variant batch heads tokens causal bias)
 // Exit code 0 if every case passed. `./check list` prints the ids of the variants.
 
 #include <cuda_fp16.h>
@@ -27,7 +27,7 @@ namespace {
     }                                                                                          \
   } while (0)
 
-bool run(int variant, int batch, int heads, int tokens, int causal) {
+bool run(int variant, int batch, int heads, int tokens, int causal, int biased) {
   const int width = heads * 64;
   const size_t in_count = size_t(batch) * tokens * 3 * width, out_count = size_t(batch) * tokens * width;
   std::vector<__half> qkv(in_count), out(out_count);
@@ -36,32 +36,46 @@ bool run(int variant, int batch, int heads, int tokens, int causal) {
     state = state * 1664525u + 1013904223u;
     x = __float2half(float(state >> 8) / (1 << 22) - 2.0f);
   }
-  void *device_qkv = nullptr, *device_out = nullptr;
+  std::vector<float> bias(width);
+  for (auto& x : bias) {
+    state = state * 1664525u + 1013904223u;
+    x = biased ? float(state >> 8) / (1 << 22) - 2.0f : 0.0f;
+  }
+  void *device_qkv = nullptr, *device_out = nullptr, *device_bias = nullptr;
   CHECK(cudaMalloc(&device_qkv, in_count * 2));
   CHECK(cudaMalloc(&device_out, out_count * 2));
+  if (biased) {
+    CHECK(cudaMalloc(&device_bias, width * sizeof(float)));
+    CHECK(cudaMemcpy(device_bias, bias.data(), width * sizeof(float), cudaMemcpyHostToDevice));
+  }
   CHECK(cudaMemcpy(device_qkv, qkv.data(), in_count * 2, cudaMemcpyHostToDevice));
   CHECK(cudaMemset(device_out, 0xff, out_count * 2));  // NaN
-  const ClipAttentionParams params = {device_qkv, device_out, batch, heads, tokens, causal, variant};
+  const ClipAttentionParams params = {device_qkv, device_out, device_bias, batch, heads, tokens, causal, variant};
   CHECK(clip_attention_launch(&params, nullptr));
   CHECK(cudaDeviceSynchronize());
   CHECK(cudaMemcpy(out.data(), device_out, out_count * 2, cudaMemcpyDeviceToHost));
   CHECK(cudaFree(device_qkv));
   CHECK(cudaFree(device_out));
+  CHECK(cudaFree(device_bias));
 
   double worst = 0;
   std::vector<double> weight(tokens);
   const int pairs = batch * heads;
   for (int pair = 0; pair < pairs; pair += pairs > 64 ? 1 + pairs / 61 : 1) {  // a sample of a large batch
+    const float* head_bias = bias.data() + pair % heads * 64;
     const __half* base = qkv.data() + size_t(pair / heads) * tokens * 3 * width + pair % heads * 64;
     // Of a long sequence, some rows: 61 is prime to every tile size, so all positions in a tile occur.
     for (int i = tokens - 1; i >= 0; i -= tokens > 200 || pairs > 64 ? 61 : 1) {
       const int keys = causal ? i + 1 : tokens;
+      double query[64];  // as the interface says: the bias in fp16, added in fp16
+      for (int d = 0; d < 64; ++d)
+        query[d] = __half2float(__float2half(__half2float(base[size_t(i) * 3 * width + d]) +
+                                             __half2float(__float2half(head_bias[d]))));
       double top = -INFINITY, sum = 0;
       for (int j = 0; j < keys; ++j) {
         double dot = 0;
         for (int d = 0; d < 64; ++d)
-          dot += double(__half2float(base[size_t(i) * 3 * width + d])) *
-                 __half2float(base[size_t(j) * 3 * width + width + d]);
+          dot += query[d] * __half2float(base[size_t(j) * 3 * width + width + d]);
         weight[j] = dot / 8;
         top = std::fmax(top, weight[j]);
       }
@@ -78,8 +92,8 @@ bool run(int variant, int batch, int heads, int tokens, int causal) {
     }
   }
   const bool ok = worst < 4e-3;  // values up to 2: fp16 rounding of weights and result is under 2e-3
-  std::printf("variant %2d  %4dx%2dx%4d causal %d  error %.2e  %s\n", variant, batch, heads, tokens, causal,
-              worst, ok ? "ok" : "WRONG");
+  std::printf("variant %2d  %4dx%2dx%4d causal %d  bias %d  error %.2e  %s\n", variant, batch, heads, tokens,
+              causal, biased, worst, ok ? "ok" : "WRONG");
   return ok;
 }
 
@@ -95,7 +109,7 @@ int main(int count, char** arguments) {
   const int variant = count > 1 ? std::atoi(arguments[1]) : 0;
   if (count > 5)
     return run(variant, std::atoi(arguments[2]), std::atoi(arguments[3]), std::atoi(arguments[4]),
-               std::atoi(arguments[5]))
+               std::atoi(arguments[5]), count > 6 ? std::atoi(arguments[6]) : 0)
                ? 0
                : 1;
   int device = 0, major = 0, minor = 0;
@@ -110,8 +124,8 @@ int main(int count, char** arguments) {
   for (int t : tokens)
     for (int causal = 0; causal < 2; ++causal)
       if (variant == 0 || clip_attention_variant_serves(variant, t, causal, major, minor)) {
-        ok = run(variant, 2, 3, t, causal) && ok;
-        if (t <= 77) ok = run(variant, 100, 4, t, causal) && ok;  // several units per block
+        ok = run(variant, 2, 3, t, causal, 0) && run(variant, 2, 3, t, causal, 1) && ok;
+        if (t <= 77) ok = run(variant, 100, 4, t, causal, 1) && ok;  // several units per block
       }
   return ok ? 0 : 1;
 }

@@ -88,6 +88,12 @@ def test_ctypes_struct_agrees_with_the_header():
     assert attention_bench.Params._fields_ == plugin.AttentionParams._fields_  # the bench runs without our package
 
 
+@built
+def test_library_states_the_size_of_the_struct(library):
+    # Three pointers, an int64 and four int32, without padding.
+    assert library._library.clip_attention_params_size() == ctypes.sizeof(attention_bench.Params) == 3 * 8 + 8 + 4 * 4
+
+
 def test_csv_columns_are_those_of_the_issue():
     assert attention_bench.COLUMNS == (
         "kernel batch heads tokens causal us tflops gbps floor_us best_library best_library_us ratio "
@@ -141,19 +147,18 @@ def test_batch_and_length_choose_the_kernel(library):
         return library.variants[library.choose(batch, heads, tokens, causal, HOPPER, 132)]
 
     assert name(1, 12, 50).startswith("short") and name(128, 12, 50).startswith("hopper")
-    assert name(1, 8, 77, True) == name(128, 8, 77, True) == "short 80 5x3"
+    assert name(128, 8, 77, True) == "short 80 9x2"
     assert name(1, 16, 257) == "hopper 128/8x1" and name(32, 16, 257) == "hopper 96/72x4"
 
 
 @built
-def test_short_kernel_serves_only_as_many_tiles_as_it_has_warps(library):
-    """Else a warp skips heads and takes one filling of a ring stage for another (NOTES.md, round 3)."""
+def test_short_kernel_serves_heads_that_fit_with_a_warp_for_each_tile(library):
     for variant, name in library.variants.items():
         if not name.startswith("short"):
             continue
-        warps = int(re.fullmatch(r"short \d+ (\d+)x\d+", name).group(1))
+        rows, warps = map(int, re.fullmatch(r"short (\d+) (\d+)x\d+", name).groups())
         served = [t for t in range(1, 1025) if library.serves(variant, t, True, HOPPER)]
-        assert served and {-(-t // 16) for t in served} == {warps}
+        assert served == [t for t in range(1, rows + 1) if -(-t // 16) <= warps]
 
 
 @built
@@ -191,6 +196,14 @@ def test_sizes_outside_the_contract_are_refused(library, changed):
     assert supported(*(sizes[k] for k in ("batch", "heads", "tokens", "head_dim", "major")), 0) == 0
 
 
+@pytest.mark.parametrize("bias", [("half", 64), ("float", 63), ("float", 128)])
+def test_a_bias_of_another_kind_is_refused(bias):
+    torch = pytest.importorskip("torch")
+    kind, size = bias
+    with pytest.raises(ValueError, match=r"fp32 \[64\]"):
+        plugin.attention(torch.zeros(1, 2, 192).half(), 1, False, torch.zeros(size, dtype=getattr(torch, kind)))
+
+
 # The numbers
 
 
@@ -199,7 +212,7 @@ def test_sizes_outside_the_contract_are_refused(library, changed):
 @pytest.mark.skipif(not has_gpu(), reason="needs a GPU of compute capability 8.0 or newer, and PyTorch")
 @pytest.mark.parametrize("tokens", attention_bench.CHECK_TOKENS)
 def test_error_is_at_most_twice_that_of_pytorch(library, tokens, tmp_path):
-    """Also: every element written, nothing beside them, the same bits twice."""
+    """With and without a query bias. Also: every element written, nothing beside them, the same bits twice."""
     import torch
 
     cases = [case for case in attention_bench.check_shapes(full=True) if case[0].tokens == tokens]

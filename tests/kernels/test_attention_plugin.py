@@ -1,4 +1,4 @@
-"""The TensorRT plugin's creator: registration, fields, and what an engine file holds. Needs no GPU."""
+"""The TensorRT plugin: registration, fields, what an engine file holds (no GPU needed), and engines of it alone (GPU)."""
 
 import ctypes
 import struct
@@ -10,7 +10,8 @@ from kernels import build
 trt = pytest.importorskip("tensorrt", reason="TensorRT is not installed")
 np = pytest.importorskip("numpy")
 
-HEADS, TOKENS, CAUSAL, LAYOUT = 12, 77, 1, 1
+HEADS, TOKENS, CAUSAL, BIAS, LAYOUT = 12, 77, 1, 1, 2
+FIELDS = {"heads": HEADS, "tokens": TOKENS, "causal": CAUSAL, "query_bias": BIAS}
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def creator():
     if not hasattr(library, "clip_attention_register_plugin"):
         pytest.skip("the library was built without TensorRT's headers")
     assert library.clip_attention_register_plugin() == 1  # a second registration does no harm
-    return trt.get_plugin_registry().get_plugin_creator("ClipAttention", "1", "")
+    return trt.get_plugin_registry().get_plugin_creator("ClipAttention", "2", "")
 
 
 def field(name, value, dtype="int32"):
@@ -29,52 +30,134 @@ def field(name, value, dtype="int32"):
     return trt.PluginField(name, np.array([value], dtype=dtype), kind)
 
 
+def create(creator, **changed):
+    """The plugin of FIELDS with some of them changed, or left out where None."""
+    values = {name: value for name, value in (FIELDS | changed).items() if value is not None}
+    return creator.create_plugin("a", trt.PluginFieldCollection([field(name, value) for name, value in values.items()]))
+
+
 def test_creator_is_registered_with_its_fields(creator):
     assert creator is not None
-    assert [f.name for f in creator.field_names] == ["heads", "tokens", "causal"]
+    assert [f.name for f in creator.field_names] == list(FIELDS)
 
 
-def test_plugin_survives_serialisation(creator):
-    fields = [field("heads", HEADS), field("tokens", TOKENS), field("causal", CAUSAL)]
-    plugin = creator.create_plugin("a", trt.PluginFieldCollection(fields))
+@pytest.mark.parametrize("bias", [0, 1])
+def test_plugin_survives_serialisation(creator, bias):
+    plugin = create(creator, query_bias=bias)
     data = bytes(plugin.serialize())
-    assert data == struct.pack("<iiii", LAYOUT, HEADS, TOKENS, CAUSAL)
+    assert data == struct.pack("<iiiii", LAYOUT, HEADS, TOKENS, CAUSAL, bias)
     again = creator.deserialize_plugin("a", data)
     assert bytes(again.serialize()) == data
-    assert again.num_outputs == 1 and again.plugin_type == "ClipAttention" and again.plugin_version == "1"
+    assert again.num_outputs == 1 and again.plugin_type == "ClipAttention" and again.plugin_version == "2"
 
 
 @pytest.mark.parametrize(
-    "fields",
+    "changed",
     [
-        [("heads", 0), ("tokens", 50), ("causal", 0)],
-        [("heads", 41), ("tokens", 50), ("causal", 0)],
-        [("heads", 12), ("tokens", 0), ("causal", 0)],
-        [("heads", 12), ("tokens", 1025), ("causal", 0)],
-        [("heads", 12), ("tokens", 50), ("causal", 2)],
-        [("heads", 12), ("tokens", 50)],
-        [("heads", 12), ("causal", 0)],
-        [("tokens", 50), ("causal", 0)],
-        [("heads", 12), ("tokens", 50), ("causal", 0), ("scale", 1)],
-        [("heads", 12.0, "float32"), ("tokens", 50), ("causal", 0)],
+        {"heads": 0}, {"heads": 41}, {"tokens": 0}, {"tokens": 1025}, {"causal": 2}, {"causal": -1}, {"query_bias": 2},
+        {"query_bias": -1}, {"heads": None}, {"tokens": None}, {"causal": None}, {"query_bias": None}, {"scale": 1},
     ],
-)
-def test_wrong_fields_make_no_plugin(creator, fields, capfd):
-    assert creator.create_plugin("a", trt.PluginFieldCollection([field(*f) for f in fields])) is None
+)  # fmt: skip
+def test_wrong_fields_make_no_plugin(creator, changed, capfd):
+    assert create(creator, **changed) is None
     assert "ClipAttention plugin:" in capfd.readouterr().err
+
+
+def test_field_of_another_type_makes_no_plugin(creator, capfd):
+    fields = [field(name, value, "float32" if name == "heads" else "int32") for name, value in FIELDS.items()]
+    assert creator.create_plugin("a", trt.PluginFieldCollection(fields)) is None
+    assert "one int32 each" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
     "data",
     [
         b"\0\0",
-        struct.pack("<iii", LAYOUT, HEADS, CAUSAL),
-        struct.pack("<iiiii", LAYOUT, HEADS, TOKENS, CAUSAL, 0),
-        struct.pack("<iiii", LAYOUT + 1, HEADS, TOKENS, CAUSAL),
-        struct.pack("<iiii", LAYOUT, 99, TOKENS, CAUSAL),
-        struct.pack("<iiii", LAYOUT, HEADS, 0, CAUSAL),
+        struct.pack("<iiii", 1, HEADS, TOKENS, CAUSAL),  # what version 1 wrote
+        struct.pack("<iiiiii", LAYOUT, HEADS, TOKENS, CAUSAL, BIAS, 0),
+        struct.pack("<iiiii", LAYOUT + 1, HEADS, TOKENS, CAUSAL, BIAS),
+        struct.pack("<iiiii", LAYOUT, 99, TOKENS, CAUSAL, BIAS),
+        struct.pack("<iiiii", LAYOUT, HEADS, 0, CAUSAL, BIAS),
+        struct.pack("<iiiii", LAYOUT, HEADS, TOKENS, CAUSAL, 2),
     ],
 )
 def test_data_of_another_version_is_refused(creator, data, capfd):
     assert creator.deserialize_plugin("a", data) is None
+    assert "ClipAttention plugin:" in capfd.readouterr().err
+
+
+# Engines of the plugin alone
+
+
+def has_gpu() -> bool:
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+needs_gpu = pytest.mark.skipif(not has_gpu(), reason="needs a GPU of compute capability 8.0 or newer, and PyTorch")
+
+
+def build_engine(plugin, inputs):
+    """An fp16 engine of one plugin layer on inputs of (name, dtype, shape); None where TensorRT refuses."""
+    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))
+    layer = network.add_plugin_v2([network.add_input(*one) for one in inputs], plugin)
+    if layer is None:
+        return None
+    layer.get_output(0).name = "out"
+    layer.get_output(0).dtype = trt.float16
+    network.mark_output(layer.get_output(0))
+    config = builder.create_builder_config()
+    config.set_flag(trt.BuilderFlag.FP16)
+    return builder.build_serialized_network(network, config)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("bias", [0, 1])
+@pytest.mark.parametrize("flat", [False, True])
+def test_engine_gives_the_bits_of_the_launcher(creator, bias, flat):
+    import torch
+
+    from clip_ttrt import plugin
+
+    batch, width = 5, HEADS * 64
+    shape = (batch * TOKENS, 3 * width) if flat else (batch, TOKENS, 3 * width)
+    inputs = [("qkv", trt.float16, shape)] + [("query_bias", trt.float32, (width,))] * bias
+    data = build_engine(create(creator, query_bias=bias), inputs)
+    engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(data)
+    torch.manual_seed(0)
+    qkv = torch.randn(shape, device="cuda").half()
+    query_bias = torch.randn(width, device="cuda") if bias else None
+    out = torch.full((*shape[:-1], width), float("nan"), device="cuda").half()
+    tensors = {"qkv": qkv, "out": out} | ({"query_bias": query_bias} if bias else {})
+    context = engine.create_execution_context()
+    for name, tensor in tensors.items():
+        context.set_tensor_address(name, tensor.data_ptr())
+    assert context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
+    torch.cuda.synchronize()
+    expected = plugin.attention(qkv.view(batch, TOKENS, 3 * width), HEADS, bool(CAUSAL), query_bias)
+    assert torch.equal(out.view_as(expected), expected)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(
+    "bias, inputs",
+    [
+        (1, [("qkv", "half", (2 * TOKENS, 3 * HEADS * 64))]),
+        (0, [("qkv", "half", (2 * TOKENS, 3 * HEADS * 64)), ("query_bias", "float", (HEADS * 64,))]),
+        (1, [("qkv", "half", (2 * TOKENS, 3 * HEADS * 64)), ("query_bias", "float", (HEADS * 64 - 1,))]),
+        (1, [("qkv", "half", (2 * TOKENS, 3 * HEADS * 64)), ("query_bias", "float", (1, HEADS * 64))]),
+        (0, [("qkv", "half", (2 * TOKENS, 2 * HEADS * 64))]),
+        (0, [("qkv", "half", (3 * HEADS * 64,))]),
+    ],
+)  # fmt: skip
+def test_wrong_inputs_make_no_engine(creator, bias, inputs, capfd):
+    kinds = {"half": trt.float16, "float": trt.float32}
+    inputs = [(name, kinds[kind], shape) for name, kind, shape in inputs]
+    assert build_engine(create(creator, query_bias=bias), inputs) is None
     assert "ClipAttention plugin:" in capfd.readouterr().err
