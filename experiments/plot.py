@@ -1,10 +1,20 @@
-"""Figures from the CSV files alone: python -m experiments.plot [--results results]
+"""Figures from the CSV files alone: python -m experiments.plot [--results results] [--only NAME ...]
 
+results/speedup.png           every backend against the original in eager fp16, over the batch
+results/floor.png             milliseconds against the sum of the fastest library kernels
+results/load.png              throughput and p99 latency over the number of threads
+results/text_length.png       milliseconds over the length to which texts are trimmed
+results/errors.png            errors of all compiled encoders, by precision
+results/stages.png            where the time from JPEG files to features goes
+results/ladder.png            milliseconds after each step of the optimisation
 results/attention_ratio.png   the attention kernel against the fastest library, over the sequence length
-results/profile.png           where ViT-L/14's time goes, with TensorRT's own attention and with the plugin
+results/profile.png           where ViT-L/14's time goes, with TensorRT's own kernels and with the plugins
+
+They are read from results/h200/.  A figure whose CSV is not there, or holds no row for it, is skipped with a line that says so.
 """
 import argparse
 from pathlib import Path
+from typing import Callable, Iterable, Optional
 
 import matplotlib
 
@@ -14,27 +24,361 @@ import pandas as pd
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
+GREY = "#444444"
+
+# One colour, marker and name a backend, in every figure; what is ours comes first.
+BACKENDS = {
+    "clip_ttrt_plugin": ("#0072B2", "o", "clip_ttrt, plugins"),
+    "clip_ttrt_native": ("#009E73", "s", "clip_ttrt, TensorRT's kernels"),
+    "clip_ttrt_plugin_range": ("#0072B2", "o", "clip_ttrt, plugins, one engine for all batches"),
+    "clip_ttrt_native_range": ("#009E73", "s", "clip_ttrt, TensorRT's kernels, one engine for all batches"),
+    "tensorrt_onnx": ("#000000", "D", "TensorRT through ONNX"),
+    "torch_compile_reduce_overhead": ("#E69F00", "^", "torch.compile reduce-overhead"),
+    "torch_compile_max_autotune": ("#D55E00", "v", "torch.compile max-autotune"),
+    "eager_sdpa": ("#56B4E9", "P", "our encoders in eager PyTorch"),
+    "onnxruntime": ("#CC79A7", "X", "ONNX Runtime"),
+    "clip_eager": ("#999999", "*", "the original, eager"),
+}
+MODELS = ("ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px", "demo")
+BATCHES = (1, 8, 32, 128, 512)
+SWEEP_KEY = ["model", "encoder", "backend", "precision", "batch", "tokens", "cuda_graph"]
+WRONG = "wrong:"  # begins the error of a row whose times are good and features are not
 
 
-def stamp(figure, rows: pd.DataFrame) -> None:
-    """GPU, versions and commit in the corner."""
-    row = rows.iloc[0]
-    parts = [row["gpu"], f"commit {row['commit']}"] + [f"{name} {row[name]}" for name in ("torch", "tensorrt") if name in rows]
-    figure.text(0.995, 0.005, ", ".join(parts), ha="right", va="bottom", fontsize=7, color="#666666")
+class NoData(Exception):
+    """A figure has nothing to show; the message says which file or rows are missing."""
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """A CSV in which an empty cell is missing, and a commit of digits alone stays a name."""
+    return pd.read_csv(path, keep_default_na=False, na_values=[""], dtype={name: str for name in ("torch", "tensorrt", "gpu", "commit", "error")})
+
+
+def read(results: Path, name: str) -> pd.DataFrame:
+    """One CSV of results/h200.  Raises NoData where it is missing or empty."""
+    path = results / "h200" / name
+    if not path.exists():
+        raise NoData(f"there is no {path}")
+    rows = read_csv(path)
+    if rows.empty:
+        raise NoData(f"{path} has no rows")
+    return rows
+
+
+def read_sweep(results: Path) -> pd.DataFrame:
+    """All rows of results/h200/sweep*.csv with a time, the last of each key, and `wrong` where the features were."""
+    paths = sorted((results / "h200").glob("sweep*.csv"))
+    if not paths:
+        raise NoData(f"there is no {results / 'h200' / 'sweep.csv'}")
+    rows = pd.concat([read_csv(path) for path in paths], ignore_index=True)
+    rows["error"] = rows["error"].fillna("")
+    rows["wrong"] = rows["error"].str.startswith(WRONG)
+    rows = rows[rows["median_ms"].notna() & ((rows["error"] == "") | rows["wrong"])]
+    if rows.empty:
+        raise NoData("sweep.csv has no row with a time")
+    return rows.drop_duplicates(SWEEP_KEY, keep="last")
+
+
+def full_length(rows: pd.DataFrame) -> pd.DataFrame:
+    """Images, and texts at the model's own length."""
+    return rows[(rows["encoder"] == "image") | (rows["tokens"] == 77)]
+
+
+def best(rows: pd.DataFrame, *keys: str) -> pd.DataFrame:
+    """The fastest row of each combination of keys: with or without a CUDA graph."""
+    return rows.loc[rows.groupby(list(keys))["median_ms"].idxmin()]
+
+
+def present(rows: pd.DataFrame, names: Iterable[str], column: str) -> list[str]:
+    """Those of the names that the column holds, in their order, then what it holds besides."""
+    found = list(dict.fromkeys(rows[column]))
+    return [name for name in names if name in found] + [name for name in found if name not in names]
+
+
+def look(backend: str) -> dict:
+    """Colour, marker, line and label of a backend."""
+    colour, marker, label = BACKENDS.get(backend, (GREY, ".", backend))
+    return {"color": colour, "marker": marker, "label": label, "markersize": 5, "linewidth": 1.3, "linestyle": "--" if backend.endswith("_range") else "-"}
+
+
+def stamp(figure: plt.Figure, rows: pd.DataFrame) -> None:
+    """GPU, versions and commits in the corner."""
+    def values(column: str) -> list[str]:
+        return sorted({str(value) for value in rows[column].dropna()} - {""}) if column in rows else []
+
+    commits = values("commit")
+    parts = values("gpu") + [f"{name} {' and '.join(values(name))}" for name in ("torch", "tensorrt") if values(name)]
+    parts.append(f"commit {', '.join(commits)}" if len(commits) <= 3 else f"{len(commits)} commits, see the CSV")
+    figure.text(0.995, 0.004, ", ".join(parts), ha="right", va="bottom", fontsize=7, color="#666666")
+
+
+def shared_legend(figure: plt.Figure, columns: int, bottom: float = 0.03) -> None:
+    """One legend under all panels, each label once, hollow markers not repeated."""
+    found = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels()):
+            found.setdefault(label, handle)
+    figure.legend(found.values(), found.keys(), ncol=columns, frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, bottom))
+
+
+def batch_axis(axes: plt.Axes, batches: Iterable[int]) -> None:
+    """A logarithmic axis that names the batches."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(batches), [str(batch) for batch in sorted(batches)])
+    axes.minorticks_off()
+
+
+def draw(axes: plt.Axes, rows: pd.DataFrame, x: str, y: str, backend: str) -> None:
+    """One line; hollow markers where the features were wrong."""
+    rows = rows.sort_values(x)
+    axes.plot(rows[x], rows[y], **look(backend))
+    if "wrong" in rows and rows["wrong"].any():
+        style = look(backend)
+        wrong = rows[rows["wrong"]]
+        axes.plot(wrong[x], wrong[y], linestyle="", marker=style["marker"], markersize=7, markerfacecolor="white", markeredgecolor=style["color"])
+
+
+def speedup(results: Path) -> plt.Figure:
+    """Times as fast as the original in eager fp16, by batch: one panel a model and encoder, one line a backend."""
+    rows = full_length(read_sweep(results))
+    rows = rows[(rows["precision"] == "fp16") & rows["batch"].isin(BATCHES)]
+    case = ["model", "encoder", "batch"]
+    original = rows[(rows["backend"] == "clip_eager") & (rows["cuda_graph"].astype(str) == "False")].set_index(case)["median_ms"]
+    # The original's own line is the dashed one at 1: it has no CUDA graph when it is used as published.
+    rows = best(rows[rows["backend"] != "clip_eager"], *case, "backend").copy()
+    rows["times"] = [original.get(key, float("nan")) / ms for key, ms in zip(zip(*(rows[name] for name in case)), rows["median_ms"])]
+    rows = rows[rows["times"].notna()]
+    if rows.empty:
+        raise NoData("sweep.csv has no fp16 rows beside clip_eager's")
+    models, encoders = present(rows, MODELS, "model"), present(rows, ("image", "text"), "encoder")
+    figure, panels = plt.subplots(len(encoders), len(models), figsize=(max(7.5, 3.1 * len(models)), 2.6 * len(encoders) + 1.3), squeeze=False)
+    for line, encoder in zip(panels, encoders):
+        for axes, model in zip(line, models):
+            part = rows[(rows["model"] == model) & (rows["encoder"] == encoder)]
+            axes.set_visible(not part.empty)
+            for backend in reversed(present(part, BACKENDS, "backend")):
+                draw(axes, part[part["backend"] == backend], "batch", "times", backend)
+            axes.axhline(1, color=GREY, linewidth=1, linestyle=":")
+            axes.set_title(f"{model} {encoder}", fontsize=9)
+            batch_axis(axes, BATCHES)
+            axes.set_ylim(bottom=0)
+            axes.tick_params(labelsize=8)
+        line[0].set_ylabel("times as fast as the original", fontsize=8)
+    for axes in panels[-1]:
+        axes.set_xlabel("batch", fontsize=8)
+    figure.suptitle(fastest_title(rows, case), fontsize=11)
+    figure.tight_layout(rect=(0, 0.15 if len(encoders) == 1 else 0.1, 1, 1))
+    shared_legend(figure, 3)
+    stamp(figure, rows)
+    return figure
+
+
+def fastest_title(rows: pd.DataFrame, case: list[str]) -> str:
+    """In how many cases, of those that ours and another backend share, ours is the fastest."""
+    right = rows[~rows["wrong"]]
+    ours = right["backend"].str.startswith("clip_ttrt")
+    mine, others = (right[part].groupby(case)["times"].max() for part in (ours, ~ours))
+    both = mine.index.intersection(others.index)
+    peak = mine.max()
+    if len(both) == 0:
+        return f"clip_ttrt is up to {peak:.1f} times as fast as the original in eager fp16"
+    return f"clip_ttrt is the fastest in {int((mine[both] >= others[both]).sum())} of {len(both)} cases, up to {peak:.1f} times as fast as the original in eager fp16"
+
+
+def against_floor(results: Path) -> plt.Figure:
+    """Milliseconds over the floor of the same work, both logarithmic; one panel an encoder, one colour a backend."""
+    rows = full_length(read_sweep(results))
+    rows = rows[(rows["precision"] == "fp16") & rows["floor_ms"].notna() & rows["batch"].isin(BATCHES) & ~rows["wrong"]]
+    chosen = ("clip_ttrt_plugin", "clip_ttrt_native", "tensorrt_onnx", "torch_compile_reduce_overhead", "clip_eager")
+    rows = best(rows[rows["backend"].isin(chosen)], "model", "encoder", "batch", "backend") if len(rows) else rows
+    if rows.empty:
+        raise NoData("sweep.csv has no fp16 rows with floor_ms")
+    encoders = present(rows, ("image", "text"), "encoder")
+    figure, panels = plt.subplots(1, len(encoders), figsize=(max(6.0, 4.6 * len(encoders)), 4.9), squeeze=False, sharey=True)
+    for axes, encoder in zip(panels[0], encoders):
+        part = rows[rows["encoder"] == encoder]
+        span = [part["floor_ms"].min() / 1.3, part["floor_ms"].max() * 1.3]
+        for factor, style in ((1, "-"), (2, "--"), (4, ":")):
+            axes.plot(span, [factor * value for value in span], color="#BBBBBB", linewidth=1, linestyle=style, zorder=0)
+            axes.annotate(f"{factor}x", (span[1], factor * span[1]), fontsize=7, color="#888888", ha="left", va="center")
+        for backend in reversed(present(part, BACKENDS, "backend")):
+            points = part[part["backend"] == backend]
+            axes.plot(points["floor_ms"], points["median_ms"], **{**look(backend), "linestyle": ""})
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_title(f"{encoder} encoders, fp16, batches {min(part['batch'])} to {max(part['batch'])}", fontsize=9)
+        axes.set_xlabel("floor: the fastest library kernels, ms")
+    panels[0][0].set_ylabel("milliseconds")
+    ours = rows[rows["backend"].str.startswith("clip_ttrt")]
+    share = best(ours, "model", "encoder", "batch") if len(ours) else rows
+    ratio = share["median_ms"] / share["floor_ms"]
+    figure.suptitle(f"{'clip_ttrt takes' if len(ours) else 'Times are'} {ratio.min():.2f} to {ratio.max():.2f} times the floor, {ratio.median():.2f} in the median", fontsize=11)
+    figure.tight_layout(rect=(0, 0.13, 1, 1))
+    shared_legend(figure, 3)
+    stamp(figure, rows)
+    return figure
+
+
+def under_load(results: Path) -> plt.Figure:
+    """Items per second and p99 latency over the number of threads in a closed loop; one column a model, encoder and batch."""
+    rows = read(results, "load.csv")
+    if "error" in rows:
+        rows = rows[rows["error"].isna()]
+    rows = rows[rows["items_per_second"].notna()]
+    if rows.empty:
+        raise NoData("load.csv has no row with a throughput")
+    rows = rows.loc[rows.groupby(["model", "encoder", "batch", "backend", "threads"])["items_per_second"].idxmax()]
+    cases = list(dict.fromkeys(zip(rows["model"], rows["encoder"], rows["batch"])))[:4]
+    figure, panels = plt.subplots(2, len(cases), figsize=(max(6.0, 3.6 * len(cases)), 5.6), squeeze=False, sharex=True)
+    for (upper, lower), (model, encoder, batch) in zip(panels.T, cases):
+        part = rows[(rows["model"] == model) & (rows["encoder"] == encoder) & (rows["batch"] == batch)]
+        for backend in reversed(present(part, BACKENDS, "backend")):
+            draw(upper, part[part["backend"] == backend], "threads", "items_per_second", backend)
+            draw(lower, part[part["backend"] == backend], "threads", "p99_ms", backend)
+        upper.set_title(f"{model} {encoder}, requests of {batch}", fontsize=9)
+        lower.set_xlabel("threads, one request each at a time", fontsize=8)
+        lower.set_xticks(sorted(part["threads"].unique()))
+        upper.set_ylim(bottom=0)
+        lower.set_ylim(bottom=0)
+    panels[0][0].set_ylabel("images or texts a second", fontsize=8)
+    panels[1][0].set_ylabel("p99 latency, ms", fontsize=8)
+    model, encoder, batch = cases[0]
+    ours = rows[(rows["model"] == model) & (rows["encoder"] == encoder) & (rows["batch"] == batch) & rows["backend"].str.startswith("clip_ttrt")]
+    figure.suptitle(load_title(ours, f"{model} {encoder}, requests of {batch}") if len(ours) else "Throughput and latency under load", fontsize=11)
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    shared_legend(figure, 3)
+    stamp(figure, rows)
+    return figure
+
+
+def load_title(ours: pd.DataFrame, case: str) -> str:
+    """Where our throughput ends, and what the threads cost in latency."""
+    top, one = ours.loc[ours["items_per_second"].idxmax()], ours.loc[ours["threads"].idxmin()]
+    return (f"{case}: {one['items_per_second']:,.0f} a second from {one['threads']} thread, {top['items_per_second']:,.0f} from {top['threads']}; "
+            f"p99 from {one['p99_ms']:.2g} to {top['p99_ms']:.2g} ms")
+
+
+def text_length(results: Path) -> plt.Figure:
+    """Milliseconds over the text length, one panel a model and batch, one line a backend."""
+    rows = read(results, "text_length.csv")
+    rows = rows[rows["median_ms"].notna()]
+    if rows.empty:
+        raise NoData("text_length.csv has no row with a time")
+    rows = best(rows, "model", "backend", "batch", "tokens")
+    cases = list(dict.fromkeys(zip(rows["model"], rows["batch"])))[:4]
+    figure, panels = plt.subplots(1, len(cases), figsize=(max(6.0, 3.4 * len(cases)), 3.9), squeeze=False)
+    for axes, (model, batch) in zip(panels[0], cases):
+        part = rows[(rows["model"] == model) & (rows["batch"] == batch)]
+        for backend in reversed(present(part, BACKENDS, "backend")):
+            draw(axes, part[part["backend"] == backend], "tokens", "median_ms", backend)
+        axes.set_title(f"{model} text, batch {batch}", fontsize=9)
+        lengths = sorted(part["tokens"].unique())
+        shares = part.dropna(subset=["fit_share"]).drop_duplicates("tokens").set_index("tokens")["fit_share"]
+        axes.set_xticks(lengths, [f"{tokens}\n{float(shares[tokens]):.0%}" if tokens in shares.index else str(tokens) for tokens in lengths])
+        axes.set_xlabel("tokens; share of the prompts that fit", fontsize=8)
+        axes.set_ylim(bottom=0)
+    panels[0][0].set_ylabel("milliseconds", fontsize=8)
+    ours = rows[rows["backend"].str.startswith("clip_ttrt")]
+    shares = [group["median_ms"].iloc[0] / group["median_ms"].iloc[-1]
+              for _, group in (ours if len(ours) else rows).sort_values("tokens").groupby(["model", "backend", "batch"]) if len(group) > 1]
+    mean = rows["mean_tokens"].dropna()
+    title = f"Texts of {int(rows['tokens'].min())} tokens take {min(shares):.2f} to {max(shares):.2f} of the time of {int(rows['tokens'].max())}" if shares else "Time by text length"
+    figure.suptitle(title + (f"; prompts have {mean.iloc[0]:.1f} in the mean" if len(mean) else ""), fontsize=11)
+    figure.tight_layout(rect=(0, 0.13, 1, 1))
+    shared_legend(figure, 3)
+    stamp(figure, rows)
+    return figure
+
+
+def errors(results: Path) -> plt.Figure:
+    """Largest, mean and median relative error of every compiled encoder, by precision, with trained and random weights told apart."""
+    rows = read(results, "accuracy.csv")
+    rows = rows[rows["encoder"].isin(("image", "text"))]
+    precisions = present(rows, ("fp32", "tf32", "fp16"), "precision")
+    figure, axes = plt.subplots(figsize=(7.5, 4.0))
+    for place, precision in enumerate(precisions):
+        part = rows[rows["precision"] == precision]
+        for shift, (colour, column, label) in zip((-0.24, 0, 0.24), ((COLOURS[5], "rel_max", "largest"), (COLOURS[0], "rel_mean", "mean"), (COLOURS[2], "rel_median", "median"))):
+            for marker, weights, name in (("o", part["weights"] == "random", "random weights"), ("*", part["weights"] != "random", "trained weights")):
+                values = part.loc[weights, column].sort_values()
+                spread = [place + shift + 0.08 * (index % 3 - 1) for index in range(len(values))]
+                axes.plot(spread, values, linestyle="", marker=marker, color=colour, markersize=9 if marker == "*" else 5, alpha=0.8, label=f"{label}, {name}")
+    axes.set_yscale("log")
+    axes.set_xlim(-0.5, len(precisions) - 0.5)
+    axes.set_xticks(range(len(precisions)), [f"{precision}\n{sum(rows['precision'] == precision)} encoders" for precision in precisions])
+    axes.set_ylabel("relative error of a row of features")
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+    worst = rows.groupby("precision")["rel_max"].max()
+    axes.set_title("Largest relative error of any feature row: " + ", ".join(f"{worst[precision]:.1e} in {precision}" for precision in precisions), fontsize=10)
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    shared_legend(figure, 3)
+    stamp(figure, rows)
+    return figure
+
+
+STAGES = ("decode", "resize", "normalise", "copy", "encode")
+
+
+def stages(results: Path) -> plt.Figure:
+    """Shares of the stages from JPEG files to features, one bar a backend and number of workers."""
+    rows = read(results, "jpeg.csv").iloc[::-1].reset_index(drop=True)  # barh draws upwards
+    figure, axes = plt.subplots(figsize=(8.5, 1.7 + 0.42 * len(rows)))
+    names = [f"{row['model']}, {BACKENDS.get(row['backend'], ('', '', row['backend']))[2]}\nbatch {row['batch']}, {row['workers']} workers: {row['images_per_second']:,.0f} images/s"
+             for _, row in rows.iterrows()]
+    left = pd.Series(0.0, index=rows.index)
+    for colour, stage in zip(COLOURS, STAGES):
+        share = rows[f"{stage}_share"].astype(float)
+        axes.barh(names, share, left=left, color=colour, label=stage, height=0.62)
+        for index in rows.index:
+            if share[index] > 0.06:
+                axes.text(left[index] + share[index] / 2, names[index], f"{share[index]:.0%}", ha="center", va="center", fontsize=8)
+        left += share
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("share of the work on an image")
+    axes.tick_params(axis="y", labelsize=8)
+    first = rows.iloc[-1]
+    before = sum(float(first[f"{stage}_share"]) for stage in STAGES[:3])
+    axes.set_title(f"From JPEG files, decoding, resizing and normalising are {before:.0%} of the work, the encoder {float(first['encode_share']):.0%}", fontsize=10)
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
+    shared_legend(figure, 5)
+    stamp(figure, rows)
+    return figure
+
+
+def ladder(results: Path) -> plt.Figure:
+    """Milliseconds after each step, one column a model, encoder and batch."""
+    rows = read(results, "ladder.csv")
+    rows = rows[rows["median_ms"].notna()]
+    if rows.empty:
+        raise NoData("ladder.csv has no row with a time")
+    cases = list(dict.fromkeys(zip(rows["model"], rows["encoder"], rows["batch"])))[:3]
+    figure, panels = plt.subplots(len(cases), 1, figsize=(8.5, 0.6 + (0.55 + 0.36 * rows.groupby(["model", "encoder", "batch"]).size().max()) * len(cases)), squeeze=False)
+    for axes, (model, encoder, batch) in zip(panels[:, 0], cases):
+        part = rows[(rows["model"] == model) & (rows["encoder"] == encoder) & (rows["batch"] == batch)].iloc[::-1]
+        axes.barh(part["step"], part["median_ms"], height=0.62, color=[COLOURS[0] if good else "white" for good in part["error"].isna()], edgecolor=COLOURS[0])
+        for step, ms in zip(part["step"], part["median_ms"]):
+            axes.text(ms, step, f" {ms:.2f}", va="center", fontsize=8)
+        axes.set_xlim(0, part["median_ms"].max() * 1.12)
+        axes.tick_params(axis="y", labelsize=8)
+        axes.set_title(f"{model} {encoder}, batch {batch}, fp16: from {part['median_ms'].iloc[-1]:.2f} to {part['median_ms'].iloc[0]:.2f} ms", fontsize=10)
+    panels[-1][0].set_xlabel("milliseconds of one call; hollow: features wrong")
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    stamp(figure, rows)
+    return figure
 
 
 def attention_ratio(results: Path) -> plt.Figure:
     """Time of the fused kernel over that of the fastest library kernel, by sequence length, one line a batch size."""
-    rows = pd.read_csv(results / "h200" / "attention.csv")
+    rows = read(results, "attention.csv")
     figure, axes = plt.subplots(figsize=(7.5, 4.2))
     for colour, (batch, group) in zip(COLOURS, rows.groupby("batch")):
         group = group.sort_values(["tokens", "heads"])
         axes.plot(group["tokens"], group["ratio"], "o-", color=colour, label=f"batch {batch}", markersize=5, linewidth=1.2)
-    axes.axhline(1, color="#444444", linewidth=1, linestyle="--")
+    axes.axhline(1, color=GREY, linewidth=1, linestyle="--")
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(rows["tokens"].unique()), [str(tokens) + ("\ncausal" if tokens == 77 else "") for tokens in sorted(rows["tokens"].unique())])
     axes.minorticks_off()
-    axes.set_ylim(0, 1.1)
+    axes.set_ylim(0, max(1.1, rows["ratio"].max() * 1.05))
     axes.set_xlabel("tokens")
     axes.set_ylabel("time / fastest library's time")
     axes.set_title(f"Fused attention takes {rows['ratio'].min():.2f} to {rows['ratio'].max():.2f} of the fastest library's time")
@@ -45,11 +389,11 @@ def attention_ratio(results: Path) -> plt.Figure:
 
 
 def kernel_profile(results: Path) -> plt.Figure:
-    """Microseconds by kind of kernel in one call, stacked, native attention above the plugin."""
-    rows = pd.read_csv(results / "h200" / "profile.csv")
+    """Microseconds by kind of kernel in one call, stacked, one bar a way of doing attention."""
+    rows = read(results, "profile.csv")
     totals = rows.pivot_table(index="attention", columns="kind", values="us", aggfunc="sum", fill_value=0) / 1e3
-    totals = totals[totals.sum().sort_values(ascending=False).index]
-    figure, axes = plt.subplots(figsize=(7.5, 3.0))
+    totals = totals.loc[totals.sum(axis=1).sort_values().index, totals.sum().sort_values(ascending=False).index]  # barh draws upwards
+    figure, axes = plt.subplots(figsize=(7.5, 2.0 + 0.5 * len(totals)))
     left = pd.Series(0.0, index=totals.index)
     for colour, kind in zip(COLOURS, totals):
         axes.barh(totals.index, totals[kind], left=left, color=colour, label=kind)
@@ -59,24 +403,33 @@ def kernel_profile(results: Path) -> plt.Figure:
         left += totals[kind]
     row, sums = rows.iloc[0], totals.sum(axis=1)
     axes.set_xlabel("milliseconds of kernels in one call")
-    axes.set_title(f"{row['model']} {row['encoder']} at batch {row['batch']}: the plugin takes kernels from {sums['native']:.1f} to {sums['plugin']:.1f} ms")
+    axes.set_title(f"{row['model']} {row['encoder']} at batch {row['batch']}: plugins take kernels from {sums.iloc[-1]:.1f} to {sums.iloc[0]:.1f} ms")
     axes.legend(ncol=4, frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.28))
     stamp(figure, rows)
     figure.tight_layout()
     return figure
 
 
-FIGURES = {"attention_ratio.png": attention_ratio, "profile.png": kernel_profile}
+FIGURES: dict[str, Callable[[Path], plt.Figure]] = {
+    "speedup.png": speedup, "floor.png": against_floor, "load.png": under_load, "text_length.png": text_length, "errors.png": errors, "stages.png": stages,
+    "ladder.png": ladder, "attention_ratio.png": attention_ratio, "profile.png": kernel_profile,
+}
 
 
-def main() -> None:
+def main(arguments: Optional[list[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("results"))
-    results = parser.parse_args().results
-    for name, draw in FIGURES.items():
-        figure = draw(results)
-        figure.savefig(results / name, dpi=130)
+    parser.add_argument("--only", nargs="+", choices=FIGURES, default=list(FIGURES), metavar="NAME", help=f"of {', '.join(FIGURES)}")
+    options = parser.parse_args(arguments)
+    for name in options.only:
+        try:
+            figure = FIGURES[name](options.results)
+        except NoData as reason:
+            print(f"{name} is skipped: {reason}", flush=True)
+            continue
+        figure.savefig(options.results / name, dpi=130)
         plt.close(figure)
+        print(options.results / name, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,203 @@
+"""Figures from made-up CSVs: what they show, what they say in their titles, and what happens where data is missing."""
+import csv
+import itertools
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+
+from experiments import plot
+from experiments.plot import NoData
+from experiments.sweep import COLUMNS as SWEEP_COLUMNS
+
+PROVENANCE = {"torch": "2.2.0", "tensorrt": "8.6.0", "gpu": "made-up GPU", "commit": "0000000000"}
+SPEED = {"clip_eager": 8.0, "eager_sdpa": 4.0, "torch_compile_reduce_overhead": 2.0, "tensorrt_onnx": 2.5, "clip_ttrt_native": 1.9, "clip_ttrt_plugin": 1.5}
+STAGE_COLUMNS = [f"{stage}_share" for stage in plot.STAGES]
+
+
+def write(folder: Path, name: str, rows: list[dict]) -> None:
+    path = folder / "h200" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def sweep_row(model, encoder, backend, batch, graph, ms, **other):
+    floor = 0.4 * batch / 32 + 0.2
+    row = {"model": model, "encoder": encoder, "backend": backend, "attention": "", "precision": "fp16", "batch": batch, "tokens": 50 if encoder == "image" else 77,
+           "resolution": 224, "cuda_graph": graph, "median_ms": ms, "floor_ms": floor, "error": "", **PROVENANCE, **other}
+    return {column: row.get(column, "") for column in SWEEP_COLUMNS}
+
+
+def sweep_rows(models=("ViT-B/32", "ViT-L/14"), encoders=("image", "text")):
+    """Every backend takes its factor times the floor, a third more without a CUDA graph."""
+    return [sweep_row(model, encoder, backend, batch, graph, round((0.4 * batch / 32 + 0.2) * factor * (1 if graph else 1.3), 4))
+            for model, encoder, (backend, factor), batch, graph in itertools.product(models, encoders, SPEED.items(), plot.BATCHES, (True, False))]
+
+
+def load_rows():
+    return [{"model": "ViT-B/32", "encoder": "image", "backend": backend, "attention": "", "precision": "fp16", "batch": 8, "threads": threads, "cuda_graph": graph,
+             "items_per_second": rate * threads ** 0.5 * (1.1 if graph else 1), "p50_ms": 1.0 * threads, "p95_ms": 1.2 * threads, "p99_ms": 1.5 * threads, **PROVENANCE, "error": ""}
+            for backend, rate, threads, graph in itertools.product(("clip_ttrt_plugin_range",), (5000,), (1, 2, 4, 8), (True, False))]
+
+
+def text_length_rows():
+    return [{"model": "ViT-B/32", "backend": backend, "attention": "", "precision": "fp16", "batch": 32, "tokens": tokens, "cuda_graph": True, "median_ms": tokens * factor,
+             "mean_tokens": 10.25, "fit_share": 1 if tokens > 16 else 0.95, **PROVENANCE}
+            for (backend, factor), tokens in itertools.product({"clip_ttrt_plugin": 0.01, "eager_sdpa": 0.03}.items(), (16, 32, 48, 77))]
+
+
+def accuracy_rows():
+    return [{"model": "demo", "encoder": encoder, "precision": precision, "weights": weights, "rel_max": error * 3, "rel_mean": error, "rel_median": error * 0.9, **PROVENANCE}
+            for (precision, error), encoder, weights in itertools.product({"fp32": 1e-6, "tf32": 3e-4, "fp16": 2e-3}.items(), ("image", "text", "logits"), ("demo", "random"))]
+
+
+def jpeg_rows():
+    shares = dict(zip(STAGE_COLUMNS, (0.5, 0.25, 0.125, 0.025, 0.1)))
+    return [{"model": "ViT-B/32", "backend": backend, "attention": "", "precision": "fp16", "batch": 32, "workers": workers, "images": 64, "images_per_second": 1234.5 * workers,
+             **shares, **PROVENANCE} for backend, workers in itertools.product(("clip_ttrt_plugin_range", "clip_eager"), (1, 8))]
+
+
+def ladder_rows():
+    steps = {"the original, eager": 6.0, "one engine, stock": 3.0, "plugins": 1.5, "CUDA graph": 1.25}
+    return [{"model": "ViT-B/32", "encoder": "image", "batch": 32, "step": step, "median_ms": ms, "error": "wrong: cosine 0" if "stock" in step else "", **PROVENANCE}
+            for step, ms in steps.items()]
+
+
+MADE_UP = {"speedup.png": ("sweep.csv", sweep_rows), "floor.png": ("sweep.csv", sweep_rows), "load.png": ("load.csv", load_rows), "text_length.png": ("text_length.csv", text_length_rows),
+           "errors.png": ("accuracy.csv", accuracy_rows), "stages.png": ("jpeg.csv", jpeg_rows), "ladder.png": ("ladder.csv", ladder_rows)}
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+def title_of(figure):
+    return figure._suptitle.get_text() if figure._suptitle else figure.axes[0].get_title()
+
+
+@pytest.mark.parametrize("name", MADE_UP)
+def test_every_figure_is_drawn_and_names_gpu_and_versions(name, tmp_path, capsys):
+    file, rows = MADE_UP[name]
+    write(tmp_path, file, rows())
+    plot.main(["--results", str(tmp_path), "--only", name])
+    assert capsys.readouterr().out.strip() == str(tmp_path / name)
+    assert (tmp_path / name).stat().st_size > 5000
+    figure = plot.FIGURES[name](tmp_path)
+    assert any("made-up GPU" in text.get_text() and "0000000000" in text.get_text() for text in figure.texts)
+
+
+def test_a_missing_file_skips_its_figure_and_says_so(tmp_path, capsys):
+    write(tmp_path, "load.csv", load_rows())
+    plot.main(["--results", str(tmp_path)])
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == len(plot.FIGURES)
+    assert f"speedup.png is skipped: there is no {tmp_path / 'h200' / 'sweep.csv'}" in said
+    assert [path.name for path in tmp_path.glob("*.png")] == ["load.png"]
+
+
+def test_speedup_divides_the_eager_original_by_the_best_row(tmp_path):
+    write(tmp_path, "sweep.csv", sweep_rows())
+    figure = plot.speedup(tmp_path)
+    assert title_of(figure) == "clip_ttrt is the fastest in 20 of 20 cases, up to 6.9 times as fast as the original in eager fp16"
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    plugin = lines["clip_ttrt, plugins"]
+    assert list(plugin.get_xdata()) == list(plot.BATCHES)
+    assert plugin.get_ydata() == pytest.approx([8 * 1.3 / 1.5] * 5, rel=1e-3)
+    assert "the original, eager" not in lines
+
+
+def test_speedup_counts_where_another_backend_is_faster(tmp_path):
+    rows = sweep_rows(models=("ViT-B/32",), encoders=("image",))
+    for row in rows:
+        if row["backend"] == "torch_compile_reduce_overhead" and row["batch"] == 1:
+            row["median_ms"] = 0.1
+    write(tmp_path, "sweep.csv", rows)
+    assert "fastest in 4 of 5 cases" in title_of(plot.speedup(tmp_path))
+
+
+def test_failed_rows_are_left_out_and_wrong_ones_are_hollow_and_not_counted(tmp_path):
+    rows = sweep_rows(models=("ViT-B/32",), encoders=("image",))
+    for row in rows:
+        if row["backend"] == "tensorrt_onnx":
+            row["median_ms"], row["error"] = 0.01, "wrong: smallest cosine 0.0004"
+        if row["backend"] == "torch_compile_reduce_overhead":
+            row["median_ms"], row["error"] = "", "skipped: not installed"
+    write(tmp_path, "sweep.csv", rows)
+    figure = plot.speedup(tmp_path)
+    assert "fastest in 5 of 5 cases" in title_of(figure)
+    labels = [line.get_label() for line in figure.axes[0].get_lines()]
+    assert "torch.compile reduce-overhead" not in labels
+    assert sum(line.get_markerfacecolor() == "white" for line in figure.axes[0].get_lines()) == 1
+
+
+def test_a_later_part_of_a_sweep_replaces_rows_of_an_earlier_one(tmp_path):
+    write(tmp_path, "sweep.csv", sweep_rows(models=("ViT-B/32",), encoders=("image",)))
+    write(tmp_path, "sweep_2.csv", [sweep_row("ViT-B/32", "image", "clip_ttrt_plugin", 32, True, 0.3)])
+    rows = plot.read_sweep(tmp_path)
+    row = rows[(rows["backend"] == "clip_ttrt_plugin") & (rows["batch"] == 32) & (rows["cuda_graph"].astype(str) == "True")]
+    assert row["median_ms"].tolist() == [0.3]
+
+
+def test_floor_gives_the_ratio_of_our_best_rows(tmp_path):
+    write(tmp_path, "sweep.csv", sweep_rows())
+    assert title_of(plot.against_floor(tmp_path)) == "clip_ttrt takes 1.50 to 1.50 times the floor, 1.50 in the median"
+
+
+def test_text_length_compares_the_shortest_with_the_longest_and_names_the_mean(tmp_path):
+    write(tmp_path, "text_length.csv", text_length_rows())
+    figure = plot.text_length(tmp_path)
+    assert title_of(figure) == "Texts of 16 tokens take 0.21 to 0.21 of the time of 77; prompts have 10.2 in the mean"
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["16\n95%", "32\n100%", "48\n100%", "77\n100%"]
+
+
+def test_load_takes_the_better_of_graph_and_no_graph(tmp_path):
+    write(tmp_path, "load.csv", load_rows())
+    figure = plot.under_load(tmp_path)
+    assert title_of(figure) == "ViT-B/32 image, requests of 8: 5,500 a second from 1 thread, 15,556 from 8; p99 from 1.5 to 12 ms"
+
+
+def test_errors_tells_trained_from_random_weights(tmp_path):
+    write(tmp_path, "accuracy.csv", accuracy_rows())
+    figure = plot.errors(tmp_path)
+    assert title_of(figure) == "Largest relative error of any feature row: 3.0e-06 in fp32, 9.0e-04 in tf32, 6.0e-03 in fp16"
+    points = {line.get_marker(): 0 for line in figure.axes[0].get_lines()}
+    for line in figure.axes[0].get_lines():
+        points[line.get_marker()] += len(line.get_xdata())
+    assert points == {"o": 18, "*": 18}  # 3 precisions x 2 encoders x 3 statistics; logits are left out
+
+
+def test_stages_stacks_to_one(tmp_path):
+    write(tmp_path, "jpeg.csv", jpeg_rows())
+    figure = plot.stages(tmp_path)
+    bars = figure.axes[0].patches
+    assert sum(bar.get_width() for bar in bars) == pytest.approx(4)
+    assert title_of(figure) == "From JPEG files, decoding, resizing and normalising are 88% of the work, the encoder 10%"
+
+
+def test_ladder_starts_at_the_top_and_marks_wrong_steps(tmp_path):
+    write(tmp_path, "ladder.csv", ladder_rows())
+    [axes] = plot.ladder(tmp_path).axes
+    assert axes.get_title() == "ViT-B/32 image, batch 32, fp16: from 6.00 to 1.25 ms"
+    heights = {label.get_text(): bar for label, bar in zip(axes.get_yticklabels(), axes.patches)}
+    assert list(heights)[-1] == "the original, eager"
+    assert heights["one engine, stock"].get_facecolor()[:3] == (1, 1, 1)
+
+
+def test_an_empty_file_is_no_data(tmp_path):
+    write(tmp_path, "load.csv", load_rows())
+    (tmp_path / "h200" / "load.csv").write_text((tmp_path / "h200" / "load.csv").read_text().splitlines()[0] + "\n")
+    with pytest.raises(NoData, match="has no rows"):
+        plot.under_load(tmp_path)
+
+
+def test_committed_results_are_drawn(tmp_path, capsys):
+    """What is committed is what the plots expect: none but missing files may be skipped."""
+    (tmp_path / "h200").symlink_to(Path(__file__).parent.parent / "results" / "h200")
+    plot.main(["--results", str(tmp_path)])
+    skipped = [line for line in capsys.readouterr().out.splitlines() if "is skipped" in line]
+    assert all("there is no" in line for line in skipped), skipped
