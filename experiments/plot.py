@@ -13,6 +13,7 @@ results/profile.png           where ViT-L/14's time goes, with TensorRT's own ke
 They are read from results/h200/.  A figure whose CSV is not there, or holds no row for it, is skipped with a line that says so.
 """
 import argparse
+import textwrap
 from pathlib import Path
 from typing import Callable, Iterable, Optional
 
@@ -112,6 +113,11 @@ def stamp(figure: plt.Figure, rows: pd.DataFrame) -> None:
     figure.text(0.995, 0.004, ", ".join(parts), ha="right", va="bottom", fontsize=7, color="#666666")
 
 
+def headline(figure: plt.Figure, text: str) -> None:
+    """The finding above all panels, in as many lines as the width asks for."""
+    figure.suptitle(textwrap.fill(text, int(10.5 * figure.get_figwidth())), fontsize=11)
+
+
 def shared_legend(figure: plt.Figure, columns: int, bottom: float = 0.03) -> None:
     """One legend under all panels, each label once, hollow markers not repeated."""
     found = {}
@@ -166,7 +172,7 @@ def speedup(results: Path) -> plt.Figure:
         line[0].set_ylabel("times as fast as the original", fontsize=8)
     for axes in panels[-1]:
         axes.set_xlabel("batch", fontsize=8)
-    figure.suptitle(fastest_title(rows, case), fontsize=11)
+    headline(figure, fastest_title(rows, case))
     figure.tight_layout(rect=(0, 0.15 if len(encoders) == 1 else 0.1, 1, 1))
     shared_legend(figure, 3)
     stamp(figure, rows)
@@ -212,7 +218,7 @@ def against_floor(results: Path) -> plt.Figure:
     ours = rows[rows["backend"].str.startswith("clip_ttrt")]
     share = best(ours, "model", "encoder", "batch") if len(ours) else rows
     ratio = share["median_ms"] / share["floor_ms"]
-    figure.suptitle(f"{'clip_ttrt takes' if len(ours) else 'Times are'} {ratio.min():.2f} to {ratio.max():.2f} times the floor, {ratio.median():.2f} in the median", fontsize=11)
+    headline(figure, f"{'clip_ttrt takes' if len(ours) else 'Times are'} {ratio.min():.2f} to {ratio.max():.2f} times the floor, {ratio.median():.2f} in the median")
     figure.tight_layout(rect=(0, 0.13, 1, 1))
     shared_legend(figure, 3)
     stamp(figure, rows)
@@ -244,7 +250,7 @@ def under_load(results: Path) -> plt.Figure:
     panels[1][0].set_ylabel("p99 latency, ms", fontsize=8)
     model, encoder, batch = cases[0]
     ours = rows[(rows["model"] == model) & (rows["encoder"] == encoder) & (rows["batch"] == batch) & rows["backend"].str.startswith("clip_ttrt")]
-    figure.suptitle(load_title(ours, f"{model} {encoder}, requests of {batch}") if len(ours) else "Throughput and latency under load", fontsize=11)
+    headline(figure, load_title(ours, f"{model} {encoder}, requests of {batch}") if len(ours) else "Throughput and latency under load")
     figure.tight_layout(rect=(0, 0.09, 1, 1))
     shared_legend(figure, 3)
     stamp(figure, rows)
@@ -283,7 +289,7 @@ def text_length(results: Path) -> plt.Figure:
               for _, group in (ours if len(ours) else rows).sort_values("tokens").groupby(["model", "backend", "batch"]) if len(group) > 1]
     mean = rows["mean_tokens"].dropna()
     title = f"Texts of {int(rows['tokens'].min())} tokens take {min(shares):.2f} to {max(shares):.2f} of the time of {int(rows['tokens'].max())}" if shares else "Time by text length"
-    figure.suptitle(title + (f"; prompts have {mean.iloc[0]:.1f} in the mean" if len(mean) else ""), fontsize=11)
+    headline(figure, title + (f"; prompts have {mean.iloc[0]:.1f} in the mean" if len(mean) else ""))
     figure.tight_layout(rect=(0, 0.13, 1, 1))
     shared_legend(figure, 3)
     stamp(figure, rows)
@@ -301,7 +307,7 @@ def errors(results: Path) -> plt.Figure:
         for shift, (colour, column, label) in zip((-0.24, 0, 0.24), ((COLOURS[5], "rel_max", "largest"), (COLOURS[0], "rel_mean", "mean"), (COLOURS[2], "rel_median", "median"))):
             for marker, weights, name in (("o", part["weights"] == "random", "random weights"), ("*", part["weights"] != "random", "trained weights")):
                 values = part.loc[weights, column].sort_values()
-                spread = [place + shift + 0.08 * (index % 3 - 1) for index in range(len(values))]
+                spread = [place + shift + (0.05 if marker == "o" else -0.07) + 0.025 * (index % 3 - 1) for index in range(len(values))]
                 axes.plot(spread, values, linestyle="", marker=marker, color=colour, markersize=9 if marker == "*" else 5, alpha=0.8, label=f"{label}, {name}")
     axes.set_yscale("log")
     axes.set_xlim(-0.5, len(precisions) - 0.5)
@@ -309,7 +315,7 @@ def errors(results: Path) -> plt.Figure:
     axes.set_ylabel("relative error of a row of features")
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
     worst = rows.groupby("precision")["rel_max"].max()
-    axes.set_title("Largest relative error of any feature row: " + ", ".join(f"{worst[precision]:.1e} in {precision}" for precision in precisions), fontsize=10)
+    headline(figure, "Largest relative error of any feature row: " + ", ".join(f"{worst[precision]:.1e} in {precision}" for precision in precisions))
     figure.tight_layout(rect=(0, 0.12, 1, 1))
     shared_legend(figure, 3)
     stamp(figure, rows)
@@ -323,7 +329,7 @@ def stages(results: Path) -> plt.Figure:
     """Shares of the stages from JPEG files to features, one bar a backend and number of workers."""
     rows = read(results, "jpeg.csv").iloc[::-1].reset_index(drop=True)  # barh draws upwards
     figure, axes = plt.subplots(figsize=(8.5, 1.7 + 0.42 * len(rows)))
-    names = [f"{row['model']}, {BACKENDS.get(row['backend'], ('', '', row['backend']))[2]}\nbatch {row['batch']}, {row['workers']} workers: {row['images_per_second']:,.0f} images/s"
+    names = [f"{row['model']}, {BACKENDS.get(row['backend'], ('', '', row['backend']))[2]}\nbatch {row['batch']}, workers {row['workers']}: {row['images_per_second']:,.0f} images/s"
              for _, row in rows.iterrows()]
     left = pd.Series(0.0, index=rows.index)
     for colour, stage in zip(COLOURS, STAGES):
@@ -338,7 +344,7 @@ def stages(results: Path) -> plt.Figure:
     axes.tick_params(axis="y", labelsize=8)
     first = rows.iloc[-1]
     before = sum(float(first[f"{stage}_share"]) for stage in STAGES[:3])
-    axes.set_title(f"From JPEG files, decoding, resizing and normalising are {before:.0%} of the work, the encoder {float(first['encode_share']):.0%}", fontsize=10)
+    headline(figure, f"From JPEG files, decoding, resizing and normalising are {before:.0%} of the work, the encoder {float(first['encode_share']):.0%}")
     figure.tight_layout(rect=(0, 0.1, 1, 1))
     shared_legend(figure, 5)
     stamp(figure, rows)

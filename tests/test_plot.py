@@ -77,7 +77,7 @@ def close_figures():
 
 
 def title_of(figure):
-    return figure._suptitle.get_text() if figure._suptitle else figure.axes[0].get_title()
+    return figure._suptitle.get_text().replace("\n", " ") if figure._suptitle else figure.axes[0].get_title()
 
 
 @pytest.mark.parametrize("name", MADE_UP)
