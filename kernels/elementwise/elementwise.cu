@@ -56,15 +56,17 @@ __device__ __forceinline__ void unpack(uint4 packed, float (&x)[kVector]) {
   }
 }
 
-// Eight constants, or zeros where there are none.
 __device__ __forceinline__ void load_constants(const float4* constants, int vector, float (&x)[kVector]) {
-  float4 low = make_float4(0, 0, 0, 0), high = low;
-  if (constants != nullptr) {
-    low = __ldg(constants + 2 * vector);
-    high = __ldg(constants + 2 * vector + 1);
-  }
+  const float4 low = __ldg(constants + 2 * vector), high = __ldg(constants + 2 * vector + 1);
   x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
   x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+}
+
+// A bias that need not be there.
+__device__ __forceinline__ void load_bias(const float4* bias, int vector, float (&x)[kVector]) {
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) x[i] = 0;
+  if (bias != nullptr) load_constants(bias, vector, x);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -88,7 +90,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int r = 0; r < kRows; ++r)
     if (first + r * step < rows) packed[r] = in[offset + int64_t(r * step) * vectors];
   float shift[kVector];
-  load_constants(bias, column, shift);
+  load_bias(bias, column, shift);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     if (first + r * step >= rows) break;
@@ -150,45 +152,46 @@ template <int kWarps, int kTeams, int kVectors, int kRows, bool kResidual, bool 
 __global__ void __launch_bounds__(kWarps* kTeams* kLanes)
     layer_norm_kernel(const uint4* __restrict__ x, const uint4* __restrict__ delta, const float4* __restrict__ bias,
                       const float4* __restrict__ scale, const float4* __restrict__ shift, uint4* __restrict__ sum_out,
-                      uint4* __restrict__ out, int64_t rows, int vectors, float epsilon) {
+                      uint4* __restrict__ out, int64_t rows, int vectors, float width, float inverse_width,
+                      float epsilon) {
   static_assert(kWarps == 1 || kTeams == 1, "teams of several warps meet at the block's barrier");
   constexpr int kStep = kWarps * kLanes;
+  constexpr int kPreloaded = kPreload ? kVectors : 1;
   __shared__ float partial[2][kWarps][kRows];
   const int64_t block = kReverse ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
   const int64_t first = (block * kTeams + threadIdx.x / kStep) * kRows;
   if (first >= rows) return;
   const int lane = threadIdx.x % kStep;
-  const float width = static_cast<float>(vectors * kVector);
+  // Only the last vector of a lane can lie past the width. It then loads the row's last vector, so that there is
+  // no branch to wait at, counts as zeros, and is not stored.
+  const bool last_here = lane + (kVectors - 1) * kStep < vectors;
+  const auto here = [&](int v) { return v < kVectors - 1 || last_here; };
+  const auto column = [&](int v) { return here(v) ? lane + v * kStep : vectors - 1; };
+  const auto row_here = [&](int r) { return kRows == 1 || first + r < rows; };
 
   uint4 packed[kRows][kVectors], added[kRows][kVectors];
 #pragma unroll
   for (int r = 0; r < kRows; ++r)
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      const int column = lane + v * kStep;
-      const int64_t at = (first + r) * vectors + column;
-      const bool here = column < vectors && first + r < rows;
-      packed[r][v] = added[r][v] = make_uint4(0, 0, 0, 0);
-      if (here) packed[r][v] = x[at];
-      if (kResidual && here && delta != nullptr) added[r][v] = delta[at];
+      const int64_t at = (row_here(r) ? first + r : first) * vectors + column(v);
+      packed[r][v] = x[at];
+      if (kResidual) added[r][v] = delta != nullptr ? delta[at] : make_uint4(0, 0, 0, 0);
     }
   // Where nothing else hides their latency, the constants are fetched with the row.
-  float scales[kPreload ? kVectors : 1][kVector], shifts[kPreload ? kVectors : 1][kVector];
+  float scales[kPreloaded][kVector], shifts[kPreloaded][kVector];
   if (kPreload)
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      const int column = min(lane + v * kStep, vectors - 1);
-      load_constants(scale, column, scales[v]);
-      load_constants(shift, column, shifts[v]);
+      load_constants(scale, column(v), scales[v]);
+      load_constants(shift, column(v), shifts[v]);
     }
 
   if (kResidual) {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      const int column = lane + v * kStep;
-      if (column >= vectors) break;
       float constants[kVector];
-      load_constants(bias, column, constants);
+      load_bias(bias, column(v), constants);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         float values[kVector], additions[kVector];
@@ -197,54 +200,57 @@ __global__ void __launch_bounds__(kWarps* kTeams* kLanes)
 #pragma unroll
         for (int i = 0; i < kVector; ++i) values[i] = values[i] + additions[i] + constants[i];
         packed[r][v] = pack(values);
-        if (sum_out != nullptr && first + r < rows) sum_out[(first + r) * vectors + column] = packed[r][v];
       }
     }
+    if (sum_out != nullptr)
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v)
+          if (here(v) && row_here(r)) sum_out[(first + r) * vectors + column(v)] = packed[r][v];
   }
 
-  float mean[kRows], variance[kRows];
+  float mean[kRows], deviation[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     mean[r] = 0;
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {  // columns past the width hold zeros
+    for (int v = 0; v < kVectors; ++v) {
       float values[kVector];
       unpack(packed[r][v], values);
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) mean[r] += values[i];
+      for (int i = 0; i < kVector; ++i) mean[r] += here(v) ? values[i] : 0.0f;
     }
   }
   row_sums(mean, partial[0]);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    mean[r] = __fdiv_rn(mean[r], width);  // exact where all values are equal; a factor 1 / width would not be
-    variance[r] = 0;
+    // A division by Newton's step: exact where all values are equal, as the product alone would not be.
+    const float quotient = mean[r] * inverse_width;
+    mean[r] = fmaf(fmaf(-quotient, width, mean[r]), inverse_width, quotient);
+    deviation[r] = 0;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      if (lane + v * kStep >= vectors) break;
       float values[kVector];
       unpack(packed[r][v], values);
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        const float centred = values[i] - mean[r];
-        variance[r] = fmaf(centred, centred, variance[r]);
+        const float centred = here(v) ? values[i] - mean[r] : 0.0f;
+        deviation[r] = fmaf(centred, centred, deviation[r]);
       }
     }
   }
-  row_sums(variance, partial[1]);
+  row_sums(deviation, partial[1]);
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) variance[r] = rsqrtf(__fdiv_rn(variance[r], width) + epsilon);
+  for (int r = 0; r < kRows; ++r) deviation[r] = rsqrtf(fmaf(deviation[r], inverse_width, epsilon));
 
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    const int column = lane + v * kStep;
-    if (column >= vectors) break;
-    constexpr int kLast = kPreload ? kVectors - 1 : 0;
-    float(&scaling)[kVector] = scales[v < kLast ? v : kLast];
-    float(&shifting)[kVector] = shifts[v < kLast ? v : kLast];
+    float(&scaling)[kVector] = scales[v < kPreloaded ? v : 0];
+    float(&shifting)[kVector] = shifts[v < kPreloaded ? v : 0];
     if (!kPreload) {
-      load_constants(scale, column, scaling);
-      load_constants(shift, column, shifting);
+      load_constants(scale, column(v), scaling);
+      load_constants(shift, column(v), shifting);
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -252,8 +258,8 @@ __global__ void __launch_bounds__(kWarps* kTeams* kLanes)
       unpack(packed[r][v], values);
 #pragma unroll
       for (int i = 0; i < kVector; ++i)
-        values[i] = fmaf((values[i] - mean[r]) * variance[r], scaling[i], shifting[i]);
-      if (first + r < rows) out[(first + r) * vectors + column] = pack(values);
+        values[i] = fmaf((values[i] - mean[r]) * deviation[r], scaling[i], shifting[i]);
+      if (here(v) && row_here(r)) out[(first + r) * vectors + column(v)] = pack(values);
     }
   }
 }
@@ -269,7 +275,8 @@ cudaError_t launch_layer_norm_vectors(const ClipResidualLayerNormParams& params,
       static_cast<const uint4*>(params.x), static_cast<const uint4*>(params.delta),
       static_cast<const float4*>(params.bias), static_cast<const float4*>(params.scale),
       static_cast<const float4*>(params.shift), static_cast<uint4*>(params.sum_out), static_cast<uint4*>(params.out),
-      params.rows, params.width / kVector, params.epsilon);
+      params.rows, params.width / kVector, static_cast<float>(params.width), 1.0f / static_cast<float>(params.width),
+      params.epsilon);
   return cudaGetLastError();
 }
 
