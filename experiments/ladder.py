@@ -1,0 +1,183 @@
+"""The optimisation as a ladder: one encoder after each step, in one run: results/h200/ladder.csv.
+
+    python -m experiments.ladder --model ViT-B/32 --encoder image --batch 32
+
+Each row adds one technique to the row before: the original in eager fp16, our encoders, stock Torch-TensorRT, our
+converters, activations as rows, the attention plugin, the fused elementwise kernels, a CUDA graph.  `median_ms` is of plain
+calls, as a program makes them, but for the last step; `graph_ms` of CUDA-graph replays, which leave out what the CPU needs
+to launch.  `error` that starts with "wrong:" stands beside times of features that are wrong.  Engines are built in processes
+of their own (--jobs at once; builds that share a GPU choose kernels by noisier timings), kept in --engines and taken from
+there the next time.  A step that fails is a row with its error.  Weights are random; needs a GPU with TensorRT.
+"""
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import torch
+from torch import fx
+
+from clip_ttrt import backends, fusion, lowering, ops, pipeline, plugin
+from clip_ttrt.encoders import DIFFERENTIABLE, ENCODERS
+from clip_ttrt.models import dimensions_of
+from clip_ttrt.options import BatchRange
+from experiments.baselines import Request, Subject, checkpoint_of, clip_eager, eager_sdpa, example, wrong
+from experiments.bugs.stock import compile_stock, engines
+from experiments.record import append_row, provenance
+from experiments.timing import graphed, times_ms
+
+REPEATS, WARM_UP = 100, 20
+
+
+def convert_unflattened_attention() -> None:
+    """Register TensorRT's own attention for `ops.attention` on [B, T, 3·W], which the pass flatten_rows otherwise replaces."""
+    from clip_ttrt import converters
+
+    @converters.register(ops.attention)
+    def convert(ctx, target, args, kwargs, name):
+        qkv, heads, causal = args
+        tokens, width = qkv.shape[1], qkv.shape[2]
+        rows = converters.shuffle(ctx, qkv, f"{name}_flattened", shape=(-1, width))
+        attended = converters.native_attention(ctx, rows, tokens, heads, causal, name)
+        return converters.shuffle(ctx, attended, f"{name}_unflattened", shape=(-1, tokens, width // 3))
+
+
+def stock(request: Request) -> tuple[torch.jit.ScriptModule, dict[str, Any]]:
+    """The plain encoder through torch_tensorrt.dynamo.compile as it comes."""
+    module = ENCODERS[request.encoder](checkpoint_of(request).state_dict, DIFFERENTIABLE).cuda()
+    x = example(request)
+    compiled = compile_stock(module, x, [torch.half])
+    with torch.no_grad():
+        return torch.jit.trace(compiled, (x,), check_trace=False), {"engines": engines(compiled)}
+
+
+def graph_of(request: Request, rows: bool, fused: bool) -> fx.GraphModule:
+    """Our lowered graph; without `rows` activations keep their three dimensions, with `fused` the fused operations stand in it."""
+    checkpoint = checkpoint_of(request)
+    graph = lowering.capture(ENCODERS[request.encoder](checkpoint.state_dict), pipeline.example_input(request.encoder, checkpoint.dimensions))
+    if rows:
+        lowering.lower(graph)
+    else:
+        for rewrite in lowering.PASSES:
+            if rewrite is not lowering.flatten_rows:
+                rewrite(graph)
+                graph.graph.eliminate_dead_code()
+        graph.recompile()
+    if fused:
+        fusion.fuse(graph)
+    return graph
+
+
+def ours(request: Request, rows: bool, attention: str, fused: bool) -> tuple[torch.jit.ScriptModule, dict[str, Any]]:
+    """Our pipeline, with steps left out: activations as rows, the plugin's attention, the fused elementwise kernels."""
+    from clip_ttrt import engine
+
+    if not rows:
+        convert_unflattened_attention()
+    plugin.load(plugin.VERSION if attention == "plugin" else None)
+    x = example(request)
+    built = engine.build_engine(graph_of(request, rows, fused), x.cpu(), BatchRange(request.batch, request.batch, request.batch), request.precision, attention)
+    return engine.to_torchscript(built, x, request.encoder), {"engines": 1}
+
+
+# In the order of the ladder: name, and what builds its engine; None: nothing to build.
+STEPS: dict[str, Optional[Callable[[Request], tuple[torch.jit.ScriptModule, dict[str, Any]]]]] = {
+    "the original, eager": None,
+    "our encoders, eager": None,
+    "stock Torch-TensorRT": stock,
+    "our converters, one engine": lambda request: ours(request, rows=False, attention="native", fused=False),
+    "activations as rows": lambda request: ours(request, rows=True, attention="native", fused=False),
+    "attention plugin": lambda request: ours(request, rows=True, attention="plugin", fused=False),
+    "fused elementwise kernels": lambda request: ours(request, rows=True, attention="plugin", fused=True),
+    "CUDA graph": None,
+}
+EAGER = {"the original, eager": clip_eager, "our encoders, eager": eager_sdpa}
+
+
+def build(step: str, request: Request, target: Path) -> None:
+    """Build one step's engine and save it as TorchScript, with facts beside it."""
+    start = time.perf_counter()
+    module, facts = STEPS[step](request)
+    torch.jit.save(module, str(target))
+    target.with_suffix(".json").write_text(json.dumps({**facts, "build_s": round(time.perf_counter() - start, 1)}))
+
+
+def built_in_process(step: str, options: argparse.Namespace, target: Path) -> str:
+    """Build one step in a process of its own, unless it is there; returns the error, empty where there is none."""
+    if target.with_suffix(".json").exists():
+        return ""
+    with open(target.with_suffix(".log"), "w") as log:
+        code = subprocess.run([sys.executable, "-m", "experiments.ladder", "--model", options.model, "--encoder", options.encoder, "--batch", str(options.batch),
+                               "--build", step, str(target)], stdout=log, stderr=subprocess.STDOUT).returncode
+    print(f"{step}: {'built' if code == 0 else f'the build ended with {code}'}", flush=True)
+    lines = target.with_suffix(".log").read_text().strip().splitlines()
+    return "" if code == 0 else f"the build ended with {code}: {lines[-1][:200] if lines else ''}"
+
+
+def subject_of(step: str, request: Request, target: Path) -> tuple[Subject, dict[str, Any]]:
+    """What a step runs, and facts about it."""
+    if step in EAGER:
+        return EAGER[step](request), {"engines": 0}
+    plugin.load(plugin.VERSION if plugin.available() else None)
+    backends.register_runtime()
+    module, x = torch.jit.load(str(target)), example(request)
+    facts = json.loads(target.with_suffix(".json").read_text())
+    return Subject(module, x, facts["build_s"], remark=wrong(module, x, request)), facts
+
+
+def failed(error: str) -> dict[str, Any]:
+    """The columns of a step that has no times."""
+    return {"median_ms": "", "graph_ms": "", "engines": "", "build_s": "", "error": error}
+
+
+def measured(step: str, request: Request, target: Path) -> dict[str, Any]:
+    """The columns of one step."""
+    try:
+        subject, facts = subject_of(step, request, target)
+        with torch.no_grad():
+            plain = statistics.median(times_ms(subject.call, REPEATS, WARM_UP))
+            replayed = "" if subject.uncapturable else f"{statistics.median(times_ms(graphed(subject.call), REPEATS, WARM_UP)):.4f}"
+    except Exception as problem:  # a step that fails is a row, and the others are still worth having
+        return failed(f"{type(problem).__name__}: {str(problem).strip().splitlines()[0][:200] if str(problem).strip() else ''}")
+    return {"median_ms": f"{plain:.4f}", "graph_ms": replayed, "engines": facts["engines"], "build_s": round(subject.build_s, 1), "error": subject.remark}
+
+
+def main(arguments: Optional[list[str]] = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="ViT-B/32")
+    parser.add_argument("--encoder", choices=("image", "text"), default="image")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--jobs", type=int, default=1, help="builds at once")
+    parser.add_argument("--engines", type=Path, help="folder in which engines stay; default: a temporary one")
+    parser.add_argument("--out", type=Path, default=Path("results/h200/ladder.csv"))
+    parser.add_argument("--build", nargs=2, metavar=("STEP", "FILE"), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    dims = dimensions_of(options.model)
+    tokens = dims.image_tokens if options.encoder == "image" else dims.context_length
+    request = Request(options.model, "demo" if options.model == "demo" else "random", options.encoder, "fp16", options.batch, tokens, "cuda")
+    if options.build:
+        return build(options.build[0], request, Path(options.build[1]))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.engines or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        targets = {step: folder / f"{options.model.replace('/', '-')}-{options.encoder}-{options.batch}-{place}.ts" for place, step in enumerate(STEPS)}
+        to_build = [step for step in STEPS if STEPS[step]]
+        with ThreadPoolExecutor(options.jobs) as pool:
+            errors = dict(zip(to_build, pool.map(lambda step: built_in_process(step, options, targets[step]), to_build)))
+        row: dict[str, Any] = {}
+        for step in STEPS:
+            if step == "CUDA graph":  # the engine of the step before, replayed
+                row = {**row, "median_ms": row["graph_ms"]}
+            else:
+                row = failed(errors[step]) if errors.get(step) else measured(step, request, targets[step])
+            append_row(options.out, {"model": options.model, "encoder": options.encoder, "batch": options.batch, "step": step, **row, **provenance()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The ladder: its graphs compute what the encoder computes, and its rows come in order, failures included."""
+import csv
+import json
+
+import pytest
+import torch
+
+from clip_ttrt import lowering, ops
+from clip_ttrt.encoders import DIFFERENTIABLE, ENCODERS
+from experiments import ladder
+from experiments.baselines import Request, checkpoint_of, example
+
+TOKENS = {"image": 50, "text": 77}
+
+
+@pytest.mark.skipif(not lowering.can_export(), reason="torch.export of PyTorch 2.2 needs Python 3.11 or older")
+@pytest.mark.parametrize("encoder", ["image", "text"])
+@pytest.mark.parametrize("rows, fused", [(False, False), (True, False), (True, True)])
+def test_every_graph_computes_the_encoder(encoder, rows, fused):
+    request = Request("demo", "demo", encoder, "fp32", 3, TOKENS[encoder], "cpu")
+    graph = ladder.graph_of(request, rows, fused)
+    x = example(request)
+    with torch.no_grad():
+        expected = ENCODERS[encoder](checkpoint_of(request).state_dict, DIFFERENTIABLE)(x)
+        assert (graph(x) - expected).abs().max() < 1e-5 * expected.abs().max()
+    targets = {node.target for node in graph.graph.nodes}
+    assert (ops.attention_rows in targets) == rows and (ops.attention in targets) == (not rows)
+    assert (ops.bias_quick_gelu in targets) == fused
+
+
+def test_rows_come_in_order_and_a_failed_build_is_one(tmp_path, monkeypatch):
+    def built(step, options, target):
+        return "the build ended with 1: no" if step == "stock Torch-TensorRT" else ""
+
+    times = iter(range(10, 0, -1))
+    monkeypatch.setattr(ladder, "built_in_process", built)
+    monkeypatch.setattr(ladder, "measured", lambda step, request, target: {"median_ms": f"{next(times)}.0", "graph_ms": "0.5", "engines": 1, "build_s": 0, "error": ""})
+    out = tmp_path / "ladder.csv"
+    ladder.main(["--model", "demo", "--batch", "2", "--out", str(out)])
+    with open(out, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == list(ladder.STEPS)
+    by_step = {row["step"]: row for row in rows}
+    assert by_step["stock Torch-TensorRT"]["median_ms"] == "" and by_step["stock Torch-TensorRT"]["error"] == "the build ended with 1: no"
+    assert by_step["the original, eager"]["median_ms"] == "10.0"
+    assert by_step["CUDA graph"]["median_ms"] == by_step["fused elementwise kernels"]["graph_ms"] == "0.5"
+
+
+def test_an_engine_that_is_there_is_not_built_again(tmp_path):
+    target = tmp_path / "engine.ts"
+    target.with_suffix(".json").write_text(json.dumps({"engines": 1, "build_s": 1}))
+    assert ladder.built_in_process("activations as rows", None, target) == ""
+
+
+def test_a_step_that_cannot_be_measured_is_a_row_with_its_error(tmp_path):
+    request = Request("demo", "demo", "image", "fp16", 2, 50, "cpu")  # no half on the CPU
+    row = ladder.measured("our encoders, eager", request, tmp_path / "none.ts")
+    assert row["median_ms"] == "" and row["error"].startswith("Missing: fp16 on the CPU")
