@@ -12,7 +12,7 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Optional
 
 import torch
 
@@ -61,6 +61,7 @@ class Subject:
     brings_graphs: bool = False  # it replays CUDA graphs of its own
     uncapturable: str = ""  # why a CUDA graph of it cannot be captured
     remark: str = ""  # what is wrong with the features, for the row's error
+    load_again: Optional[Callable[[], Callable]] = None  # another module for the same, where one serves one call at a time
 
     def call(self) -> torch.Tensor:
         return self.run(self.x)
@@ -337,11 +338,12 @@ def clip_ttrt(attention: str, ranged: bool) -> Callable[[Request], Subject]:
         x = example(request)
         if request.encoder == "text":
             x = torch.nn.functional.pad(x, (0, dimensions_of(request.model).context_length - x.shape[1]))  # as `model.encode_text` does
-        kind = made.manifest["attention"] + (f" {batches}" if ranged else "") + at_level(request)
+        kind = facts.get("attention", made.manifest["attention"]) + (f" {batches}" if ranged else "") + at_level(request)
         remark = {True: "", False: "wrong: failed its verification", None: ""}[made.verified]
         if made.verified is None and request.device == "cuda":
             remark = wrong(module, x, request)
-        return Subject(module, x, facts["build_seconds"], kind, str(facts.get("engine_mib", facts["mib"])), remark=remark)
+        return Subject(module, x, facts["build_seconds"], kind, str(facts.get("engine_mib", facts["mib"])), remark=remark,
+                       load_again=lambda: load_encoder(made, request.encoder))
 
     return build
 

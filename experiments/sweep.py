@@ -151,15 +151,15 @@ def measure(row: Row, subject: Subject, used_before: float) -> dict[str, Any]:
 
 
 def measure_all(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
-    """The CSV rows of one group, one after the other in this process; a subject serves the rows of its request."""
+    """The CSV rows of one group, one after the other in this process; rows of one request share a subject."""
     used_before = used_mib() if rows[0].request.device == "cuda" else 0.0
     subject, built = None, None
     for row in rows:
         try:
-            if built != row.request:
+            if built != (row.backend, row.request):
                 subject = built = None
                 release()
-                subject, built = BACKENDS[row.backend](row.request), row.request
+                subject, built = BACKENDS[row.backend](row.request), (row.backend, row.request)
                 release()
             result = measure(row, subject, used_before)
         except Missing as reason:

@@ -1,6 +1,9 @@
 """The sweep: its quick grid run whole, and that nothing which goes wrong in a row ends it."""
+import itertools
+import json
 import subprocess
 import sys
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -9,57 +12,125 @@ from torch.utils.flop_counter import FlopCounterMode
 from clip_ttrt.encoders import DIFFERENTIABLE, ENCODERS
 from clip_ttrt.checkpoint import load_checkpoint
 from clip_ttrt.models import MODELS
+from clip_ttrt.options import BatchRange
 from clip_ttrt.pipeline import example_input
 from experiments import baselines, floor, sweep
 from experiments.record import append_row, read_rows
 
 REQUEST = baselines.Request("demo", "demo", "text", "fp32", 1, 77, "cpu")
+ROW = sweep.Row("clip_eager", REQUEST, False)
+
+# Stands in for an interpreter: a child that ends itself whenever its first row is of batch 8, and else answers that row.
+DIES_AT_8 = """#!{python}
+import json, os, sys
+rows = json.loads(sys.argv[-1])
+while rows:
+    row = rows.pop(0)
+    if row["request"]["batch"] == 8:
+        os.abort()
+    print("sweep-row " + json.dumps({{"batch": row["request"]["batch"]}}), flush=True)
+"""
 
 
-def quick(out):
-    return subprocess.run([sys.executable, "-m", "experiments.sweep", "--grid", "quick", "--device", "cpu", "--out", str(out)], capture_output=True, text=True)
+def quick(out, *arguments):
+    command = [sys.executable, "-m", "experiments.sweep", "--grid", "quick", "--device", "cpu", "--out", str(out), *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_the_quick_grid_gives_sane_rows_and_resumes(tmp_path):
-    done = quick(tmp_path)
+    done = quick(tmp_path, "--encoders", "image")
     assert done.returncode == 0, done.stderr
+    assert len(read_rows(tmp_path / "sweep.csv")) == 8
+    done = quick(tmp_path)
+    assert done.returncode == 0 and "[1/8]" in done.stderr, done.stderr
     rows = read_rows(tmp_path / "sweep.csv")
     assert len(rows) == 16 and tuple(rows[0]) == sweep.COLUMNS
     assert len({tuple(row[name] for name in sweep.KEY) for row in rows}) == len(rows)
+    floors = {tuple(row[name] for name in floor.KEY): row for row in read_rows(tmp_path / "floor.csv")}
+    assert len(floors) == 4
     for row in rows:
         if row["backend"] == "onnxruntime" and row["error"]:
-            assert row["error"] == "skipped: onnxruntime is not installed" and not row["median_ms"]
+            assert row["error"] == "skipped: onnxruntime is not installed" and not row["median_ms"] and not row["floor_ms"]
             continue
         assert not row["error"], row
         median, p90, p99 = (float(row[name]) for name in ("median_ms", "p90_ms", "p99_ms"))
         assert 0 < median <= p90 <= p99
         assert float(row["per_second"]) == pytest.approx(int(row["batch"]) / median * 1e3, rel=0.01)
-        assert float(row["floor_ms"]) > 0 and float(row["tflops"]) >= 0 and row["cuda_graph"] == "False"
-    first = quick(tmp_path)
-    assert first.returncode == 0 and "[1/" not in first.stderr
+        parts = floors[tuple(row[name] for name in floor.KEY)]
+        assert row["floor_ms"] == parts["floor_ms"] and float(row["tflops"]) >= 0 and row["cuda_graph"] == "False"
+        assert sum(float(parts[name]) for name in ("products_ms", "attention_ms", "norms_ms")) == pytest.approx(float(row["floor_ms"]), abs=2e-4)
+    again = quick(tmp_path)
+    assert again.returncode == 0 and "[1/" not in again.stderr
     assert read_rows(tmp_path / "sweep.csv") == rows
 
 
 def test_a_crash_is_a_row():
-    row = sweep.in_a_process("/bin/false", "clip_eager", REQUEST, False, 10)
+    [row] = sweep.in_processes("/bin/false", [ROW], 10)
     assert tuple(row) == sweep.COLUMNS and row["error"] == "exit code 1: it said nothing"
 
 
 def test_an_exception_is_a_row():
-    broken = baselines.Request("demo", "nowhere.safetensors", "text", "fp32", 1, 77, "cpu")
-    row = sweep.in_a_process(sys.executable, "clip_eager", broken, False, 60)
+    broken = sweep.Row("clip_eager", replace(REQUEST, weights="nowhere.safetensors"), False)
+    [row] = sweep.in_processes(sys.executable, [broken], 60)
     assert "exit code 1" in row["error"] and "nowhere.safetensors: no such file" in row["error"]
 
 
 def test_a_row_that_takes_too_long_is_a_row():
-    row = sweep.in_a_process(sys.executable, "clip_eager", REQUEST, False, 0.01)
-    assert row["error"].startswith("took over") and not row["median_ms"]
+    rows = [ROW, sweep.Row("clip_eager", replace(REQUEST, batch=2), False)]
+    given = list(sweep.in_processes(sys.executable, rows, 0.01))
+    assert [row["batch"] for row in given] == ["1", "2"]
+    assert all(row["error"] == "took over 0 s" and not row["median_ms"] for row in given)
 
 
-@pytest.mark.parametrize("backend", ["clip_eager", "eager_sdpa", "clip_ttrt_native"])
+def test_a_crash_costs_its_own_row_only(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(DIES_AT_8.format(python=sys.executable))
+    python.chmod(0o755)
+    rows = [sweep.Row("clip_eager", replace(REQUEST, batch=batch), False) for batch in (1, 8, 32, 128)]
+    given = list(sweep.in_processes(str(python), rows, 60))
+    assert [str(row["batch"]) for row in given] == ["1", "8", "32", "128"]
+    assert [row.get("error", "") for row in given] == ["", "exit code -6: it said nothing", "", ""]
+
+
+def test_rows_of_one_group_stand_together_and_a_grid_can_be_taken_in_parts():
+    rows = list(sweep.rows_of("h200", "cuda"))
+    groups = [key for key, _ in itertools.groupby(row.group for row in rows)]
+    texts = {(*group, "short") for group in groups if group[2] == "text"}
+    assert len(rows) == len({row.key for row in rows}) and len(groups) == len(set(groups)) + len(texts)
+    for row in sweep.rows_of("hackathon", "cuda", artifacts="folder"):
+        batches = BatchRange.parse(row.request.batches)
+        assert batches.minimum <= row.request.batch <= batches.maximum and row.request.artifacts == "folder"
+
+
+def test_filters_choose_rows_and_unknown_backends_are_an_error(tmp_path):
+    done = quick(tmp_path, "--backends", "eager_sdpa", "--encoders", "text", "--batches", "8")
+    assert done.returncode == 0, done.stderr
+    assert [(row["backend"], row["encoder"], row["batch"]) for row in read_rows(tmp_path / "sweep.csv")] == [("eager_sdpa", "text", "8")]
+    assert "unknown backend 'nothing'" in quick(tmp_path, "--backends", "nothing").stderr
+
+
+def test_a_newer_environment_needs_no_clip_package(tmp_path):
+    rows = [asdict(sweep.Row(backend, replace(REQUEST, encoder="image", tokens=50), False)) for backend in ("eager_sdpa", "clip_eager")]
+    script = ("import sys; sys.modules['clip'] = sys.modules['ftfy'] = None; from experiments import sweep; sweep.child(sys.argv[1])")
+    done = subprocess.run([sys.executable, "-c", script, json.dumps(rows)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    eager, original = (json.loads(line.removeprefix(sweep.RESULT)) for line in done.stdout.splitlines() if line.startswith(sweep.RESULT))
+    assert float(eager["median_ms"]) > 0 and not eager["error"]
+    assert original["error"] == "skipped: the original `clip` package is not installed"
+
+
+def test_rows_of_one_range_share_an_artifact(tmp_path):
+    requests = [replace(REQUEST, batch=batch, batches="2:2:4", artifacts=str(tmp_path)) for batch in (2, 4, 5)]
+    rows = list(sweep.measure_all([sweep.Row("clip_ttrt_native_range", request, False) for request in requests]))
+    assert [row["attention"] for row in rows[:2]] == ["native 2:2:4"] * 2 and not rows[0]["error"] and not rows[1]["error"]
+    assert rows[2]["error"] == "skipped: batch 5 is outside the range 2:2:4"
+    assert [path.name for path in tmp_path.iterdir()] == ["demo-fp32-2_2_4-native-text"]
+
+
+@pytest.mark.parametrize("backend", ["clip_eager", "eager_sdpa", "tensorrt_onnx", "clip_ttrt_native"])
 def test_what_a_backend_cannot_do_is_skipped_with_a_reason(backend):
     half = baselines.Request("demo", "demo", "text", "fp16", 1, 77, "cpu")
-    row = sweep.measure(backend, half, False)
+    [row] = sweep.measure_all([sweep.Row(backend, half, False)])
     assert row["error"].startswith("skipped: ") and ("fp16" in row["error"])
 
 
