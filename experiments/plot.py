@@ -23,6 +23,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
 
+from experiments.results import BATCHES, MODELS, NoData, best, eager_original, full_length, present, read, read_sweep
+
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 GREY = "#444444"
@@ -40,60 +42,6 @@ BACKENDS = {
     "onnxruntime": ("#CC79A7", "X", "ONNX Runtime"),
     "clip_eager": ("#999999", "*", "the original, eager"),
 }
-MODELS = ("ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px", "demo")
-BATCHES = (1, 8, 32, 128, 512)
-SWEEP_KEY = ["model", "encoder", "backend", "precision", "batch", "tokens", "cuda_graph"]
-WRONG = "wrong:"  # begins the error of a row whose times are good and features are not
-
-
-class NoData(Exception):
-    """A figure has nothing to show; the message says which file or rows are missing."""
-
-
-def read_csv(path: Path) -> pd.DataFrame:
-    """A CSV in which an empty cell is missing, and a commit of digits alone stays a name."""
-    return pd.read_csv(path, keep_default_na=False, na_values=[""], dtype={name: str for name in ("torch", "tensorrt", "gpu", "commit", "error")})
-
-
-def read(results: Path, name: str) -> pd.DataFrame:
-    """One CSV of results/h200.  Raises NoData where it is missing or empty."""
-    path = results / "h200" / name
-    if not path.exists():
-        raise NoData(f"there is no {path}")
-    rows = read_csv(path)
-    if rows.empty:
-        raise NoData(f"{path} has no rows")
-    return rows
-
-
-def read_sweep(results: Path) -> pd.DataFrame:
-    """All rows of results/h200/sweep*.csv with a time, the last of each key, and `wrong` where the features were."""
-    paths = sorted((results / "h200").glob("sweep*.csv"))
-    if not paths:
-        raise NoData(f"there is no {results / 'h200' / 'sweep.csv'}")
-    rows = pd.concat([read_csv(path) for path in paths], ignore_index=True)
-    rows["error"] = rows["error"].fillna("")
-    rows["wrong"] = rows["error"].str.startswith(WRONG)
-    rows = rows[rows["median_ms"].notna() & ((rows["error"] == "") | rows["wrong"])]
-    if rows.empty:
-        raise NoData("sweep.csv has no row with a time")
-    return rows.drop_duplicates(SWEEP_KEY, keep="last")
-
-
-def full_length(rows: pd.DataFrame) -> pd.DataFrame:
-    """Images, and texts at the model's own length."""
-    return rows[(rows["encoder"] == "image") | (rows["tokens"] == 77)]
-
-
-def best(rows: pd.DataFrame, *keys: str) -> pd.DataFrame:
-    """The fastest row of each combination of keys: with or without a CUDA graph."""
-    return rows.loc[rows.groupby(list(keys))["median_ms"].idxmin()]
-
-
-def present(rows: pd.DataFrame, names: Iterable[str], column: str) -> list[str]:
-    """Those of the names that the column holds, in their order, then what it holds besides."""
-    found = list(dict.fromkeys(rows[column]))
-    return [name for name in names if name in found] + [name for name in found if name not in names]
 
 
 def look(backend: str) -> dict:
@@ -149,7 +97,7 @@ def speedup(results: Path) -> plt.Figure:
     rows = full_length(read_sweep(results))
     rows = rows[(rows["precision"] == "fp16") & rows["batch"].isin(BATCHES)]
     case = ["model", "encoder", "batch"]
-    original = rows[(rows["backend"] == "clip_eager") & (rows["cuda_graph"].astype(str) == "False")].set_index(case)["median_ms"]
+    original = eager_original(rows).set_index(case)["median_ms"]
     # The original's own line is the dashed one at 1: it has no CUDA graph when it is used as published.
     rows = best(rows[rows["backend"] != "clip_eager"], *case, "backend").copy()
     rows["times"] = [original.get(key, float("nan")) / ms for key, ms in zip(zip(*(rows[name] for name in case)), rows["median_ms"])]
