@@ -335,9 +335,9 @@ def clip_ttrt(attention: str, ranged: bool) -> Callable[[Request], Subject]:
             raise Missing(f"batch {request.batch} is outside the range {batches}")
         made = artifact_of(request, attention, str(batches))
         module, facts = loaded(made.folder, request.encoder), made.manifest["modules"][request.encoder]
+        if request.encoder == "text" and request.tokens != dimensions_of(request.model).context_length:
+            raise Missing("an artifact takes the full text length, to which it pads; experiments.text_length has the others")
         x = example(request)
-        if request.encoder == "text":
-            x = torch.nn.functional.pad(x, (0, dimensions_of(request.model).context_length - x.shape[1]))  # as `model.encode_text` does
         kind = facts.get("attention", made.manifest["attention"]) + (f" {batches}" if ranged else "") + at_level(request)
         remark = {True: "", False: "wrong: failed its verification", None: ""}[made.verified]
         if made.verified is None and request.device == "cuda":

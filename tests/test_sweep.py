@@ -135,12 +135,15 @@ def test_what_a_backend_cannot_do_is_skipped_with_a_reason(backend):
 
 
 def test_all_backends_compute_the_same_features():
-    request = baselines.Request("demo", "demo", "text", "fp32", 2, 20, "cpu")
     with torch.no_grad():
-        expected = baselines.clip_eager(request).call()
-        for name in ("eager_sdpa", "clip_ttrt_native"):
-            actual = baselines.BACKENDS[name](request).call()
-            assert (actual - expected).norm() / expected.norm() < 1e-5, name
+        for tokens, names in ((77, ("eager_sdpa", "clip_ttrt_native", "clip_ttrt_native_range")), (20, ("eager_sdpa",))):
+            request = baselines.Request("demo", "demo", "text", "fp32", 2, tokens, "cpu", batches="1:2:2")
+            expected = baselines.clip_eager(request).call()
+            for name in names:
+                actual = baselines.BACKENDS[name](request).call()
+                assert (actual - expected).norm() / expected.norm() < 1e-5, name
+        with pytest.raises(baselines.Missing, match="full text length"):
+            baselines.BACKENDS["clip_ttrt_native"](request)
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
