@@ -3,6 +3,7 @@ import csv
 import importlib
 import importlib.util
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from experiments.bugs import __main__ as driver
 from experiments.bugs import dropped_mask, export_python_312, finding, text_encoder_argmax, wrong_attention_197
 from experiments.bugs.finding import CANNOT_RUN, FAILED, NOT_SEEN, SEEN, CannotRun, Finding, show
+from experiments.bugs.stock import said, where
 
 ROOT = Path(__file__).parent.parent
 HAS_TORCH_TENSORRT = importlib.util.find_spec("torch_tensorrt") is not None
@@ -82,16 +84,32 @@ def test_texts_end_where_argmax_finds_it_and_half_does_not():
     assert tokens.float().argmax(-1).tolist() == [5, 16, 27, 38]
 
 
-def test_wrong_attention_cases_are_the_smaller_and_the_whole_encoder():
+def test_wrong_attention_cases_grow_from_parts_to_the_whole_encoder():
     from clip_ttrt.checkpoint import load_checkpoint
 
-    checkpoint = load_checkpoint("demo")
-    images = torch.randn(4, 3, 112, 112)
-    shapes = {}
-    for name, module, rows in wrong_attention_197.cases(checkpoint, images):
+    images, shapes = torch.randn(4, 3, 112, 112), {}
+    for case in wrong_attention_197.cases(load_checkpoint("demo"), images):
         with torch.no_grad():
-            shapes[name] = tuple(module.eval()(rows).shape)
-    assert shapes == {"attention alone": (4, 50, 192), "two layers": (4, 256), "all 6 layers": (4, 256)}
+            shapes[case.name] = tuple(case.module.eval()(case.rows).shape)
+    assert shapes["embedding"] == (4, 50, 192) and shapes["two layers"] == shapes["all 6 layers"] == (4, 256)
+    assert shapes["attention alone"] == shapes["projection and attention, 197 tokens, batch 4, 12 heads, fp16"] == (4, 197, 768)
+    assert shapes["projection and attention, 197 tokens, batch 32, 12 heads, fp16"] == (32, 197, 768)
+
+
+def test_said_collects_what_other_code_writes_and_prints_it_again(capfd):
+    with said() as lines:
+        os.write(2, b"a warning\n")
+        os.write(1, b"a line\n")
+    assert lines == ["a warning", "a line"]
+    assert capfd.readouterr().out.splitlines() == lines
+
+
+def test_where_names_the_place_in_torch_tensorrt():
+    code = compile("def convert():\n    raise TypeError('(): no:\\nmore')\nconvert()", "/site/torch_tensorrt/dynamo/conversion/shape.py", "exec")
+    with pytest.raises(TypeError) as problem:
+        exec(code, {})
+    assert where(problem.value) == "TypeError in convert (dynamo/conversion/shape.py): (): no"
+    assert where(ValueError()) == "ValueError: "
 
 
 def rows_of(path):

@@ -68,10 +68,15 @@ def attention_graph(masked: bool) -> fx.GraphModule:
 
 
 class Causal(nn.Module):
-    """q, k and v are all the input [B, H, T, D]."""
+    """Causal self-attention of one head: [B, T, 64] -> [B, T, 64]."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(64, 192)
 
     def forward(self, x):
-        return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+        query, key, value = (part.unsqueeze(1) for part in self.qkv(x).chunk(3, dim=-1))
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True).squeeze(1)
 
 
 def reproduce() -> Finding:
@@ -89,9 +94,9 @@ def reproduce() -> Finding:
         said.append(f"{'mask' if masked else 'is_causal'}: scaled_dot_product_attention with {len(node.args)} inputs and options {dict(node.kwargs)}, largest error {error:.2f}")
         print(said[-1], flush=True)
     if torch.cuda.is_available() and not backends.missing_packages():
-        compiled = compile_stock(Causal().eval(), x.cuda())
-        error = (compiled(x.cuda()).cpu() - expected).abs().max().item()
-        seen |= error > 1e-2
+        module, rows = Causal().eval().requires_grad_(False).cuda(), torch.randn(2, 16, 64, device="cuda")
+        error = (compile_stock(module, rows)(rows) - module(rows)).abs().max().item()
+        seen |= not error < 1e-2
         said.append(f"engine of a causal attention in float32: largest error {error:.2f}")
         print(said[-1], flush=True)
     return Finding(seen, "the mask and is_causal are kept, errors below 1e-3", "; ".join(said))

@@ -1,8 +1,9 @@
 """With a dynamic batch, sizes computed from it split the graph, and expand fails
 
 Torch-TensorRT 2.2.0.  `torch.export` with a dynamic batch turns `x.shape[0]` into `aten.sym_size`, for which there is no
-converter.  A view or an expand to such a size then splits the graph into several engines with PyTorch between them, or the
-compile raises.  Vision transformers do both: a class token is expanded to the batch, heads are split by a view.
+converter, so that it stays in PyTorch and its result becomes an input of the next engine.  A view or an expand to such a size
+is then split off or, as the converters cannot take a size that is a tensor, raises.  Vision transformers do both: a class
+token is expanded to the batch, heads are split by a view.
 
 Steps: compile for batches 1 to 4 (a) a linear layer, a view that splits heads, another linear layer; (b) an expanded class
 token before the rows and a linear layer.  Count engines, compare with PyTorch at batches 1, 2 and 4.
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 
 from experiments.bugs.finding import Finding, show
-from experiments.bugs.stock import compile_stock, engines, left_in_pytorch, require_tensorrt
+from experiments.bugs.stock import compile_stock, engines, left_in_pytorch, require_tensorrt, where
 
 
 class Heads(nn.Module):
@@ -60,7 +61,7 @@ def reproduce() -> Finding:
                 error = max(error, (compiled(x) - module(x)).abs().max().item())
         except Exception as problem:  # whatever the compiler or the runtime raises is what is asked for
             seen = True
-            said.append(f"{name}: {type(problem).__name__}: {str(problem).strip().splitlines()[0][:160] if str(problem).strip() else ''}")
+            said.append(f"{name}: {where(problem)}")
         else:
             seen |= count != 1 or bool(left) or error > 1e-2
             said.append(f"{name}: {count} engines, in PyTorch {', '.join(left) or 'nothing'}, largest error {error:.1e}")

@@ -2,6 +2,10 @@
 
 Import of torch_tensorrt 2.2 raises where there is no GPU, so it is imported inside the functions.
 """
+import os
+import sys
+import tempfile
+import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Collection, Iterator, Optional
@@ -21,9 +25,21 @@ def require_tensorrt() -> None:
         raise CannotRun(f"not installed: {', '.join(missing)}")
 
 
+class Compiled(nn.Module):
+    """What Torch-TensorRT gives for a module of one input and one output: `inner` holds engines and what stays in PyTorch."""
+
+    def __init__(self, inner: fx.GraphModule):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outputs = self.inner(x)
+        return outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+
+
 def compile_stock(module: nn.Module, example: torch.Tensor, precisions: Collection[torch.dtype] = (torch.float,),
-                  batches: Optional[tuple[int, int, int]] = None) -> fx.GraphModule:
-    """A module of one input as Torch-TensorRT compiles it: a graph of engines and of what stays in PyTorch.
+                  batches: Optional[tuple[int, int, int]] = None) -> Compiled:
+    """A module of one input and one output, as Torch-TensorRT compiles it.
 
     example: a CUDA input.  batches: minimum, optimum and maximum of a dynamic first dimension.
     """
@@ -36,20 +52,20 @@ def compile_stock(module: nn.Module, example: torch.Tensor, precisions: Collecti
         exported = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
         shapes = dict(zip(("min_shape", "opt_shape", "max_shape"), ((size, *example.shape[1:]) for size in batches)))
         spec = torch_tensorrt.Input(**shapes, dtype=example.dtype)
-    return torch_tensorrt.dynamo.compile(exported, inputs=[spec], enabled_precisions=set(precisions), truncate_long_and_double=True, min_block_size=1,
-                                         output_format="graph_module")
+    return Compiled(torch_tensorrt.dynamo.compile(exported, inputs=[spec], enabled_precisions=set(precisions), truncate_long_and_double=True,
+                                                  min_block_size=1, output_format="graph_module"))
 
 
-def engines(compiled: fx.GraphModule) -> int:
-    """How many engines a compiled graph holds."""
+def engines(compiled: Compiled) -> int:
+    """How many engines a compiled module holds."""
     from torch_tensorrt.dynamo.runtime import TorchTensorRTModule
 
-    return sum(isinstance(child, TorchTensorRTModule) for child in compiled.children())
+    return sum(isinstance(child, TorchTensorRTModule) for child in compiled.inner.children())
 
 
-def left_in_pytorch(compiled: fx.GraphModule) -> list[str]:
+def left_in_pytorch(compiled: Compiled) -> list[str]:
     """Names of the operations that no engine took."""
-    graphs = [compiled, *(child for child in compiled.children() if isinstance(child, fx.GraphModule))]
+    graphs = [compiled.inner, *(child for child in compiled.inner.children() if isinstance(child, fx.GraphModule))]
     return sorted({str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function"})
 
 
@@ -81,25 +97,35 @@ def networks() -> Iterator[list[Network]]:
         TRTInterpreter.run = run
 
 
-def keep_warnings():
-    """A logger, the first of this process, whose `messages` collects TensorRT's warnings and errors from here on.
+@contextmanager
+def said() -> Iterator[list[str]]:
+    """Collects the lines that this process, TensorRT's own loggers included, writes while it is open; then prints them."""
+    lines: list[str] = []
+    kept = {number: os.dup(number) for number in (1, 2)}
+    with tempfile.TemporaryFile("w+") as file:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number in kept:
+            os.dup2(file.fileno(), number)
+        try:
+            yield lines
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, original in kept.items():
+                os.dup2(original, number)
+                os.close(original)
+            file.seek(0)
+            lines += file.read().splitlines()
+            print("\n".join(lines), flush=True)
 
-    TensorRT keeps the first logger of a process for good, so call this before anything is built, and keep what it returns.
-    """
-    import tensorrt as trt
 
-    class Log(trt.ILogger):
-        def __init__(self):
-            trt.ILogger.__init__(self)
-            self.messages: list[str] = []
-
-        def log(self, severity, message):
-            if severity <= trt.ILogger.WARNING:
-                self.messages.append(message)
-
-    log = Log()
-    trt.Builder(log)
-    return log
+def where(problem: BaseException) -> str:
+    """An exception in one line: its type, its first words, and the innermost function of Torch-TensorRT that it went through."""
+    first = next(iter(str(problem).strip().splitlines()), "").rstrip(":")[:120]
+    frames = [frame for frame in traceback.extract_tb(problem.__traceback__) if "torch_tensorrt" in frame.filename]
+    at = f" in {frames[-1].name} ({frames[-1].filename.split('torch_tensorrt/')[-1]})" if frames else ""
+    return f"{type(problem).__name__}{at}: {first}"
 
 
 def cosine(actual: torch.Tensor, expected: torch.Tensor) -> float:
