@@ -28,6 +28,7 @@ namespace {
 
 constexpr int kHeadDim = kClipAttentionHeadDim;
 constexpr int kRowBytes = kHeadDim * 2;  // one head's row of q, k, v or out: 128 bytes
+constexpr int kBiasBytes = kHeadDim * 4;  // one head's query bias, fp32
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kScale = 0.125f * kLog2e;  // 1/sqrt(64), with exp(x) = exp2(x log2 e)
 constexpr float kRescaleAbove = 8.0f;      // log2 of the largest probability weight kept unscaled
@@ -214,12 +215,12 @@ __device__ __forceinline__ void mma_16x8x16(float* d, const uint32_t* a, uint32_
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// A head's query bias for the columns of this lane's A fragments: word 2 d + i is for fragment words 2 i and
-// 2 i + 1 of columns 16 d .. 16 d + 15.
+// A head's query bias, in global or shared memory, for this lane's A fragments: word 2 d + i is for words 2 i
+// and 2 i + 1 of fragment d, which are columns 16 d + 8 i + 2 (lane % 4) and the next one, of two rows.
 __device__ __forceinline__ void load_fragment_bias(uint32_t (&bias)[8], const float* head_bias) {
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
-    const float2 pair = __ldg(reinterpret_cast<const float2*>(head_bias) + 4 * j + (threadIdx.x & 3));
+    const float2 pair = reinterpret_cast<const float2*>(head_bias)[4 * j + (threadIdx.x & 3)];
     bias[j] = pack_half2(pair.x, pair.y);
   }
 }
@@ -415,6 +416,13 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
+// Initialised barriers become visible to tensor copies. For shared memory only: the fence of all memory is a
+// membar of the whole GPU.
+__device__ __forceinline__ void barriers_ready() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
@@ -445,11 +453,18 @@ __device__ __forceinline__ void copy_tensor(uint32_t target, const CUtensorMap* 
       : "memory");
 }
 
+__device__ __forceinline__ void copy_bytes(uint32_t target, const void* source, int bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
+      "l"(source), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
 constexpr int kTileRows = 64;  // of a warpgroup
 constexpr int kTileBytes = kTileRows * kRowBytes;
 constexpr int kMaxStages = 24;
 constexpr int kHopperSharedBytes = 227 * 1024;  // that a block may have on sm_90
-constexpr int kHopperReservedBytes = 1024 + 2048;  // to align tiles; barriers and what the system keeps
+constexpr int kHopperReservedBytes = 1024 + 1024;  // to align tiles; barriers
 
 // Where one block's work lies. A unit is one (image, head) and up to tiles_per_unit of its tiles; a block
 // takes units blockIdx.x, blockIdx.x + gridDim.x, ...
@@ -474,6 +489,7 @@ struct HopperShape {
   static constexpr bool causal = kCausal;
   static constexpr int chunk_bytes = kKeys * kRowBytes;  // of k, or of v
   static constexpr int query_bytes = kGroups * kQueries * kTileBytes;
+  static constexpr int bias_bytes = kGroups * kQueries * kBiasBytes;
   // Many warpgroups need more registers each than an equal share: the copying warp then gets a
   // warpgroup of its own, which gives back most of what it had at launch.
   static constexpr bool moves_registers = kGroups >= 3;
@@ -489,7 +505,7 @@ struct HopperShape {
   static constexpr int tail_bytes = tail_rows * kRowBytes;
   // Stages of the ring that fit, beside what alignment, barriers and the system take.
   static constexpr int max_stages_fit =
-      (kHopperSharedBytes - kHopperReservedBytes - query_bytes) / (2 * chunk_bytes);
+      (kHopperSharedBytes - kHopperReservedBytes - query_bytes - bias_bytes) / (2 * chunk_bytes);
   static constexpr int max_stages = max_stages_fit < kMaxStages ? max_stages_fit : kMaxStages;
   static_assert(!moves_registers || compute_registers <= 240, "registers");
 };
@@ -527,29 +543,33 @@ __device__ __forceinline__ void pack_weights(const float (&s)[N / 2], uint32_t (
     p[i] = 2 * i < N / 2 ? pack_half2(s[2 * i], s[2 * i + 1]) : 0;
 }
 
-// Adds a head's query bias in place to a warp's 16 rows of a tile of queries, which wgmma reads from shared
-// memory. Lane l takes piece l % 8 of rows l / 8, l / 8 + 4, ..., so eight lanes share a row and no bank twice.
-__device__ __forceinline__ void load_piece_bias(uint32_t (&bias)[4], const float* head_bias) {
+// Adds a head's query bias, fp32 in shared memory, in place to a warp's 16 rows of a tile of queries, which
+// wgmma reads there. Lane l takes piece l % 8 of rows l / 8, l / 8 + 4, ...: eight lanes share a row, no bank.
+__device__ __forceinline__ void add_piece_bias(uint32_t warp_rows, uint32_t head_bias) {
+  uint32_t q[4][4], bias[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 pair = __ldg(reinterpret_cast<const float2*>(head_bias) + 4 * (threadIdx.x & 7) + i);
-    bias[i] = pack_half2(pair.x, pair.y);
+  for (int i = 0; i < 4; i += 2) {
+    float x[4];
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+                 : "r"(head_bias + (threadIdx.x & 7) * 32 + i * 8)
+                 : "memory");
+    bias[i] = pack_half2(x[0], x[1]);
+    bias[i + 1] = pack_half2(x[2], x[3]);
   }
-}
-
-__device__ __forceinline__ void add_piece_bias(uint32_t warp_rows, const uint32_t (&bias)[4]) {
+  auto address = [&](int i) { return warp_rows + swizzled(((threadIdx.x & 31) >> 3) + 4 * i, threadIdx.x & 7); };
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t address = warp_rows + swizzled(((threadIdx.x & 31) >> 3) + 4 * i, threadIdx.x & 7);
-    uint32_t q[4];
+  for (int i = 0; i < 4; ++i)
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(q[0]), "=r"(q[1]), "=r"(q[2]), "=r"(q[3])
-                 : "r"(address)
+                 : "=r"(q[i][0]), "=r"(q[i][1]), "=r"(q[i][2]), "=r"(q[i][3])
+                 : "r"(address(i))
                  : "memory");
 #pragma unroll
-    for (int j = 0; j < 4; ++j) q[j] = add_half2(q[j], bias[j]);
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(q[0]), "r"(q[1]), "r"(q[2]),
-                 "r"(q[3])
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) q[i][j] = add_half2(q[i][j], bias[j]);
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address(i)), "r"(q[i][0]), "r"(q[i][1]),
+                 "r"(q[i][2]), "r"(q[i][3])
                  : "memory");
   }
 }
@@ -612,6 +632,7 @@ __global__ void __launch_bounds__(Shape::threads, 1)
   // The swizzle is a function of the address, so tiles start at multiples of 1024.
   const uint32_t queries = (shared_address(shared) + 1023) & ~1023u;
   const uint32_t ring = queries + Shape::query_bytes;
+  const uint32_t biases = ring + plan.stages * 2 * Shape::chunk_bytes;  // one for each tile of queries
   const uint32_t k_full = shared_address(barriers);
   const uint32_t v_full = k_full + 8 * kMaxStages;
   const uint32_t empty = v_full + 8 * kMaxStages;
@@ -629,8 +650,7 @@ __global__ void __launch_bounds__(Shape::threads, 1)
       barrier_init(q_full + 8 * i, 1);
       barrier_init(q_empty + 8 * i, 4);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async;" ::: "memory");
+    barriers_ready();
   }
   __syncthreads();
 
@@ -669,9 +689,11 @@ __global__ void __launch_bounds__(Shape::threads, 1)
       for (; at.unit < plan.units; at.skip_tiles(plan, 1)) {
         const int which = group * Shape::queries + buffer;
         barrier_wait(q_empty + 8 * which, phase ^ 1);
-        barrier_expect(q_full + 8 * which, kTileBytes);
+        barrier_expect(q_full + 8 * which, kTileBytes + (query_bias != nullptr ? kBiasBytes : 0));
         copy_tensor(queries + which * kTileBytes, &query_map, q_full + 8 * which, at.head * kHeadDim,
                     (at.part * plan.tiles_per_unit + at.tile) * kTileRows, at.image);
+        if (query_bias != nullptr)
+          copy_bytes(biases + which * kBiasBytes, query_bias + at.head * kHeadDim, kBiasBytes, q_full + 8 * which);
         if (++group == Shape::groups) {
           group = 0;
           if (++buffer == Shape::queries) {
@@ -727,13 +749,9 @@ __global__ void __launch_bounds__(Shape::threads, 1)
       __syncwarp();
       if (lane == 0) barrier_arrive(q_empty + 8 * which);
     };
-    if (query_bias == nullptr) {
-      barrier_wait(q_full + 8 * which, buffer_phase);
-    } else {
-      uint32_t bias[4];
-      load_piece_bias(bias, query_bias + at.head * kHeadDim);
-      barrier_wait(q_full + 8 * which, buffer_phase);
-      add_piece_bias(q_shared + group_warp * 16 * kRowBytes, bias);
+    barrier_wait(q_full + 8 * which, buffer_phase);
+    if (query_bias != nullptr) {
+      add_piece_bias(q_shared + group_warp * 16 * kRowBytes, biases + which * kBiasBytes);
       // wgmma reads through the async proxy, and all warps' rows.
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
       asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
@@ -826,6 +844,7 @@ __global__ void __launch_bounds__(kWarps * 32 + 32, kBlocks)
   extern __shared__ unsigned char shared[];
   __shared__ __align__(8) uint64_t barriers[2 * kMaxStages];
   const uint32_t ring = (shared_address(shared) + 1023) & ~1023u;
+  const uint32_t biases = ring + 3 * plan.stages * kPartBytes;  // one for each stage
   const uint32_t full = shared_address(barriers);
   const uint32_t empty = full + 8 * kMaxStages;
   if (threadIdx.x == 0) {
@@ -833,8 +852,7 @@ __global__ void __launch_bounds__(kWarps * 32 + 32, kBlocks)
       barrier_init(full + 8 * i, 1);
       barrier_init(empty + 8 * i, kWarps);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async;" ::: "memory");
+    barriers_ready();
   }
   __syncthreads();
 
@@ -857,11 +875,13 @@ __global__ void __launch_bounds__(kWarps * 32 + 32, kBlocks)
     if (lane == 0) {
       for (; pair < plan.pairs; next_pair()) {
         barrier_wait(empty + 8 * stage, phase ^ 1);
-        barrier_expect(full + 8 * stage, 3 * kPartBytes);
+        barrier_expect(full + 8 * stage, 3 * kPartBytes + (query_bias != nullptr ? kBiasBytes : 0));
 #pragma unroll
         for (int part = 0; part < 3; ++part)
           copy_tensor(ring + (3 * stage + part) * kPartBytes, &map, full + 8 * stage,
                       (part * plan.heads + head) * kHeadDim, 0, image);
+        if (query_bias != nullptr)
+          copy_bytes(biases + stage * kBiasBytes, query_bias + head * kHeadDim, kBiasBytes, full + 8 * stage);
       }
     }
     return;
@@ -892,7 +912,8 @@ __global__ void __launch_bounds__(kWarps * 32 + 32, kBlocks)
       load_matrices(q[d], q_shared + swizzled(tile * 16 + (lane & 15), 2 * d + (lane >> 4)));
     if (query_bias != nullptr) {
       uint32_t bias[8];
-      load_fragment_bias(bias, query_bias + head * kHeadDim);
+      load_fragment_bias(bias, reinterpret_cast<const float*>(shared + (biases - shared_address(shared)) +
+                                                              stage * kBiasBytes));
       add_fragment_bias(q, bias);
     }
     Rows rows;
@@ -1097,7 +1118,8 @@ cudaError_t launch_hopper(const ClipAttentionParams& params, const Device& devic
   plan.step_head = grid / plan.units_per_head % params.heads;
   plan.step_image = grid / plan.units_per_head / params.heads;
   if (plan.stages > turns * chunks) plan.stages = turns * chunks;
-  const int shared = 1024 + Shape::query_bytes + plan.stages * 2 * Shape::chunk_bytes;
+  const int shared =
+      1024 + Shape::query_bytes + plan.stages * 2 * Shape::chunk_bytes + Shape::bias_bytes;
   CUtensorMap query_map, key_map, tail_map;
   cudaError_t status = encode_map(query_map, params, kTileRows);
   if (status == cudaSuccess) status = encode_map(key_map, params, Shape::keys);
@@ -1113,7 +1135,7 @@ cudaError_t launch_hopper(const ClipAttentionParams& params, const Device& devic
 
 template <int kRows, int kWarps, int kBlocks>
 cudaError_t launch_short(const ClipAttentionParams& params, const Device& device, cudaStream_t stream) {
-  constexpr int kStageBytes = 3 * kRows * kRowBytes;
+  constexpr int kStageBytes = 3 * kRows * kRowBytes + kBiasBytes;
   auto kernel = short_kernel<kRows, kWarps, kBlocks>;
   const int64_t pairs = params.batch * params.heads;
   if (pairs > INT32_MAX / 2) return cudaErrorInvalidValue;  // a qkv of more than 400 GB
@@ -1126,7 +1148,8 @@ cudaError_t launch_short(const ClipAttentionParams& params, const Device& device
   const int grid = plan.pairs < resident ? plan.pairs : resident;
   plan.step_head = grid % params.heads;
   plan.step_image = grid / params.heads;
-  plan.stages = (kHopperSharedBytes / kBlocks - kHopperReservedBytes) / kStageBytes;
+  // Each block of a multiprocessor also takes 1 KiB that the system keeps.
+  plan.stages = ((kHopperSharedBytes + 1024) / kBlocks - 1024 - kHopperReservedBytes) / kStageBytes;
   if (plan.stages > kMaxStages) plan.stages = kMaxStages;
   if (plan.stages > ceil_div(plan.pairs, grid)) plan.stages = ceil_div(plan.pairs, grid);
   const int shared = 1024 + plan.stages * kStageBytes;
@@ -1254,7 +1277,7 @@ extern "C" int32_t clip_attention_choose(int64_t batch, int32_t heads, int32_t t
   if (sm_major != 9 || sm_minor != 0) return kPortable;
   const int64_t pairs = batch * heads;
   const auto serves = [&](int id) { return find_variant(id)->serves(tokens, causal); };
-  if (tokens <= 48) return causal ? kHopper64Causal : kHopper64;
+  if (tokens <= 48) return kShort64;
   if (tokens <= 64) {
     // Tiles of 64 rows need several heads in flight per multiprocessor.
     if (causal || pairs <= sm_count) return kShort64;
@@ -1276,7 +1299,7 @@ extern "C" cudaError_t clip_attention_launch(const ClipAttentionParams* params, 
   if (params == nullptr || params->qkv == nullptr || params->out == nullptr) return cudaErrorInvalidValue;
   if (reinterpret_cast<uintptr_t>(params->qkv) % 16 != 0 ||
       reinterpret_cast<uintptr_t>(params->out) % 16 != 0 ||
-      reinterpret_cast<uintptr_t>(params->query_bias) % 8 != 0)
+      reinterpret_cast<uintptr_t>(params->query_bias) % 16 != 0)
     return cudaErrorInvalidValue;
   Device device;
   cudaError_t status = current_device(device);

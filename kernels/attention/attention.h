@@ -33,7 +33,7 @@ enum {
 typedef struct ClipAttentionParams {
   const void* qkv;         // device, 16-byte aligned
   void* out;               // device, 16-byte aligned
-  const void* query_bias;  // device, 8-byte aligned, or NULL
+  const void* query_bias;  // device, 16-byte aligned, or NULL
   int64_t batch;           // >= 1
   int32_t heads;           // 1 .. kClipAttentionMaxHeads
   int32_t tokens;          // 1 .. kClipAttentionMaxTokens

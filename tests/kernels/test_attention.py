@@ -148,6 +148,7 @@ def test_batch_and_length_choose_the_kernel(library):
 
     assert name(1, 12, 50).startswith("short") and name(128, 12, 50).startswith("hopper")
     assert name(128, 8, 77, True) == "short 80 9x2"
+    assert name(32, 8, 20, True) == name(32, 8, 20) == "short 64 4x4"
     assert name(1, 16, 257) == "hopper 128/8x1" and name(32, 16, 257) == "hopper 96/72x4"
 
 
