@@ -43,24 +43,25 @@ def choose(asked: str, precision: str) -> Backend:
     return Backend("torchscript", "cpu", "fp32", f"TorchScript on the CPU: {why}")
 
 
-def register_runtime() -> None:
-    """Make `torch.jit.load` know TensorRT engines, where this machine can run them.
+def register_runtime() -> bool:
+    """Make `torch.jit.load` know TensorRT engines, where this machine can run them; returns whether it can.
 
     Loads Torch-TensorRT's C++ library alone: importing the Python package takes seconds and is
     needed only to build.  A later `import torch_tensorrt` finds the same library loaded.
     """
     if missing_packages() or not torch.cuda.is_available():
-        return
+        return False
     try:
         torch.classes.tensorrt.Engine
     except RuntimeError:  # not registered yet
         pass
     else:
-        return
+        return True
     import tensorrt  # noqa: F401  (its import loads libnvinfer, which the runtime links)
 
     package = importlib.util.find_spec("torch_tensorrt").submodule_search_locations[0]
     torch.ops.load_library(f"{package}/lib/libtorchtrt.so")
+    return True
 
 
 def versions() -> dict[str, str]:

@@ -5,6 +5,7 @@ through TensorRT's own layers.
 """
 import ctypes
 import functools
+import warnings
 from pathlib import Path
 from typing import Optional
 
@@ -16,6 +17,7 @@ LIBRARY = Path(__file__).parent / "lib" / "libclip_ttrt_kernels.so"
 BUILD_IT = "build it with `python -m kernels.build`"
 # As kernels/*/*_plugin.cpp register them, all under one version, which grows when any of them changes.
 ATTENTION, BIAS_QUICK_GELU, RESIDUAL_LAYER_NORM = "ClipAttention", "ClipBiasQuickGelu", "ClipResidualLayerNorm"
+EXTRACT_PATCHES, EMBED_IMAGE = "ClipExtractPatches", "ClipEmbedImage"
 VERSION = "2"
 REGISTER = ("clip_attention_register_plugin", "clip_elementwise_register_plugins")
 
@@ -46,6 +48,15 @@ def library() -> ctypes.CDLL:
 def available() -> bool:
     """Whether the library has been built."""
     return LIBRARY.is_file()
+
+
+def register() -> None:
+    """Register the plugins, where they are built, for engines that plain `torch.jit.load` brings in; what cannot be loaded is a warning."""
+    if available():
+        try:
+            load(VERSION)
+        except UserError as problem:
+            warnings.warn(f"engines that need the plugins will not load: {problem}", stacklevel=2)
 
 
 def load(version: Optional[str]) -> None:

@@ -62,3 +62,15 @@ def test_the_shipped_table_can_be_read():
     for row in rows:
         assert tuple(row) == attention_choice.COLUMNS and float(row["native_ms"]) > 0 and float(row["plugin_ms"]) > 0 and row["gpu"]
         BatchRange.parse(row["batch"])
+
+
+def test_a_library_that_cannot_be_loaded_is_a_warning_of_the_import(monkeypatch, tmp_path):
+    """`import clip_ttrt` registers the plugins for plain torch.jit.load; a broken library must not break it."""
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"no library")
+    monkeypatch.setattr(plugin, "LIBRARY", broken)
+    plugin.library.cache_clear()
+    with pytest.warns(UserWarning, match="broken.so cannot be loaded"):
+        plugin.register()
+    monkeypatch.setattr(plugin, "LIBRARY", tmp_path / "absent.so")
+    plugin.register()  # nothing to say where nothing is built
