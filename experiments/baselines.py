@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import inspect
 import io
+import json
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -239,23 +240,16 @@ def tensorrt_onnx(request: Request) -> Subject:
         raise Missing("tensorrt is not installed")
     import tensorrt as trt
 
-    x = example(request)
-    start = time.perf_counter()
-    logger = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse(onnx_model(Original(request), x)):
-        raise RuntimeError("TensorRT's parser refused the model: " + "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors)))
-    config = builder.create_builder_config()
-    config.builder_optimization_level = request.level
-    config.clear_flag(trt.BuilderFlag.TF32)
-    if request.precision == "fp16":
-        config.set_flag(trt.BuilderFlag.FP16)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise RuntimeError("TensorRT could not build the engine of the ONNX model")
-    seconds, size = time.perf_counter() - start, plan.nbytes
+    x, logger = example(request), trt.Logger(trt.Logger.ERROR)
+    folder = Path(request.artifacts or temporary_root().name)
+    kept = folder / f"{folder_name(request.model, request.precision, str(request.batch), 'onnx')}-{request.encoder}-level_{request.level}-{request.tokens}.plan"
+    if not kept.is_file():
+        start = time.perf_counter()
+        plan = onnx_plan(onnx_model(Original(request), x), request, logger)
+        folder.mkdir(parents=True, exist_ok=True)
+        kept.with_suffix(".json").write_text(json.dumps({"build_s": time.perf_counter() - start}))
+        kept.write_bytes(plan)
+    plan, seconds = kept.read_bytes(), json.loads(kept.with_suffix(".json").read_text())["build_s"]
     runtime = trt.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(plan)
     context = engine.create_execution_context()
@@ -273,7 +267,27 @@ def tensorrt_onnx(request: Request) -> Subject:
         return features
 
     run.keeps = runtime, engine  # a context needs both alive
-    return Subject(run, x, seconds, "onnx" + at_level(request), f"{size / 2**20:.2f}", remark=wrong(run, x, request))
+    return Subject(run, x, seconds, "onnx" + at_level(request), f"{len(plan) / 2**20:.2f}", remark=wrong(run, x, request))
+
+
+def onnx_plan(model: bytes, request: Request, logger) -> bytes:
+    """A TensorRT engine of an ONNX model, serialised.  Raises RuntimeError where TensorRT refuses it."""
+    import tensorrt as trt
+
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(model):
+        raise RuntimeError("TensorRT's parser refused the model: " + "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors)))
+    config = builder.create_builder_config()
+    config.builder_optimization_level = request.level
+    config.clear_flag(trt.BuilderFlag.TF32)
+    if request.precision == "fp16":
+        config.set_flag(trt.BuilderFlag.FP16)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise RuntimeError("TensorRT could not build the engine of the ONNX model")
+    return bytes(plan)
 
 
 def at_level(request: Request) -> str:

@@ -176,23 +176,34 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def child(specification: str) -> None:
-    """Measure a group and print its rows as they come."""
+def build_all(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    """Build what the rows need, which stays in their artifacts' folder, and measure nothing; what came of it as CSV rows without times."""
+    for row in rows:
+        try:
+            subject = BACKENDS[row.backend](row.request)
+        except Missing as reason:
+            yield {**blank(row), "error": f"skipped: {reason}"}
+        else:
+            yield {**blank(row), "attention": subject.attention, "engine_mib": subject.engine_mib, "build_s": f"{subject.build_s:.1f}", "error": subject.remark}
+
+
+def child(specification: str, build_only: bool) -> None:
+    """Measure (or only build) a group and print its rows as they come."""
     rows = [Row(item["backend"], Request(**item["request"]), item["graph"]) for item in json.loads(specification)]
     with torch.no_grad():
-        for result in measure_all(rows):
+        for result in (build_all if build_only else measure_all)(rows):
             print(RESULT + json.dumps(result), flush=True)
 
 
-def in_processes(python: str, rows: Sequence[Row], seconds: float) -> Iterator[dict[str, Any]]:
+def in_processes(python: str, rows: Sequence[Row], seconds: float, *arguments: str) -> Iterator[dict[str, Any]]:
     """The CSV rows of one group, from a process of their own; what goes wrong there is the error of the row it was at, and the rest
     goes on in another process.
 
-    seconds: how long one row may take.  The process ends with the iterator.
+    seconds: how long one row may take.  arguments: more of them for the process, which ends with the iterator.
     """
     rows = list(rows)
     while rows:
-        with Child([python, "-m", "experiments.sweep", "--group", json.dumps([asdict(row) for row in rows])]) as process:
+        with Child([python, "-m", "experiments.sweep", "--group", json.dumps([asdict(row) for row in rows]), *arguments]) as process:
             while rows:
                 line = process.line(seconds)
                 if line is None:
@@ -288,11 +299,14 @@ def main() -> int:
         parser.add_argument(f"--{name}", nargs="+", type=int if name in ("batches", "lengths") else str, help=f"only these of the grid's {name}" + (" (of texts)" if name == "lengths" else ""))
     parser.add_argument("--graphs-only", action="store_true", help="only rows with CUDA graphs, and the others of the original model")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="end after so many seconds; the next run goes on")
+    parser.add_argument("--build-only", action="store_true", help="build the engines of the rows into --artifacts, and measure and write nothing")
     parser.add_argument("--group", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.group:
-        child(options.group)
+        child(options.group, options.build_only)
         return 0
+    if options.build_only and not options.artifacts:
+        parser.error("--build-only needs --artifacts, where what it builds stays")
     if options.gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(options.gpu)  # for the children; this process computes nothing
     interpreters = dict(pair.split("=", 1) for pair in options.python)
@@ -311,31 +325,44 @@ def main() -> int:
             return False
         return all(not only or value in only for only, value in chosen)
 
-    path, progress, start = options.out / "sweep.csv", Progress(), time.perf_counter()
+    path = options.out / "sweep.csv"
     done = {tuple(row[name] for name in KEY) for row in read_rows(path)}
     wanted = [row for row in rows_of(options.grid, options.device, **fixed) if asked(row) and row.key not in done]
-    finished = 0
-    for _, group in itertools.groupby(wanted, key=lambda row: row.group):
-        group = list(group)
-        if time.perf_counter() - start > options.seconds:
-            break
-        have = floors(interpreters.get("floor", sys.executable), group, options.out / "floor.csv", progress)
-        progress.say(f"[{finished + 1}/{len(wanted)}{left(finished, len(wanted), start)}] {group[0].describe()}, {len(group)} rows")
-        for row, result in zip(group, in_processes(interpreters.get(group[0].backend, sys.executable), group, ROW_SECONDS)):
-            append_row(path, {**result, "floor_ms": have.get(floor_key(row.request), "") if result["median_ms"] else ""})
-            finished += 1
-            if time.perf_counter() - start > options.seconds:
-                break
-    if finished < len(wanted):
-        progress.say(f"stopped after {time.perf_counter() - start:.0f} s with {len(wanted) - finished} rows to go")
+    if options.build_only:
+        return build(wanted, interpreters)
+    run(wanted, interpreters, path, options.out / "floor.csv", options.seconds)
     return 0
 
 
-def left(finished: int, wanted: int, start: float) -> str:
-    """An estimate from what the rows so far have taken."""
-    if not finished:
-        return ""
-    return f", about {(time.perf_counter() - start) / finished * (wanted - finished):.0f} s left"
+def build(wanted: Sequence[Row], interpreters: Mapping[str, str]) -> int:
+    """Build the engines that rows need; 1 where one could not be built or is wrong, else 0."""
+    progress, start, failed = Progress(), time.perf_counter(), 0
+    needed = {(row.backend, row.request): row for row in wanted if row.backend.startswith(("clip_ttrt", "tensorrt"))}
+    for _, group in itertools.groupby(needed.values(), key=lambda row: row.group):
+        rows = list(group)
+        for row, result in zip(rows, in_processes(interpreters.get(rows[0].backend, sys.executable), rows, ROW_SECONDS, "--build-only")):
+            progress.say(f"{time.perf_counter() - start:.0f} s: {row.describe()}: {result['error'] or 'built in ' + result['build_s'] + ' s'}")
+            failed += bool(result["error"])
+    return 1 if failed else 0
+
+
+def run(wanted: Sequence[Row], interpreters: Mapping[str, str], path: Path, floor_path: Path, seconds: float) -> None:
+    """Measure rows and append them to a CSV; after so many seconds the rest is left for another run."""
+    progress, start, finished = Progress(), time.perf_counter(), 0
+    for _, group in itertools.groupby(wanted, key=lambda row: row.group):
+        rows = list(group)
+        if time.perf_counter() - start > seconds:
+            break
+        have = floors(interpreters.get("floor", sys.executable), rows, floor_path, progress)
+        left = f", about {(time.perf_counter() - start) / finished * (len(wanted) - finished):.0f} s left" if finished else ""
+        progress.say(f"[{finished + 1}/{len(wanted)}{left}] {rows[0].describe()}, {len(rows)} rows")
+        for row, result in zip(rows, in_processes(interpreters.get(rows[0].backend, sys.executable), rows, ROW_SECONDS)):
+            append_row(path, {**result, "floor_ms": have.get(floor_key(row.request), "") if result["median_ms"] else ""})
+            finished += 1
+            if time.perf_counter() - start > seconds:
+                break
+    if finished < len(wanted):
+        progress.say(f"stopped after {time.perf_counter() - start:.0f} s with {len(wanted) - finished} rows to go")
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def test_filters_choose_rows_and_unknown_backends_are_an_error(tmp_path):
 
 def test_a_newer_environment_needs_no_clip_package(tmp_path):
     rows = [asdict(sweep.Row(backend, replace(REQUEST, encoder="image", tokens=50), False)) for backend in ("eager_sdpa", "clip_eager")]
-    script = ("import sys; sys.modules['clip'] = sys.modules['ftfy'] = None; from experiments import sweep; sweep.child(sys.argv[1])")
+    script = ("import sys; sys.modules['clip'] = sys.modules['ftfy'] = None; from experiments import sweep; sweep.child(sys.argv[1], False)")
     done = subprocess.run([sys.executable, "-c", script, json.dumps(rows)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     eager, original = (json.loads(line.removeprefix(sweep.RESULT)) for line in done.stdout.splitlines() if line.startswith(sweep.RESULT))
@@ -126,6 +126,18 @@ def test_rows_of_one_range_share_an_artifact(tmp_path):
     assert [row["attention"] for row in rows[:2]] == ["native 2:2:4"] * 2 and not rows[0]["error"] and not rows[1]["error"]
     assert rows[2]["error"] == "skipped: batch 5 is outside the range 2:2:4"
     assert [path.name for path in tmp_path.iterdir()] == ["demo-fp32-2_2_4-native-text"]
+
+
+def test_engines_can_be_built_first_and_measured_later(tmp_path):
+    arguments = ("--backends", "clip_ttrt_native", "eager_sdpa", "--encoders", "text", "--batches", "1")
+    assert "--build-only needs --artifacts" in quick(tmp_path, *arguments, "--build-only").stderr
+    arguments += ("--artifacts", str(tmp_path / "artifacts"))
+    built = quick(tmp_path, *arguments, "--build-only")
+    assert built.returncode == 0 and "built in" in built.stderr and not (tmp_path / "sweep.csv").exists(), built.stderr
+    [manifest] = (tmp_path / "artifacts").glob("*/manifest.json")
+    before = manifest.stat().st_mtime_ns
+    assert quick(tmp_path, *arguments).returncode == 0 and manifest.stat().st_mtime_ns == before
+    assert [row["error"] for row in read_rows(tmp_path / "sweep.csv")] == ["", ""]
 
 
 @pytest.mark.parametrize("backend", ["clip_eager", "eager_sdpa", "tensorrt_onnx", "clip_ttrt_native"])
