@@ -65,7 +65,8 @@ def encoder_of(backend: str, checkpoint: Checkpoint, precision: str, batch: int,
                artifacts: Optional[Path] = None) -> tuple[Callable[[torch.Tensor], torch.Tensor], str, float]:
     """A text encoder for int32 [batch, tokens]: the callable, its attention, seconds that building took.
 
-    artifacts: where an encoder of the full length may lie, under the names of experiments.accuracy.
+    artifacts: a folder from which an artifact of the full length is taken (under the names of experiments.accuracy), and in
+    which engines of other lengths are kept.
     Raises ValueError for what cannot run on the device.
     """
     if device == "cpu" and (precision != "fp32" or backend == "clip_ttrt_plugin"):
@@ -78,12 +79,21 @@ def encoder_of(backend: str, checkpoint: Checkpoint, precision: str, batch: int,
     if device == "cpu":
         module, _, seconds = pipeline.build_torchscript("text", checkpoint, Backend("torchscript", "cpu", "fp32", "as asked"), example, Progress(quiet=True))
         return module, attention, seconds
-    folder = artifacts and artifacts / folder_name(checkpoint.model, precision, str(batch), attention)
-    if folder and tokens == checkpoint.dimensions.context_length and (folder / MANIFEST).is_file() and "text" in (made := read_artifact(folder)).encoders:
-        return load_encoder(made, "text"), attention, made.manifest["modules"]["text"]["build_seconds"]
     plugin.load(plugin.VERSION if attention == "plugin" else None)
+    kept = None
+    if artifacts is not None:
+        folder = artifacts / folder_name(checkpoint.model, precision, str(batch), attention)
+        if tokens == checkpoint.dimensions.context_length and (folder / MANIFEST).is_file() and "text" in (made := read_artifact(folder)).encoders:
+            return load_encoder(made, "text"), attention, made.manifest["modules"]["text"]["build_seconds"]
+        kept = artifacts / f"{folder.name}-text-{tokens}.ts"
+        if kept.is_file():
+            facts = {"build_s": ""}
+            return torch.jit.load(str(kept), map_location="cuda", _extra_files=facts), attention, float(facts["build_s"])
     options = Options(model=checkpoint.model, precision=precision, batch=BatchRange.parse(batch), attention=attention, backend="tensorrt")
     module, _, seconds = pipeline.build_tensorrt("text", checkpoint, options, attention, example, Progress())
+    if kept is not None:
+        artifacts.mkdir(parents=True, exist_ok=True)
+        torch.jit.save(module, str(kept), _extra_files={"build_s": str(seconds)})
     return module, attention, seconds
 
 
@@ -96,7 +106,8 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--buckets", type=int, nargs="+", default=list(BUCKETS), metavar="TOKENS")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--artifacts", type=Path)
+    parser.add_argument("--artifacts", type=Path, help="take engines from this folder, and keep new ones there")
+    parser.add_argument("--build-only", action="store_true", help="build the engines into --artifacts, and measure nothing")
     parser.add_argument("--out", type=Path, default=Path("results/text_length.csv"))
     options = parser.parse_args()
     full = dimensions_of(options.model).context_length
@@ -107,13 +118,18 @@ def main() -> int:
     lengths, done, failed = prompt_lengths(), {(row["model"], row["backend"], row["precision"], row["batch"], row["tokens"]) for row in read_rows(options.out)}, 0
     for backend in options.backends:
         buckets = [tokens for tokens in options.buckets if (options.model, backend, precision, str(options.batch), str(tokens)) not in done]
+        if options.build_only:
+            for tokens in buckets:
+                _, _, seconds = encoder_of(backend, checkpoint, precision, options.batch, tokens, device, options.artifacts)
+                print(f"{options.model} {backend} {precision}, {tokens} tokens: built in {seconds:.1f} s", flush=True)
+            continue
         if not buckets:
             continue
         whole, attention, seconds = encoder_of(backend, checkpoint, precision, options.batch, full, device, options.artifacts)
         for tokens in sorted(buckets, key=lambda tokens: (tokens != full, tokens)):
             encode, build_s = whole, seconds
             if tokens != full:
-                encode, attention, build_s = encoder_of(backend, checkpoint, precision, options.batch, tokens, device)
+                encode, attention, build_s = encoder_of(backend, checkpoint, precision, options.batch, tokens, device, options.artifacts)
             rows = texts(options.batch, tokens, full).to(device)
             trimmed = rows[:, :tokens].contiguous()
             with torch.no_grad():
