@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from experiments.bugs import __main__ as driver
-from experiments.bugs import dropped_mask, export_python_312, finding, text_encoder_argmax, wrong_attention_197
+from experiments.bugs import dropped_mask, export_python_312, finding, text_encoder_argmax, wrong_vit_b16
 from experiments.bugs.finding import CANNOT_RUN, FAILED, NOT_SEEN, SEEN, CannotRun, Finding, show
 from experiments.bugs.stock import said, where
 
@@ -84,16 +84,17 @@ def test_texts_end_where_argmax_finds_it_and_half_does_not():
     assert tokens.float().argmax(-1).tolist() == [5, 16, 27, 38]
 
 
-def test_wrong_attention_cases_grow_from_parts_to_the_whole_encoder():
+def test_wrong_vit_b16_grows_from_parts_to_the_whole_encoder():
     from clip_ttrt.checkpoint import load_checkpoint
 
     images, shapes = torch.randn(4, 3, 112, 112), {}
-    for case in wrong_attention_197.cases(load_checkpoint("demo"), images):
+    for case in wrong_vit_b16.cases(load_checkpoint("demo"), images):
         with torch.no_grad():
             shapes[case.name] = tuple(case.module.eval()(case.rows).shape)
-    assert shapes["embedding"] == (4, 50, 192) and shapes["two layers"] == shapes["all 6 layers"] == (4, 256)
-    assert shapes["attention alone"] == shapes["projection and attention, 197 tokens, batch 4, 12 heads, fp16"] == (4, 197, 768)
-    assert shapes["projection and attention, 197 tokens, batch 32, 12 heads, fp16"] == (32, 197, 768)
+    assert shapes["patches"] == shapes["patches and a square projection"] == (4, 49, 768)
+    assert shapes["patches and a projection to 64 fewer"] == (4, 49, 704) and shapes["patches and a square projection, batch 1"] == (1, 49, 768)
+    assert shapes["embedding"] == shapes["projection and attention"] == shapes["a block"] == (4, 50, 192)
+    assert shapes["two layers"] == shapes["all 6 layers"] == (4, 256)
 
 
 def test_said_collects_what_other_code_writes_and_prints_it_again(capfd):

@@ -1,17 +1,18 @@
 """ViT-B/16's image encoder comes out wrong in fp16 at batch 4, with no warning
 
-TensorRT 8.6.0 through Torch-TensorRT 2.2.0, our converters, TensorRT's own attention (197 tokens, 12 heads of 64).  Seen:
-smallest cosine 0.47 between the features and fp32 PyTorch's, the same at levels 1 and 3 of the builder, while every other model
-that was measured gives 0.99999.
+TensorRT 8.6.0 through Torch-TensorRT 2.2.0, our converters, no plugin.  Seen: smallest cosine 0.47 between the features and fp32
+PyTorch's, the same at levels 1 and 3 of the builder; 0.91 with two of the twelve layers; attention alone is right.  Every other
+model that was measured gives 0.99999.  Its patches are special in one way: 3 x 16 x 16 numbers, as many as the encoder is wide,
+so that the projection of patches is a square matrix without bias.
 
-Steps: build ever larger parts of the image encoder with random weights, fp16, level 3, and compare each with fp32 PyTorch: the
-embedding of patches; attention alone; a linear layer and attention at this and at other lengths, batches and numbers of heads,
-and in fp32; two layers; the whole encoder on four photographs.  No build is begun after two and a half minutes.
+Steps: build ever larger parts of the image encoder with random weights, level 3, and compare each with fp32 PyTorch on four
+photographs: patches; patches and their projection, square and not, for pictures of two sizes, in fp16 and fp32; the whole
+embedding; attention; a block; two layers; all.  No build is begun after two and a half minutes.
 
 Expected: a cosine of at least 0.9999, or a build error.
 
 Our way round it: `compile` verifies every artifact against the original model, and `load` refuses one that failed
-(clip_ttrt/accuracy.py, failures); `--attention plugin` replaces TensorRT's attention.
+(clip_ttrt/accuracy.py, failures).
 """
 import sys
 import time
@@ -22,11 +23,11 @@ import torch
 from torch import nn
 
 from clip_ttrt import ops
-from clip_ttrt.encoders import ImageEncoder, image_encoder
+from clip_ttrt.encoders import Block, FusedOps, ImageEncoder, image_encoder
 from experiments.bugs.finding import Finding, show
 from experiments.bugs.stock import cosine, require_tensorrt
 
-MODEL, BATCH, TOKENS, HEADS, LEVEL, SECONDS = "ViT-B/16", 4, 197, 12, 3, 150
+MODEL, BATCH, LEVEL, SECONDS = "ViT-B/16", 4, 3, 150
 BOUND = 0.9999
 
 
@@ -40,16 +41,16 @@ class Case:
     precision: str = "fp16"
 
 
-class Attention(nn.Module):
-    """[B, T, heads·64] through a packed projection, or [B, T, 3·heads·64] without one, and attention -> [B, T, heads·64]."""
+class Patches(nn.Module):
+    """Images -> patches, projected to a width or as they are."""
 
-    def __init__(self, heads: int, projected: bool = True):
+    def __init__(self, size: int, width: int = 0):
         super().__init__()
-        self.heads = heads
-        self.projection = nn.Linear(64 * heads, 192 * heads) if projected else nn.Identity()
+        self.size = size
+        self.projection = nn.Linear(3 * size ** 2, width, bias=False) if width else nn.Identity()
 
-    def forward(self, x):
-        return ops.attention(self.projection(x), self.heads, False)
+    def forward(self, images):
+        return self.projection(ops.extract_patches(images, self.size))
 
 
 class Embedding(nn.Module):
@@ -64,27 +65,49 @@ class Embedding(nn.Module):
         return self.encoder.norm_pre(self.encoder.fused.prepend_class_token(x, self.encoder.class_token) + self.encoder.positions)
 
 
-def projected(tokens: int = TOKENS, batch: int = BATCH, heads: int = HEADS, precision: str = "fp16") -> Case:
-    return Case(f"projection and attention, {tokens} tokens, batch {batch}, {heads} heads, {precision}", Attention(heads), torch.randn(batch, tokens, 64 * heads), precision)
+class Attention(nn.Module):
+    """[B, T, 64·heads] through a packed projection and attention -> [B, T, 64·heads]."""
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.heads, self.projection = heads, nn.Linear(64 * heads, 192 * heads)
+
+    def forward(self, x):
+        return ops.attention(self.projection(x), self.heads, False)
+
+
+class OneBlock(nn.Module):
+    """[B, T, W] -> [B, T, W]."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.block = Block(width, heads, False, FusedOps())
+
+    def forward(self, x):
+        return self.block(x)
 
 
 def cases(checkpoint, images: torch.Tensor) -> Iterator[Case]:
     """What tells most comes first."""
     torch.manual_seed(0)
-    yield Case("embedding", Embedding(image_encoder(checkpoint.state_dict)), images)
-    yield Case("attention alone", Attention(HEADS, projected=False), torch.randn(BATCH, TOKENS, 192 * HEADS))
-    yield projected()
-    yield projected(precision="fp32")
-    for tokens in (196, 198, 208, 128, 256, 257, 50):
-        yield projected(tokens)
-    for batch in (1, 8, 32):
-        yield projected(batch=batch)
-    yield projected(heads=3)
+    dims, encoder = checkpoint.dimensions, image_encoder(checkpoint.state_dict)
+    size, width = dims.patch_size, 3 * dims.patch_size ** 2
+    side = dims.image_resolution // 2 // size * size
+    yield Case("patches and a square projection", Patches(size, width), images)
+    yield Case("embedding", Embedding(encoder), images)
+    yield Case("patches", Patches(size), images)
+    yield Case("patches and a projection to 64 fewer", Patches(size, width - 64), images)
+    yield Case("patches and a square projection, fp32", Patches(size, width), images, "fp32")
+    yield Case("patches and a square projection, a quarter of the picture", Patches(size, width), images[:, :, :side, :side].contiguous())
+    yield Case("patches and a square projection, batch 1", Patches(size, width), images[:1])
+    rows = torch.randn(len(images), dims.image_tokens, dims.image_width)
+    yield Case("projection and attention", Attention(dims.image_heads), rows)
+    yield Case("a block", OneBlock(dims.image_width, dims.image_heads), rows)
     short = image_encoder(checkpoint.state_dict)
     short.blocks = nn.ModuleList([short.blocks[0], short.blocks[-1]])
     yield Case("two layers", short, images)
     yield Case("two layers, fp32", short, images, "fp32")
-    yield Case(f"all {checkpoint.dimensions.image_layers} layers", image_encoder(checkpoint.state_dict), images)
+    yield Case(f"all {dims.image_layers} layers", encoder, images)
 
 
 def build(case: Case):
