@@ -29,7 +29,6 @@ class Context(ConversionContext):
     """Torch-TensorRT's conversion context with what our converters are told."""
 
     attention: str = "native"  # or plugin
-    precision: str = "fp32"
 
 
 def register(target):
@@ -151,6 +150,24 @@ def native_attention(ctx: ConversionContext, qkv: trt.ITensor, tokens: int, head
     return shuffle(ctx, heads_last, f"{name}_rows", shape=(-1, heads * HEAD_DIM))
 
 
+@register(ops.extract_patch_rows)
+def convert_extract_patch_rows(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
+    """[B, C, R, R] -> [B·(R/size)², C·size²], a plugin."""
+    images, size = args
+    return plugin_layer(ctx, plugin.EXTRACT_PATCHES, [images], {"patch_size": np.int32(size)}, name).get_output(0)
+
+
+@register(ops.embed_image)
+def convert_embed_image(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> tuple[trt.ITensor, trt.ITensor]:
+    """[B·N, W] -> two of [B·(N + 1), W], a plugin."""
+    patches, class_token, positions, scale_pre, shift_pre, epsilon_pre, scale_1, shift_1, epsilon_1 = args
+    constants = [constant(ctx, value, f"{name}_{which}") for which, value in (
+        ("class_token", class_token), ("positions", positions), ("scale_pre", scale_pre), ("shift_pre", shift_pre), ("scale_1", scale_1), ("shift_1", shift_1))]
+    fields = {"tokens": np.int32(positions.shape[0]), "epsilon_pre": np.float32(epsilon_pre), "epsilon_1": np.float32(epsilon_1)}
+    layer = plugin_layer(ctx, plugin.EMBED_IMAGE, [patches, *constants], fields, name)
+    return layer.get_output(0), layer.get_output(1)
+
+
 @register(ops.extract_patches)
 def convert_extract_patches(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
     """[B, C, R, R] -> [B, (R/size)², C·size²].
@@ -223,21 +240,6 @@ def convert_layer_norm(ctx: ConversionContext, target: Any, args: tuple, kwargs:
                                       constant(ctx, with_rank(bias, rank), f"{name}_bias"), 1 << (rank - 1))
     layer.name, layer.epsilon, layer.compute_precision = name, epsilon, trt.float32
     return layer.get_output(0)
-
-
-@register(torch.ops.aten.sigmoid.default)
-def convert_sigmoid(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
-    """In half as (1 + tanh(x/2)) / 2, which is one instruction of the GPU where TensorRT's sigmoid is several."""
-    [x] = args
-    if ctx.precision != "fp16":
-        layer = ctx.net.add_activation(x, trt.ActivationType.SIGMOID)
-        layer.name = name
-        return layer.get_output(0)
-    half = constant(ctx, np.full((1,) * len(x.shape), 0.5, dtype=np.float32), f"{name}_half")
-    layer = ctx.net.add_activation(elementwise(ctx, x, half, trt.ElementWiseOperation.PROD, f"{name}_halved"), trt.ActivationType.TANH)
-    layer.name = f"{name}_tanh"
-    scaled = elementwise(ctx, layer.get_output(0), half, trt.ElementWiseOperation.PROD, f"{name}_scaled")
-    return elementwise(ctx, scaled, half, trt.ElementWiseOperation.SUM, name)
 
 
 @register(torch.ops.aten.select.int)

@@ -61,7 +61,7 @@ class Engine:
 class Interpreter(TRTInterpreter):
     """Torch-TensorRT's graph walker with our logger, builder settings and timing cache."""
 
-    def __init__(self, module: fx.GraphModule, spec: torch_tensorrt.Input, precision: str, attention: str):
+    def __init__(self, module: fx.GraphModule, spec: torch_tensorrt.Input, attention: str):
         LOG.errors.clear()
         LOG.warnings.clear()
         builder = trt.Builder(LOG)  # before the base class makes one with a logger of its own
@@ -69,12 +69,11 @@ class Interpreter(TRTInterpreter):
         super().__init__(module, [spec], output_dtypes=[torch.float32], compilation_settings=settings)
         self.builder = builder
         network = self.builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))
-        self.ctx = converters.Context(network, settings, attention=attention, precision=precision)
+        self.ctx = converters.Context(network, settings, attention=attention)
         if self.optimization_profiles is not None:
             self.optimization_profiles = [self.builder.create_optimization_profile()]
 
-    def build(self, optimization_level: int, timing_cache: Optional[Path]) -> Engine:
-        precision = self.ctx.precision
+    def build(self, precision: str, optimization_level: int, timing_cache: Optional[Path]) -> Engine:
         fx.Interpreter.run(self, enable_io_processing=False)
         config = self.builder.create_builder_config()
         config.builder_optimization_level = optimization_level
@@ -138,7 +137,7 @@ def build_engine(module: fx.GraphModule, example: torch.Tensor, batch: BatchRang
     else:
         spec = torch_tensorrt.Input(min_shape=(batch.minimum, *shape), opt_shape=(batch.optimal, *shape),
                                     max_shape=(batch.maximum, *shape), dtype=example.dtype)
-    return Interpreter(module, spec, precision, attention).build(optimization_level, timing_cache_path())
+    return Interpreter(module, spec, attention).build(precision, optimization_level, timing_cache_path())
 
 
 def to_torchscript(engine: Engine, example: torch.Tensor, name: str) -> torch.jit.ScriptModule:

@@ -106,7 +106,46 @@ def fuse_residual_layer_norm(module: fx.GraphModule) -> int:
     return count
 
 
-PASSES: tuple[Callable[[fx.GraphModule], int], ...] = (fold_projection_biases, fuse_bias_quick_gelu, fuse_residual_layer_norm)
+def only_user(node: fx.Node, target) -> Optional[fx.Node]:
+    """The one node that reads a node, if it is a call of the target."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].target is target else None
+
+
+def fuse_image_embedding(module: fx.GraphModule) -> int:
+    """Patches, class token, positions, layer norm, and the first block's layer norm: two operations around the projection."""
+    count = 0
+    for prepend in find_nodes(module, ops.prepend_class_token):
+        as_images, class_token = prepend.args
+        projection = as_images.args[0] if as_images.target is aten.view.default else as_images
+        rows = projection.args[0] if projection.target is aten.linear.default and len(projection.args) == 2 else None
+        patches = rows.args[0] if rows is not None and rows.target is aten.view.default else None
+        positioned = only_user(prepend, aten.add.Tensor)
+        flattened = positioned and only_user(positioned, aten.view.default)
+        norm_pre = flattened and only_user(flattened, aten.layer_norm.default)
+        if patches is None or patches.target is not ops.extract_patches or not norm_pre:
+            continue
+        norms = [user for user in norm_pre.users if user.target is aten.layer_norm.default]
+        if len(norms) != 1 or len(patches.users) != 1 or len(projection.users) != 1 or len(as_images.users) != 1:
+            continue
+        with module.graph.inserting_before(rows):
+            projection.args = (module.graph.call_function(ops.extract_patch_rows, patches.args), projection.args[1])
+        with module.graph.inserting_before(norm_pre):
+            arguments = (projection, class_token, positioned.args[1], *norm_pre.args[2:5], *norms[0].args[2:5])
+            both = module.graph.call_function(ops.embed_image, arguments)
+            x, normalised = (module.graph.call_function(operator.getitem, (both, index)) for index in range(2))
+        norm_pre.replace_all_uses_with(x)
+        norms[0].replace_all_uses_with(normalised)
+        count += 1
+    return count
+
+
+PASSES: tuple[Callable[[fx.GraphModule], int], ...] = (
+    fold_projection_biases,
+    fuse_bias_quick_gelu,
+    fuse_residual_layer_norm,
+    fuse_image_embedding,
+)
 
 
 def fuse(module: fx.GraphModule) -> dict[str, int]:

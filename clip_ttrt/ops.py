@@ -92,6 +92,15 @@ def _extract_patches_fake(images, size):
     return images.new_empty((images.shape[0], side * side, images.shape[1] * size * size))
 
 
+def extract_patch_rows_reference(images: torch.Tensor, size: int) -> torch.Tensor:
+    """`extract_patches` as rows: [B, C, R, R] -> [B·(R/size)², C·size²]."""
+    return extract_patches_reference(images, size).flatten(0, 1)
+
+
+def _extract_patch_rows_fake(images, size):
+    return images.new_empty((images.shape[0] * (images.shape[2] // size) ** 2, images.shape[1] * size * size))
+
+
 def prepend_class_token_reference(patches: torch.Tensor, class_token: torch.Tensor) -> torch.Tensor:
     """Put the class token before the patches: [B, N, W] and [W] -> [B, N + 1, W]."""
     return torch.cat([class_token.to(patches.dtype).expand(patches.shape[0], 1, -1), patches], dim=1)
@@ -99,6 +108,25 @@ def prepend_class_token_reference(patches: torch.Tensor, class_token: torch.Tens
 
 def _prepend_class_token_fake(patches, class_token):
     return patches.new_empty((patches.shape[0], patches.shape[1] + 1, patches.shape[2]))
+
+
+def embed_image_reference(patches: torch.Tensor, class_token: torch.Tensor, positions: torch.Tensor, scale_pre: torch.Tensor, shift_pre: torch.Tensor,
+                          epsilon_pre: float, scale_1: torch.Tensor, shift_1: torch.Tensor, epsilon_1: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """From projected patches to the first block: rows [B·N, W] -> two of rows [B·(N + 1), W].
+
+    The first is the layer norm of class token and patches plus positions [N + 1, W], the second the first block's layer norm
+    of that.
+    """
+    patches = patches.reshape(-1, positions.shape[0] - 1, patches.shape[1])
+    x = prepend_class_token_reference(patches, class_token) + positions
+    x = F.layer_norm(x, x.shape[-1:], scale_pre, shift_pre, epsilon_pre).flatten(0, 1)
+    return x, F.layer_norm(x, x.shape[-1:], scale_1, shift_1, epsilon_1)
+
+
+def _embed_image_fake(patches, class_token, positions, scale_pre, shift_pre, epsilon_pre, scale_1, shift_1, epsilon_1):
+    tokens = positions.shape[0]
+    x = patches.new_empty((patches.shape[0] // (tokens - 1) * tokens, patches.shape[1]))
+    return x, torch.empty_like(x)
 
 
 def pool_end_of_text_reference(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -123,6 +151,9 @@ prepend_class_token = _register("prepend_class_token(Tensor patches, Tensor clas
                                 prepend_class_token_reference, _prepend_class_token_fake)
 pool_end_of_text = _register("pool_end_of_text(Tensor x, Tensor tokens) -> Tensor",
                              pool_end_of_text_reference, _pool_end_of_text_fake)
+extract_patch_rows = _register("extract_patch_rows(Tensor images, int size) -> Tensor", extract_patch_rows_reference, _extract_patch_rows_fake)
+embed_image = _register("embed_image(Tensor patches, Tensor class_token, Tensor positions, Tensor scale_pre, Tensor shift_pre, float epsilon_pre, "
+                        "Tensor scale_1, Tensor shift_1, float epsilon_1) -> (Tensor, Tensor)", embed_image_reference, _embed_image_fake)
 bias_quick_gelu = _register("bias_quick_gelu(Tensor x, Tensor bias) -> Tensor", bias_quick_gelu_reference, _bias_quick_gelu_fake)
 residual_layer_norm = _register("residual_layer_norm(Tensor x, Tensor delta, Tensor bias, Tensor scale, Tensor shift, float epsilon) -> (Tensor, Tensor)",
                                 residual_layer_norm_reference, _residual_layer_norm_fake)
@@ -140,6 +171,8 @@ REFERENCES = {
     extract_patches: extract_patches_reference,
     prepend_class_token: prepend_class_token_reference,
     pool_end_of_text: pool_end_of_text_reference,
+    extract_patch_rows: extract_patch_rows_reference,
+    embed_image: embed_image_reference,
     bias_quick_gelu: bias_quick_gelu_reference,
     residual_layer_norm: residual_layer_norm_reference,
 }

@@ -32,9 +32,12 @@ def fused(request):
 def test_every_block_is_fused(fused):
     plain, _, graph, counts = fused
     blocks = len(plain.blocks)
-    assert counts == {"fold_projection_biases": blocks, "fuse_bias_quick_gelu": blocks, "fuse_residual_layer_norm": 2 * blocks}
+    is_image = hasattr(plain, "class_token")
+    assert counts == {"fold_projection_biases": blocks, "fuse_bias_quick_gelu": blocks, "fuse_residual_layer_norm": 2 * blocks, "fuse_image_embedding": int(is_image)}
     targets = {node.target for node in graph.graph.nodes if node.op == "call_function"}
-    assert targets <= lowering.OPERATIONS | {ops.bias_quick_gelu, ops.residual_layer_norm, operator.getitem}
+    fused_ops = {ops.bias_quick_gelu, ops.residual_layer_norm, ops.extract_patch_rows, ops.embed_image}
+    assert targets <= lowering.OPERATIONS | fused_ops | {operator.getitem}
+    assert (aten.layer_norm.default in targets) is not is_image and ops.extract_patches not in targets and ops.prepend_class_token not in targets
     assert aten.sigmoid.default not in targets and aten.mul.Tensor not in targets
     assert not any(fusion.is_biased_linear(node) for node in graph.graph.nodes)
 
