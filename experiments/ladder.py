@@ -7,7 +7,8 @@ converters, activations as rows, the attention plugin, the fused elementwise ker
 calls, as a program makes them, but for the last step; `graph_ms` of CUDA-graph replays, which leave out what the CPU needs
 to launch.  `error` that starts with "wrong:" stands beside times of features that are wrong.  Engines are built in processes
 of their own (--jobs at once; builds that share a GPU choose kernels by noisier timings), kept in --engines and taken from
-there the next time.  A step that fails is a row with its error.  Weights are random; needs a GPU with TensorRT.
+there the next time; two steps are what `clip_ttrt.compile` makes and are taken from --artifacts where they are.  With
+--build-only nothing is timed.  A step that fails is a row with its error.  Weights are random; needs a GPU with TensorRT.
 """
 import argparse
 import json
@@ -24,10 +25,12 @@ import torch
 from torch import fx
 
 from clip_ttrt import backends, fusion, lowering, ops, pipeline, plugin
+from clip_ttrt.artifact import MANIFEST, read_artifact
 from clip_ttrt.encoders import DIFFERENTIABLE, ENCODERS
 from clip_ttrt.models import dimensions_of
 from clip_ttrt.options import BatchRange
-from experiments.baselines import Request, Subject, checkpoint_of, clip_eager, eager_sdpa, example, wrong
+from experiments.accuracy import folder_name
+from experiments.baselines import Request, Subject, checkpoint_of, clip_eager, eager_sdpa, example, load_encoder, wrong
 from experiments.bugs.stock import compile_stock, engines
 from experiments.record import append_row, provenance
 from experiments.timing import graphed, times_ms
@@ -97,6 +100,7 @@ STEPS: dict[str, Optional[Callable[[Request], tuple[torch.jit.ScriptModule, dict
     "fused elementwise kernels": lambda request: ours(request, rows=True, attention="plugin", fused=True),
     "CUDA graph": None,
 }
+ARTIFACTS = {"activations as rows": "native", "fused elementwise kernels": "plugin"}  # steps that the package itself makes: their attention
 EAGER = {"the original, eager": clip_eager, "our encoders, eager": eager_sdpa}
 
 
@@ -108,9 +112,17 @@ def build(step: str, request: Request, target: Path) -> None:
     target.with_suffix(".json").write_text(json.dumps({**facts, "build_s": round(time.perf_counter() - start, 1)}))
 
 
-def built_in_process(step: str, options: argparse.Namespace, target: Path) -> str:
+def artifact_of(step: str, request: Request, root: Optional[Path]) -> Optional[Path]:
+    """The folder of a compiled artifact that is this step; None where there is none."""
+    if root is None or step not in ARTIFACTS:
+        return None
+    folder = root / folder_name(request.model, request.precision, str(request.batch), ARTIFACTS[step])
+    return folder if (folder / MANIFEST).is_file() and request.encoder in read_artifact(folder).encoders else None
+
+
+def built_in_process(step: str, options: argparse.Namespace, request: Request, target: Path) -> str:
     """Build one step in a process of its own, unless it is there; returns the error, empty where there is none."""
-    if target.with_suffix(".json").exists():
+    if target.with_suffix(".json").exists() or artifact_of(step, request, options.artifacts):
         return ""
     with open(target.with_suffix(".log"), "w") as log:
         code = subprocess.run([sys.executable, "-m", "experiments.ladder", "--model", options.model, "--encoder", options.encoder, "--batch", str(options.batch),
@@ -120,11 +132,15 @@ def built_in_process(step: str, options: argparse.Namespace, target: Path) -> st
     return "" if code == 0 else f"the build ended with {code}: {lines[-1][:200] if lines else ''}"
 
 
-def subject_of(step: str, request: Request, target: Path) -> tuple[Subject, dict[str, Any]]:
+def subject_of(step: str, request: Request, target: Path, artifacts: Optional[Path]) -> tuple[Subject, dict[str, Any]]:
     """What a step runs, and facts about it."""
     if step in EAGER:
         return EAGER[step](request), {"engines": 0}
     plugin.load(plugin.VERSION if plugin.available() else None)
+    if folder := artifact_of(step, request, artifacts):
+        made = read_artifact(folder)
+        module, x = load_encoder(made, request.encoder), example(request)
+        return Subject(module, x, made.manifest["modules"][request.encoder]["build_seconds"], remark=wrong(module, x, request)), {"engines": 1}
     backends.register_runtime()
     module, x = torch.jit.load(str(target)), example(request)
     facts = json.loads(target.with_suffix(".json").read_text())
@@ -136,10 +152,10 @@ def failed(error: str) -> dict[str, Any]:
     return {"median_ms": "", "graph_ms": "", "engines": "", "build_s": "", "error": error}
 
 
-def measured(step: str, request: Request, target: Path) -> dict[str, Any]:
+def measured(step: str, request: Request, target: Path, artifacts: Optional[Path] = None) -> dict[str, Any]:
     """The columns of one step."""
     try:
-        subject, facts = subject_of(step, request, target)
+        subject, facts = subject_of(step, request, target, artifacts)
         with torch.no_grad():
             plain = statistics.median(times_ms(subject.call, REPEATS, WARM_UP))
             replayed = "" if subject.uncapturable else f"{statistics.median(times_ms(graphed(subject.call), REPEATS, WARM_UP)):.4f}"
@@ -155,6 +171,8 @@ def main(arguments: Optional[list[str]] = None) -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--jobs", type=int, default=1, help="builds at once")
     parser.add_argument("--engines", type=Path, help="folder in which engines stay; default: a temporary one")
+    parser.add_argument("--artifacts", type=Path, help="folder of artifacts, under the names that experiments.accuracy gives")
+    parser.add_argument("--build-only", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("results/h200/ladder.csv"))
     parser.add_argument("--build", nargs=2, metavar=("STEP", "FILE"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -169,13 +187,15 @@ def main(arguments: Optional[list[str]] = None) -> None:
         targets = {step: folder / f"{options.model.replace('/', '-')}-{options.encoder}-{options.batch}-{place}.ts" for place, step in enumerate(STEPS)}
         to_build = [step for step in STEPS if STEPS[step]]
         with ThreadPoolExecutor(options.jobs) as pool:
-            errors = dict(zip(to_build, pool.map(lambda step: built_in_process(step, options, targets[step]), to_build)))
+            errors = dict(zip(to_build, pool.map(lambda step: built_in_process(step, options, request, targets[step]), to_build)))
+        if options.build_only:
+            return
         row: dict[str, Any] = {}
         for step in STEPS:
             if step == "CUDA graph":  # the engine of the step before, replayed
                 row = {**row, "median_ms": row["graph_ms"]}
             else:
-                row = failed(errors[step]) if errors.get(step) else measured(step, request, targets[step])
+                row = failed(errors[step]) if errors.get(step) else measured(step, request, targets[step], options.artifacts)
             append_row(options.out, {"model": options.model, "encoder": options.encoder, "batch": options.batch, "step": step, **row, **provenance()})
 
 

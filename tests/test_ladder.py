@@ -1,6 +1,7 @@
 """The ladder: its graphs compute what the encoder computes, and its rows come in order, failures included."""
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,12 +30,12 @@ def test_every_graph_computes_the_encoder(encoder, rows, fused):
 
 
 def test_rows_come_in_order_and_a_failed_build_is_one(tmp_path, monkeypatch):
-    def built(step, options, target):
+    def built(step, options, request, target):
         return "the build ended with 1: no" if step == "stock Torch-TensorRT" else ""
 
     times = iter(range(10, 0, -1))
     monkeypatch.setattr(ladder, "built_in_process", built)
-    monkeypatch.setattr(ladder, "measured", lambda step, request, target: {"median_ms": f"{next(times)}.0", "graph_ms": "0.5", "engines": 1, "build_s": 0, "error": ""})
+    monkeypatch.setattr(ladder, "measured", lambda step, request, target, artifacts: {"median_ms": f"{next(times)}.0", "graph_ms": "0.5", "engines": 1, "build_s": 0, "error": ""})
     out = tmp_path / "ladder.csv"
     ladder.main(["--model", "demo", "--batch", "2", "--out", str(out)])
     with open(out, newline="") as file:
@@ -49,7 +50,16 @@ def test_rows_come_in_order_and_a_failed_build_is_one(tmp_path, monkeypatch):
 def test_an_engine_that_is_there_is_not_built_again(tmp_path):
     target = tmp_path / "engine.ts"
     target.with_suffix(".json").write_text(json.dumps({"engines": 1, "build_s": 1}))
-    assert ladder.built_in_process("activations as rows", None, target) == ""
+    options, request = SimpleNamespace(artifacts=None), Request("demo", "demo", "image", "fp16", 2, 50, "cpu")
+    assert ladder.built_in_process("activations as rows", options, request, target) == ""
+    assert ladder.artifact_of("activations as rows", request, None) is None and ladder.artifact_of("activations as rows", request, tmp_path) is None
+
+
+def test_an_artifact_serves_as_the_step_that_it_is(demo_artifact, tmp_path):
+    request = Request("demo", "demo", "image", "fp16", 2, 50, "cpu")
+    (tmp_path / "demo-fp16-2-native").symlink_to(demo_artifact.folder)
+    assert ladder.artifact_of("activations as rows", request, tmp_path) == tmp_path / "demo-fp16-2-native"
+    assert ladder.artifact_of("fused elementwise kernels", request, tmp_path) is None and ladder.artifact_of("attention plugin", request, tmp_path) is None
 
 
 def test_a_step_that_cannot_be_measured_is_a_row_with_its_error(tmp_path):
