@@ -1,15 +1,18 @@
-"""Checks and times the elementwise kernels against PyTorch: bias + QuickGELU, and residual + layer norm.
+"""Checks and times the elementwise kernels against PyTorch.
 
-    python -m experiments.elementwise_bench --out DIR            checks, then times the automatic choice
-    python -m experiments.elementwise_bench --out DIR --develop  the same for every variant of the kernels
+    python -m experiments.elementwise_bench --out DIR            checks, then times
     python -m experiments.elementwise_bench --out DIR --chain    what a kernel costs between two matrix products
 
 Needs a GPU, PyTorch and the library that `python -m kernels.build` makes; nothing else of this repository (not even
 TensorRT). Writes DIR/elementwise_check.csv, DIR/elementwise.csv and DIR/elementwise_chain.csv row by row.
 
+Kernels: quick_gelu (with bias), residual_layer_norm (x + delta + bias and its layer norm), layer_norm, extract_patches
+(images in fp32, or fp16 where the kernel is called extract_patches_fp16) and embed_image (class token, positions, two
+layer norms). Rows and width are those of the output.
+
 Times are medians over replays of a CUDA graph of many launches that take turns over several sets of tensors: together
-they exceed the L2 cache where there are many rows. The library is the same arithmetic through torch.compile; where the
-kernel is called "layer norm" there is no residual and it is PyTorch's own layer norm.
+they exceed the L2 cache where there are many rows. The library is the same arithmetic through torch.compile; for
+layer_norm it is PyTorch's own layer norm.
 """
 
 from __future__ import annotations
@@ -36,140 +39,141 @@ COLUMNS = [
     "kernel", "rows", "width", "us", "gbps", "floor_us", "library", "library_us", "ratio", "max_error", "library_error",
     "gpu", "commit",
 ]  # fmt: skip
-CHECK_COLUMNS = ["kernel", "variant", "rows", "width", "scale", "worst", "ok"]
-CHAIN_COLUMNS = ["kernel", "variant", "rows", "width", "us", "without_us", "gpu", "commit"]
+CHECK_COLUMNS = ["kernel", "rows", "width", "scale", "worst", "ok"]
+CHAIN_COLUMNS = ["kernel", "build", "rows", "width", "us", "without_us", "gpu", "commit"]
 
 
 class GeluParams(ctypes.Structure):
-    """ClipBiasQuickGeluParams of kernels/elementwise/elementwise.h, field for field."""
+    """ClipBiasQuickGeluParams of kernels/elementwise/elementwise.h, field for field; so the next ones."""
 
     _fields_ = [
-        ("in", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("width", ctypes.c_int32),
-        ("variant", ctypes.c_int32),
-    ]
+        *((name, ctypes.c_void_p) for name in ("in", "bias", "out")),
+        ("rows", ctypes.c_int64), ("width", ctypes.c_int32),
+    ]  # fmt: skip
 
 
 class LayerNormParams(ctypes.Structure):
-    """ClipResidualLayerNormParams of kernels/elementwise/elementwise.h, field for field."""
+    """ClipResidualLayerNormParams."""
 
     _fields_ = [
-        ("x", ctypes.c_void_p),
-        ("delta", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("shift", ctypes.c_void_p),
-        ("sum_out", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("width", ctypes.c_int32),
-        ("epsilon", ctypes.c_float),
-        ("variant", ctypes.c_int32),
-    ]
+        *((name, ctypes.c_void_p) for name in ("x", "delta", "bias", "scale", "shift", "sum_out", "out")),
+        ("rows", ctypes.c_int64), ("width", ctypes.c_int32), ("epsilon", ctypes.c_float),
+    ]  # fmt: skip
+
+
+class PatchesParams(ctypes.Structure):
+    """ClipExtractPatchesParams."""
+
+    _fields_ = [
+        ("images", ctypes.c_void_p), ("out", ctypes.c_void_p), ("batch", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("resolution", "patch_size", "half")),
+    ]  # fmt: skip
+
+
+class EmbedParams(ctypes.Structure):
+    """ClipEmbedImageParams."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (
+            "patches", "class_token", "positions", "scale_pre", "shift_pre", "scale_1", "shift_1", "x", "y",
+        )),
+        ("batch", ctypes.c_int64), ("tokens", ctypes.c_int32), ("width", ctypes.c_int32),
+        ("epsilon_pre", ctypes.c_float), ("epsilon_1", ctypes.c_float),
+    ]  # fmt: skip
+
+
+PARAMS = {
+    "bias_quick_gelu": GeluParams, "residual_layer_norm": LayerNormParams, "extract_patches": PatchesParams,
+    "embed_image": EmbedParams,
+}  # fmt: skip
 
 
 class Library:
-    """The kernels' shared library, called through ctypes with CUDA tensors."""
+    """The kernels' shared library, called through ctypes."""
 
     def __init__(self, path: pathlib.Path):
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: build it with `python -m kernels.build`")
-        self._library = library = ctypes.CDLL(str(path))
-        for name, params in (("bias_quick_gelu", GeluParams), ("residual_layer_norm", LayerNormParams)):
-            launch = getattr(library, f"clip_{name}_launch")
+        self._library = ctypes.CDLL(str(path))
+        self.path = path
+        for name, params in PARAMS.items():
+            launch = getattr(self._library, f"clip_{name}_launch")
             launch.argtypes, launch.restype = [ctypes.POINTER(params), ctypes.c_void_p], ctypes.c_int
-            if getattr(library, f"clip_{name}_params_size")() != ctypes.sizeof(params):
+            if getattr(self._library, f"clip_{name}_params_size")() != ctypes.sizeof(params):
                 raise ValueError(f"{path} was built from another elementwise.h: build it again")
-        self.gelu_variants = self._variants(library.clip_bias_quick_gelu_variant)
-        self.layer_norm_variants = self._variants(library.clip_residual_layer_norm_variant)
 
-    @staticmethod
-    def _variants(at) -> dict[int, str]:
-        at.argtypes, at.restype = [ctypes.c_int32, ctypes.POINTER(ctypes.c_int32)], ctypes.c_char_p
-        found: dict[int, str] = {}
-        variant = ctypes.c_int32()
-        while name := at(len(found), ctypes.byref(variant)):
-            found[variant.value] = name.decode()
-        return found
-
-    def gelu(self, stream, x, bias, out, variant=0) -> int:
-        """Enqueues one launch; returns the cudaError_t."""
-        params = GeluParams(x.data_ptr(), address(bias), out.data_ptr(), x.shape[0], x.shape[1], variant)
-        return self._library.clip_bias_quick_gelu_launch(ctypes.byref(params), stream)
-
-    def layer_norm(self, stream, x, delta, bias, scale, shift, sum_out, out, variant=0, epsilon=EPSILON) -> int:
-        """Enqueues one launch; returns the cudaError_t."""
-        params = LayerNormParams(
-            x.data_ptr(), address(delta), address(bias), scale.data_ptr(), shift.data_ptr(), address(sum_out),
-            out.data_ptr(), x.shape[0], x.shape[1], epsilon, variant,
-        )  # fmt: skip
-        return self._library.clip_residual_layer_norm_launch(ctypes.byref(params), stream)
-
-
-def address(tensor):
-    return None if tensor is None else tensor.data_ptr()
-
-
-def serves(kernel: str, variant: int, width: int) -> bool:
-    """Whether a variant of the layer norm takes a width: a row must fit into its warps' registers."""
-    if kernel == "quick_gelu" or variant == 0:
-        return True
-    warps = {1: 1, 2: 4, 3: 8}.get(variant, 1)
-    return width <= warps * 32 * 8 * 4
+    def launch(self, name: str, stream, **fields) -> int:
+        """Enqueues one launch with the struct's fields, a tensor for a pointer; returns the cudaError_t."""
+        values = {field: value.data_ptr() if hasattr(value, "data_ptr") else value for field, value in fields.items()}
+        params = PARAMS[name](**values)
+        return getattr(self._library, f"clip_{name}_launch")(ctypes.byref(params), stream)
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    kernel: str  # quick_gelu, residual_layer_norm or layer_norm
+    kernel: str
     rows: int
     width: int
+    tokens: int = 0  # of an image, for embed_image
+    patch: int = 0  # and the resolution in pixels, for extract_patches
+    resolution: int = 0
 
     @property
-    def tensors(self) -> int:
-        """How many [rows, width] tensors are read or written."""
-        return 4 if self.kernel == "residual_layer_norm" else 2
+    def batch(self) -> int:
+        return self.rows // (self.tokens or (self.resolution // self.patch) ** 2)
 
     @property
     def bytes(self) -> int:
-        return self.rows * self.width * 2 * self.tensors
+        """What is read and written, each once, without constants of one row."""
+        row = self.width * 2
+        if self.kernel.startswith("extract_patches"):
+            return self.batch * 3 * self.resolution**2 * (2 if self.kernel.endswith("fp16") else 4) + self.rows * row
+        if self.kernel == "embed_image":
+            return (self.batch * (self.tokens - 1) + 2 * self.rows) * row + self.tokens * self.width * 4
+        return self.rows * row * (4 if self.kernel == "residual_layer_norm" else 2)
 
     @property
     def floor_us(self) -> float:
         return 1e6 * self.bytes / COPY_BYTES_PER_S
 
 
-# What CLIP's encoders run first (ViT-B/32 at batches 1, 32, 128, ViT-L/14 at 32 and 128, text at 32), then the others.
+def patches_shape(batch: int, patch: int, resolution: int, fp16: bool = False) -> Shape:
+    rows = batch * (resolution // patch) ** 2
+    return Shape(f"extract_patches{'_fp16' if fp16 else ''}", rows, 3 * patch * patch, patch=patch, resolution=resolution)
+
+
+def embed_shape(batch: int, tokens: int, width: int) -> Shape:
+    return Shape("embed_image", batch * tokens, width, tokens=tokens)
+
+
 ROWS = (50, 1600, 6400, 8224, 32896)
-COMMON = [
-    Shape(kernel, rows, width * (4 if kernel == "quick_gelu" else 1))
-    for kernel, rows, width in (
-        *((kernel, rows, width) for kernel in ("quick_gelu", "residual_layer_norm")
-          for rows, width in ((8224, 1024), (1600, 768), (50, 768), (6400, 768), (32896, 1024), (1600, 512))),
-        ("layer_norm", 8224, 1024), ("layer_norm", 1600, 768),
-    )
-]  # fmt: skip
-ALL = [
+BATCHES = (1, 32, 128)
+TIMED = [
     *(Shape("quick_gelu", rows, width) for width in (2048, 3072, 4096) for rows in ROWS),
     *(Shape("residual_layer_norm", rows, width) for width in (512, 768, 1024) for rows in ROWS),
     *(Shape("layer_norm", rows, width) for width in (768, 1024) for rows in ROWS),
+    *(patches_shape(batch, patch, 224) for patch in (32, 16, 14) for batch in BATCHES),
+    *(patches_shape(32, patch, 224, fp16=True) for patch in (32, 14)),
+    *(embed_shape(batch, tokens, width) for tokens, width in ((50, 768), (197, 768), (257, 1024)) for batch in BATCHES),
 ]
-TIMED = COMMON + [shape for shape in ALL if shape not in COMMON]
 
 CHECK_ROWS = (1, 2, 3, 5, 7, 33, 50, 1601)
 CHECK_WIDTHS = (8, 64, 72, 128, 192, 256, 264, 512, 520, 768, 1000, 1024, 1032, 2048, 3072, 4096, 4104, 5120, 8192)
+CHECK_PATCHES = [(2, 2), (2, 6), (6, 30), (8, 64), (12, 36), (14, 14), (14, 42), (14, 224), (14, 336), (16, 224), (32, 224), (32, 32)]
 
 
-def check_cases(full: bool) -> list[tuple[Shape, float]]:
-    """Sizes and scales of the random inputs; in part while developing."""
-    cases = []
-    for kernel in ("quick_gelu", "residual_layer_norm", "layer_norm"):
-        for width in CHECK_WIDTHS if full else CHECK_WIDTHS[1::3]:
-            for rows in CHECK_ROWS if full else (3, 1601):
-                cases += [(Shape(kernel, rows, width), scale) for scale in ((0.1, 1.0, 8.0) if full else (1.0,))]
-    return cases
+def check_cases(kernel: str) -> list[tuple[Shape, float]]:
+    """Sizes of a kernel and scales of its random inputs."""
+    if kernel.startswith("extract_patches"):
+        return [(patches_shape(batch, *sizes, kernel.endswith("fp16")), 1.0) for sizes in CHECK_PATCHES for batch in (1, 3, 33)]
+    if kernel == "embed_image":
+        shapes = [embed_shape(batch, tokens, width) for width in CHECK_WIDTHS for tokens in (2, 5, 50) for batch in (1, 3, 33)]
+    else:
+        shapes = [Shape(kernel, rows, width) for width in CHECK_WIDTHS for rows in CHECK_ROWS]
+    return [(shape, scale) for shape in shapes for scale in (0.1, 1.0, 8.0)]
+
+
+KERNELS = ("quick_gelu", "residual_layer_norm", "layer_norm", "extract_patches", "extract_patches_fp16", "embed_image")
 
 
 class Table:
@@ -185,88 +189,208 @@ class Table:
         self._file.flush()
 
 
-@dataclasses.dataclass
-class Inputs:
-    """Tensors of one launch, random normal; a delta and a sum only where there is a residual."""
+class Work:
+    """One launch: random normal inputs, outputs by name, and what the outputs must be."""
 
-    x: object
-    delta: object
-    bias: object
-    scale: object
-    shift: object
-    sum_out: object
-    out: object
+    outputs: dict
+
+    def __init__(self, torch, shape: Shape, scale: float, seed: int):
+        self.torch, self.shape, self.scale = torch, shape, scale
+        self._generator = torch.Generator("cuda").manual_seed(seed)
+        self.make()
+
+    def normal(self, *size):
+        return self.torch.randn(size, generator=self._generator, device="cuda", dtype=self.torch.float32)
+
+    def half(self, *size):
+        return (self.normal(*size) * self.scale).half()
+
+    def row_constants(self, *names: str) -> dict:
+        """fp32 [width] each: scales around 1, the others around 0."""
+        return {name: (name.startswith("scale")) + 0.3 * self.normal(self.shape.width) for name in names}
+
+    def empty(self):
+        return self.torch.empty(self.shape.rows, self.shape.width, dtype=self.torch.half, device="cuda")
+
+    def make(self) -> None:
+        raise NotImplementedError
+
+    def status(self, library: Library, stream) -> int:
+        raise NotImplementedError
+
+    def errors(self) -> list[tuple]:
+        """(output, float64 reference, largest error allowed) for each output.
+
+        An output may be off by half a unit of fp16's last place, which is what rounding costs, and by what fp32
+        arithmetic costs on the way: a few 2^-24 of the largest number that went into it.
+        """
+        raise NotImplementedError
+
+    def run(self, library: Library) -> None:
+        status = self.status(library, self.torch.cuda.current_stream().cuda_stream)
+        if status != 0:
+            raise RuntimeError(f"cudaError {status} for {self.shape}")
+
+    def half_ulp(self, exact):
+        """Half the distance of the fp16 numbers around each value of a float64 tensor."""
+        return 2.0 ** (exact.abs().clamp(min=2.0**-14).log2().floor() - 11)
+
+    def layer_norm_error(self, out, x, scale, shift, allowed_of_x=0.0) -> tuple:
+        """(out, exact, allowed) for the layer norm of a float64 x, itself off by up to allowed_of_x."""
+        mean = x.mean(1, keepdim=True)
+        deviation = (x.var(1, correction=0, keepdim=True) + EPSILON).sqrt()
+        normalised = (x - mean) / deviation
+        exact = normalised * scale.double() + shift.double()
+        fp32 = (normalised.abs() * 8 + x.abs().amax(1, keepdim=True) / deviation * 4) * scale.abs().double() + shift.abs().double()
+        return out, exact, self.half_ulp(exact) + fp32 * 2.0**-22
 
 
-def random_inputs(torch, shape: Shape, scale: float, seed: int) -> Inputs:
-    generator = torch.Generator("cuda").manual_seed(seed)
+class Gelu(Work):
+    def make(self) -> None:
+        self.x, self.bias = self.half(self.shape.rows, self.shape.width), self.normal(self.shape.width) * self.scale
+        self.outputs = {"out": self.empty()}
 
-    def normal(*size):
-        return torch.randn(size, generator=generator, device="cuda", dtype=torch.float32)
+    def status(self, library: Library, stream) -> int:
+        rows, width = self.x.shape
+        return library.launch("bias_quick_gelu", stream, **{"in": self.x}, bias=self.bias, rows=rows, width=width, **self.outputs)
 
-    def half():
-        return (normal(shape.rows, shape.width) * scale).half()
-
-    residual = shape.kernel == "residual_layer_norm"
-    x = half()
-    return Inputs(
-        x, half() if residual else None, None if shape.kernel == "layer_norm" else normal(shape.width) * scale,
-        1 + 0.3 * normal(shape.width), 0.3 * normal(shape.width), torch.empty_like(x) if residual else None,
-        torch.empty_like(x),
-    )  # fmt: skip
-
-
-def run_kernel(torch, library: Library, shape: Shape, inputs: Inputs, variant: int) -> None:
-    stream = torch.cuda.current_stream().cuda_stream
-    if shape.kernel == "quick_gelu":
-        status = library.gelu(stream, inputs.x, inputs.bias, inputs.out, variant)
-    else:
-        status = library.layer_norm(
-            stream, inputs.x, inputs.delta, inputs.bias, inputs.scale, inputs.shift, inputs.sum_out, inputs.out, variant
-        )
-    if status != 0:
-        raise RuntimeError(f"{shape.kernel} returned cudaError {status} for {shape}, variant {variant}")
-
-
-def ulp_half(torch, exact):
-    """The distance of fp16 numbers around each value of a float64 tensor."""
-    return 2.0 ** (exact.abs().clamp(min=2.0**-14).log2().floor() - 10)
-
-
-def errors(torch, shape: Shape, inputs: Inputs) -> list[tuple[object, object, object]]:
-    """(output, float64 reference, largest error allowed) for each output.
-
-    An output may be off by half a unit of fp16's last place, which is what rounding costs, and by what fp32 arithmetic
-    costs on the way: a few 2^-24 of the largest number that went into it.
-    """
-    x = inputs.x.double()
-    if shape.kernel == "quick_gelu":
-        y = x if inputs.bias is None else x + inputs.bias.double()
-        exact = y * torch.sigmoid(1.702 * y)
+    def errors(self) -> list[tuple]:
+        y = self.x.double() if self.bias is None else self.x.double() + self.bias.double()
+        exact = y * self.torch.sigmoid(1.702 * y)
         # The exponent, up to 1.702 log2(e) |y|, is rounded to fp32 before the power is taken.
-        return [(inputs.out, exact, ulp_half(torch, exact) / 2 + exact.abs() * (4 + 4 * y.abs()) * 2.0**-23)]
-    checked = []
-    if inputs.sum_out is not None:
-        parts = [x] + [part.double() for part in (inputs.delta, inputs.bias) if part is not None]
-        exact = sum(parts)
-        checked.append((inputs.sum_out, exact, ulp_half(torch, exact) / 2 + sum(part.abs() for part in parts) * 2.0**-22))
-        x = inputs.sum_out.double()  # the layer norm is that of the rounded sum
-    mean = x.mean(1, keepdim=True)
-    deviation = (x.var(1, correction=0, keepdim=True) + EPSILON).sqrt()
-    normalised = (x - mean) / deviation
-    exact = normalised * inputs.scale.double() + inputs.shift.double()
-    fp32 = (normalised.abs() * 8 + x.abs().amax(1, keepdim=True) / deviation * 4) * inputs.scale.abs().double() + inputs.shift.abs().double()
-    checked.append((inputs.out, exact, ulp_half(torch, exact) / 2 + fp32 * 2.0**-22))
-    return checked
+        return [(self.outputs["out"], exact, self.half_ulp(exact) + exact.abs() * (4 + 4 * y.abs()) * 2.0**-23)]
+
+    def library(self):
+        torch = self.torch
+
+        def quick_gelu(x, bias):
+            y = x.float() + bias
+            return (y * torch.sigmoid(1.702 * y)).half()
+
+        return "torch.compile", torch.compile(quick_gelu, dynamic=False), lambda work: (work.x, work.bias)
 
 
-def guarded(torch, like, value: float):
-    """A tensor like `like` amid two rows of a value before and behind, and the whole."""
-    whole = torch.full((like.shape[0] + 4, like.shape[1]), value, device="cuda").half()
-    return whole[2:-2], whole
+class LayerNorm(Work):
+    def make(self) -> None:
+        rows, width = self.shape.rows, self.shape.width
+        self.x, self.delta, self.bias = self.half(rows, width), None, None
+        self.outputs = {"out": self.empty()}
+        if self.shape.kernel == "residual_layer_norm":
+            self.delta, self.bias = self.half(rows, width), self.normal(width) * self.scale
+            self.outputs = {"sum_out": self.empty(), "out": self.empty()}
+        self.constants = self.row_constants("scale", "shift")
+
+    def status(self, library: Library, stream) -> int:
+        rows, width = self.x.shape
+        return library.launch("residual_layer_norm", stream, x=self.x, delta=self.delta, bias=self.bias, rows=rows,
+                              width=width, epsilon=EPSILON, **self.constants, **self.outputs)  # fmt: skip
+
+    def errors(self) -> list[tuple]:
+        checked, x = [], self.x.double()
+        if "sum_out" in self.outputs:
+            parts = [x] + [part.double() for part in (self.delta, self.bias) if part is not None]
+            exact = sum(parts)
+            checked.append((self.outputs["sum_out"], exact, self.half_ulp(exact) + sum(part.abs() for part in parts) * 2.0**-22))
+            x = self.outputs["sum_out"].double()  # the layer norm is that of the rounded sum
+        return checked + [self.layer_norm_error(self.outputs["out"], x, **self.constants)]
+
+    def library(self):
+        torch = self.torch
+
+        def residual_layer_norm(x, delta, bias, scale, shift):
+            total = (x.float() + delta.float() + bias).half()
+            return total, torch.nn.functional.layer_norm(total.float(), total.shape[1:], scale, shift, EPSILON).half()
+
+        def layer_norm(x, scale, shift):
+            return torch.nn.functional.layer_norm(x, x.shape[1:], scale, shift, EPSILON)
+
+        if self.delta is None:  # PyTorch's own kernel takes constants of x's type
+            return "layer_norm", layer_norm, lambda work: (work.x, *(value.half() for value in work.constants.values()))
+        compiled = torch.compile(residual_layer_norm, dynamic=False)
+        return "torch.compile", compiled, lambda work: (work.x, work.delta, work.bias, *work.constants.values())
 
 
-def check_case(torch, library: Library, shape: Shape, inputs: Inputs, variant: int) -> tuple[bool, float]:
+class Patches(Work):
+    def make(self) -> None:
+        size = (self.shape.batch, 3, self.shape.resolution, self.shape.resolution)
+        fp16 = self.shape.kernel == "extract_patches_fp16"
+        self.images = self.half(*size) if fp16 else self.normal(*size) * self.scale
+        self.outputs = {"out": self.empty()}
+
+    def status(self, library: Library, stream) -> int:
+        batch, _, resolution, _ = self.images.shape
+        return library.launch("extract_patches", stream, images=self.images, batch=batch, resolution=resolution,
+                              patch_size=self.shape.patch, half=int(self.images.dtype == self.torch.half), **self.outputs)  # fmt: skip
+
+    def errors(self) -> list[tuple]:
+        exact = cut(self.images, self.shape.patch).half().double()
+        return [(self.outputs["out"], exact, self.torch.full_like(exact, 1e-30))]  # rounding is exact: no error at all
+
+    def library(self):
+        patch = self.shape.patch
+        return "torch.compile", self.torch.compile(lambda images: cut(images.half(), patch), dynamic=False), lambda work: (work.images,)
+
+
+def cut(images, patch: int):
+    """[B, 3, R, R] -> [B * (R / patch)^2, 3 * patch^2], as clip_ttrt.ops.extract_patches_reference on rows."""
+    side = images.shape[2] // patch
+    pieces = images.reshape(-1, 3, side, patch, side, patch).permute(0, 2, 4, 1, 3, 5)
+    return pieces.reshape(-1, 3 * patch * patch).contiguous()
+
+
+class Embed(Work):
+    def make(self) -> None:
+        self.patches = self.half(self.shape.batch * (self.shape.tokens - 1), self.shape.width)
+        self.constants = {
+            "class_token": self.normal(self.shape.width) * self.scale,
+            "positions": self.normal(self.shape.tokens, self.shape.width) * self.scale,
+            **self.row_constants("scale_pre", "shift_pre", "scale_1", "shift_1"),
+        }
+        self.outputs = {"x": self.empty(), "y": self.empty()}
+
+    def status(self, library: Library, stream) -> int:
+        return library.launch("embed_image", stream, patches=self.patches, batch=self.shape.batch, tokens=self.shape.tokens,
+                              width=self.shape.width, epsilon_pre=EPSILON, epsilon_1=EPSILON, **self.constants, **self.outputs)  # fmt: skip
+
+    def errors(self) -> list[tuple]:
+        constants = {name: value.double() for name, value in self.constants.items()}
+        x, y = self.outputs["x"], self.outputs["y"]
+        rows = with_class_token(self.torch, self.patches.double(), constants["class_token"], constants["positions"])
+        return [
+            self.layer_norm_error(x, rows, constants["scale_pre"], constants["shift_pre"]),
+            self.layer_norm_error(y, x.double(), constants["scale_1"], constants["shift_1"]),  # of the rounded x
+        ]
+
+    def library(self):
+        torch = self.torch
+
+        def embed(patches, class_token, positions, scale_pre, shift_pre, scale_1, shift_1):
+            rows = with_class_token(torch, patches.float(), class_token, positions)
+            x = torch.nn.functional.layer_norm(rows, rows.shape[1:], scale_pre, shift_pre, EPSILON).half()
+            return x, torch.nn.functional.layer_norm(x.float(), rows.shape[1:], scale_1, shift_1, EPSILON).half()
+
+        return "torch.compile", torch.compile(embed, dynamic=False), lambda work: (work.patches, *work.constants.values())
+
+
+def with_class_token(torch, patches, class_token, positions):
+    """[B * (T - 1), W], [W], [T, W] -> [B * T, W]."""
+    tokens, width = positions.shape
+    patches = patches.reshape(-1, tokens - 1, width)
+    rows = torch.cat([class_token.expand(patches.shape[0], 1, width), patches], dim=1) + positions
+    return rows.reshape(-1, width)
+
+
+WORK = {
+    "quick_gelu": Gelu, "residual_layer_norm": LayerNorm, "layer_norm": LayerNorm, "extract_patches": Patches,
+    "extract_patches_fp16": Patches, "embed_image": Embed,
+}  # fmt: skip
+
+
+def work_for(torch, shape: Shape, scale: float, seed: int) -> Work:
+    return WORK[shape.kernel](torch, shape, scale, seed)
+
+
+def check_work(torch, library: Library, work: Work) -> tuple[bool, float]:
     """Whether a launch is right, and its worst error in units of what is allowed.
 
     Right: every element within its bound, written both over NaN and over numbers with the same bits, nothing written
@@ -274,15 +398,14 @@ def check_case(torch, library: Library, shape: Shape, inputs: Inputs, variant: i
     """
     runs = []
     for poison in (math.nan, 77.0):
-        inputs.out, whole = guarded(torch, inputs.x, poison)
-        wholes = [whole]
-        if inputs.sum_out is not None:
-            inputs.sum_out, whole = guarded(torch, inputs.x, poison)
-            wholes.append(whole)
-        run_kernel(torch, library, shape, inputs, variant)
+        wholes = []
+        for name, out in work.outputs.items():  # each output amid two rows of guard values before and behind
+            wholes.append(torch.full((out.shape[0] + 4, out.shape[1]), poison, device="cuda").half())
+            work.outputs[name] = wholes[-1][2:-2]
+        work.run(library)
         runs.append(wholes)
     worst = 0.0
-    for out, exact, bound in errors(torch, shape, inputs):
+    for out, exact, bound in work.errors():
         ratio = ((out.double() - exact).abs() / bound).amax()
         worst = max(worst, float(ratio) if bool(torch.isfinite(ratio)) else math.inf)
     same = all(torch.equal(a[2:-2], b[2:-2]) for a, b in zip(*runs))
@@ -291,57 +414,38 @@ def check_case(torch, library: Library, shape: Shape, inputs: Inputs, variant: i
 
 
 def check_every_half(torch, library: Library, table: Table) -> int:
-    """QuickGELU of every fp16 number, infinities and NaNs as in PyTorch; returns how many variants failed."""
-    x = torch.arange(-(2**15), 2**15, dtype=torch.int32, device="cuda").short().view(torch.float16).view(1024, 64)
-    shape = Shape("quick_gelu", *x.shape)
-    failed = 0
-    for variant in (0, *library.gelu_variants):
-        inputs = Inputs(x, None, None, None, None, None, torch.zeros_like(x))
-        run_kernel(torch, library, shape, inputs, variant)
-        [(out, exact, bound)] = errors(torch, shape, inputs)
-        finite = torch.isfinite(x)
-        worst = float(((out.double() - exact).abs() / bound)[finite].max())
-        rest = (x.float() * torch.sigmoid(1.702 * x.float())).half()[~finite]
-        ok = worst <= 1 and torch.equal(out[~finite].isnan(), rest.isnan()) and torch.equal(out[x == math.inf], x[x == math.inf])
-        failed += not ok
-        table.write(kernel="quick_gelu of every half", variant=variant, rows=shape.rows, width=shape.width, scale="",
-                    worst=f"{worst:.4g}", ok=int(ok))  # fmt: skip
-        if not ok:
-            print(f"FAIL quick_gelu of every half, variant {variant}: {worst:.3g} of the allowed error")
-    return failed
+    """QuickGELU of every fp16 number, infinities and NaNs as in PyTorch; returns whether it failed."""
+    work = work_for(torch, Shape("quick_gelu", 1024, 64), 1.0, 0)
+    work.x = x = torch.arange(-(2**15), 2**15, dtype=torch.int32, device="cuda").short().view(torch.float16).view(1024, 64)
+    work.bias = None
+    work.run(library)
+    [(out, exact, bound)] = work.errors()
+    finite = torch.isfinite(x)
+    worst = float(((out.double() - exact).abs() / bound)[finite].max())
+    rest = (x.float() * torch.sigmoid(1.702 * x.float())).half()[~finite]
+    ok = worst <= 1 and torch.equal(out[~finite].isnan(), rest.isnan()) and torch.equal(out[x == math.inf], x[x == math.inf])
+    table.write(kernel="quick_gelu of every half", rows=1024, width=64, scale="", worst=f"{worst:.4g}", ok=int(ok))
+    if not ok:
+        print(f"FAIL quick_gelu of every half: {worst:.3g} of the allowed error")
+    return int(not ok)
 
 
-def check(torch, library: Library, cases, develop: bool, table: Table, seconds: float) -> int:
-    """Runs the kernels (while developing every variant) on every case; returns how many failed."""
+def check(torch, library: Library, cases, table: Table, seconds: float) -> int:
+    """Runs the cases; returns how many failed."""
     failed = ran = 0
     started = time.monotonic()
     for index, (shape, scale) in enumerate(cases):
         if time.monotonic() - started > seconds:
             print(f"check: stopped after {index} of {len(cases)} cases, {seconds:.0f} s")
             break
-        for variant in variants_of(library, shape, develop):
-            inputs = random_inputs(torch, shape, scale, index)
-            ok, worst = check_case(torch, library, shape, inputs, variant)
-            ran += 1
-            failed += not ok
-            if not ok and failed <= 10:
-                print(f"FAIL {shape} scale {scale} variant {variant}: {worst:.3g} of the allowed error")
-            table.write(kernel=shape.kernel, variant=variant, rows=shape.rows, width=shape.width, scale=scale,
-                        worst=f"{worst:.4g}", ok=int(ok))  # fmt: skip
+        ok, worst = check_work(torch, library, work_for(torch, shape, scale, index))
+        ran += 1
+        failed += not ok
+        if not ok and failed <= 10:
+            print(f"FAIL {shape} scale {scale}: {worst:.3g} of the allowed error")
+        table.write(kernel=shape.kernel, rows=shape.rows, width=shape.width, scale=scale, worst=f"{worst:.4g}", ok=int(ok))
     print(f"check: {ran} launches, {failed} failed")
     return failed
-
-
-def variants_of(library: Library, shape: Shape, develop: bool) -> list[int]:
-    if not develop:
-        return [0]
-    all_variants = library.gelu_variants if shape.kernel == "quick_gelu" else library.layer_norm_variants
-    return [0, *(variant for variant in all_variants if serves(shape.kernel, variant, shape.width))]
-
-
-def variant_name(library: Library, shape: Shape, variant: int) -> str:
-    names = library.gelu_variants if shape.kernel == "quick_gelu" else library.layer_norm_variants
-    return names[variant] if variant else "auto"
 
 
 def captured(torch, launch, launches: int):
@@ -383,49 +487,24 @@ def time_us(torch, launch, sets: int, seconds: float) -> float:
     return replay_us(torch, captured(torch, lambda i: launch(i % sets), launches), launches, seconds)
 
 
-def library_function(torch, kernel: str):
-    """The same arithmetic in PyTorch, fp32 inside, fp16 outside: (its name, a function of Inputs)."""
-
-    def quick_gelu(x, bias):
-        y = x.float() + bias
-        return (y * torch.sigmoid(1.702 * y)).half()
-
-    def residual_layer_norm(x, delta, bias, scale, shift):
-        total = (x.float() + delta.float() + bias).half()
-        return total, torch.nn.functional.layer_norm(total.float(), total.shape[1:], scale, shift, EPSILON).half()
-
-    if kernel == "quick_gelu":
-        compiled = torch.compile(quick_gelu, dynamic=False)
-        return "torch.compile", lambda inputs: compiled(inputs.x, inputs.bias)
-    if kernel == "residual_layer_norm":
-        compiled = torch.compile(residual_layer_norm, dynamic=False)
-        return "torch.compile", lambda i: compiled(i.x, i.delta, i.bias, i.scale, i.shift)
-
-    def layer_norm(i):
-        # PyTorch's kernel takes constants of x's type.
-        return torch.nn.functional.layer_norm(i.x, i.x.shape[1:], i.scale.half(), i.shift.half(), EPSILON)
-
-    return "layer_norm", layer_norm
-
-
-def time_library(torch, shape: Shape, sets: list[Inputs], seconds: float) -> tuple[str, float, float]:
+def time_library(torch, sets: list[Work], seconds: float) -> tuple[str, float, float]:
     """(name, time, largest error of the last output)."""
-    name, function = library_function(torch, shape.kernel)
-    if shape.kernel == "layer_norm":  # the casts of the constants are not part of the work
-        for inputs in sets:
-            inputs.scale, inputs.shift = inputs.scale.half(), inputs.shift.half()
+    name, function, arguments = sets[0].library()
+    inputs = [arguments(work) for work in sets]
     kept = [None] * len(sets)  # else the allocator would give every launch the same output, still in the cache
 
     def launch(i):
-        kept[i % len(sets)] = function(sets[i % len(sets)])
+        kept[i % len(sets)] = function(*inputs[i % len(sets)])
 
     us = time_us(torch, launch, len(sets), seconds)
-    inputs = sets[0]
-    result = function(inputs)
-    out = result[-1] if isinstance(result, tuple) else result
-    held = dataclasses.replace(inputs, out=out, sum_out=result[0] if isinstance(result, tuple) else None)
-    checked, exact, _ = errors(torch, shape, held)[-1]
-    return name, us, float((checked.double() - exact).abs().max())
+    result = function(*inputs[0])
+    sets[0].outputs = dict(zip(sets[0].outputs, result if isinstance(result, tuple) else (result,)))
+    return name, us, largest_error(sets[0])
+
+
+def largest_error(work: Work) -> float:
+    out, exact, _ = work.errors()[-1]
+    return float((out.double() - exact).abs().max())
 
 
 def time_kernels(torch, library: Library, shapes, options, table: Table, about: dict) -> None:
@@ -433,69 +512,63 @@ def time_kernels(torch, library: Library, shapes, options, table: Table, about: 
         # Enough sets that they exceed twice the L2 cache, unless there are so few rows that an encoder would leave
         # them in the cache anyway.
         count = max(4, min(8, math.ceil(2 * L2_BYTES / shape.bytes)))
-        sets = [random_inputs(torch, shape, 1.0, i) for i in range(count)]
-        measured = []
-        for variant in variants_of(library, shape, options.develop):
-            us = time_us(torch, lambda i, v=variant: run_kernel(torch, library, shape, sets[i], v), count, options.time_seconds)
-            out, exact, _ = errors(torch, shape, sets[0])[-1]
-            measured.append((variant, us, float((out.double() - exact).abs().max())))
+        sets = [work_for(torch, shape, 1.0, i) for i in range(count)]
+        us = time_us(torch, lambda i: sets[i].run(library), count, options.time_seconds)
+        error = largest_error(sets[0])
         name, library_us, library_error = "", math.nan, math.nan
         if not options.no_library:
             torch._dynamo.reset()  # a static compilation for each shape
-            name, library_us, library_error = time_library(torch, shape, sets, options.time_seconds)
-        print(f"{shape.kernel} {shape.rows} x {shape.width}: floor {shape.floor_us:.1f} us, {name} {library_us:.2f} us")
-        for variant, us, error in measured:
-            label = f"{shape.kernel}: {variant_name(library, shape, variant)}" if options.develop else shape.kernel
-            table.write(
-                kernel=label, rows=shape.rows, width=shape.width, us=f"{us:.3f}", gbps=f"{shape.bytes / us * 1e-3:.0f}",
-                floor_us=f"{shape.floor_us:.2f}", library=name, library_us=f"{library_us:.3f}",
-                ratio=f"{us / library_us:.3f}", max_error=f"{error:.3g}", library_error=f"{library_error:.3g}", **about,
-            )  # fmt: skip
-            print(f"    {label:56s} {us:8.2f} us  {us / library_us:5.2f}x  {shape.bytes / us * 1e-3:6.0f} GB/s")
+            name, library_us, library_error = time_library(torch, sets, options.time_seconds)
+        table.write(
+            kernel=shape.kernel, rows=shape.rows, width=shape.width, us=f"{us:.3f}", gbps=f"{shape.bytes / us * 1e-3:.0f}",
+            floor_us=f"{shape.floor_us:.2f}", library=name, library_us=f"{library_us:.3f}", ratio=f"{us / library_us:.3f}",
+            max_error=f"{error:.3g}", library_error=f"{library_error:.3g}", **about,
+        )  # fmt: skip
+        print(f"{shape.kernel:20s} {shape.rows:6d} x {shape.width:4d}: {us:8.2f} us, floor {shape.floor_us:6.2f}, "
+              f"{shape.bytes / us * 1e-3:5.0f} GB/s; {name} {library_us:.2f} us, ratio {us / library_us:.2f}", flush=True)  # fmt: skip
         del sets
 
 
-# (rows, width of the residual stream): ViT-B/32 at batches 1, 32, 128, ViT-L/14 at 1, 32, 128, text at 32.
-CHAIN = [(1600, 768), (8224, 1024), (6400, 768), (2464, 512), (50, 768), (257, 1024), (32896, 1024)]
+# (rows, width of the residual stream): ViT-B/32 at batches 32 and 1, ViT-L/14 at 32, ViT-B/32 at 128, text at 32.
+CHAIN = [(1600, 768), (8224, 1024), (50, 768), (6400, 768), (2464, 512)]
 CHAIN_LAYERS = 4
 
 
-def chain(torch, library: Library, options, table: Table, about: dict) -> None:
+def chain(torch, libraries: list[Library], options, table: Table, about: dict) -> None:
     """What a kernel adds between two matrix products, where its input is fresh in the L2 cache and its output read next.
 
     Layers of up-projection and down-projection with or without the kernel between; the difference is the kernel's.
+    Graphs of all libraries take turns, so that the clocks, which matrix products pull down, are the same for all.
     """
     for rows, width in CHAIN[: options.shapes]:
         for kernel in ("quick_gelu", "residual_layer_norm"):
             inner = 4 * width if kernel == "quick_gelu" else width
-            shape = Shape(kernel, rows, inner)
-            layers = [random_inputs(torch, shape, 1.0, i) for i in range(CHAIN_LAYERS)]
-            generator = torch.Generator("cuda").manual_seed(0)
-            weights = [
-                [(torch.randn(size, generator=generator, device="cuda") / math.sqrt(size[0])).half() for size in ((width, inner), (inner, width))]
-                for _ in layers
-            ]
-            start = torch.randn(rows, width, generator=generator, device="cuda").half()
-            between = torch.empty_like(start)
+            layers = [work_for(torch, Shape(kernel, rows, inner), 1.0, i) for i in range(CHAIN_LAYERS)]
+            weights = [(layers[0].normal(width, inner) / math.sqrt(width), layers[0].normal(inner, width) / math.sqrt(inner)) for _ in layers]
+            weights = [tuple(weight.half() for weight in pair) for pair in weights]
+            between = layers[0].normal(rows, width).half()
 
-            def layer(i, variant):
-                inputs, (up, down) = layers[i % CHAIN_LAYERS], weights[i % CHAIN_LAYERS]
-                fresh = inputs.x if kernel == "quick_gelu" else inputs.delta
-                torch.mm(start if i % CHAIN_LAYERS == 0 else between, up, out=fresh)
-                if variant is not None:
-                    run_kernel(torch, library, shape, inputs, variant)
-                torch.mm(fresh if variant is None else inputs.out, down, out=between)
+            def layer(i, library):
+                work, (up, down) = layers[i % CHAIN_LAYERS], weights[i % CHAIN_LAYERS]
+                fresh = work.x if kernel == "quick_gelu" else work.delta
+                torch.mm(between, up, out=fresh)
+                if library is not None:
+                    work.run(library)
+                # The same numbers with and without the kernel: they too decide how fast a product is.
+                torch.mm(work.outputs["out"], down, out=between)
 
-            def layer_us(variant):
-                launches = 2 * CHAIN_LAYERS
-                return replay_us(torch, captured(torch, lambda i: layer(i, variant), launches), launches, options.time_seconds)
-
-            without = layer_us(None)
-            for variant in variants_of(library, shape, options.develop):
-                added = layer_us(variant) - without
-                table.write(kernel=kernel, variant=variant_name(library, shape, variant), rows=rows, width=inner,
-                            us=f"{added:.3f}", without_us=f"{without:.3f}", **about)  # fmt: skip
-                print(f"chain {kernel} {rows} x {inner} {variant_name(library, shape, variant):40s} {added:7.2f} us on {without:.2f} us")
+            launches = 2 * CHAIN_LAYERS
+            graphs = [captured(torch, lambda i, library=library: layer(i, library), launches) for library in [*libraries, None]]
+            times = [[] for _ in graphs]
+            for _ in range(options.rounds):
+                for graph, measured in zip(graphs, times):
+                    measured.append(replay_us(torch, graph, launches, 0.0))
+            without = statistics.median(times[-1])
+            for library, measured in zip(libraries, times):
+                added = statistics.median(measured) - without
+                table.write(kernel=kernel, build=library.path.stem, rows=rows, width=inner, us=f"{added:.3f}",
+                            without_us=f"{without:.3f}", **about)  # fmt: skip
+                print(f"chain {kernel:20s} {rows} x {inner} {library.path.stem:32s} {added:7.2f} us on {without:.2f} us", flush=True)
 
 
 def commit(given: str | None) -> str:
@@ -511,11 +584,12 @@ def commit(given: str | None) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.elementwise_bench", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, required=True, help="directory for the CSV files")
-    parser.add_argument("--library", type=pathlib.Path, default=DEFAULT_LIBRARY)
-    parser.add_argument("--develop", action="store_true", help="every variant, on a smaller grid of checks")
+    parser.add_argument("--library", type=pathlib.Path, action="append", help="another build; with --chain several to compare")
     parser.add_argument("--chain", action="store_true", help="time between matrix products, and nothing else")
+    parser.add_argument("--rounds", type=int, default=10, help="with --chain: turns of every graph")
+    parser.add_argument("--kernel", choices=KERNELS, action="append", help="check and time this one only (may be repeated)")
     parser.add_argument("--shapes", type=int, help="time the first so many shapes only")
-    parser.add_argument("--check-seconds", type=float, default=600, help="stop checking after this long")
+    parser.add_argument("--check-seconds", type=float, default=600, help="stop checking a kernel after this long")
     parser.add_argument("--time-seconds", type=float, default=0.1, help="time spent on each measurement")
     parser.add_argument("--skip-check", action="store_true")
     parser.add_argument("--skip-time", action="store_true")
@@ -528,20 +602,24 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("elementwise_bench: no CUDA device; the kernels run on NVIDIA GPUs of compute capability 8.0 and newer")
         return 2
-    library = Library(options.library)
+    libraries = [Library(path) for path in options.library or [DEFAULT_LIBRARY]]
     options.out.mkdir(parents=True, exist_ok=True)
     about = {"gpu": torch.cuda.get_device_name(), "commit": commit(options.commit)}
     if options.chain:
-        chain(torch, library, options, Table(options.out / "elementwise_chain.csv", CHAIN_COLUMNS), about)
+        chain(torch, libraries, options, Table(options.out / "elementwise_chain.csv", CHAIN_COLUMNS), about)
         return 0
+    kernels = options.kernel or KERNELS
     failed = 0
     if not options.skip_check:
         table = Table(options.out / "elementwise_check.csv", CHECK_COLUMNS)
-        failed = check_every_half(torch, library, table)
-        failed += check(torch, library, check_cases(not options.develop), options.develop, table, options.check_seconds)
+        failed = check_every_half(torch, libraries[0], table)
+        for kernel in kernels:
+            print(kernel, end=" ")
+            failed += check(torch, libraries[0], check_cases(kernel), table, options.check_seconds)
     if not options.skip_time:
         table = Table(options.out / "elementwise.csv", COLUMNS)
-        time_kernels(torch, library, TIMED[: options.shapes], options, table, about)
+        shapes = [shape for shape in TIMED if shape.kernel in kernels]
+        time_kernels(torch, libraries[0], shapes[: options.shapes], options, table, about)
     return 1 if failed else 0
 
 

@@ -23,7 +23,7 @@ OUTPUT = KERNELS.parent / "clip_ttrt" / "lib" / "libclip_ttrt_kernels.so"
 BUILD = KERNELS.parent / "build" / "kernels"
 
 ARCHITECTURES = ("80", "86", "89", "90a")
-KERNEL_SOURCES = ("attention/attention.cu", "elementwise/elementwise.cu")
+KERNEL_SOURCES = ("attention/attention.cu", "elementwise/elementwise.cu", "elementwise/embedding.cu")
 PLUGIN_SOURCES = ("attention/attention_plugin.cpp", "elementwise/elementwise_plugin.cpp")
 
 TENSORRT_HEADER = "NvInferRuntime.h"

@@ -1,8 +1,8 @@
-// The elementwise work between CLIP's matrix products: the interface between callers (the TensorRT plugins,
+// The work around CLIP's matrix products that is not one: the interface between callers (the TensorRT plugins,
 // PyTorch, the benchmark) and the kernels. Pointers, sizes and a stream only: neither Torch nor TensorRT.
 //
-// Tensors are [rows, width], fp16, contiguous; constants are fp32 [width]. All are in device memory and 16-byte
-// aligned; outputs overlap nothing. Arithmetic is fp32. Same input, same bits. Both functions enqueue on
+// Tensors are fp16 rows, contiguous; constants are fp32. All are in device memory and 16-byte aligned; outputs
+// overlap nothing. Widths are multiples of 8. Arithmetic is fp32. Same input, same bits. The launches enqueue on
 // `stream` and return at once, are safe in CUDA-graph capture, and allocate nothing. No rows: nothing to do.
 // cudaErrorInvalidValue: a size or a pointer outside the contract. cudaErrorNoKernelImageForDevice: the GPU is
 // older than sm_80.
@@ -21,23 +21,24 @@ enum {
   kClipQuickGeluMaxWidth = 65536,
   kClipLayerNormMaxWidth = 8192,
   kClipElementwiseMaxRows = 2147483647,
+  kClipMaxResolution = 4096,
+  kClipImageChannels = 3,
 };
 
 // Plain data, also filled through ctypes (clip_ttrt/elementwise.py): keep the two alike.
 
-// out = y sigmoid(1.702 y) with y = in + bias
+// [rows, width] and [width]: out = y sigmoid(1.702 y) with y = in + bias
 typedef struct ClipBiasQuickGeluParams {
   const void* in;
   const void* bias;  // or NULL
   void* out;
-  int64_t rows;     // 0 .. kClipElementwiseMaxRows
-  int32_t width;    // 8 .. kClipQuickGeluMaxWidth
-  int32_t variant;  // 0: the automatic choice; else an id that clip_bias_quick_gelu_variant knows
+  int64_t rows;   // 0 .. kClipElementwiseMaxRows
+  int32_t width;  // 8 .. kClipQuickGeluMaxWidth
 } ClipBiasQuickGeluParams;
 
 cudaError_t clip_bias_quick_gelu_launch(const ClipBiasQuickGeluParams* params, cudaStream_t stream);
 
-// sum_out = s, rounded to fp16, with s = x + delta + bias
+// [rows, width] and [width]: sum_out = s, rounded to fp16, with s = x + delta + bias
 // out = (s - mean(s)) / sqrt(variance(s) + epsilon) * scale + shift, of the rounded s: what sum_out holds
 typedef struct ClipResidualLayerNormParams {
   const void* x;
@@ -50,23 +51,56 @@ typedef struct ClipResidualLayerNormParams {
   int64_t rows;   // 0 .. kClipElementwiseMaxRows
   int32_t width;  // 8 .. kClipLayerNormMaxWidth
   float epsilon;  // > 0
-  int32_t variant;  // 0: the automatic choice; else an id that clip_residual_layer_norm_variant knows
 } ClipResidualLayerNormParams;
 
 cudaError_t clip_residual_layer_norm_launch(const ClipResidualLayerNormParams* params, cudaStream_t stream);
 
-// Name of the index-th variant and its id through `id`; NULL past the last one.
-const char* clip_bias_quick_gelu_variant(int32_t index, int32_t* id);
-const char* clip_residual_layer_norm_variant(int32_t index, int32_t* id);
+// Images [batch, 3, resolution, resolution], fp32 or fp16, to one row for each patch, fp16 [batch * side * side,
+// 3 * patch_size * patch_size] with side = resolution / patch_size. A row holds a patch by channel, row and column, as a
+// convolution's weight does; an image's patches are in rows of the image.
+typedef struct ClipExtractPatchesParams {
+  const void* images;
+  void* out;
+  int64_t batch;       // >= 0; batch * side * side at most kClipElementwiseMaxRows
+  int32_t resolution;  // up to kClipMaxResolution
+  int32_t patch_size;  // even, divides resolution
+  int32_t half;        // 1: the images are fp16, 0: fp32
+} ClipExtractPatchesParams;
+
+cudaError_t clip_extract_patches_launch(const ClipExtractPatchesParams* params, cudaStream_t stream);
+
+// An image's first rows: the class token [width], then its tokens - 1 patches [batch * (tokens - 1), width], plus
+// positions [tokens, width]; of that x, the layer norm with epsilon_pre, scale_pre and shift_pre, rounded; and of
+// the rounded x, y, the layer norm with epsilon_1, scale_1 and shift_1. x and y: [batch * tokens, width].
+typedef struct ClipEmbedImageParams {
+  const void* patches;  // the only fp16 input
+  const void* class_token;
+  const void* positions;
+  const void* scale_pre;
+  const void* shift_pre;
+  const void* scale_1;
+  const void* shift_1;
+  void* x;
+  void* y;
+  int64_t batch;   // >= 0; batch * tokens at most kClipElementwiseMaxRows
+  int32_t tokens;  // >= 2: the class token and a patch
+  int32_t width;   // 8 .. kClipLayerNormMaxWidth
+  float epsilon_pre;  // > 0
+  float epsilon_1;    // > 0
+} ClipEmbedImageParams;
+
+cudaError_t clip_embed_image_launch(const ClipEmbedImageParams* params, cudaStream_t stream);
 
 // Only in a library that was built with TensorRT's headers: registers the plugins (elementwise_plugin.cpp) if
-// libnvinfer is loaded in this process. 1: TensorRT knows both now, also if it did before. Loading the
+// libnvinfer is loaded in this process. 1: TensorRT knows all of them now, also if it did before. Loading the
 // library calls it too, so only a program that loads TensorRT later needs to.
 int32_t clip_elementwise_register_plugins(void);
 
-// sizeof the two structs: lets a caller in another language check that its copies agree.
+// sizeof the structs: lets a caller in another language check that its copies agree.
 int32_t clip_bias_quick_gelu_params_size(void);
 int32_t clip_residual_layer_norm_params_size(void);
+int32_t clip_extract_patches_params_size(void);
+int32_t clip_embed_image_params_size(void);
 
 #ifdef __cplusplus
 }

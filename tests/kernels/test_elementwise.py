@@ -1,5 +1,6 @@
 """The elementwise kernels: the interface, the numbers they compute, and their wrappers for PyTorch."""
 
+import copy
 import ctypes
 import pathlib
 import re
@@ -7,7 +8,7 @@ import re
 import pytest
 import torch
 
-from clip_ttrt import elementwise
+from clip_ttrt import elementwise, ops
 from clip_ttrt.errors import UserError
 from experiments import elementwise_bench as bench
 from kernels import build
@@ -35,18 +36,18 @@ def library():
 # The interface
 
 
-@pytest.mark.parametrize(
-    "struct, ours, benchs",
-    [
-        ("ClipBiasQuickGeluParams", elementwise.GeluParams, bench.GeluParams),
-        ("ClipResidualLayerNormParams", elementwise.LayerNormParams, bench.LayerNormParams),
-    ],
-)
-def test_ctypes_structs_agree_with_the_header(struct, ours, benchs):
-    body = re.search(rf"typedef struct {struct} \{{(.*?)\}}", HEADER, re.DOTALL).group(1)
+STRUCTS = {
+    "bias_quick_gelu": "ClipBiasQuickGeluParams", "residual_layer_norm": "ClipResidualLayerNormParams",
+    "extract_patches": "ClipExtractPatchesParams", "embed_image": "ClipEmbedImageParams",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STRUCTS)
+def test_ctypes_structs_agree_with_the_header(name):
+    body = re.search(rf"typedef struct {STRUCTS[name]} \{{(.*?)\}}", HEADER, re.DOTALL).group(1)
     fields = re.findall(r"^\s*(const void\*|void\*|int64_t|int32_t|float) (\w+);", body, re.MULTILINE)
-    assert [(name, TYPES[kind]) for kind, name in fields] == list(ours._fields_)
-    assert ours._fields_ == benchs._fields_  # the bench runs without our package
+    assert [(field, TYPES[kind]) for kind, field in fields] == list(elementwise.PARAMS[name]._fields_)
+    assert elementwise.PARAMS[name]._fields_ == bench.PARAMS[name]._fields_  # the bench runs without our package
 
 
 def test_limits_agree_with_the_header():
@@ -54,17 +55,25 @@ def test_limits_agree_with_the_header():
     assert int(limits["kClipElementwiseWidthStep"]) == elementwise.WIDTH_STEP
     assert int(limits["kClipQuickGeluMaxWidth"]) == elementwise.GELU_WIDTHS
     assert int(limits["kClipLayerNormMaxWidth"]) == elementwise.LAYER_NORM_WIDTHS
+    assert int(limits["kClipMaxResolution"]) == elementwise.MAX_RESOLUTION
 
 
 def test_floor_counts_each_byte_once():
     assert bench.Shape("quick_gelu", 8224, 4096).bytes == 8224 * 4096 * 2 * 2
     assert bench.Shape("residual_layer_norm", 8224, 1024).bytes == 8224 * 1024 * 2 * 4
     assert bench.Shape("layer_norm", 8224, 1024).bytes == 8224 * 1024 * 2 * 2
+    assert bench.patches_shape(32, 32, 224).bytes == 32 * 3 * 224 * 224 * (4 + 2)
+    assert bench.patches_shape(32, 14, 224, fp16=True).bytes == 32 * 3 * 224 * 224 * (2 + 2)
+    assert bench.embed_shape(32, 50, 768).bytes == 32 * (49 + 50 + 50) * 768 * 2 + 50 * 768 * 4
 
 
-def test_every_shape_asked_for_is_timed_once():
-    assert len(bench.TIMED) == len(set(bench.TIMED)) == len(set(bench.ALL))
-    assert set(bench.COMMON) - set(bench.ALL) == set()
+def test_benchmarks_references_are_the_ops():
+    """So that what the kernels are checked against is what the encoder computes."""
+    images = torch.randn(2, 3, 24, 24)
+    assert torch.equal(bench.cut(images, 8), ops.extract_patches_reference(images, 8).reshape(-1, 3 * 64))
+    patches, token, positions = torch.randn(2, 4, 16), torch.randn(16), torch.randn(5, 16)
+    rows = bench.with_class_token(torch, patches.reshape(-1, 16), token, positions)
+    assert torch.equal(rows, (ops.prepend_class_token_reference(patches, token) + positions).reshape(-1, 16))
 
 
 def test_wrappers_refuse_what_is_not_on_a_gpu():
@@ -74,6 +83,10 @@ def test_wrappers_refuse_what_is_not_on_a_gpu():
         elementwise.bias_quick_gelu(x, constant)
     with pytest.raises(ValueError, match="x must be fp16"):
         elementwise.residual_layer_norm(x, x, constant, constant, constant, 1e-5)
+    with pytest.raises(ValueError, match="images must be fp32 or fp16"):
+        elementwise.extract_patches(torch.zeros(1, 3, 32, 32), 16)
+    with pytest.raises(ValueError, match="patches must be fp16"):
+        elementwise.embed_image(x, constant, torch.zeros(3, 64), constant, constant, constant, constant, 1e-5, 1e-5)
 
 
 def test_library_of_another_version_is_a_user_error(monkeypatch):
@@ -83,39 +96,49 @@ def test_library_of_another_version_is_a_user_error(monkeypatch):
         elementwise._library()
 
 
+POINTER, UNALIGNED = 4096, 4104
+VALID = {
+    "bias_quick_gelu": {"in": POINTER, "bias": None, "out": POINTER, "rows": 3, "width": 64},
+    "residual_layer_norm": {"x": POINTER, "delta": None, "bias": None, "scale": POINTER, "shift": POINTER, "sum_out": None, "out": POINTER,
+                            "rows": 3, "width": 64, "epsilon": 1e-5},
+    "extract_patches": {"images": POINTER, "out": POINTER, "batch": 1, "resolution": 224, "patch_size": 32, "half": 0},
+    "embed_image": {**dict.fromkeys(("patches", "class_token", "positions", "scale_pre", "shift_pre", "scale_1", "shift_1", "x", "y"), POINTER),
+                    "batch": 1, "tokens": 50, "width": 64, "epsilon_pre": 1e-5, "epsilon_1": 1e-5},
+}  # fmt: skip
+SIZES = {
+    "bias_quick_gelu": {"rows": (-1, 2**31), "width": (0, -8, 4, 100, 65544)},
+    "residual_layer_norm": {"rows": (-1, 2**31), "width": (0, -8, 4, 100, 8200), "epsilon": (0.0, -1.0, float("nan"))},
+    "extract_patches": {"batch": (-1, 2**31, 2**62), "resolution": (0, -32, 223, 8192), "patch_size": (0, -2, 7, 30, 448), "half": (-1, 2)},
+    "embed_image": {"batch": (-1, 2**31, 2**62), "tokens": (1, 0, -1), "width": (0, 4, 100, 8200), "epsilon_pre": (0.0, float("nan")),
+                    "epsilon_1": (0.0, float("nan"))},
+}  # fmt: skip
+NULLABLE = ("bias", "delta", "sum_out")
+
+
+def outside_the_contract():
+    for name, values in VALID.items():
+        for field in values:
+            if field in SIZES[name]:
+                yield from ((name, {field: value}) for value in SIZES[name][field])
+            else:
+                yield name, {field: UNALIGNED}
+                if field not in NULLABLE:
+                    yield name, {field: None}
+
+
 @built
-@pytest.mark.parametrize(
-    "changed",
-    [{"rows": -1}, {"rows": 2**31}, {"width": 0}, {"width": 4}, {"width": 100}, {"width": 65544}, {"in": None}, {"out": None},
-     {"in": 4104}, {"out": 4104}, {"bias": 4104}],
-)  # fmt: skip
-def test_gelu_refuses_what_is_outside_the_contract(library, changed):
+@pytest.mark.parametrize("name, changed", list(outside_the_contract()))
+def test_what_is_outside_the_contract_is_refused(library, name, changed):
     """Before any call to the driver, so also where there is no GPU."""
-    values = {"in": 4096, "bias": None, "out": 4096, "rows": 3, "width": 64, "variant": 0} | changed
-    params = bench.GeluParams(*(values[name] for name, _ in bench.GeluParams._fields_))
-    assert library._library.clip_bias_quick_gelu_launch(ctypes.byref(params), None) == INVALID_VALUE
+    assert library.launch(name, None, **(VALID[name] | changed)) == INVALID_VALUE
 
 
 @built
-@pytest.mark.parametrize(
-    "changed",
-    [{"rows": -1}, {"rows": 2**31}, {"width": 0}, {"width": 4}, {"width": 100}, {"width": 8200}, {"epsilon": 0.0},
-     {"epsilon": -1.0}, {"epsilon": float("nan")}, {"x": None}, {"scale": None}, {"shift": None}, {"out": None}, {"x": 4104},
-     {"delta": 4104}, {"bias": 4104}, {"scale": 4104}, {"shift": 4104}, {"sum_out": 4104}, {"out": 4104}],
-)  # fmt: skip
-def test_layer_norm_refuses_what_is_outside_the_contract(library, changed):
-    values = {name: 4096 for name in ("x", "scale", "shift", "out")} | {name: None for name in ("delta", "bias", "sum_out")}
-    values |= {"rows": 3, "width": 64, "epsilon": 1e-5, "variant": 0} | changed
-    params = bench.LayerNormParams(*(values[name] for name, _ in bench.LayerNormParams._fields_))
-    assert library._library.clip_residual_layer_norm_launch(ctypes.byref(params), None) == INVALID_VALUE
-
-
-@built
-def test_no_rows_are_no_work(library):
-    gelu = bench.GeluParams(None, None, None, 0, 64, 0)
-    assert library._library.clip_bias_quick_gelu_launch(ctypes.byref(gelu), None) == 0
-    norm = bench.LayerNormParams(None, None, None, None, None, None, None, 0, 64, 1e-5, 0)
-    assert library._library.clip_residual_layer_norm_launch(ctypes.byref(norm), None) == 0
+@pytest.mark.parametrize("name", VALID)
+def test_no_rows_are_no_work(library, name):
+    nothing = {"rows": 0} if "rows" in VALID[name] else {"batch": 0}
+    pointers = {field: None for field in VALID[name] if field not in SIZES[name]}
+    assert library.launch(name, None, **(VALID[name] | pointers | nothing)) == 0
 
 
 # The numbers
@@ -124,20 +147,12 @@ def test_no_rows_are_no_work(library):
 @built
 @pytest.mark.gpu
 @on_gpu
-@pytest.mark.parametrize("kernel", ["quick_gelu", "residual_layer_norm", "layer_norm"])
+@pytest.mark.parametrize("kernel", bench.KERNELS)
 def test_error_is_rounding(library, kernel, tmp_path):
     """Also: every element written, nothing beside them, the same bits twice."""
-    cases = [case for case in bench.check_cases(full=True) if case[0].kernel == kernel]
-    assert len(cases) == 19 * 8 * 3
-    assert bench.check(torch, library, cases, False, bench.Table(tmp_path / "check.csv", bench.CHECK_COLUMNS), seconds=600) == 0
-
-
-@built
-@pytest.mark.gpu
-@on_gpu
-def test_every_variant(library, tmp_path):
-    table = bench.Table(tmp_path / "check.csv", bench.CHECK_COLUMNS)
-    assert bench.check(torch, library, bench.check_cases(full=False), True, table, seconds=600) == 0
+    cases = bench.check_cases(kernel)
+    assert len(cases) >= 36
+    assert bench.check(torch, library, cases, bench.Table(tmp_path / "check.csv", bench.CHECK_COLUMNS), seconds=600) == 0
 
 
 @built
@@ -150,12 +165,38 @@ def test_quick_gelu_of_every_half(library, tmp_path):
 @built
 @pytest.mark.gpu
 @on_gpu
-@pytest.mark.parametrize("kernel, rows, width", [("quick_gelu", 300_000, 64), ("layer_norm", 300_000, 64), ("residual_layer_norm", 70_000, 1032)])
-def test_more_rows_than_a_grid_has_in_y(library, kernel, rows, width):
-    shape = bench.Shape(kernel, rows, width)
-    inputs = bench.random_inputs(torch, shape, 1.0, 0)
-    for variant in bench.variants_of(library, shape, develop=True):
-        assert bench.check_case(torch, library, shape, inputs, variant)[0], variant
+@pytest.mark.parametrize(
+    "shape",
+    [
+        bench.Shape("quick_gelu", 140_000, 1024), bench.Shape("layer_norm", 300_000, 64), bench.Shape("residual_layer_norm", 70_000, 1032),
+        bench.patches_shape(40_000, 8, 16), bench.embed_shape(40_000, 2, 64),
+    ],
+    ids=lambda shape: shape.kernel,
+)  # fmt: skip
+def test_more_rows_than_a_grid_has_in_y(library, shape):
+    """Rows of QuickGELU, two to a block, and planes of images are what a grid has in y and z."""
+    work = bench.work_for(torch, shape, 1.0, 0)
+    work.run(library)
+    for first in (0, shape.rows // 2, shape.rows - 1000):  # a float64 copy of all of it would not fit everywhere
+        part = part_of(work, first - first % (shape.tokens or 4), 1000)
+        for out, exact, bound in part.errors():
+            assert ((out.double() - exact).abs() <= bound).all()
+
+
+def part_of(work, first: int, rows: int):
+    """The same work seen through some of its rows."""
+    part = copy.copy(work)
+    part.outputs = {name: out[first : first + rows] for name, out in work.outputs.items()}
+    for name in ("x", "delta"):
+        if getattr(work, name, None) is not None:
+            setattr(part, name, getattr(work, name)[first : first + rows])
+    if work.shape.tokens:
+        images = slice(first // work.shape.tokens * (work.shape.tokens - 1), (first + rows) // work.shape.tokens * (work.shape.tokens - 1))
+        part.patches = work.patches[images]
+    if work.shape.patch:
+        per_image = (work.shape.resolution // work.shape.patch) ** 2
+        part.images = work.images[first // per_image : (first + rows) // per_image]
+    return part
 
 
 @built
@@ -163,15 +204,13 @@ def test_more_rows_than_a_grid_has_in_y(library, kernel, rows, width):
 @on_gpu
 def test_layer_norm_far_from_zero_and_of_equal_values(library):
     """The variance is that of centred values: the mean does not eat its digits."""
-    shape = bench.Shape("residual_layer_norm", 33, 768)
-    inputs = bench.random_inputs(torch, shape, 1.0, 0)
-    inputs.x += 500
-    assert bench.check_case(torch, library, shape, inputs, 0)[0]
-    shape = bench.Shape("layer_norm", 33, 768)
-    inputs = bench.random_inputs(torch, shape, 1.0, 0)
-    inputs.x.fill_(1000.0)
-    bench.run_kernel(torch, library, shape, inputs, 0)
-    assert torch.equal(inputs.out, inputs.shift.half().expand_as(inputs.out))
+    work = bench.work_for(torch, bench.Shape("residual_layer_norm", 33, 768), 1.0, 0)
+    work.x += 500
+    assert bench.check_work(torch, library, work)[0]
+    work = bench.work_for(torch, bench.Shape("layer_norm", 33, 768), 1.0, 0)
+    work.x.fill_(1000.0)
+    work.run(library)
+    assert torch.equal(work.outputs["out"], work.constants["shift"].half().expand(33, 768))
 
 
 # The wrappers
@@ -207,6 +246,33 @@ def test_wrappers_match_float64_and_torch_layer_norm():
 @built
 @pytest.mark.gpu
 @on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.half])
+@pytest.mark.parametrize("size", [32, 16, 14])
+def test_extract_patches_is_its_reference(size, dtype):
+    images = torch.randn(3, 3, 224, 224, device="cuda").to(dtype)
+    expected = ops.extract_patches_reference(images, size).reshape(-1, 3 * size * size).half()
+    assert torch.equal(elementwise.extract_patches(images, size), expected)
+    turned = images.transpose(2, 3)  # not contiguous
+    assert torch.equal(elementwise.extract_patches(turned, size), elementwise.extract_patches(turned.contiguous(), size))
+
+
+@built
+@pytest.mark.gpu
+@on_gpu
+def test_embed_image_is_its_parts():
+    patches, token, positions = (torch.randn(size, device="cuda") for size in ((3 * 49, 768), (768,), (50, 768)))
+    scale_pre, shift_pre, scale_1, shift_1 = torch.randn(4, 768, device="cuda")
+    x, y = elementwise.embed_image(patches.half(), token, positions, scale_pre, shift_pre, scale_1, shift_1, 1e-5, 1e-6)
+    rows = ops.prepend_class_token_reference(patches.half().double().view(3, 49, 768), token) + positions
+    exact = torch.nn.functional.layer_norm(rows, (768,), scale_pre.double(), shift_pre.double(), 1e-5).view(150, 768)
+    torch.testing.assert_close(x.double(), exact, rtol=1e-3, atol=1e-5)
+    exact = torch.nn.functional.layer_norm(x.double(), (768,), scale_1.double(), shift_1.double(), 1e-6)
+    torch.testing.assert_close(y.double(), exact, rtol=1e-3, atol=1e-5)
+
+
+@built
+@pytest.mark.gpu
+@on_gpu
 def test_wrappers_refuse_other_tensors():
     x, constant = torch.zeros(2, 64, device="cuda").half(), torch.zeros(64, device="cuda")
     with pytest.raises(ValueError, match="bias must be fp32"):
@@ -219,6 +285,10 @@ def test_wrappers_refuse_other_tensors():
         elementwise.bias_quick_gelu(x[:, :12].contiguous(), None)
     with pytest.raises(ValueError, match="epsilon"):
         elementwise.residual_layer_norm(x, x, constant, constant, constant, 0.0)
+    with pytest.raises(ValueError, match="even and divide the resolution"):
+        elementwise.extract_patches(torch.zeros(1, 3, 32, 32, device="cuda"), 12)
+    with pytest.raises(ValueError, match=r"batch \* \(tokens - 1\)"):
+        elementwise.embed_image(x, constant, torch.zeros(4, 64, device="cuda"), *[constant] * 4, 1e-5, 1e-5)
 
 
 @built

@@ -11,6 +11,12 @@ trt = pytest.importorskip("tensorrt", reason="TensorRT is not installed")
 np = pytest.importorskip("numpy")
 
 LAYOUT, EPSILON = 1, 1e-5
+FIELDS = {
+    "ClipBiasQuickGelu": [],
+    "ClipResidualLayerNorm": ["residual", "epsilon"],
+    "ClipExtractPatches": ["patch_size"],
+    "ClipEmbedImage": ["tokens", "epsilon_pre", "epsilon_1"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +29,7 @@ def creators():
     assert library.clip_elementwise_register_plugins() == 1
     assert library.clip_elementwise_register_plugins() == 1  # a second registration does no harm
     registry = trt.get_plugin_registry()
-    return {name: registry.get_plugin_creator(name, "2", "") for name in ("ClipBiasQuickGelu", "ClipResidualLayerNorm")}
+    return {name: registry.get_plugin_creator(name, "2", "") for name in FIELDS}
 
 
 def field(name, value, dtype="int32"):
@@ -35,29 +41,29 @@ def collection(*fields):
     return trt.PluginFieldCollection([field(*f) for f in fields])
 
 
-def test_creators_are_registered_with_their_fields(creators):
-    assert [f.name for f in creators["ClipBiasQuickGelu"].field_names] == []
-    assert [f.name for f in creators["ClipResidualLayerNorm"].field_names] == ["residual", "epsilon"]
+@pytest.mark.parametrize("name", FIELDS)
+def test_creator_is_registered_with_its_fields(creators, name):
+    assert [f.name for f in creators[name].field_names] == FIELDS[name]
 
 
-def test_gelu_survives_serialisation_and_copying(creators):
-    plugin = creators["ClipBiasQuickGelu"].create_plugin("a", collection())
+@pytest.mark.parametrize(
+    "name, fields, expected, outputs",
+    [
+        ("ClipBiasQuickGelu", [], struct.pack("<i", LAYOUT), 1),
+        ("ClipResidualLayerNorm", [("residual", 0), ("epsilon", EPSILON, "float32")], struct.pack("<iif", LAYOUT, 0, EPSILON), 1),
+        ("ClipResidualLayerNorm", [("epsilon", EPSILON, "float32"), ("residual", 1)], struct.pack("<iif", LAYOUT, 1, EPSILON), 2),
+        ("ClipExtractPatches", [("patch_size", 14)], struct.pack("<ii", LAYOUT, 14), 1),
+        ("ClipEmbedImage", [("tokens", 50), ("epsilon_pre", EPSILON, "float32"), ("epsilon_1", 1e-6, "float32")],
+         struct.pack("<iiff", LAYOUT, 50, EPSILON, 1e-6), 2),
+    ],
+)  # fmt: skip
+def test_plugin_survives_serialisation_and_copying(creators, name, fields, expected, outputs):
+    plugin = creators[name].create_plugin("a", collection(*fields))
     data = bytes(plugin.serialize())
-    assert data == struct.pack("<i", LAYOUT)
-    for again in (creators["ClipBiasQuickGelu"].deserialize_plugin("a", data), plugin.clone()):
+    assert data == expected
+    for again in (creators[name].deserialize_plugin("a", data), plugin.clone()):
         assert bytes(again.serialize()) == data
-        assert (again.num_outputs, again.plugin_type, again.plugin_version) == (1, "ClipBiasQuickGelu", "2")
-
-
-@pytest.mark.parametrize("residual, outputs", [(0, 1), (1, 2)])
-def test_layer_norm_survives_serialisation_and_copying(creators, residual, outputs):
-    creator = creators["ClipResidualLayerNorm"]
-    plugin = creator.create_plugin("a", collection(("residual", residual), ("epsilon", EPSILON, "float32")))
-    data = bytes(plugin.serialize())
-    assert data == struct.pack("<iif", LAYOUT, residual, EPSILON)
-    for again in (creator.deserialize_plugin("a", data), plugin.clone()):
-        assert bytes(again.serialize()) == data
-        assert (again.num_outputs, again.plugin_type, again.plugin_version) == (outputs, "ClipResidualLayerNorm", "2")
+        assert (again.num_outputs, again.plugin_type, again.plugin_version) == (outputs, name, "2")
 
 
 @pytest.mark.parametrize(
@@ -77,6 +83,17 @@ def test_layer_norm_survives_serialisation_and_copying(creators, residual, outpu
         ("ClipResidualLayerNorm", [("residual", 1), ("epsilon", 1)]),
         ("ClipResidualLayerNorm", [("residual", [1, 1]), ("epsilon", EPSILON, "float32")]),
         ("ClipResidualLayerNorm", [("residual", 1), ("epsilon", EPSILON, "float32"), ("width", 768)]),
+        ("ClipExtractPatches", []),
+        ("ClipExtractPatches", [("patch_size", 0)]),
+        ("ClipExtractPatches", [("patch_size", 15)]),
+        ("ClipExtractPatches", [("patch_size", -2)]),
+        ("ClipExtractPatches", [("patch_size", 4098)]),
+        ("ClipExtractPatches", [("patch_size", 32.0, "float32")]),
+        ("ClipEmbedImage", [("tokens", 50), ("epsilon_pre", EPSILON, "float32")]),
+        ("ClipEmbedImage", [("tokens", 1), ("epsilon_pre", EPSILON, "float32"), ("epsilon_1", EPSILON, "float32")]),
+        ("ClipEmbedImage", [("tokens", 50), ("epsilon_pre", 0.0, "float32"), ("epsilon_1", EPSILON, "float32")]),
+        ("ClipEmbedImage", [("tokens", 50), ("epsilon_pre", EPSILON, "float32"), ("epsilon_1", float("nan"), "float32")]),
+        ("ClipEmbedImage", [("tokens", 50), ("epsilon_pre", 1), ("epsilon_1", EPSILON, "float32")]),
     ],
 )
 def test_wrong_fields_make_no_plugin(creators, name, fields, capfd):
@@ -95,6 +112,12 @@ def test_wrong_fields_make_no_plugin(creators, name, fields, capfd):
         ("ClipResidualLayerNorm", struct.pack("<iif", LAYOUT, 2, EPSILON)),
         ("ClipResidualLayerNorm", struct.pack("<iif", LAYOUT, 1, -EPSILON)),
         ("ClipResidualLayerNorm", struct.pack("<iiff", LAYOUT, 1, EPSILON, EPSILON)),
+        ("ClipExtractPatches", struct.pack("<i", LAYOUT)),
+        ("ClipExtractPatches", struct.pack("<ii", LAYOUT + 1, 32)),
+        ("ClipExtractPatches", struct.pack("<ii", LAYOUT, 31)),
+        ("ClipEmbedImage", struct.pack("<iif", LAYOUT, 50, EPSILON)),
+        ("ClipEmbedImage", struct.pack("<iiff", LAYOUT + 1, 50, EPSILON, EPSILON)),
+        ("ClipEmbedImage", struct.pack("<iiff", LAYOUT, 0, EPSILON, EPSILON)),
     ],
 )
 def test_data_of_another_version_is_refused(creators, name, data, capfd):
