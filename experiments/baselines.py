@@ -309,22 +309,35 @@ def temporary_root() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory()
 
 
-def artifact_of(request: Request, attention: str, batch: str) -> Artifact:
-    """The artifact of one compile: from the request's folder where it is (under the names of experiments.accuracy), else made there now.
-
-    Raises Missing where it cannot be made here.
-    """
+def existing(request: Request, attention: str, batch: str) -> tuple[Optional[Artifact], Path]:
+    """The artifact of one compile in the request's folder, under the names of experiments.accuracy; None and its place where it is not there."""
     root = Path(request.artifacts or temporary_root().name)
     name = folder_name(request.model, request.precision, batch, attention) + ("" if request.level == 3 else f"-level_{request.level}")
     for folder in (root / name, root / f"{name}-{request.encoder}"):
         if (folder / MANIFEST).is_file() and request.encoder in (made := read_artifact(folder)).encoders:
-            return made
+            return made, folder
+    return None, folder
+
+
+def artifact_of(request: Request, attention: str, batch: str) -> Artifact:
+    """The artifact of one compile: the one that exists, else made now.  Raises Missing where it cannot be made here."""
+    made, folder = existing(request, attention, batch)
+    if made is not None:
+        return made
     try:
         return pipeline.compile(model=request.model, weights=request.weights, precision=request.precision, batch=batch, encoder=request.encoder,
                                 backend="tensorrt" if request.device == "cuda" else "torchscript", attention=attention, verify=False,
                                 optimization_level=request.level, output=folder)
     except UserError as problem:
         raise Missing(str(problem)) from problem
+
+
+def is_built(backend: str, request: Request) -> bool:
+    """Whether a backend needs to build nothing that takes minutes: it is none of ours, or its artifact exists."""
+    if not backend.startswith("clip_ttrt"):
+        return True
+    _, _, attention, *ranged = backend.split("_")
+    return existing(request, attention, str(BatchRange.parse(request.batches if ranged else request.batch)))[0] is not None
 
 
 def load_encoder(made: Artifact, encoder: str) -> torch.jit.ScriptModule:

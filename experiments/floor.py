@@ -9,7 +9,9 @@ of the PyTorch that runs this: the newest gives the lowest floor.  Rows that are
 """
 import argparse
 import contextlib
+import fcntl
 import itertools
+import os
 import statistics
 import time
 import warnings
@@ -58,6 +60,18 @@ def work_of(dims: Dimensions, encoder: str, batch: int, tokens: int) -> Work:
     products.append((batch, width, dims.embed_dim, 1))
     norms = [*extra_norms, (rows, width, 2 * layers - 1), (batch, width, 2)]
     return Work(tuple(products), (batch, heads, tokens, causal, layers), tuple(norms))
+
+
+@contextlib.contextmanager
+def turn() -> Iterator[None]:
+    """Wait until no other process that measures on this GPU holds the file that CLIP_TTRT_TURN names, and hold it; without the variable do nothing."""
+    name = os.environ.get("CLIP_TTRT_TURN")
+    if not name:
+        yield
+        return
+    with open(name, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def milliseconds(call: Callable[[], object], device: str, repeats: int = 20) -> float:
@@ -134,7 +148,8 @@ def main() -> None:
         row = {"model": options.model, "encoder": options.encoder, "precision": options.precision, "batch": str(batch), "tokens": str(tokens)}
         if tuple(row.values()) in done:
             continue
-        parts = floor_ms(dims, options.encoder, batch, tokens, options.precision if options.device == "cuda" else "fp32", options.device)
+        with turn():
+            parts = floor_ms(dims, options.encoder, batch, tokens, options.precision if options.device == "cuda" else "fp32", options.device)
         append_row(options.out, {**row, **{f"{'floor' if name == 'sum' else name}_ms": f"{value:.4f}" for name, value in parts.items()}, **provenance()})
 
 

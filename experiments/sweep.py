@@ -12,6 +12,7 @@ another interpreter, such as a newer PyTorch's.  The library floor of the same w
 kept in OUT/floor.csv.  `error` that starts with "wrong:" stands beside times of features that are wrong.
 """
 import argparse
+import contextlib
 import gc
 import itertools
 import json
@@ -33,7 +34,7 @@ from clip_ttrt.models import dimensions_of
 from clip_ttrt.options import BatchRange
 from clip_ttrt.progress import Progress
 from experiments import floor
-from experiments.baselines import BACKENDS, Missing, Request, Subject
+from experiments.baselines import BACKENDS, Missing, Request, Subject, is_built
 from experiments.record import append_row, provenance, read_rows
 from experiments.timing import graphed, times_ms
 
@@ -44,6 +45,7 @@ ROW_SECONDS = 900
 RESULT = "sweep-row "  # marks the lines of a child's output that hold its rows
 MEASURING_MS = 1500  # of one row on a GPU, where its calls take so long that fewer than REPEATS must do
 REPEATS, FEWEST = 200, 20
+BUSY = frozenset(name for name in BACKENDS if name.startswith(("clip_ttrt", "tensorrt")) or name.endswith("max_autotune"))  # builds time kernels on the GPU
 
 
 @dataclass(frozen=True)
@@ -161,9 +163,11 @@ def measure_all(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
             if built != (row.backend, row.request):
                 subject = built = None
                 release()
-                subject, built = BACKENDS[row.backend](row.request), (row.backend, row.request)
+                with floor.turn() if row.backend in BUSY else contextlib.nullcontext():
+                    subject, built = BACKENDS[row.backend](row.request), (row.backend, row.request)
                 release()
-            result = measure(row, subject, used_before)
+            with floor.turn():
+                result = measure(row, subject, used_before)
         except Missing as reason:
             result = {**blank(row), "error": f"skipped: {reason}"}
         yield result
@@ -180,7 +184,8 @@ def build_all(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
     """Build what the rows need, which stays in their artifacts' folder, and measure nothing; what came of it as CSV rows without times."""
     for row in rows:
         try:
-            subject = BACKENDS[row.backend](row.request)
+            with floor.turn():
+                subject = BACKENDS[row.backend](row.request)
         except Missing as reason:
             yield {**blank(row), "error": f"skipped: {reason}"}
         else:
@@ -299,6 +304,7 @@ def main() -> int:
         parser.add_argument(f"--{name}", nargs="+", type=int if name in ("batches", "lengths") else str, help=f"only these of the grid's {name}" + (" (of texts)" if name == "lengths" else ""))
     parser.add_argument("--graphs-only", action="store_true", help="only rows with CUDA graphs, and the others of the original model")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="end after so many seconds; the next run goes on")
+    parser.add_argument("--existing", action="store_true", help="leave out rows whose artifact is not in --artifacts yet")
     parser.add_argument("--build-only", action="store_true", help="build the engines of the rows into --artifacts, and measure and write nothing")
     parser.add_argument("--group", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -328,6 +334,8 @@ def main() -> int:
     path = options.out / "sweep.csv"
     done = {tuple(row[name] for name in KEY) for row in read_rows(path)}
     wanted = [row for row in rows_of(options.grid, options.device, **fixed) if asked(row) and row.key not in done]
+    if options.existing:
+        wanted = [row for row in wanted if is_built(row.backend, row.request)]
     if options.build_only:
         return build(wanted, interpreters)
     run(wanted, interpreters, path, options.out / "floor.csv", options.seconds)

@@ -132,12 +132,24 @@ def test_engines_can_be_built_first_and_measured_later(tmp_path):
     arguments = ("--backends", "clip_ttrt_native", "eager_sdpa", "--encoders", "text", "--batches", "1")
     assert "--build-only needs --artifacts" in quick(tmp_path, *arguments, "--build-only").stderr
     arguments += ("--artifacts", str(tmp_path / "artifacts"))
+    only = quick(tmp_path / "existing", *arguments, "--existing")
+    assert only.returncode == 0 and [row["backend"] for row in read_rows(tmp_path / "existing" / "sweep.csv")] == ["eager_sdpa"]
     built = quick(tmp_path, *arguments, "--build-only")
     assert built.returncode == 0 and "built in" in built.stderr and not (tmp_path / "sweep.csv").exists(), built.stderr
     [manifest] = (tmp_path / "artifacts").glob("*/manifest.json")
     before = manifest.stat().st_mtime_ns
-    assert quick(tmp_path, *arguments).returncode == 0 and manifest.stat().st_mtime_ns == before
+    assert quick(tmp_path, *arguments, "--existing").returncode == 0 and manifest.stat().st_mtime_ns == before
     assert [row["error"] for row in read_rows(tmp_path / "sweep.csv")] == ["", ""]
+
+
+def test_runs_that_share_a_gpu_take_turns(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLIP_TTRT_TURN", str(tmp_path / "turn"))
+    script = "from experiments.floor import turn\nwith turn(): print('mine')"
+    with floor.turn():
+        other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.wait(timeout=6)
+    assert other.communicate(timeout=60)[0] == "mine\n"
 
 
 @pytest.mark.parametrize("backend", ["clip_eager", "eager_sdpa", "tensorrt_onnx", "clip_ttrt_native"])
