@@ -202,20 +202,25 @@ def child(specification: str, build_only: bool) -> None:
 
 def in_processes(python: str, rows: Sequence[Row], seconds: float, *arguments: str) -> Iterator[dict[str, Any]]:
     """The CSV rows of one group, from a process of their own; what goes wrong there is the error of the row it was at, and the rest
-    goes on in another process.
+    goes on in another process, until two rows one after the other have ended in the same words.
 
     seconds: how long one row may take.  arguments: more of them for the process, which ends with the iterator.
     """
-    rows = list(rows)
+    rows, problems = list(rows), []
     while rows:
+        if len(problems) > 1 and problems[-1] == problems[-2]:
+            yield {**blank(rows.pop(0)), "error": f"not tried, after two others: {problems[-1]}"}
+            continue
         with Child([python, "-m", "experiments.sweep", "--group", json.dumps([asdict(row) for row in rows]), *arguments]) as process:
             while rows:
                 line = process.line(seconds)
                 if line is None:
+                    problems.append(process.problem)
                     yield {**blank(rows.pop(0)), "error": process.problem}
                     break
                 if line.startswith(RESULT):
                     rows.pop(0)
+                    problems.clear()
                     yield json.loads(line[len(RESULT):])
 
 
