@@ -21,9 +21,9 @@ from clip_ttrt import pipeline
 from clip_ttrt.accuracy import COSINE_BOUND, exact_fp32
 from clip_ttrt.artifact import MANIFEST, Artifact, load_modules, read_artifact
 from clip_ttrt.checkpoint import Checkpoint, load_checkpoint, original_model
-from clip_ttrt.encoders import DIFFERENTIABLE, ENCODERS, ImageEncoder, TextEncoder
+from clip_ttrt.encoders import DIFFERENTIABLE, ENCODERS, FusedOps, ImageEncoder, TextEncoder
 from clip_ttrt.errors import UserError
-from clip_ttrt.models import dimensions_of
+from clip_ttrt.models import HEAD_DIM, dimensions_of
 from clip_ttrt.options import BatchRange
 from experiments.accuracy import folder_name
 
@@ -129,13 +129,13 @@ def clip_eager(request: Request) -> Subject:
     return Subject(original, example(request), time.perf_counter() - start, "multi-head module", uncapturable=reason)
 
 
-def plain(request: Request) -> torch.nn.Module:
+def plain(request: Request, fused: FusedOps = DIFFERENTIABLE) -> torch.nn.Module:
     """Our plain encoder with PyTorch's scaled_dot_product_attention; without the `clip` package with weights of its own."""
     dtype = dtype_of(request)
     if has_clip():
-        module = ENCODERS[request.encoder](checkpoint_of(request).state_dict, DIFFERENTIABLE)
+        module = ENCODERS[request.encoder](checkpoint_of(request).state_dict, fused)
     else:
-        module = (ImageEncoder if request.encoder == "image" else TextEncoder)(dimensions_of(request.model), DIFFERENTIABLE).eval().requires_grad_(False)
+        module = (ImageEncoder if request.encoder == "image" else TextEncoder)(dimensions_of(request.model), fused).eval().requires_grad_(False)
         generator = torch.Generator().manual_seed(0)
         for parameter in module.parameters():
             parameter.normal_(std=0.02, generator=generator)
@@ -180,6 +180,15 @@ def onnx_model(module: torch.nn.Module, x: torch.Tensor) -> bytes:
     return buffer.getvalue()
 
 
+def masked_attention(qkv: torch.Tensor, heads: int, causal: bool) -> torch.Tensor:
+    """`ops.attention_reference` with the causal mask written out in qkv's dtype: the exporter writes is_causal as an fp32 mask, which no fp16 model takes."""
+    batch, tokens = qkv.shape[:2]
+    mask = torch.full((tokens, tokens), float("-inf"), device=qkv.device, dtype=qkv.dtype).triu(1) if causal else None
+    query, key, value = qkv.reshape(batch, tokens, 3, heads, HEAD_DIM).permute(2, 0, 3, 1, 4).unbind(0)
+    attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return attended.transpose(1, 2).reshape(batch, tokens, heads * HEAD_DIM)
+
+
 def onnxruntime(request: Request) -> Subject:
     """Our plain encoder through ONNX in ONNX Runtime.
 
@@ -195,7 +204,7 @@ def onnxruntime(request: Request) -> Subject:
         raise Missing(f"this onnxruntime has no {provider}")
     start = time.perf_counter()
     x = example(request, dtype_of(request))
-    model, name = onnx_model(plain(request), x), f"onnxruntime {ort.__version__}"
+    model, name = onnx_model(plain(request, DIFFERENTIABLE._replace(attention=masked_attention)), x), f"onnxruntime {ort.__version__}"
     if request.device == "cpu":
         session = ort.InferenceSession(model, providers=[provider])
         return Subject(lambda rows: session.run(None, {"x": rows.numpy()})[0], x, time.perf_counter() - start, name)
@@ -206,7 +215,8 @@ def onnxruntime(request: Request) -> Subject:
     except Exception as problem:  # which one, depends on its version
         print(f"no CUDA graph in ONNX Runtime: {str(problem)[:300]}")
         run, own = bound(ort, model, request, x, "0"), False
-    return Subject(run, x, time.perf_counter() - start, name, brings_graphs=own, uncapturable="" if own else "ONNX Runtime could not capture its own CUDA graph")
+    return Subject(run, x, time.perf_counter() - start, name, brings_graphs=own, uncapturable="" if own else "ONNX Runtime could not capture its own CUDA graph",
+                   remark=wrong(run, x, request))
 
 
 def bound(ort, model: bytes, request: Request, x: torch.Tensor, graph: str) -> Callable[[torch.Tensor], torch.Tensor]:
