@@ -7,6 +7,7 @@ import pandas as pd
 MODELS = ("ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px", "demo")
 BATCHES = (1, 8, 32, 128, 512)
 SWEEP_KEY = ["model", "encoder", "backend", "precision", "batch", "tokens", "cuda_graph"]
+FLOOR_KEY = ["model", "encoder", "precision", "batch", "tokens"]
 WRONG = "wrong:"  # begins the error of a row whose times are good and features are not
 TEXT = ("torch", "tensorrt", "gpu", "commit", "error")  # columns that are names, even where they look like numbers
 
@@ -32,7 +33,11 @@ def read(results: Path, name: str) -> pd.DataFrame:
 
 
 def read_sweep(results: Path) -> pd.DataFrame:
-    """All rows of results/h200/sweep*.csv with a time, the last of each key, and `wrong` where the features were."""
+    """All rows of results/h200/sweep*.csv with a time, the last of each key, and `wrong` where the features were.
+
+    The original `clip` model is `clip_eager` as it is used, eager, and `clip_graph` where its CUDA graph is replayed.
+    `floor_ms` is that of floor.csv, where it stands there.
+    """
     paths = sorted((results / "h200").glob("sweep*.csv"))
     if not paths:
         raise NoData(f"there is no {results / 'h200' / 'sweep.csv'}")
@@ -42,7 +47,13 @@ def read_sweep(results: Path) -> pd.DataFrame:
     rows = rows[rows["median_ms"].notna() & ((rows["error"] == "") | rows["wrong"])]
     if rows.empty:
         raise NoData("sweep.csv has no row with a time")
-    return rows.drop_duplicates(SWEEP_KEY, keep="last")
+    rows = rows.drop_duplicates(SWEEP_KEY, keep="last")
+    rows.loc[(rows["backend"] == "clip_eager") & (rows["cuda_graph"].astype(str) == "True"), "backend"] = "clip_graph"
+    floor = results / "h200" / "floor.csv"
+    if floor.exists():
+        known = read_csv(floor).drop_duplicates(FLOOR_KEY, keep="last").set_index(FLOOR_KEY)["floor_ms"]
+        rows["floor_ms"] = [known.get(key, ms) for key, ms in zip(zip(*(rows[name] for name in FLOOR_KEY)), rows["floor_ms"])]
+    return rows
 
 
 def full_length(rows: pd.DataFrame) -> pd.DataFrame:
@@ -53,11 +64,6 @@ def full_length(rows: pd.DataFrame) -> pd.DataFrame:
 def best(rows: pd.DataFrame, *keys: str) -> pd.DataFrame:
     """The fastest row of each combination of keys: with or without a CUDA graph."""
     return rows.loc[rows.groupby(list(keys))["median_ms"].idxmin()]
-
-
-def eager_original(rows: pd.DataFrame) -> pd.DataFrame:
-    """The original `clip` model as it is used: eager, without a CUDA graph."""
-    return rows[(rows["backend"] == "clip_eager") & (rows["cuda_graph"].astype(str) == "False")]
 
 
 def present(rows: pd.DataFrame, names: Iterable[str], column: str) -> list:

@@ -16,14 +16,15 @@ from typing import Callable, Optional
 
 import pandas as pd
 
-from experiments.results import BATCHES, MODELS, NoData, best, eager_original, full_length, present, read, read_sweep
+from experiments.results import BATCHES, MODELS, NoData, best, full_length, present, read, read_sweep
 
 ROOT = Path(__file__).parent.parent
 
 # Headings of columns of milliseconds, and the backends whose fastest row stands there.
 SPEED_COLUMNS = {
     "original, eager": ("clip_eager",),
-    "our encoders, eager": ("eager_sdpa",),
+    "original, CUDA graph": ("clip_graph",),
+    "our encoders, PyTorch": ("eager_sdpa",),
     "ONNX Runtime": ("onnxruntime",),
     "TensorRT through ONNX": ("tensorrt_onnx",),
     "torch.compile": ("torch_compile_reduce_overhead", "torch_compile_max_autotune"),
@@ -58,7 +59,7 @@ CHINESE = {
     "rel median": "相对误差 中位", "cos min": "最小余弦", "top-1 % original / compiled": "top-1 % 原版 / 编译后", "engine MiB": "引擎 MiB", "build s": "构建 秒",
     "configurations": "配置数", "step": "步骤", "ms": "毫秒", "ms, CUDA graph": "毫秒, CUDA graph", "of the step before": "与上一步之比", "of the original": "与原版之比",
     "engines": "引擎数", "remark": "备注", "bug": "问题", "seen": "是否重现", "what was seen": "实际现象", "on": "环境", "floor": "下限", "original, eager": "原版, eager",
-    "our encoders, eager": "我们的编码器, eager", "TensorRT through ONNX": "TensorRT (经 ONNX)", "clip_ttrt, native": "clip_ttrt, 无插件",
+    "original, CUDA graph": "原版, CUDA graph", "our encoders, PyTorch": "我们的编码器, PyTorch", "our encoders, eager": "我们的编码器, eager", "TensorRT through ONNX": "TensorRT (经 ONNX)", "clip_ttrt, native": "clip_ttrt, 无插件",
     "clip_ttrt, plugins": "clip_ttrt, 插件", "one engine for all batches": "一个引擎, 所有批大小", "times as fast as the original": "相对原版加速比",
     "of the strongest other": "与最强对手之比", "of the floor": "与下限之比", "strongest other": "最强对手", "its ms": "对手毫秒", "ours ms": "我们的毫秒",
     "ours of the strongest": "我们 / 最强对手", "entry of 2022, A10": "2022 年参赛作品, A10", "against the original": "相对原版加速比", "against the strongest other": "相对最强对手加速比",
@@ -150,10 +151,9 @@ def fastest(rows: pd.DataFrame, backends: tuple[str, ...], right: bool = False) 
 
 
 def sweep_cases(results: Path, precision: str) -> list[tuple[tuple, pd.DataFrame]]:
-    """The rows of a precision by (model, encoder, batch), in the order of the models; the original only as it is used, eager."""
+    """The rows of a precision by (model, encoder, batch), in the order of the models."""
     rows = full_length(read_sweep(results))
     rows = rows[rows["precision"] == precision]
-    rows = pd.concat([eager_original(rows), rows[rows["backend"] != "clip_eager"]])
     cases = [((model, encoder, batch), rows[(rows["model"] == model) & (rows["encoder"] == encoder) & (rows["batch"] == batch)])
              for model in present(rows, MODELS, "model") for encoder in ("image", "text") for batch in sorted(rows["batch"].unique())]
     found = [(case, part) for case, part in cases if not part.empty]

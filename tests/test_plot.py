@@ -87,6 +87,14 @@ def test_floor_gives_the_ratio_of_our_best_rows(tmp_path):
     assert title_of(plot.against_floor(tmp_path)) == "clip_ttrt takes 1.50 to 1.50 times the floor, 1.50 in the median"
 
 
+def test_the_floor_is_that_of_its_own_file_where_it_stands_there(tmp_path):
+    write(tmp_path, "sweep.csv", sweep_rows())
+    write(tmp_path, "floor.csv", [{"model": "ViT-B/32", "encoder": "image", "precision": "fp16", "batch": 32, "tokens": 50, "floor_ms": floor} for floor in (9, 0.3)])
+    rows = read_sweep(tmp_path)
+    case = (rows["model"] == "ViT-B/32") & (rows["encoder"] == "image") & (rows["batch"] == 32)
+    assert set(rows[case]["floor_ms"]) == {0.3} and set(rows[~case & (rows["batch"] == 32)]["floor_ms"]) == {0.6}
+
+
 def test_text_length_compares_the_shortest_with_the_longest_and_names_the_mean(tmp_path):
     write(tmp_path, "text_length.csv", text_length_rows())
     figure = plot.text_length(tmp_path)
