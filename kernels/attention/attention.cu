@@ -503,7 +503,7 @@ struct HopperShape {
   // Rows of k and v that the last chunk copies: what it multiplies, in steps of 16 values.
   static constexpr int tail_rows = (kTailKeys + 15) / 16 * 16;
   static constexpr int tail_bytes = tail_rows * kRowBytes;
-  // Stages of the ring that fit, beside what alignment, barriers and the system take.
+  // Stages of the ring that fit, beside alignment and barriers.
   static constexpr int max_stages_fit =
       (kHopperSharedBytes - kHopperReservedBytes - query_bytes - bias_bytes) / (2 * chunk_bytes);
   static constexpr int max_stages = max_stages_fit < kMaxStages ? max_stages_fit : kMaxStages;
@@ -544,7 +544,7 @@ __device__ __forceinline__ void pack_weights(const float (&s)[N / 2], uint32_t (
 }
 
 // Adds a head's query bias, fp32 in shared memory, in place to a warp's 16 rows of a tile of queries, which
-// wgmma reads there. Lane l takes piece l % 8 of rows l / 8, l / 8 + 4, ...: eight lanes share a row, no bank.
+// wgmma reads there. Lane l takes piece l % 8 of rows l / 8, l / 8 + 4, ...: eight lanes share a row and no bank.
 __device__ __forceinline__ void add_piece_bias(uint32_t warp_rows, uint32_t head_bias) {
   uint32_t q[4][4], bias[4];
 #pragma unroll
