@@ -23,7 +23,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from experiments.results import BATCHES, MODELS, NoData, best, full_length, present, read, read_sweep
+from experiments.results import BATCHES, MODELS, NoData, best, full_length, present, read, read_ladder, read_sweep
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
@@ -302,7 +302,7 @@ def stages(results: Path) -> plt.Figure:
 
 def ladder(results: Path) -> plt.Figure:
     """Milliseconds after each step, one column a model, encoder and batch."""
-    rows = read(results, "ladder.csv")
+    rows = read_ladder(results)
     rows = rows[rows["median_ms"].notna()]
     if rows.empty:
         raise NoData("ladder.csv has no row with a time")

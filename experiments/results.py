@@ -36,7 +36,7 @@ def read_sweep(results: Path) -> pd.DataFrame:
     """All rows of results/h200/sweep*.csv with a time, the last of each key, and `wrong` where the features were.
 
     The original `clip` model is `clip_eager` as it is used, eager, and `clip_graph` where its CUDA graph is replayed.
-    `floor_ms` is that of floor.csv, where it stands there.
+    `floor_ms` is that of floor.csv, missing where it does not stand there.
     """
     paths = sorted((results / "h200").glob("sweep*.csv"))
     if not paths:
@@ -49,11 +49,36 @@ def read_sweep(results: Path) -> pd.DataFrame:
         raise NoData("sweep.csv has no row with a time")
     rows = rows.drop_duplicates(SWEEP_KEY, keep="last")
     rows.loc[(rows["backend"] == "clip_eager") & (rows["cuda_graph"].astype(str) == "True"), "backend"] = "clip_graph"
-    floor = results / "h200" / "floor.csv"
-    if floor.exists():
-        known = read_csv(floor).drop_duplicates(FLOOR_KEY, keep="last").set_index(FLOOR_KEY)["floor_ms"]
-        rows["floor_ms"] = [known.get(key, ms) for key, ms in zip(zip(*(rows[name] for name in FLOOR_KEY)), rows["floor_ms"])]
+    path = results / "h200" / "floor.csv"
+    floors = read_csv(path).drop_duplicates(FLOOR_KEY, keep="last").set_index(FLOOR_KEY)["floor_ms"] if path.exists() else {}
+    rows["floor_ms"] = [floors.get(key, float("nan")) for key in zip(*(rows[name] for name in FLOOR_KEY))]
     return rows
+
+
+# The ladder as far as a sweep knows it: a step, the backend whose row it is, and whether a CUDA graph replays it.
+SWEEP_LADDER = (("the original, eager", "clip_eager", False), ("the original, CUDA graph", "clip_graph", True), ("our encoders in PyTorch, CUDA graph", "eager_sdpa", True),
+                ("one engine of ours, TensorRT's kernels", "clip_ttrt_native", True), ("with the plugins", "clip_ttrt_plugin", True))
+SWEEP_LADDER_CASES = (("ViT-B/32", "image", 32), ("ViT-B/32", "text", 32), ("ViT-L/14", "image", 32))
+
+
+def read_ladder(results: Path) -> pd.DataFrame:
+    """The steps of the optimisation in order: ladder.csv; without it the rows of the sweep that are steps, fp16.
+
+    Columns model, encoder, batch, step, median_ms, graph_ms, engines, error and provenance.
+    """
+    try:
+        return read(results, "ladder.csv")
+    except NoData:
+        rows = full_length(read_sweep(results))
+    found = []
+    for model, encoder, batch in SWEEP_LADDER_CASES:
+        for step, backend, graph in SWEEP_LADDER:
+            match = rows[(rows["model"] == model) & (rows["encoder"] == encoder) & (rows["batch"] == batch) & (rows["precision"] == "fp16")
+                         & (rows["backend"] == backend) & (rows["cuda_graph"].astype(str) == str(graph))]
+            found += [{**row, "step": step, "graph_ms": float("nan"), "engines": float("nan"), "error": row["error"] or float("nan")} for row in match.to_dict("records")]
+    if not found:
+        raise NoData("neither ladder.csv nor the sweep has steps")
+    return pd.DataFrame(found)
 
 
 def full_length(rows: pd.DataFrame) -> pd.DataFrame:

@@ -16,7 +16,7 @@ from typing import Callable, Optional
 
 import pandas as pd
 
-from experiments.results import BATCHES, MODELS, NoData, best, full_length, present, read, read_sweep
+from experiments.results import BATCHES, MODELS, NoData, best, full_length, present, read, read_ladder, read_sweep
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,7 +69,8 @@ CHINESE = {
     "images a second": "每秒图像", "decode": "解码", "resize": "缩放", "normalise": "归一化", "copy": "拷贝", "encode": "编码",
     "range": "批范围", "static ms": "静态引擎 毫秒", "dynamic ms": "动态引擎 毫秒", "ratio": "比值", "eager fp16 ms": "原版 eager fp16 毫秒",
     "what": "项目", "kind of kernel": "核函数类别", "sum": "合计", "matrix product": "矩阵乘", "copy and transpose": "拷贝与转置", "activation": "激活", "layer norm": "层归一化", "bias": "偏置", "other": "其他", "us": "微秒", "heads": "头数", "causal": "因果", "bytes at full bandwidth, us": "按满带宽读写, 微秒", "fastest library": "最快的库", "its us": "其微秒", "value": "内容", "median ms": "中位 毫秒", "a second": "每秒", "torch": "torch",
-    "the original, eager": "原版, eager", "stock Torch-TensorRT": "原装 Torch-TensorRT", "our converters, one engine": "我们的转换器, 一个引擎",
+    "the original, eager": "原版, eager", "the original, CUDA graph": "原版, CUDA graph", "our encoders in PyTorch, CUDA graph": "我们的编码器, PyTorch, CUDA graph",
+    "one engine of ours, TensorRT's kernels": "我们的一个引擎, TensorRT 自带核函数", "with the plugins": "加上插件", "stock Torch-TensorRT": "原装 Torch-TensorRT", "our converters, one engine": "我们的转换器, 一个引擎",
     "activations as rows": "激活按行存放", "attention plugin": "注意力插件", "fused elementwise kernels": "融合的逐元素核函数", "CUDA graph": "CUDA graph",
     "image": "图像", "text": "文本", "random": "随机", "demo": "demo", "yes": "是", "no": "否", "cannot run": "无法运行", "not yet measured": "尚未测量",
 }
@@ -172,7 +173,8 @@ def speed(results: Path, precision: str = "fp16", models: tuple[str, ...] = (), 
     for (model, encoder, batch), part in sweep_cases(results, precision):
         if batch not in batches or (models and model not in models):
             continue
-        line = {"model": model, "encoder": encoder, "batch": batch, "floor": number(part["floor_ms"].median(), 3)}
+        floor = part["floor_ms"].iloc[0]
+        line = {"model": model, "encoder": encoder, "batch": batch, "floor": number(floor, 3)}
         winner = fastest(part, OURS + OTHERS, right=True)
         for heading, backends in SPEED_COLUMNS.items():
             row = fastest(part, backends, right=True)
@@ -184,12 +186,12 @@ def speed(results: Path, precision: str = "fp16", models: tuple[str, ...] = (), 
         other = fastest(part, OTHERS, right=True)
         line["times as fast as the original"] = "" if ours is None or original is None else number(original["median_ms"] / ours["median_ms"], 1)
         line["of the strongest other"] = "" if ours is None or other is None else number(ours["median_ms"] / other["median_ms"])
-        line["of the floor"] = "" if ours is None else number(ours["median_ms"] / part["floor_ms"].median())
+        line["of the floor"] = "" if ours is None else number(ours["median_ms"] / floor)
         lines.append(line)
     if not lines:
         raise NoData(f"the sweep has no such row in {precision}")
     frame = pd.DataFrame(lines)
-    return frame[[column for column in frame if column not in SPEED_COLUMNS or (frame[column] != "").any()]]
+    return frame[[column for column in frame if column not in (*SPEED_COLUMNS, "floor", "of the floor") or (frame[column] != "").any()]]
 
 
 def speed_short(results: Path) -> pd.DataFrame:
@@ -234,7 +236,7 @@ def hackathon(results: Path) -> pd.DataFrame:
 
 def ladder(results: Path) -> pd.DataFrame:
     """Each step's time, and what it is of the step before and of the original."""
-    rows, lines = read(results, "ladder.csv"), []
+    rows, lines = read_ladder(results), []
     for case, part in rows.groupby(["model", "encoder", "batch"], sort=False):
         before = None
         for _, row in part.iterrows():
@@ -244,7 +246,8 @@ def ladder(results: Path) -> pd.DataFrame:
                 "of the step before": number(ms / before) if before is not None and pd.notna(ms) else "",
                 "of the original": number(ms / part["median_ms"].iloc[0]) if pd.notna(ms) else "", "engines": text(row["engines"]), "remark": text(row["error"])})
             before = ms if pd.notna(ms) else before
-    return pd.DataFrame(lines)
+    frame = pd.DataFrame(lines)
+    return frame[[column for column in frame if column not in ("ms, CUDA graph", "engines", "remark") or (frame[column] != "").any()]]
 
 
 def bugs(results: Path) -> pd.DataFrame:

@@ -5,8 +5,8 @@ import matplotlib.pyplot as plt
 import pytest
 
 from experiments import plot
-from experiments.results import BATCHES, NoData, read_sweep
-from made_up import MADE_UP, accuracy_rows, jpeg_rows, ladder_rows, load_rows, sweep_row, sweep_rows, text_length_rows, write
+from experiments.results import BATCHES, SWEEP_LADDER, NoData, read_ladder, read_sweep
+from made_up import MADE_UP, accuracy_rows, floor_rows, jpeg_rows, ladder_rows, load_rows, sweep_row, sweep_rows, text_length_rows, write
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +23,7 @@ def title_of(figure):
 def test_every_figure_is_drawn_and_names_gpu_and_versions(name, tmp_path, capsys):
     file, rows = MADE_UP[name]
     write(tmp_path, file, rows())
+    write(tmp_path, "floor.csv", floor_rows())
     plot.main(["--results", str(tmp_path), "--only", name])
     assert capsys.readouterr().out.strip() == str(tmp_path / name)
     assert (tmp_path / name).stat().st_size > 5000
@@ -84,15 +85,24 @@ def test_a_later_part_of_a_sweep_replaces_rows_of_an_earlier_one(tmp_path):
 
 def test_floor_gives_the_ratio_of_our_best_rows(tmp_path):
     write(tmp_path, "sweep.csv", sweep_rows())
+    write(tmp_path, "floor.csv", floor_rows())
     assert title_of(plot.against_floor(tmp_path)) == "clip_ttrt takes 1.50 to 1.50 times the floor, 1.50 in the median"
 
 
-def test_the_floor_is_that_of_its_own_file_where_it_stands_there(tmp_path):
+def test_floors_come_from_their_own_file_alone(tmp_path):
     write(tmp_path, "sweep.csv", sweep_rows())
-    write(tmp_path, "floor.csv", [{"model": "ViT-B/32", "encoder": "image", "precision": "fp16", "batch": 32, "tokens": 50, "floor_ms": floor} for floor in (9, 0.3)])
+    write(tmp_path, "floor.csv", [{**floor_rows()[2], "floor_ms": floor} for floor in (9, 0.3)])
     rows = read_sweep(tmp_path)
     case = (rows["model"] == "ViT-B/32") & (rows["encoder"] == "image") & (rows["batch"] == 32)
-    assert set(rows[case]["floor_ms"]) == {0.3} and set(rows[~case & (rows["batch"] == 32)]["floor_ms"].round(6)) == {0.6}
+    assert set(rows[case]["floor_ms"]) == {0.3} and rows[~case]["floor_ms"].isna().all()
+
+
+def test_without_its_own_file_the_ladder_is_what_the_sweep_knows(tmp_path):
+    write(tmp_path, "sweep.csv", sweep_rows(models=("ViT-B/32",)))
+    rows = read_ladder(tmp_path)
+    assert list(zip(rows["encoder"], rows["step"]))[:6] == [*(("image", step) for step, _, _ in SWEEP_LADDER), ("text", "the original, eager")]
+    assert rows["median_ms"].head(5).tolist() == pytest.approx([8 * 0.6 * 1.3, 8 * 0.6, 4 * 0.6, 1.9 * 0.6, 1.5 * 0.6])
+    assert [axes.get_title() for axes in plot.ladder(tmp_path).axes][0] == "ViT-B/32 image, batch 32, fp16: from 6.24 to 0.90 ms"
 
 
 def test_text_length_compares_the_shortest_with_the_longest_and_names_the_mean(tmp_path):

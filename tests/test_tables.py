@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments import plot, tables
-from made_up import bug_rows, jpeg_rows, ladder_rows, load_rows, retrieval_rows, sweep_row, sweep_rows, text_length_rows, write
+from made_up import bug_rows, floor_rows, jpeg_rows, ladder_rows, load_rows, retrieval_rows, sweep_row, sweep_rows, text_length_rows, write
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,6 +77,7 @@ def test_speed_marks_the_fastest_and_compares_with_the_strongest_other(tmp_path)
         if row["backend"] == "tensorrt_onnx":
             row["median_ms"], row["error"] = 0.01, "wrong: smallest cosine 0.0004"
     write(tmp_path, "sweep.csv", rows)
+    write(tmp_path, "floor.csv", floor_rows())
     line = tables.speed(tmp_path).set_index("batch").loc[32]
     assert line["floor"] == "0.600" and line["original, eager"] == "6.240"  # 8 x 0.6 x 1.3: the original without a CUDA graph
     assert line["clip_ttrt, plugins"] == "**0.900**" and line["TensorRT through ONNX"] == "0.010†" and "ONNX Runtime" not in line
