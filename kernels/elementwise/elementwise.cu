@@ -41,7 +41,6 @@ __global__ void __launch_bounds__(kGeluThreads)
   const int64_t first = outer_block() * (kRows * step) + (threadIdx.x >> column_bits);
   const int64_t offset = first * vectors + column;
 
-  wait_for_previous_kernel();
   uint4 packed[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r)
@@ -64,7 +63,7 @@ __global__ void __launch_bounds__(kGeluThreads)
 }
 
 template <int kRows>
-cudaError_t launch_quick_gelu(const ClipBiasQuickGeluParams& params, const Device& device, cudaStream_t stream) {
+cudaError_t launch_quick_gelu(const ClipBiasQuickGeluParams& params, cudaStream_t stream) {
   const int vectors = params.width / kVector;
   // The widest chunk of columns that divides the width, so that no thread idles at CLIP's widths.
   int column_bits = 7;
@@ -72,7 +71,7 @@ cudaError_t launch_quick_gelu(const ClipBiasQuickGeluParams& params, const Devic
   while (column_bits > 0 && (1 << (column_bits - 1)) >= vectors) --column_bits;
   const int64_t block_rows = kRows * (kGeluThreads >> column_bits);
   return launch(quick_gelu_kernel<kRows>, grid(ceil_div(vectors, 1 << column_bits), ceil_div(params.rows, block_rows)),
-                kGeluThreads, device, stream, static_cast<const uint4*>(params.in),
+                kGeluThreads, stream, static_cast<const uint4*>(params.in),
                 static_cast<const float4*>(params.bias), static_cast<uint4*>(params.out), params.rows, vectors,
                 column_bits);
 }
@@ -91,7 +90,6 @@ __global__ void __launch_bounds__(Team::kThreads)
   const Columns<Team> columns(vectors);
   const auto row_here = [&](int r) { return kRows == 1 || first + r < rows; };
 
-  wait_for_previous_kernel();
   uint4 packed[kRows][Team::kVectors], added[kRows][Team::kVectors];
 #pragma unroll
   for (int r = 0; r < kRows; ++r)
@@ -136,9 +134,9 @@ __global__ void __launch_bounds__(Team::kThreads)
 }
 
 template <class Team, int kRows, bool kResidual>
-cudaError_t launch_layer_norm(const ClipResidualLayerNormParams& params, const Device& device, cudaStream_t stream) {
+cudaError_t launch_layer_norm(const ClipResidualLayerNormParams& params, cudaStream_t stream) {
   return launch(layer_norm_kernel<Team, kRows, kResidual>, grid(ceil_div(params.rows, Team::kTeams * kRows), 1),
-                Team::kThreads, device, stream, static_cast<const uint4*>(params.x),
+                Team::kThreads, stream, static_cast<const uint4*>(params.x),
                 static_cast<const uint4*>(params.delta), static_cast<const float4*>(params.bias),
                 static_cast<const float4*>(params.scale), static_cast<const float4*>(params.shift),
                 static_cast<uint4*>(params.sum_out), static_cast<uint4*>(params.out), params.rows,
@@ -157,12 +155,12 @@ extern "C" cudaError_t clip_bias_quick_gelu_launch(const ClipBiasQuickGeluParams
     return cudaErrorInvalidValue;
   if (params->rows == 0) return cudaSuccess;
   if (!usable(params->in) || !aligned(params->bias) || !usable(params->out)) return cudaErrorInvalidValue;
-  Device device;
-  const cudaError_t status = current_device(device);
+  int sm_count = 0;
+  const cudaError_t status = current_sm_count(sm_count);
   if (status != cudaSuccess) return status;
   // Two rows to a thread once there are several blocks for every multiprocessor.
-  const bool many = params->rows * (params->width / kVector) >= int64_t(device.sm_count) * 64 * kGeluThreads;
-  return many ? launch_quick_gelu<2>(*params, device, stream) : launch_quick_gelu<1>(*params, device, stream);
+  const bool many = params->rows * (params->width / kVector) >= int64_t(sm_count) * 64 * kGeluThreads;
+  return many ? launch_quick_gelu<2>(*params, stream) : launch_quick_gelu<1>(*params, stream);
 }
 
 extern "C" cudaError_t clip_residual_layer_norm_launch(const ClipResidualLayerNormParams* params, cudaStream_t stream) {
@@ -173,16 +171,16 @@ extern "C" cudaError_t clip_residual_layer_norm_launch(const ClipResidualLayerNo
   if (!usable(params->x) || !usable(params->scale) || !usable(params->shift) || !usable(params->out) ||
       !aligned(params->delta) || !aligned(params->bias) || !aligned(params->sum_out))
     return cudaErrorInvalidValue;
-  Device device;
-  const cudaError_t status = current_device(device);
+  int sm_count = 0;
+  const cudaError_t status = current_sm_count(sm_count);
   if (status != cudaSuccess) return status;
   const bool residual = params->delta != nullptr || params->bias != nullptr || params->sum_out != nullptr;
   return with_team(params->width, [&](auto team) {
     using Team = decltype(team);
-    if (residual) return launch_layer_norm<Team, 1, true>(*params, device, stream);
+    if (residual) return launch_layer_norm<Team, 1, true>(*params, stream);
     // Without a residual a row is half the loads; two rows make up for it, once there are enough.
     if constexpr (Team::kVectors == 1)
-      if (params->rows >= int64_t(device.sm_count) * 8) return launch_layer_norm<Team, 2, false>(*params, device, stream);
-    return launch_layer_norm<Team, 1, false>(*params, device, stream);
+      if (params->rows >= int64_t(sm_count) * 8) return launch_layer_norm<Team, 2, false>(*params, stream);
+    return launch_layer_norm<Team, 1, false>(*params, stream);
   });
 }

@@ -58,7 +58,6 @@ __global__ void __launch_bounds__(kPatchThreads)
   const int side = resolution / patch, row_units = resolution / kPixels;
   const int first = blockIdx.x * (kPatchThreads * kUnits) + threadIdx.x;
 
-  wait_for_previous_kernel();
   uint32_t packed[kUnits][kPixels / 2];
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
@@ -87,22 +86,22 @@ __global__ void __launch_bounds__(kPatchThreads)
 }
 
 template <class Pixel, int kPatch, int kPixels, int kPiece, int kUnits>
-cudaError_t launch_extract_patches(const ClipExtractPatchesParams& params, const Device& device, cudaStream_t stream) {
+cudaError_t launch_extract_patches(const ClipExtractPatchesParams& params, cudaStream_t stream) {
   const int64_t planes = params.batch * kClipImageChannels;
   const int64_t units = int64_t(params.resolution) * params.resolution / kPixels;
   return launch(extract_patches_kernel<Pixel, kPatch, kPixels, kPiece, kUnits>,
-                grid(ceil_div(units, kPatchThreads * kUnits), planes), kPatchThreads, device, stream,
+                grid(ceil_div(units, kPatchThreads * kUnits), planes), kPatchThreads, stream,
                 static_cast<const Pixel*>(params.images), static_cast<__half*>(params.out), planes, params.resolution,
                 params.patch_size);
 }
 
 template <class Pixel>
-cudaError_t extract_patches(const ClipExtractPatchesParams& params, const Device& device, cudaStream_t stream) {
-  if (params.patch_size == 32) return launch_extract_patches<Pixel, 32, 8, 8, 2>(params, device, stream);
-  if (params.patch_size == 16) return launch_extract_patches<Pixel, 16, 8, 8, 2>(params, device, stream);
-  if (params.resolution % 4 != 0) return launch_extract_patches<Pixel, 0, 2, 2, 2>(params, device, stream);
-  if (params.patch_size == 14) return launch_extract_patches<Pixel, 14, 4, 2, 2>(params, device, stream);
-  return launch_extract_patches<Pixel, 0, 4, 2, 2>(params, device, stream);
+cudaError_t extract_patches(const ClipExtractPatchesParams& params, cudaStream_t stream) {
+  if (params.patch_size == 32) return launch_extract_patches<Pixel, 32, 8, 8, 2>(params, stream);
+  if (params.patch_size == 16) return launch_extract_patches<Pixel, 16, 8, 8, 2>(params, stream);
+  if (params.resolution % 4 != 0) return launch_extract_patches<Pixel, 0, 2, 2, 2>(params, stream);
+  if (params.patch_size == 14) return launch_extract_patches<Pixel, 14, 4, 2, 2>(params, stream);
+  return launch_extract_patches<Pixel, 0, 4, 2, 2>(params, stream);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -122,7 +121,6 @@ __global__ void __launch_bounds__(Team::kThreads)
   const int image = static_cast<unsigned>(row) / static_cast<unsigned>(tokens);
   const int token = static_cast<int>(row - int64_t(image) * tokens);
 
-  wait_for_previous_kernel();
   float values[1][Team::kVectors][kVector];
 #pragma unroll
   for (int v = 0; v < Team::kVectors; ++v) {
@@ -177,10 +175,10 @@ extern "C" cudaError_t clip_extract_patches_launch(const ClipExtractPatchesParam
   if (params->batch > kClipElementwiseMaxRows / (side * side)) return cudaErrorInvalidValue;
   if (params->batch == 0) return cudaSuccess;
   if (!usable(params->images) || !usable(params->out)) return cudaErrorInvalidValue;
-  Device device;
-  const cudaError_t status = current_device(device);
+  int sm_count = 0;
+  const cudaError_t status = current_sm_count(sm_count);
   if (status != cudaSuccess) return status;
-  return params->half ? extract_patches<__half>(*params, device, stream) : extract_patches<float>(*params, device, stream);
+  return params->half ? extract_patches<__half>(*params, stream) : extract_patches<float>(*params, stream);
 }
 
 extern "C" cudaError_t clip_embed_image_launch(const ClipEmbedImageParams* params, cudaStream_t stream) {
@@ -193,13 +191,13 @@ extern "C" cudaError_t clip_embed_image_launch(const ClipEmbedImageParams* param
                                 params->shift_pre, params->scale_1, params->shift_1, params->x, params->y};
   for (const void* pointer : needed)
     if (!usable(pointer)) return cudaErrorInvalidValue;
-  Device device;
-  const cudaError_t status = current_device(device);
+  int sm_count = 0;
+  const cudaError_t status = current_sm_count(sm_count);
   if (status != cudaSuccess) return status;
   const int64_t rows = params->batch * params->tokens;
   return with_team(params->width, [&](auto team) {
     using Team = decltype(team);
-    return launch(embed_image_kernel<Team>, grid(ceil_div(rows, Team::kTeams), 1), Team::kThreads, device, stream,
+    return launch(embed_image_kernel<Team>, grid(ceil_div(rows, Team::kTeams), 1), Team::kThreads, stream,
                   static_cast<const uint4*>(params->patches), static_cast<const float4*>(params->class_token),
                   static_cast<const float4*>(params->positions), static_cast<const float4*>(params->scale_pre),
                   static_cast<const float4*>(params->shift_pre), static_cast<const float4*>(params->scale_1),

@@ -10,17 +10,10 @@ namespace rows {
 
 constexpr int kVector = kClipElementwiseWidthStep;
 constexpr int kLanes = 32;
-constexpr int kGridY = 32768;  // a multiple of it, in z, makes up for the grid's limit in y
+constexpr int kGridY = 65535;  // the most blocks a grid has in y
 
 // ---------------------------------------------------------------------------------------------
 // On the GPU
-
-// Before this a kernel may overlap the end of the one before it in the stream (`launch`).
-__device__ __forceinline__ void wait_for_previous_kernel() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 __device__ __forceinline__ uint32_t pack_half2(float low, float high) {
   const __half2 packed = __floats2half2_rn(low, high);
@@ -55,7 +48,7 @@ __device__ __forceinline__ void load_bias(const float4* bias, int vector, float 
 }
 
 // The outer index of a grid that `grid` made.
-__device__ __forceinline__ int64_t outer_block() { return int64_t(blockIdx.z) * kGridY + blockIdx.y; }
+__device__ __forceinline__ int64_t outer_block() { return int64_t(blockIdx.z) * gridDim.y + blockIdx.y; }
 
 // How a block shares out rows: kWarps warps hold a row, kVectors vectors a lane; kTeams times that in a block.
 template <int kWarps_, int kTeams_, int kVectors_>
@@ -166,43 +159,27 @@ inline Norm norm_of(int32_t width, float epsilon) {
   return {static_cast<float>(width), 1.0f / static_cast<float>(width), epsilon};
 }
 
-struct Device {
-  int sm_major, sm_count;
-};
-
-inline cudaError_t current_device(Device& device) {
-  int id = 0;
-  cudaError_t status = cudaGetDevice(&id);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&device.sm_major, cudaDevAttrComputeCapabilityMajor, id);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&device.sm_count, cudaDevAttrMultiProcessorCount, id);
+// The current GPU's number of multiprocessors.
+inline cudaError_t current_sm_count(int& sm_count) {
+  int device = 0, sm_major = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&sm_major, cudaDevAttrComputeCapabilityMajor, device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device);
   if (status != cudaSuccess) return status;
-  return device.sm_major < 8 ? cudaErrorNoKernelImageForDevice : cudaSuccess;
+  return sm_major < 8 ? cudaErrorNoKernelImageForDevice : cudaSuccess;
 }
 
-// Blocks (inner, outer), the inner ones one after the other; `outer_block` may lie past the end.
+// Blocks (inner, outer), the inner ones one after the other. Many outer ones are spread evenly over z, so that few
+// blocks lie past the end, where `outer_block` still counts them.
 inline dim3 grid(int64_t inner, int64_t outer) {
-  return dim3(static_cast<unsigned>(inner), static_cast<unsigned>(outer < kGridY ? outer : kGridY),
-              static_cast<unsigned>(ceil_div(outer, kGridY)));
+  const int64_t z = ceil_div(outer, kGridY);
+  return dim3(static_cast<unsigned>(inner), static_cast<unsigned>(ceil_div(outer, z)), static_cast<unsigned>(z));
 }
 
-#ifndef CLIP_ROWS_OVERLAP
-#define CLIP_ROWS_OVERLAP 0
-#endif
-
-// A launch; pointers are cast to what the kernel takes.
-template <class... Params, class... Args>
-cudaError_t launch(void (*kernel)(Params...), dim3 blocks, int threads, const Device& device, cudaStream_t stream,
-                   Args... args) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = blocks;
-  config.blockDim = dim3(threads);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = CLIP_ROWS_OVERLAP && device.sm_major >= 9 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+template <class... Params>
+cudaError_t launch(void (*kernel)(Params...), dim3 blocks, int threads, cudaStream_t stream, Params... params) {
+  kernel<<<blocks, threads, 0, stream>>>(params...);
+  return cudaGetLastError();
 }
 
 // Calls `with` with the Team for a width: as many warps as give each lane one vector, which measures best, up to 4;
