@@ -167,10 +167,14 @@ def torch_compile(mode: str) -> Callable[[Request], Subject]:
 
 
 def onnx_model(module: torch.nn.Module, x: torch.Tensor) -> bytes:
-    """A module as ONNX (opset 17) for inputs of just x's shape, through PyTorch's TorchScript exporter.
+    """A module as ONNX (opset 17) for inputs of just x's shape, through PyTorch's TorchScript exporter; the module moves to the CPU, since
+    on a GPU the exporter folds constants of both devices together and fails.
 
-    Raises RuntimeError where something cannot be exported.
+    Raises Missing without the onnx package, RuntimeError where something cannot be exported.
     """
+    if importlib.util.find_spec("onnx") is None:
+        raise Missing("the onnx package, which PyTorch's ONNX export needs, is not installed")
+    module, x = module.cpu(), x.cpu()
     buffer = io.BytesIO()
     exporter = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
     try:

@@ -27,6 +27,7 @@ from experiments.record import append_row, provenance, read_rows
 from experiments.timing import graphed, median_ms
 
 KEY = ("model", "encoder", "precision", "batch", "tokens")
+LAUNCHES = 20
 IN_ONE_GRAPH = 10
 
 
@@ -63,26 +64,30 @@ def work_of(dims: Dimensions, encoder: str, batch: int, tokens: int) -> Work:
     return Work(tuple(products), (batch, heads, tokens, causal, layers), tuple(norms))
 
 
+def shared() -> bool:
+    """Whether other processes measure on this GPU as well, in turns."""
+    return bool(os.environ.get("CLIP_TTRT_TURN"))
+
+
 @contextlib.contextmanager
 def turn() -> Iterator[None]:
     """Wait until no other process that measures on this GPU holds the file that CLIP_TTRT_TURN names, and hold it; without the variable do nothing."""
-    name = os.environ.get("CLIP_TTRT_TURN")
-    if not name:
+    if not shared():
         yield
         return
-    with open(name, "w") as file:
+    with open(os.environ["CLIP_TTRT_TURN"], "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def milliseconds(call: Callable[[], object], device: str, repeats: int = 20) -> float:
-    """Median of one call: on a GPU of many in one CUDA graph, whose replay alone takes longer than a small kernel; wall time on the CPU."""
-    if device == "cuda":
-        def several() -> None:
-            for _ in range(IN_ONE_GRAPH):
-                call()
+    """Median of one call: on a GPU a CUDA graph of LAUNCHES of them, whose own launch then hardly counts; wall time on the CPU."""
+    def several():
+        for _ in range(LAUNCHES):
+            call()
 
-        return median_ms(graphed(several), max(5, repeats // 2), warm_up=2) / IN_ONE_GRAPH
+    if device == "cuda":
+        return median_ms(graphed(several), repeats) / LAUNCHES
     call()
     times = []
     for _ in range(max(3, repeats // 4)):

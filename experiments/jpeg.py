@@ -24,6 +24,7 @@ from clip_ttrt import pictures
 from clip_ttrt.model import preprocess
 from clip_ttrt.models import dimensions_of
 from experiments.baselines import BACKENDS, Missing, Request
+from experiments.floor import turn
 from experiments.record import append_row, provenance
 
 WORKERS = (1, 4, 16)
@@ -140,7 +141,8 @@ def main() -> int:
         files = copies(Path(folder), -(-options.images // batch) * batch)
         for workers in options.workers:
             measure(files[:batch], stages, encoder, batch, workers)  # warm-up
-            wall, each, _ = measure(files, stages, encoder, batch, workers)
+            with turn():
+                wall, each, _ = measure(files, stages, encoder, batch, workers)
             whole = sum(each.values())
             append_row(options.out, {
                 "model": options.model, "backend": options.backend, "attention": subject.attention, "precision": precision, "batch": str(batch), "workers": str(workers),

@@ -24,6 +24,7 @@ from clip_ttrt.models import dimensions_of
 from clip_ttrt.options import BatchRange
 from clip_ttrt.progress import Progress
 from experiments.baselines import BACKENDS, Missing, Request, Subject, example
+from experiments.floor import turn
 from experiments.record import append_row, provenance, read_rows
 
 COLUMNS = ("model", "encoder", "backend", "attention", "precision", "batch", "threads", "cuda_graph", "input_dtype", "seconds", "requests", "items_per_second",
@@ -172,7 +173,8 @@ def main() -> int:
                 if graph and (subject.uncapturable or subject.brings_graphs):
                     raise Missing(f"no CUDA graph: {subject.uncapturable or 'it replays its own'}")
                 clients = [Client(run, subject.x, device, graph) for run in runs[:count]]
-                wall, latencies = drive(clients, options.seconds)
+                with turn():
+                    wall, latencies = drive(clients, options.seconds)
             except Missing as reason:
                 append_row(options.out, {**row, "error": f"skipped: {reason}"})
                 continue

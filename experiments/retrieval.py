@@ -22,6 +22,7 @@ from clip_ttrt.errors import UserError
 from clip_ttrt.model import CompiledCLIP
 from clip_ttrt.progress import Progress
 from experiments.accuracy import folder_name
+from experiments.floor import turn
 from experiments.record import append_row, provenance
 
 
@@ -86,7 +87,9 @@ def main() -> int:
             if not (folder / MANIFEST).is_file():
                 pipeline.compile(progress=Progress(), model="demo", precision=precision, batch=options.batch, attention=options.attention, backend=options.backend,
                                  verify=False, output=folder)
-            append_row(options.out, row_of(read_artifact(folder), options.pictures))
+            with turn():
+                row = row_of(read_artifact(folder), options.pictures)
+            append_row(options.out, row)
     return 0
 
 

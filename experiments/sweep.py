@@ -151,7 +151,7 @@ def measure(row: Row, subject: Subject, used_before: float) -> dict[str, Any]:
     flops = floor.work_of(dimensions_of(request.model), request.encoder, request.batch, request.tokens).flops
     return {**blank(row), "attention": subject.attention, "median_ms": f"{median:.4f}", "p90_ms": f"{cuts[89]:.4f}", "p99_ms": f"{cuts[98]:.4f}",
             "per_second": f"{request.batch / median * 1e3:.1f}", "tflops": f"{flops / median / 1e9:.3f}", "engine_mib": subject.engine_mib,
-            "gpu_memory_mib": f"{used_mib() - used_before:.0f}" if request.device == "cuda" else "", "build_s": f"{subject.build_s:.1f}", "error": subject.remark}
+            "gpu_memory_mib": f"{used_mib() - used_before:.0f}" if request.device == "cuda" and not floor.shared() else "", "build_s": f"{subject.build_s:.1f}", "error": subject.remark}
 
 
 def measure_all(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:

@@ -30,6 +30,7 @@ from clip_ttrt.progress import Progress
 from experiments.accuracy import folder_name
 from experiments.baselines import load_encoder
 from experiments.prompts import prompts
+from experiments.floor import turn
 from experiments.record import append_row, provenance, read_rows
 from experiments.sweep import latencies
 from experiments.timing import graphed
@@ -135,7 +136,8 @@ def main() -> int:
             with torch.no_grad():
                 found = errors(encode(trimmed).float(), whole(rows).float())
                 call = graphed(lambda: encode(trimmed)) if device == "cuda" else lambda: encode(trimmed)
-                times = latencies(call, device)
+                with turn():
+                    times = latencies(call, device)
             median, cuts = statistics.median(times), statistics.quantiles(times, n=100, method="inclusive")
             failed += not found.rel_max <= BOUND[precision]
             append_row(options.out, {
