@@ -312,7 +312,7 @@ def wrong(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, request:
     """How the features of the first samples differ from our plain encoder's in fp32, where they do so beyond the precision's bound; else empty."""
     with torch.no_grad(), exact_fp32():
         actual = run(x)[:CHECKED].float()
-        expected = plain(replace(request, precision="fp32"))(x[:CHECKED])
+        expected = plain(replace(request, precision="fp32"))(x[:CHECKED].float() if x.is_floating_point() else x[:CHECKED])
     smallest = torch.nn.functional.cosine_similarity(actual, expected, dim=1).min().item()
     return "" if smallest >= COSINE_BOUND[request.precision] else f"wrong: smallest cosine {smallest:.4f} against fp32"
 

@@ -186,6 +186,15 @@ def test_counted_operations_are_those_of_the_encoder(encoder):
     assert work.flops == products + scores * (0.5 if causal else 1)
 
 
+@pytest.mark.parametrize("encoder, tokens", [("image", 50), ("text", 77)])
+def test_wrong_features_are_remarked_whatever_the_input_is_made_of(encoder, tokens):
+    request = baselines.Request("demo", "demo", encoder, "fp32", 2, tokens, "cpu")
+    module, x = baselines.plain(request), baselines.example(request, torch.half)
+    right = lambda rows: module(rows.float() if rows.is_floating_point() else rows)  # noqa: E731
+    assert baselines.wrong(right, x, request) == ""
+    assert baselines.wrong(lambda rows: right(rows).roll(1, dims=1), x, request).startswith("wrong: smallest cosine ")
+
+
 def test_a_csv_with_other_columns_is_not_mixed_up(tmp_path):
     append_row(tmp_path / "a.csv", {"x": 1, "y": 2})
     with pytest.raises(ValueError, match="has columns"):
