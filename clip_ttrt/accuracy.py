@@ -16,6 +16,7 @@ from clip_ttrt.model import CompiledCLIP, out_of_memory
 COSINE_BOUND = {"fp32": 0.999999, "tf32": 0.9999, "fp16": 0.9999}
 TOP1_BOUND = 0.2  # percentage points that the trained demo model may gain or lose
 REFERENCE_BATCH = 64
+PROBED_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,28 @@ def milliseconds(call: Callable[[torch.Tensor], torch.Tensor], example: torch.Te
     return statistics.median(once() for _ in range(repeats))
 
 
+def batches_to_probe(artifact: Artifact) -> tuple[int, ...]:
+    """Batch sizes at which an artifact's engines are run: one engine is right at one size and wrong at another (experiments/bugs).
+
+    Every size of `PROBED_BATCHES` in the compiled range, its minimum and optimum, and its maximum where that is no larger
+    than the larger of 256 and the optimum.  None for TorchScript, which chooses no kernels ahead of time.
+    """
+    if artifact.manifest["backend"] != "tensorrt":
+        return ()
+    batch = artifact.batch
+    largest = min(batch.maximum, max(batch.optimal, PROBED_BATCHES[-1]))
+    return tuple(sorted({batch.minimum, batch.optimal, largest, *(size for size in PROBED_BATCHES if batch.minimum <= size <= largest)}))
+
+
+def cosines_by_batch(encode: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor, reference: torch.Tensor, sizes: tuple[int, ...]) -> dict[str, float]:
+    """Smallest cosine with the reference for each batch size; rows and their reference features are repeated to fill a batch."""
+    found = {}
+    for size in sizes:
+        chosen = torch.arange(size) % len(rows)
+        found[str(size)] = errors(encode(rows[chosen.to(rows.device)]), reference[chosen]).cos_min
+    return found
+
+
 def compare(artifact: Artifact, checkpoint: Checkpoint) -> dict[str, Any]:
     """Compare an artifact with the original model; the report is plain data for JSON.
 
@@ -131,9 +154,10 @@ def compare(artifact: Artifact, checkpoint: Checkpoint) -> dict[str, Any]:
         with torch.no_grad():
             compiled = {name: calls[name][0](calls[name][1].to(model.device)).cpu() for name in artifact.encoders}
             batch = min(artifact.batch.optimal, 32) if device == "cpu" else artifact.batch.optimal
-            speed = {}
+            speed, by_batch, sizes = {}, {}, batches_to_probe(artifact)
             for name in artifact.encoders:
                 encode, rows = calls[name]
+                by_batch[name] = cosines_by_batch(encode, rows.to(model.device), reference[name], sizes)
                 example = rows.repeat(-(-batch // len(rows)), *[1] * (rows.ndim - 1))[:batch].to(model.device)
                 speed[name] = {"batch": batch, "ms": milliseconds(encode, example, repeats=3 if device == "cpu" else 20, warm_up=1 if device == "cpu" else 5)}
     except torch.cuda.OutOfMemoryError as problem:
@@ -142,6 +166,7 @@ def compare(artifact: Artifact, checkpoint: Checkpoint) -> dict[str, Any]:
         "inputs": inputs.description,
         "weights": checkpoint.origin.describe(),
         "errors": {name: asdict(errors(compiled[name], reference[name])) for name in artifact.encoders},
+        "batches": by_batch,
         "speed": speed,
     }
     if len(artifact.encoders) == 2:
@@ -166,6 +191,10 @@ def failures(artifact: Artifact, checkpoint: Checkpoint, report: dict[str, Any])
         cosine = report["errors"][name]["cos_min"]
         if not cosine >= bound:
             found.append(f"{name}: smallest cosine {cosine:.7f} is below {bound} ({artifact.manifest['precision']})")
+        wrong = {size: cosine for size, cosine in report["batches"][name].items() if not cosine >= bound}
+        if wrong:
+            listed = ", ".join(f"{cosine:.7f} at batch {size}" for size, cosine in wrong.items())
+            found.append(f"{name}: wrong at some batch sizes: smallest cosine {listed}; {bound} is the bound")
     if checkpoint.origin.kind == "demo" and "top1" in report:
         change = abs(report["top1"]["compiled"] - report["top1"]["reference"])
         if not change <= TOP1_BOUND:

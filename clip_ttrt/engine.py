@@ -18,13 +18,9 @@ from torch_tensorrt.dynamo._settings import CompilationSettings
 from torch_tensorrt.dynamo.conversion._TRTInterpreter import TRTInterpreter
 from torch_tensorrt.dynamo.runtime import TorchTensorRTModule
 
-from clip_ttrt import converters, lowering, ops
+from clip_ttrt import converters
 from clip_ttrt.errors import UserError
 from clip_ttrt.options import BatchRange
-
-# TensorRT 8.6 compiles a whole fp16 block wrongly for a static number of rows that this does not divide, without a warning
-# (seen: ViT-B/16 at batch 4, 788 rows; experiments/bugs).  Declared as a range it takes other kernels.
-ROW_MULTIPLE = 8
 
 OUT_OF_MEMORY = ("out of memory", "outofmemory", "insufficient memory", "cuda error 2", "cuda failure: 2", "memory allocation")
 
@@ -128,11 +124,6 @@ def save_timing_cache(path: Path, content: bytes) -> None:
         return
 
 
-def rows_of(module: fx.GraphModule, batch: int) -> int:
-    """Rows [B·T, W] that flow through a lowered graph at a batch size; the batch size where there is no attention."""
-    return batch * max((node.args[1] for node in lowering.find_nodes(module, ops.attention_rows)), default=1)
-
-
 def build_engine(module: fx.GraphModule, example: torch.Tensor, batch: BatchRange, precision: str, attention: str = "native",
                  optimization_level: int = 3) -> Engine:
     """Build one engine from a lowered graph.
@@ -143,8 +134,6 @@ def build_engine(module: fx.GraphModule, example: torch.Tensor, batch: BatchRang
     Raises UserError where the GPU's memory does not suffice, EngineError for all else that TensorRT refuses.
     """
     shape = tuple(example.shape[1:])
-    if batch.static and precision == "fp16" and attention == "native" and rows_of(module, batch.optimal) % ROW_MULTIPLE:
-        batch = BatchRange(batch.optimal, batch.optimal, batch.optimal + 1)  # the saved module accepts the one size all the same
     if batch.static:
         spec = torch_tensorrt.Input((batch.optimal, *shape), dtype=example.dtype)
     else:
