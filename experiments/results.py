@@ -33,7 +33,7 @@ def read(results: Path, name: str) -> pd.DataFrame:
 
 
 def read_sweep(results: Path) -> pd.DataFrame:
-    """All rows of results/h200/sweep*.csv with a time, the last of each key, and `wrong` where the features were.
+    """All rows of results/h200/sweep*.csv with a time, and `wrong` where the features were; of what was measured more than once the fastest.
 
     The original `clip` model is `clip_eager` as it is used, eager, and `clip_graph` where its CUDA graph is replayed.
     `floor_ms` is that of floor.csv, missing where it does not stand there.
@@ -47,7 +47,7 @@ def read_sweep(results: Path) -> pd.DataFrame:
     rows = rows[rows["median_ms"].notna() & ((rows["error"] == "") | rows["wrong"])]
     if rows.empty:
         raise NoData("sweep.csv has no row with a time")
-    rows = rows.drop_duplicates(SWEEP_KEY, keep="last")
+    rows = rows.sort_values("median_ms", kind="stable").drop_duplicates(SWEEP_KEY).sort_index()
     rows.loc[(rows["backend"] == "clip_eager") & (rows["cuda_graph"].astype(str) == "True"), "backend"] = "clip_graph"
     path = results / "h200" / "floor.csv"
     floors = read_csv(path).drop_duplicates(FLOOR_KEY, keep="last").set_index(FLOOR_KEY)["floor_ms"] if path.exists() else {}

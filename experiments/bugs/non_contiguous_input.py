@@ -3,7 +3,9 @@
 Torch-TensorRT 2.2.0.  `core/runtime/execute_engine.cpp` passes `inputs[i].view(shape).contiguous().data_ptr()` to
 setTensorAddress.  For a non-contiguous input `.contiguous()` makes a temporary, which dies at the end of that statement.
 Its block goes back to PyTorch's caching allocator, and the next allocation of that size, which is often the output, gets it.
-The engine then writes its output over the input it is still reading.
+The engine then writes its output over the input it is still reading, which is wrong as soon as one of its kernels writes
+before another thread block has read.  On an H200 with TensorRT 8.6.0 the output is indeed in the temporary's block, for both
+modules below, and their results happen to be right: seen is the cause, not yet a wrong result.
 
 Steps: compile a linear layer from 2048 to 2048 and a transpose of the two, for 2048 rows in float32, so that input and output
 have one size; call each with a contiguous input and with the same values in a transposed layout.  All memory involved

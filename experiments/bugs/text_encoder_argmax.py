@@ -1,9 +1,12 @@
-"""argmax over int32 is done in half when FP16 is enabled: CLIP's text encoder comes out wrong, with no warning
+"""argmax over int32 may be done in half when FP16 is enabled: CLIP's text encoder then comes out wrong, with no warning
 
 Torch-TensorRT 2.2.0, TensorRT 8.6.0.  `conversion/impl/topk.py` casts an int32 input of argmax and argmin to float32 before
 TopK, and with FP16 enabled TensorRT may run that TopK in half.  Integers above 2048 are not all exact in half.  CLIP's text
 encoder picks the end of text by `tokens.argmax(-1)`; start of text (49406) and end of text (49407) both become 49408, and
 the first one wins: position 0.  Every text gets the features of its first token, which are the same for all texts.
+
+Where TensorRT runs TopK is its own choice: it was in half when OpenAI's whole text encoder was compiled, which is how this was
+found, and in float in the two small modules below (TensorRT 8.6.0 on an H200), so that this script does not show it there.
 
 Steps: compile `tokens.argmax(-1)`, and the pooling of clip/model.py with an embedding and a linear layer before it, with
 enabled_precisions {float} and {half}; compare with PyTorch.
