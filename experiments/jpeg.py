@@ -6,7 +6,8 @@ The eight pictures of `clip_ttrt.pictures`, copied to as many files as --images 
 and crop it, and normalise it to float32 [3, R, R], with the transforms of OpenAI's preprocessing; the main thread gathers
 batches in pinned host memory, copies them to the GPU, encodes them and copies the features back, while the workers go on.
 The milliseconds a picture are the CPU time of one worker for decode, resize and normalise, and the main thread's wall time,
-divided by the batch, for copy and encode: what bounds the rate is workers' time over their number, or the main thread's.
+divided by the batch, for copy and encode: what bounds the rate is workers' time over their number, or the main thread's.  Run it
+with nothing else on the machine's cores.
 """
 import argparse
 import os
@@ -140,8 +141,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         files = copies(Path(folder), -(-options.images // batch) * batch)
         for workers in options.workers:
-            measure(files[:batch], stages, encoder, batch, workers)  # warm-up
             with turn():
+                measure(files[:batch], stages, encoder, batch, workers)  # warm-up
                 wall, each, _ = measure(files, stages, encoder, batch, workers)
             whole = sum(each.values())
             append_row(options.out, {

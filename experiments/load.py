@@ -6,7 +6,8 @@ A client is a thread that has one request in flight: a batch lies in pinned host
 its features are copied back, and then the next one starts.  Clients of clip_ttrt have a module each, loaded anew, since a
 TensorRT execution context serves one call at a time; those of the eager models share the weights.  Pictures are float32 on
 the host whatever the engine computes in, as the model's interface takes them, and texts int32.  With --graph a client replays a
-CUDA graph of its own.  On the CPU nothing is copied.
+CUDA graph of its own.  On the CPU nothing is copied.  Run it with nothing else on the machine's cores:
+launches and threads wait for them.
 """
 import argparse
 import itertools
@@ -172,8 +173,8 @@ def main() -> int:
                     served = batch
                 if graph and (subject.uncapturable or subject.brings_graphs):
                     raise Missing(f"no CUDA graph: {subject.uncapturable or 'it replays its own'}")
-                clients = [Client(run, subject.x, device, graph) for run in runs[:count]]
                 with turn():
+                    clients = [Client(run, subject.x, device, graph) for run in runs[:count]]
                     wall, latencies = drive(clients, options.seconds)
             except Missing as reason:
                 append_row(options.out, {**row, "error": f"skipped: {reason}"})
