@@ -33,8 +33,8 @@ GREY = "#444444"
 BACKENDS = {
     "clip_ttrt_plugin": ("#0072B2", "o", "clip_ttrt, plugins"),
     "clip_ttrt_native": ("#009E73", "s", "clip_ttrt, TensorRT's kernels"),
-    "clip_ttrt_plugin_range": ("#0072B2", "o", "clip_ttrt, plugins, one engine for all batches"),
-    "clip_ttrt_native_range": ("#009E73", "s", "clip_ttrt, TensorRT's kernels, one engine for all batches"),
+    "clip_ttrt_plugin_range": ("#0072B2", "o", "clip_ttrt, plugins, batch range"),
+    "clip_ttrt_native_range": ("#009E73", "s", "clip_ttrt, TensorRT's kernels, batch range"),
     "tensorrt_onnx": ("#000000", "D", "TensorRT through ONNX"),
     "torch_compile_reduce_overhead": ("#E69F00", "^", "torch.compile reduce-overhead"),
     "torch_compile_max_autotune": ("#D55E00", "v", "torch.compile max-autotune"),
@@ -67,13 +67,16 @@ def headline(figure: plt.Figure, text: str) -> None:
     figure.suptitle(textwrap.fill(text, int(10.5 * figure.get_figwidth())), fontsize=11)
 
 
-def shared_legend(figure: plt.Figure, columns: int, bottom: float = 0.03) -> None:
-    """One legend under all panels, each label once, hollow markers not repeated."""
+def lay_out(figure: plt.Figure, columns: int) -> None:
+    """All panels above one legend: each label once, in so many columns as the width has room for."""
     found = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels()):
             found.setdefault(label, handle)
-    figure.legend(found.values(), found.keys(), ncol=columns, frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, bottom))
+    columns = max(1, min(columns, int(figure.get_figwidth() / (0.5 + 0.065 * max(map(len, found))))))
+    inches = 0.35 + 0.17 * -(-len(found) // columns)
+    figure.tight_layout(rect=(0, inches / figure.get_figheight(), 1, 1))
+    figure.legend(found.values(), found.keys(), ncol=columns, frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 0.15 / figure.get_figheight()))
 
 
 def batch_axis(axes: plt.Axes, batches: Iterable[int]) -> None:
@@ -106,7 +109,7 @@ def speedup(results: Path) -> plt.Figure:
     if rows.empty:
         raise NoData("sweep.csv has no fp16 rows beside clip_eager's")
     models, encoders = present(rows, MODELS, "model"), present(rows, ("image", "text"), "encoder")
-    figure, panels = plt.subplots(len(encoders), len(models), figsize=(max(7.5, 3.1 * len(models)), 2.6 * len(encoders) + 1.3), squeeze=False)
+    figure, panels = plt.subplots(len(encoders), len(models), figsize=(max(7.5, 3.1 * len(models)), 2.6 * len(encoders) + 1.6), squeeze=False)
     for line, encoder in zip(panels, encoders):
         for axes, model in zip(line, models):
             part = rows[(rows["model"] == model) & (rows["encoder"] == encoder)]
@@ -116,14 +119,13 @@ def speedup(results: Path) -> plt.Figure:
             axes.axhline(1, color=GREY, linewidth=1, linestyle=":")
             axes.set_title(f"{model} {encoder}", fontsize=9)
             batch_axis(axes, BATCHES)
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.08 * max(1, part["times"].max()) if len(part) else 1)
             axes.tick_params(labelsize=8)
         line[0].set_ylabel("times as fast as the original", fontsize=8)
     for axes in panels[-1]:
         axes.set_xlabel("batch", fontsize=8)
     headline(figure, fastest_title(rows, case))
-    figure.tight_layout(rect=(0, 0.15 if len(encoders) == 1 else 0.1, 1, 1))
-    shared_legend(figure, 3)
+    lay_out(figure, 3)
     stamp(figure, rows)
     return figure
 
@@ -144,7 +146,7 @@ def against_floor(results: Path) -> plt.Figure:
     """Milliseconds over the floor of the same work, both logarithmic; one panel an encoder, one colour a backend."""
     rows = full_length(read_sweep(results))
     rows = rows[(rows["precision"] == "fp16") & rows["floor_ms"].notna() & rows["batch"].isin(BATCHES) & ~rows["wrong"]]
-    chosen = ("clip_ttrt_plugin", "clip_ttrt_native", "tensorrt_onnx", "torch_compile_reduce_overhead", "clip_eager")
+    chosen = ("clip_ttrt_plugin", "clip_ttrt_native", "clip_ttrt_plugin_range", "tensorrt_onnx", "torch_compile_reduce_overhead", "clip_eager")
     rows = best(rows[rows["backend"].isin(chosen)], "model", "encoder", "batch", "backend") if len(rows) else rows
     if rows.empty:
         raise NoData("sweep.csv has no fp16 rows with floor_ms")
@@ -158,7 +160,8 @@ def against_floor(results: Path) -> plt.Figure:
             axes.annotate(f"{factor}x", (span[1], factor * span[1]), fontsize=7, color="#888888", ha="left", va="center")
         for backend in reversed(present(part, BACKENDS, "backend")):
             points = part[part["backend"] == backend]
-            axes.plot(points["floor_ms"], points["median_ms"], **{**look(backend), "linestyle": ""})
+            hollow = {"markerfacecolor": "white"} if backend.endswith("_range") else {}
+            axes.plot(points["floor_ms"], points["median_ms"], **{**look(backend), **hollow, "linestyle": ""})
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_title(f"{encoder} encoders, fp16, batches {min(part['batch'])} to {max(part['batch'])}", fontsize=9)
@@ -168,8 +171,7 @@ def against_floor(results: Path) -> plt.Figure:
     share = best(ours, "model", "encoder", "batch") if len(ours) else rows
     ratio = share["median_ms"] / share["floor_ms"]
     headline(figure, f"{'clip_ttrt takes' if len(ours) else 'Times are'} {ratio.min():.2f} to {ratio.max():.2f} times the floor, {ratio.median():.2f} in the median")
-    figure.tight_layout(rect=(0, 0.13, 1, 1))
-    shared_legend(figure, 3)
+    lay_out(figure, 3)
     stamp(figure, rows)
     return figure
 
@@ -180,6 +182,7 @@ def under_load(results: Path) -> plt.Figure:
     if "error" in rows:
         rows = rows[rows["error"].isna()]
     rows = rows[rows["items_per_second"].notna()]
+    rows = rows[(rows["model"] != "demo") | (rows["model"] == "demo").all()]
     if rows.empty:
         raise NoData("load.csv has no row with a throughput")
     rows = rows.loc[rows.groupby(["model", "encoder", "batch", "backend", "threads"])["items_per_second"].idxmax()]
@@ -192,16 +195,15 @@ def under_load(results: Path) -> plt.Figure:
             draw(lower, part[part["backend"] == backend], "threads", "p99_ms", backend)
         upper.set_title(f"{model} {encoder}, requests of {batch}", fontsize=9)
         lower.set_xlabel("threads, one request each at a time", fontsize=8)
-        lower.set_xticks(sorted(part["threads"].unique()))
-        upper.set_ylim(bottom=0)
-        lower.set_ylim(bottom=0)
+        lower.set_xticks(sorted(rows["threads"].unique()))
+        upper.set_ylim(0, 1.08 * part["items_per_second"].max())
+        lower.set_ylim(0, 1.08 * part["p99_ms"].max())
     panels[0][0].set_ylabel("images or texts a second", fontsize=8)
     panels[1][0].set_ylabel("p99 latency, ms", fontsize=8)
     model, encoder, batch = cases[0]
     ours = rows[(rows["model"] == model) & (rows["encoder"] == encoder) & (rows["batch"] == batch) & rows["backend"].str.startswith("clip_ttrt")]
     headline(figure, load_title(ours, f"{model} {encoder}, requests of {batch}") if len(ours) else "Throughput and latency under load")
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
-    shared_legend(figure, 3)
+    lay_out(figure, 3)
     stamp(figure, rows)
     return figure
 
@@ -220,6 +222,9 @@ def text_length(results: Path) -> plt.Figure:
     if rows.empty:
         raise NoData("text_length.csv has no row with a time")
     rows = best(rows, "model", "backend", "batch", "tokens")
+    rows = rows[rows.groupby(["model", "backend", "batch"])["tokens"].transform("size") > 1]
+    if rows.empty:
+        raise NoData("text_length.csv has no two lengths of one encoder")
     cases = list(dict.fromkeys(zip(rows["model"], rows["batch"])))[:4]
     figure, panels = plt.subplots(1, len(cases), figsize=(max(6.0, 3.4 * len(cases)), 3.9), squeeze=False)
     for axes, (model, batch) in zip(panels[0], cases):
@@ -231,16 +236,15 @@ def text_length(results: Path) -> plt.Figure:
         shares = part.dropna(subset=["fit_share"]).drop_duplicates("tokens").set_index("tokens")["fit_share"]
         axes.set_xticks(lengths, [f"{tokens}\n{float(shares[tokens]):.0%}" if tokens in shares.index else str(tokens) for tokens in lengths])
         axes.set_xlabel("tokens; share of the prompts that fit", fontsize=8)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * part["median_ms"].max())
     panels[0][0].set_ylabel("milliseconds", fontsize=8)
     ours = rows[rows["backend"].str.startswith("clip_ttrt")]
-    shares = [group["median_ms"].iloc[0] / group["median_ms"].iloc[-1]
-              for _, group in (ours if len(ours) else rows).sort_values("tokens").groupby(["model", "backend", "batch"]) if len(group) > 1]
+    shares = [group["median_ms"].iloc[0] / group["median_ms"].iloc[-1] for _, group in (ours if len(ours) else rows).sort_values("tokens").groupby(["model", "backend", "batch"])]
     mean = rows["mean_tokens"].dropna()
-    title = f"Texts of {int(rows['tokens'].min())} tokens take {min(shares):.2f} to {max(shares):.2f} of the time of {int(rows['tokens'].max())}" if shares else "Time by text length"
+    span = " to ".join(dict.fromkeys(f"{share:.2f}" for share in (min(shares), max(shares))))
+    title = f"Texts of {int(rows['tokens'].min())} tokens take {span} of the time of {int(rows['tokens'].max())}"
     headline(figure, title + (f"; prompts have {mean.iloc[0]:.1f} in the mean" if len(mean) else ""))
-    figure.tight_layout(rect=(0, 0.13, 1, 1))
-    shared_legend(figure, 3)
+    lay_out(figure, 3)
     stamp(figure, rows)
     return figure
 
@@ -265,8 +269,7 @@ def errors(results: Path) -> plt.Figure:
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
     worst = rows.groupby("precision")["rel_max"].max()
     headline(figure, "Largest relative error of any feature row: " + ", ".join(f"{worst[precision]:.1e} in {precision}" for precision in precisions))
-    figure.tight_layout(rect=(0, 0.12, 1, 1))
-    shared_legend(figure, 3)
+    lay_out(figure, 3)
     stamp(figure, rows)
     return figure
 
@@ -294,8 +297,7 @@ def stages(results: Path) -> plt.Figure:
     first = rows.iloc[-1]
     before = sum(float(first[f"{stage}_share"]) for stage in STAGES[:3])
     headline(figure, f"From JPEG files, decoding, resizing and normalising are {before:.0%} of the work, the encoder {float(first['encode_share']):.0%}")
-    figure.tight_layout(rect=(0, 0.1, 1, 1))
-    shared_legend(figure, 5)
+    lay_out(figure, 5)
     stamp(figure, rows)
     return figure
 
@@ -316,7 +318,7 @@ def ladder(results: Path) -> plt.Figure:
         axes.set_xlim(0, part["median_ms"].max() * 1.12)
         axes.tick_params(axis="y", labelsize=8)
         axes.set_title(f"{model} {encoder}, batch {batch}, fp16: from {part['median_ms'].iloc[-1]:.2f} to {part['median_ms'].iloc[0]:.2f} ms", fontsize=10)
-    panels[-1][0].set_xlabel("milliseconds of one call; hollow: features wrong")
+    panels[-1][0].set_xlabel("milliseconds of one call" + ("; hollow: features wrong" if rows["error"].notna().any() else ""))
     figure.tight_layout(rect=(0, 0.03, 1, 1))
     stamp(figure, rows)
     return figure

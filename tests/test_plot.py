@@ -108,7 +108,7 @@ def test_without_its_own_file_the_ladder_is_what_the_sweep_knows(tmp_path):
 def test_text_length_compares_the_shortest_with_the_longest_and_names_the_mean(tmp_path):
     write(tmp_path, "text_length.csv", text_length_rows())
     figure = plot.text_length(tmp_path)
-    assert title_of(figure) == "Texts of 16 tokens take 0.21 to 0.21 of the time of 77; prompts have 10.2 in the mean"
+    assert title_of(figure) == "Texts of 16 tokens take 0.21 of the time of 77; prompts have 10.2 in the mean"
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["16\n95%", "32\n100%", "48\n100%", "77\n100%"]
 
 
