@@ -340,7 +340,7 @@ def environment(results: Path) -> pd.DataFrame:
     if not path.exists():
         raise NoData(f"there is no {path}")
     found = json.loads(path.read_text())
-    lines = [("GPU", f"{found['gpu'].get('name', '')}, compute capability {found['gpu'].get('compute_capability', '')}"), ("driver, memory, clock", found["driver"]),
+    lines = [("GPU", f"{found['gpu'].get('name', '')}, compute capability {found['gpu'].get('compute_capability', '')}"), ("driver, memory, clock", found["driver"].splitlines()[0]),
              ("processor", f"{found['processor']}, {found['cores']} cores"), ("kernel", found["kernel"]), ("Python", found["python"]),
              *((name, version) for name, version in found["versions"].items() if name != "clip_ttrt")]
     return pd.DataFrame(lines, columns=["what", "value"])
