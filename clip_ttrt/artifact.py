@@ -1,6 +1,7 @@
 """The folder that `compile` writes and `load` reads: modules, manifest, and the checks between them."""
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from contextlib import contextmanager
@@ -180,20 +181,14 @@ def draft(target: Path, force: bool):
             raise UserError(f"{target} already exists; choose another --output, or replace it with --force")
         if not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
             raise UserError(f"{target} exists and is not an artifact, so --force does not replace it; choose another --output")
+    # Named before it is made, so that an interruption at any moment removes it.
+    folder = target.parent / f".{target.name}.partial-{secrets.token_hex(8)}"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    except OSError as problem:
-        raise UserError(f"{target} cannot be written: {problem.strerror or problem}; choose another --output") from problem
-    try:
-        os.chmod(folder, 0o777 & ~current_umask())  # mkdtemp's 0700 is for secrets, which an artifact is not
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+        except OSError as problem:
+            raise UserError(f"{target} cannot be written: {problem.strerror or problem}; choose another --output") from problem
         yield Draft(folder, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def current_umask() -> int:
-    """The process's file mode mask."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
