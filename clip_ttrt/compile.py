@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--batch", metavar="N|MIN:OPT:MAX", type=str, help=f"default {DEFAULTS['batch']}")
     top.add_argument("--encoder", metavar="|".join(ENCODER_CHOICES), help=f"default {DEFAULTS['encoder']}")
     top.add_argument("--backend", metavar="|".join(BACKENDS), help="auto: TensorRT where a GPU and the packages are, else TorchScript")
-    top.add_argument("--attention", metavar="|".join(ATTENTIONS), help="auto: the fused-attention plugin where it is there and faster")
+    top.add_argument("--attention", metavar="|".join(ATTENTIONS), help="plugin: our fused kernels; native: TensorRT's; auto: what measurements found faster, where the kernels are built")
     top.add_argument("--optimization-level", metavar="0..5", type=int, help="of TensorRT's builder (default 3): lower builds faster, the engine may be slower")
     top.add_argument("--output", metavar="DIR", type=Path, help="the artifact's folder (default artifacts/MODEL-PRECISION)")
     top.add_argument("--no-verify", dest="verify", action="store_false", help="skip the comparison with the original model")

@@ -137,7 +137,7 @@ def dynamic_batch(results: Path) -> pd.DataFrame:
     """What a batch range costs at the size it is tuned for."""
     rows = read(results, "dynamic_batch.csv")
     out = columns(rows, model="model", encoder="encoder", precision="precision", attention="attention", batch="batch", range="range")
-    for heading, column in (("static ms", "static_ms"), ("dynamic ms", "dynamic_ms"), ("ratio", "ratio"), ("eager fp16 ms", "eager_fp16_ms")):
+    for heading, column in (("static ms", "static_ms"), ("dynamic ms", "dynamic_ms"), ("ratio", "ratio")):
         out[heading] = rows[column].map(lambda value: number(value, 3))
     return out
 
