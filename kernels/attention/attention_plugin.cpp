@@ -13,14 +13,9 @@
 // shape then does not show, is a field.
 //
 // The creator registers itself when the library is loaded, if libnvinfer is in the process by then;
-// clip_attention_register_plugin() does the same later. libnvinfer is looked up among the libraries
-// already loaded and never linked: the library then also loads where there is no TensorRT (the benchmark,
-// the PyTorch op), and finds the one that Python loaded privately.
+// clip_attention_register_plugin() does the same later (../plugin_support.h).
 
 #include <NvInferRuntime.h>
-#include <NvInferVersion.h>
-
-#include <dlfcn.h>
 
 #include <cstdint>
 #include <cstdio>
@@ -28,6 +23,7 @@
 #include <exception>
 #include <string>
 
+#include "../plugin_support.h"
 #include "attention.h"
 
 namespace {
@@ -276,27 +272,13 @@ class AttentionPluginCreator final : public nvinfer1::IPluginCreator {
   std::string namespace_;
 };
 
-#define CLIP_TTRT_STRING_OF(x) #x
-#define CLIP_TTRT_STRING(x) CLIP_TTRT_STRING_OF(x)
-constexpr char kRuntime[] = "libnvinfer.so." CLIP_TTRT_STRING(NV_TENSORRT_MAJOR);
-
 }  // namespace
 
 extern "C" int32_t clip_attention_register_plugin() {
   static bool registered = false;
-  if (registered) return 1;
-  void* runtime = dlopen(kRuntime, RTLD_LAZY | RTLD_NOLOAD);
-  if (runtime == nullptr) return 0;
-  using GetRegistry = nvinfer1::IPluginRegistry* (*)();
-  const auto get_registry = reinterpret_cast<GetRegistry>(dlsym(runtime, "getPluginRegistry"));
-  nvinfer1::IPluginRegistry* registry = get_registry == nullptr ? nullptr : get_registry();
-  if (registry != nullptr) {
-    // Lives as long as the process: TensorRT keeps the pointer, and the library is never unloaded.
-    static AttentionPluginCreator creator;
-    registered = registry->registerCreator(creator, "") ||
-                 registry->getPluginCreator(kName, kVersion, "") != nullptr;
-  }
-  dlclose(runtime);  // gives back the reference that dlopen took; the library stays loaded
+  registered = registered || plugin_support::with_loaded_registry([](nvinfer1::IPluginRegistry& registry) {
+    return plugin_support::register_creator<AttentionPluginCreator>(registry);
+  });
   return registered ? 1 : 0;
 }
 

@@ -38,13 +38,10 @@
 // x has rank 2 or more. Nothing depends on the number of rows: an engine with a dynamic batch runs the same kernels as
 // a static one.
 //
-// Registration: as for the attention plugin (kernels/attention/attention_plugin.cpp), when the library is loaded
-// if libnvinfer is in the process by then, or by clip_elementwise_register_plugins() later.
+// The creators register themselves when the library is loaded, if libnvinfer is in the process by then;
+// clip_elementwise_register_plugins() does the same later (../plugin_support.h).
 
 #include <NvInferRuntime.h>
-#include <NvInferVersion.h>
-
-#include <dlfcn.h>
 
 #include <array>
 #include <cmath>
@@ -55,6 +52,7 @@
 #include <exception>
 #include <string>
 
+#include "../plugin_support.h"
 #include "elementwise.h"
 
 namespace {
@@ -464,33 +462,15 @@ class EmbedPlugin final : public Plugin<EmbedPlugin, EmbedData> {
   }
 };
 
-#define CLIP_TTRT_STRING_OF(x) #x
-#define CLIP_TTRT_STRING(x) CLIP_TTRT_STRING_OF(x)
-constexpr char kRuntime[] = "libnvinfer.so." CLIP_TTRT_STRING(NV_TENSORRT_MAJOR);
-
-// The creator lives as long as the process: TensorRT keeps the pointer, and the library is never unloaded.
-template <class Plugin>
-bool register_creator(nvinfer1::IPluginRegistry& registry) {
-  static Creator<Plugin> creator;
-  return registry.registerCreator(creator, "") || registry.getPluginCreator(Plugin::kName, kVersion, "") != nullptr;
-}
-
 }  // namespace
 
 extern "C" int32_t clip_elementwise_register_plugins() {
   static bool registered = false;
-  if (registered) return 1;
-  void* runtime = dlopen(kRuntime, RTLD_LAZY | RTLD_NOLOAD);
-  if (runtime == nullptr) return 0;
-  using GetRegistry = nvinfer1::IPluginRegistry* (*)();
-  const auto get_registry = reinterpret_cast<GetRegistry>(dlsym(runtime, "getPluginRegistry"));
-  nvinfer1::IPluginRegistry* registry = get_registry == nullptr ? nullptr : get_registry();
-  if (registry != nullptr) {
-    const bool known[] = {register_creator<GeluPlugin>(*registry), register_creator<LayerNormPlugin>(*registry),
-                          register_creator<PatchesPlugin>(*registry), register_creator<EmbedPlugin>(*registry)};
-    registered = known[0] && known[1] && known[2] && known[3];
-  }
-  dlclose(runtime);  // gives back the reference that dlopen took; the library stays loaded
+  registered = registered || plugin_support::with_loaded_registry([](nvinfer1::IPluginRegistry& registry) {
+    const bool known[] = {plugin_support::register_creator<Creator<GeluPlugin>>(registry), plugin_support::register_creator<Creator<LayerNormPlugin>>(registry),
+                          plugin_support::register_creator<Creator<PatchesPlugin>>(registry), plugin_support::register_creator<Creator<EmbedPlugin>>(registry)};
+    return known[0] && known[1] && known[2] && known[3];
+  });
   return registered ? 1 : 0;
 }
 

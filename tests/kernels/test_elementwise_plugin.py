@@ -28,8 +28,8 @@ def creators():
         pytest.skip("the library was built without TensorRT's headers")
     assert library.clip_elementwise_register_plugins() == 1
     assert library.clip_elementwise_register_plugins() == 1  # a second registration does no harm
-    registry = trt.get_plugin_registry()
-    return {name: registry.get_plugin_creator(name, "2", "") for name in FIELDS}
+    creators = trt.get_plugin_registry()
+    return {name: creators.get_plugin_creator(name, "2", "") for name in FIELDS}
 
 
 def field(name, value, dtype="int32"):
