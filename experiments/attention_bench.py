@@ -34,6 +34,7 @@ DEFAULT_LIBRARY = pathlib.Path(__file__).parents[1] / "clip_ttrt" / "lib" / "lib
 COPY_BYTES_PER_S = 4.3e12
 MATMUL_FLOPS_PER_S = 731e12
 L2_BYTES = 60 * 2**20
+LIBRARY_BATCH = 2**15
 
 COLUMNS = [
     "kernel", "batch", "heads", "tokens", "causal", "us", "tflops", "gbps", "floor_us",
@@ -202,7 +203,9 @@ def pytorch_attention(torch, qkv, shape: Shape, query_bias=None):
     q, k, v = split(qkv, shape.heads)
     if query_bias is not None:
         q = q + query_bias.half().view(shape.heads, 1, HEAD_DIM)
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=shape.causal)
+    # In parts: that of PyTorch 2.2 cannot launch a batch beyond a CUDA grid's limit.
+    parts = zip(*(tensor.split(LIBRARY_BATCH) for tensor in (q, k, v)))
+    out = torch.cat([torch.nn.functional.scaled_dot_product_attention(*part, is_causal=shape.causal) for part in parts])
     return out.transpose(1, 2).reshape(shape.batch, shape.tokens, -1)
 
 
