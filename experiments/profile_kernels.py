@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from clip_ttrt.artifact import load_modules
 from clip_ttrt.models import dimensions_of
 from experiments.accuracy import compiled
-from experiments.end_to_end import random_input
+from experiments.baselines import Request, example
 from experiments.record import append_row, provenance
 
 CALLS = 10
@@ -51,7 +51,7 @@ def main() -> None:
         for attention in options.attention:
             made = compiled(options.artifacts or Path(temporary), options.model, "random", "fp16", str(options.batch), attention)
             module = load_modules(made)[options.encoder]
-            x = random_input(options.encoder, dimensions_of(options.model), options.batch, torch.float32)
+            x = example(Request(options.model, "random", options.encoder, "fp16", options.batch, dimensions_of(options.model).context_length, "cuda"))
             with torch.no_grad():
                 for _ in range(5):
                     module(x)

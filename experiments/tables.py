@@ -142,14 +142,6 @@ def dynamic_batch(results: Path) -> pd.DataFrame:
     return out
 
 
-def end_to_end(results: Path) -> pd.DataFrame:
-    """Milliseconds of whole encoders and the strongest alternatives."""
-    rows = read(results, "end_to_end.csv")
-    out = columns(rows, model="model", encoder="encoder", batch="batch", backend="backend", attention="attention")
-    out["median ms"], out["a second"], out["torch"] = rows["median_ms"].map(lambda value: number(value, 3)), rows["per_second"].map(lambda value: number(value, 0)), rows["torch"]
-    return out
-
-
 def fastest(rows: pd.DataFrame, backends: tuple[str, ...], right: bool = False) -> Optional[pd.Series]:
     """The fastest row of some backends; with `right` only of those whose features are right."""
     part = rows[rows["backend"].isin(backends) & ~(rows["wrong"] & right)]
@@ -347,7 +339,7 @@ def environment(results: Path) -> pd.DataFrame:
 
 
 TABLES: dict[str, Callable[[Path], pd.DataFrame]] = {table.__name__: table for table in (
-    accuracy, accuracy_level_1, accuracy_short, dynamic_batch, end_to_end, speed, speed_short, speed_fp32, aims, hackathon, ladder, bugs, load, text_length, retrieval, jpeg, profile, attention, environment)}
+    accuracy, accuracy_level_1, accuracy_short, dynamic_batch, speed, speed_short, speed_fp32, aims, hackathon, ladder, bugs, load, text_length, retrieval, jpeg, profile, attention, environment)}
 
 
 def in_chinese(frame: pd.DataFrame) -> pd.DataFrame:
