@@ -14,13 +14,13 @@ from clip_ttrt.attention_choice import COLUMNS, MEASURED, shape_of
 from clip_ttrt.models import MODELS
 from experiments.record import read_rows
 
-Measurement = tuple[tuple[str, ...], str, str]  # (gpu, commit, model, encoder, batch), attention, milliseconds
+Measurement = tuple[tuple[str, ...], str, str]  # (file, gpu, commit, model, encoder, batch), attention, milliseconds
 
 
 def from_dynamic_batch(path: Path) -> Iterator[Measurement]:
     for row in read_rows(path):
         if row["precision"] == "fp16":
-            key = (row["gpu"], row["commit"], row["model"], row["encoder"])
+            key = (path.name, row["gpu"], row["commit"], row["model"], row["encoder"])
             yield (*key, row["range"]), row["attention"], row["dynamic_ms"]
             yield (*key, row["batch"]), row["attention"], row["static_ms"]
 
@@ -29,7 +29,7 @@ def from_sweep(path: Path) -> Iterator[Measurement]:
     for row in read_rows(path):
         full_length = row["encoder"] == "image" or int(row["tokens"]) == MODELS[row["model"]].context_length
         if row["backend"] in ("clip_ttrt_native", "clip_ttrt_plugin") and row["precision"] == "fp16" and row["cuda_graph"] == "True" and row["median_ms"] and full_length:
-            yield (row["gpu"], row["commit"], row["model"], row["encoder"], row["batch"]), row["backend"].removeprefix("clip_ttrt_"), row["median_ms"]
+            yield (path.name, row["gpu"], row["commit"], row["model"], row["encoder"], row["batch"]), row["backend"].removeprefix("clip_ttrt_"), row["median_ms"]
 
 
 def table(measurements: Iterator[Measurement]) -> list[dict[str, str]]:
@@ -38,7 +38,7 @@ def table(measurements: Iterator[Measurement]) -> list[dict[str, str]]:
     for key, attention, milliseconds in measurements:
         pairs.setdefault(key, {})[attention] = milliseconds
     rows: dict[tuple, dict[str, str]] = {}
-    for (gpu, commit, model, encoder, batch), pair in pairs.items():
+    for (_, gpu, commit, model, encoder, batch), pair in pairs.items():
         if pair.keys() >= {"native", "plugin"}:
             heads, tokens, causal = shape_of(MODELS[model], encoder)
             rows.setdefault((gpu, heads, tokens, causal, batch), dict(zip(COLUMNS, (gpu, heads, tokens, int(causal), batch, pair["native"], pair["plugin"], commit))))

@@ -232,16 +232,17 @@ def hackathon(results: Path) -> pd.DataFrame:
 
 
 def ladder(results: Path) -> pd.DataFrame:
-    """Each step's time, and what it is of the step before and of the original."""
+    """Each step's time, and what it is of the step before and, where it is the first, of the original."""
     rows, lines = read_ladder(results), []
     for case, part in rows.groupby(["model", "encoder", "batch"], sort=False):
-        before = None
+        before, first = None, part.iloc[0]
+        original = first["median_ms"] if first["step"].startswith("the original") else None
         for _, row in part.iterrows():
             ms = row["median_ms"]
             lines.append(dict(zip(("model", "encoder", "batch"), case)) | {
                 "step": row["step"], "ms": number(ms, 3), "ms, CUDA graph": number(row["graph_ms"], 3),
                 "of the step before": number(ms / before) if before is not None and pd.notna(ms) else "",
-                "of the original": number(ms / part["median_ms"].iloc[0]) if pd.notna(ms) else "", "engines": text(row["engines"]), "remark": text(row["error"])})
+                "of the original": number(ms / original) if original is not None and pd.notna(ms) else "", "engines": text(row["engines"]), "remark": text(row["error"])})
             before = ms if pd.notna(ms) else before
     frame = pd.DataFrame(lines)
     return frame[[column for column in frame if column not in ("ms, CUDA graph", "engines", "remark") or (frame[column] != "").any()]]
