@@ -2,16 +2,19 @@
 
 Imports of optional packages stay inside their backend; what is missing raises `Missing`, which a sweep records as a
 skipped row with its reason.  Where the `clip` package is not installed, as in a newer PyTorch's environment, our plain
-encoders get random weights of their own, which a time does not depend on.
+encoders get random weights of their own, which a time does not depend on.  Where CLIP_TTRT_WEIGHTS names a folder, random
+weights are drawn once into it, and processes share them.
 """
+import fcntl
 import functools
 import importlib.util
 import inspect
 import io
 import json
+import os
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Callable, Optional
 
@@ -20,13 +23,14 @@ import torch
 from clip_ttrt import pipeline
 from clip_ttrt.accuracy import COSINE_BOUND, exact_fp32
 from clip_ttrt.artifact import MANIFEST, Artifact, load_modules, read_artifact
-from clip_ttrt.checkpoint import Checkpoint, load_checkpoint, original_model
+from clip_ttrt.checkpoint import Checkpoint, Origin, load_checkpoint, original_model
 from clip_ttrt.encoders import DIFFERENTIABLE, ENCODERS, FusedOps, ImageEncoder, TextEncoder
 from clip_ttrt.errors import UserError
 from clip_ttrt.models import HEAD_DIM, dimensions_of
 from clip_ttrt.options import BatchRange
 from experiments.accuracy import folder_name
 
+COMPILE_LIMITS = {"recompile_limit", "cache_size_limit"}  # of modules and shapes that one process compiles, new name and old
 CHECKED = 8  # samples of a batch that are compared with the fp32 reference
 
 
@@ -87,7 +91,19 @@ def dtype_of(request: Request) -> torch.dtype:
 
 @functools.lru_cache(maxsize=1)
 def weights_of(model: str, weights: str) -> Checkpoint:
-    return load_checkpoint(model, weights)
+    """As `load_checkpoint`; random weights from the folder CLIP_TTRT_WEIGHTS, where it is set, into which the first process draws them."""
+    if weights != "random" or not (root := os.environ.get("CLIP_TTRT_WEIGHTS")):
+        return load_checkpoint(model, weights)
+    kept = Path(root) / f"{model.replace('/', '-')}.pt"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with open(kept.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.is_file():
+            drawn = load_checkpoint(model, weights)
+            torch.save({"state_dict": drawn.state_dict, "origin": asdict(drawn.origin)}, kept.with_suffix(".partial"))
+            os.replace(kept.with_suffix(".partial"), kept)
+    saved = torch.load(str(kept), map_location="cpu", mmap=True, weights_only=True)
+    return Checkpoint(model, dimensions_of(model), saved["state_dict"], Origin(**saved["origin"]))
 
 
 def checkpoint_of(request: Request) -> Checkpoint:
@@ -107,10 +123,14 @@ class Original(torch.nn.Module):
     def __init__(self, request: Request):
         super().__init__()
         checkpoint = checkpoint_of(request)
-        self.clip = original_model(checkpoint.dimensions)
-        self.clip.load_state_dict(checkpoint.state_dict)
+        with torch.device("meta"):  # initialising what is then loaded takes seconds
+            self.clip = original_model(checkpoint.dimensions)
+        self.clip.to_empty(device=request.device).load_state_dict(checkpoint.state_dict)
+        mask = self.clip.build_attention_mask()  # no parameter: on the CPU, where the original leaves it
+        for block in self.clip.transformer.resblocks:
+            block.attn_mask = mask
         self.image = request.encoder == "image"
-        self.eval().requires_grad_(False).to(request.device)
+        self.eval().requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.clip.encode_image(x) if self.image else self.clip.encode_text(x)
@@ -133,10 +153,12 @@ def plain(request: Request, fused: FusedOps = DIFFERENTIABLE) -> torch.nn.Module
     """Our plain encoder with PyTorch's scaled_dot_product_attention; without the `clip` package with weights of its own."""
     dtype = dtype_of(request)
     if has_clip():
-        module = ENCODERS[request.encoder](checkpoint_of(request).state_dict, fused)
+        with torch.device(request.device):
+            module = ENCODERS[request.encoder](checkpoint_of(request).state_dict, fused)
     else:
-        module = (ImageEncoder if request.encoder == "image" else TextEncoder)(dimensions_of(request.model), fused).eval().requires_grad_(False)
-        generator = torch.Generator().manual_seed(0)
+        with torch.device(request.device):
+            module = (ImageEncoder if request.encoder == "image" else TextEncoder)(dimensions_of(request.model), fused).eval().requires_grad_(False)
+        generator = torch.Generator(request.device).manual_seed(0)
         for parameter in module.parameters():
             parameter.normal_(std=0.02, generator=generator)
     return module.to(request.device, dtype)
@@ -154,7 +176,8 @@ def torch_compile(mode: str) -> Callable[[Request], Subject]:
     def build(request: Request) -> Subject:
         if request.device == "cuda" and importlib.util.find_spec("triton") is None:
             raise Missing("torch.compile on a GPU needs Triton, which is not installed")
-        torch._dynamo.reset()  # else a second batch size in one process would be compiled for any batch
+        for limit in COMPILE_LIMITS & set(dir(torch._dynamo.config)):
+            setattr(torch._dynamo.config, limit, 64)
         module, x = plain(request), example(request, dtype_of(request))
         start = time.perf_counter()
         module = torch.compile(module, mode=mode, fullgraph=True, dynamic=False)

@@ -4,12 +4,18 @@
     python -m experiments.sweep --grid h200             the full grid; stops and resumes where it was
     python -m experiments.sweep --grid h200 --models ViT-B/32 --backends clip_ttrt_plugin_range clip_eager --batches 1 32 --precisions fp16
     python -m experiments.sweep --grid hackathon        the batches of a 2022 hackathon entry
+    python -m experiments.sweep --grid h200 --hold      prepare everything first, then measure as often as standard input says
 
 Rows of one backend, model, encoder and precision run in one fresh process, which gives them row by row: a crash, a timeout
 or an exhausted GPU is a row with its `error`, after which the rest goes on in another process, and a missing backend is a
 row that says why.  Rows that are in the file already are skipped.  `--python NAME=PATH` runs one backend, or `floor`, with
 another interpreter, such as a newer PyTorch's.  The library floor of the same work is measured before a group's rows and
 kept in OUT/floor.csv.  `error` that starts with "wrong:" stands beside times of features that are wrong.
+
+With --hold the groups' processes start all at once, and each loads, compiles and captures what its rows need and waits.  Where
+all have, or --seconds are over, OUT/ready appears.  From then on each line of standard input, a folder and a number of seconds,
+measures the rows one after the other into FOLDER/sweep.csv until these seconds are over, and then FOLDER/done appears.  So
+what measures finds the processor's cores idle, and several rounds cost one start.  No floor is measured then.
 """
 import argparse
 import contextlib
@@ -26,7 +32,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequence
 
 import torch
 
@@ -43,6 +49,8 @@ COLUMNS = ("model", "encoder", "backend", "attention", "precision", "batch", "to
 KEY = ("model", "encoder", "backend", "precision", "batch", "tokens", "cuda_graph")
 ROW_SECONDS = 900
 RESULT = "sweep-row "  # marks the lines of a child's output that hold its rows
+READY = "sweep-ready"  # is the line by which a child says that it waits
+HELD_ROW_SECONDS = 60  # of one row for which everything is prepared
 MEASURING_MS = 1500  # of one row on a GPU, where its calls take so long that fewer than REPEATS must do
 REPEATS, FEWEST = 200, 20
 BUSY = frozenset(name for name in BACKENDS if name.startswith(("clip_ttrt", "tensorrt")) or name.endswith("max_autotune"))  # builds time kernels on the GPU
@@ -138,25 +146,29 @@ def used_mib() -> float:
     return (total - free) / 2**20
 
 
-def measure(row: Row, subject: Subject, used_before: float) -> dict[str, Any]:
-    """The CSV row of a subject, but for its floor.  Raises Missing where it cannot run so."""
-    request = row.request
+def call_of(row: Row, subject: Subject) -> Callable[[], object]:
+    """What the row's times are of.  Raises Missing where the subject cannot run so."""
     if row.graph and not subject.brings_graphs and subject.uncapturable:
         raise Missing(f"no CUDA graph: {subject.uncapturable}")
     if subject.brings_graphs and not row.graph:
         raise Missing("it always replays CUDA graphs of its own")
-    call = graphed(subject.call) if row.graph and not subject.brings_graphs else subject.call
+    return graphed(subject.call) if row.graph and not subject.brings_graphs else subject.call
+
+
+def measure(row: Row, subject: Subject, call: Callable[[], object], used_before: Optional[float]) -> dict[str, Any]:
+    """The CSV row of a subject's call, but for its floor.  used_before: the GPU's memory before it was made, in MiB; None where others use it as well."""
+    request = row.request
     times = latencies(call, request.device)
     median, cuts = statistics.median(times), statistics.quantiles(times, n=100, method="inclusive")
     flops = floor.work_of(dimensions_of(request.model), request.encoder, request.batch, request.tokens).flops
     return {**blank(row), "attention": subject.attention, "median_ms": f"{median:.4f}", "p90_ms": f"{cuts[89]:.4f}", "p99_ms": f"{cuts[98]:.4f}",
             "per_second": f"{request.batch / median * 1e3:.1f}", "tflops": f"{flops / median / 1e9:.3f}", "engine_mib": subject.engine_mib,
-            "gpu_memory_mib": f"{used_mib() - used_before:.0f}" if request.device == "cuda" and not floor.shared() else "", "build_s": f"{subject.build_s:.1f}", "error": subject.remark}
+            "gpu_memory_mib": "" if used_before is None else f"{used_mib() - used_before:.0f}", "build_s": f"{subject.build_s:.1f}", "error": subject.remark}
 
 
 def measure_all(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
     """The CSV rows of one group, one after the other in this process; rows of one request share a subject."""
-    used_before = used_mib() if rows[0].request.device == "cuda" else 0.0
+    used_before = used_mib() if rows[0].request.device == "cuda" and not floor.shared() else None
     subject, built = None, None
     for row in rows:
         try:
@@ -167,7 +179,7 @@ def measure_all(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
                     subject, built = BACKENDS[row.backend](row.request), (row.backend, row.request)
                 release()
             with floor.turn():
-                result = measure(row, subject, used_before)
+                result = measure(row, subject, call_of(row, subject), used_before)
         except Missing as reason:
             result = {**blank(row), "error": f"skipped: {reason}"}
         yield result
@@ -192,10 +204,40 @@ def build_all(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
             yield {**blank(row), "attention": subject.attention, "engine_mib": subject.engine_mib, "build_s": f"{subject.build_s:.1f}", "error": subject.remark}
 
 
-def child(specification: str, build_only: bool) -> None:
-    """Measure (or only build) a group and print its rows as they come."""
+def prepared(row: Row, subjects: dict[Request, Subject]) -> Callable[[], dict[str, Any]]:
+    """What measures a row: everything that it needs is made now.  subjects: those that rows before it had made, to which its own is added."""
+    try:
+        if row.request not in subjects:
+            subjects[row.request] = BACKENDS[row.backend](row.request)
+        subject = subjects[row.request]
+        call = call_of(row, subject)
+        for _ in range(3):
+            call()
+    except Missing as reason:
+        error = f"skipped: {reason}"
+    except Exception as problem:  # the group's other rows are still worth having
+        error = f"{type(problem).__name__}: {(str(problem).strip().splitlines() or [''])[0][:200]}"
+    else:
+        return lambda: measure(row, subject, call, None)
+    return lambda: {**blank(row), "error": error}
+
+
+def wait_and_measure(rows: Sequence[Row]) -> None:
+    """Prepare a group, say so, and measure and print the row whose number comes, for each line of standard input."""
+    subjects: dict[Request, Subject] = {}
+    measuring = [prepared(row, subjects) for row in rows]
+    release()
+    print(READY, flush=True)
+    for line in sys.stdin:
+        print(RESULT + json.dumps(measuring[int(line)]()), flush=True)
+
+
+def child(specification: str, build_only: bool, hold: bool = False) -> None:
+    """Measure (or only build) a group and print its rows as they come, or as they are asked for."""
     rows = [Row(item["backend"], Request(**item["request"]), item["graph"]) for item in json.loads(specification)]
     with torch.no_grad():
+        if hold:
+            return wait_and_measure(rows)
         for result in (build_all if build_only else measure_all)(rows):
             print(RESULT + json.dumps(result), flush=True)
 
@@ -211,7 +253,7 @@ def in_processes(python: str, rows: Sequence[Row], seconds: float, *arguments: s
         if len(problems) > 1 and problems[-1] == problems[-2]:
             yield {**blank(rows.pop(0)), "error": f"not tried, after two others: {problems[-1]}"}
             continue
-        with Child([python, "-m", "experiments.sweep", "--group", json.dumps([asdict(row) for row in rows]), *arguments]) as process:
+        with Child(command(python, rows, *arguments)) as process:
             while rows:
                 line = process.line(seconds)
                 if line is None:
@@ -224,13 +266,18 @@ def in_processes(python: str, rows: Sequence[Row], seconds: float, *arguments: s
                     yield json.loads(line[len(RESULT):])
 
 
+def command(python: str, rows: Sequence[Row], *arguments: str) -> list[str]:
+    """How the process of one group is started."""
+    return [python, "-m", "experiments.sweep", "--group", json.dumps([asdict(row) for row in rows]), *arguments]
+
+
 class Child:
     """A process whose lines are read with a time limit."""
 
     def __init__(self, command: Sequence[str]):
         self.problem = ""
         self._said = tempfile.TemporaryFile(mode="w+", errors="replace")
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._said, text=True, errors="replace")
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True, errors="replace")
         self._lines: queue.Queue = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -253,10 +300,26 @@ class Child:
             self.problem = f"exit code {code}: {(self._said.read().strip().splitlines() or ['it said nothing'])[-1][:200]}"
         return line
 
+    def answer(self, wanted: str, seconds: float) -> Optional[str]:
+        """The rest of the next line that starts with these words; None as of `line`."""
+        end = time.monotonic() + seconds
+        while (line := self.line(max(0.0, end - time.monotonic()))) is not None:
+            if line.startswith(wanted):
+                return line[len(wanted):]
+        return None
+
+    def say(self, line: str) -> None:
+        """Write a line to it; one that has ended does not hear it."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(f"{line}\n")
+            self._process.stdin.flush()
+
     def __enter__(self) -> "Child":
         return self
 
     def __exit__(self, *problem) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         if self._process.poll() is None:
             try:
                 self._process.wait(timeout=0 if self.problem or problem[0] else 30)  # it has said all, and only has to end
@@ -310,11 +373,12 @@ def main() -> int:
     parser.add_argument("--graphs-only", action="store_true", help="only rows with CUDA graphs, and the others of the original model")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="end after so many seconds; the next run goes on")
     parser.add_argument("--existing", action="store_true", help="leave out rows whose artifact is not in --artifacts yet")
+    parser.add_argument("--hold", action="store_true", help="prepare all rows at once, and measure them for each line of standard input: FOLDER SECONDS")
     parser.add_argument("--build-only", action="store_true", help="build the engines of the rows into --artifacts, and measure and write nothing")
     parser.add_argument("--group", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.group:
-        child(options.group, options.build_only)
+        child(options.group, options.build_only, options.hold)
         return 0
     if options.build_only and not options.artifacts:
         parser.error("--build-only needs --artifacts, where what it builds stays")
@@ -343,7 +407,10 @@ def main() -> int:
         wanted = [row for row in wanted if is_built(row.backend, row.request)]
     if options.build_only:
         return build(wanted, interpreters)
-    run(wanted, interpreters, path, options.out / "floor.csv", options.seconds)
+    if options.hold:
+        hold(wanted, interpreters, options.out / "ready", options.seconds, sys.stdin)
+    else:
+        run(wanted, interpreters, path, options.out / "floor.csv", options.seconds)
     return 0
 
 
@@ -357,6 +424,41 @@ def build(wanted: Sequence[Row], interpreters: Mapping[str, str]) -> int:
             progress.say(f"{time.perf_counter() - start:.0f} s: {row.describe()}: {result['error'] or 'built in ' + result['build_s'] + ' s'}")
             failed += bool(result["error"])
     return 1 if failed else 0
+
+
+def hold(wanted: Sequence[Row], interpreters: Mapping[str, str], ready: Path, seconds: float, orders: Iterable[str]) -> None:
+    """Prepare all groups at once, within so many seconds, make the file `ready`, and measure the rows for each order."""
+    progress, start = Progress(), time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        groups = [list(group) for _, group in itertools.groupby(wanted, key=lambda row: row.group)]
+        children = [stack.enter_context(Child(command(interpreters.get(rows[0].backend, sys.executable), rows, "--hold"))) for rows in groups]
+        waiting = []
+        for rows, process in zip(groups, children):
+            if process.answer(READY, max(0.0, min(seconds, threading.TIMEOUT_MAX) - (time.perf_counter() - start))) is not None:
+                waiting.append((rows, process))
+            progress.say(f"{time.perf_counter() - start:.0f} s: {rows[0].describe()}, {len(rows)} rows: {process.problem or 'ready'}")
+        ready.parent.mkdir(parents=True, exist_ok=True)
+        ready.touch()
+        for order in orders:
+            folder, limit = order.rsplit(maxsplit=1)
+            measure_held(waiting, Path(folder), float(limit), progress)
+
+
+def measure_held(waiting: Sequence[tuple[Sequence[Row], Child]], folder: Path, seconds: float, progress: Progress) -> None:
+    """Measure the rows of groups that wait, as far as so many seconds reach, into FOLDER/sweep.csv, and make FOLDER/done."""
+    start, path = time.perf_counter(), folder / "sweep.csv"
+    done = {tuple(row[name] for name in KEY) for row in read_rows(path)}
+    for rows, process in waiting:
+        for index, row in enumerate(rows):
+            if time.perf_counter() - start > seconds:
+                break
+            if row.key not in done and not process.problem:
+                process.say(str(index))
+                result = process.answer(RESULT, HELD_ROW_SECONDS)
+                append_row(path, json.loads(result) if result else {**blank(row), "error": process.problem})
+    progress.say(f"{folder}: {time.perf_counter() - start:.1f} s")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "done").touch()
 
 
 def run(wanted: Sequence[Row], interpreters: Mapping[str, str], path: Path, floor_path: Path, seconds: float) -> None:

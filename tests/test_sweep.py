@@ -200,3 +200,41 @@ def test_a_csv_with_other_columns_is_not_mixed_up(tmp_path):
     with pytest.raises(ValueError, match="has columns"):
         append_row(tmp_path / "a.csv", {"x": 1, "z": 2})
     assert read_rows(tmp_path / "a.csv") == [{"x": "1", "y": "2"}]
+
+
+def orders(folder, first, last):
+    """Two orders, at the time of which it is checked what the one before has left behind."""
+    assert (folder / "ready").exists() and not (folder / "first").exists()
+    yield f"{folder / 'first'} {first}\n"
+    assert (folder / "first" / "done").exists()
+    yield f"{folder / 'last'} {last}\n"
+
+
+def test_held_rows_are_measured_as_often_as_asked(tmp_path):
+    rows = [replace(ROW, backend=backend, request=replace(REQUEST, batch=batch)) for backend in ("eager_sdpa", "onnxruntime") for batch in (1, 2)]
+    sweep.hold(rows, {}, tmp_path / "ready", float("inf"), orders(tmp_path, 60, 0))
+    found = read_rows(tmp_path / "first" / "sweep.csv")
+    assert [(row["backend"], row["batch"]) for row in found] == [("eager_sdpa", "1"), ("eager_sdpa", "2"), ("onnxruntime", "1"), ("onnxruntime", "2")]
+    assert all(bool(row["median_ms"]) != row["error"].startswith("skipped: ") for row in found)
+    assert not read_rows(tmp_path / "last" / "sweep.csv") and (tmp_path / "last" / "done").exists()
+
+
+def test_a_held_group_that_cannot_be_prepared_is_left_out_and_a_held_row_is_its_error(tmp_path):
+    broken = replace(ROW, request=replace(REQUEST, weights="nowhere.safetensors"))
+    sweep.hold([broken, replace(ROW, backend="eager_sdpa")], {"eager_sdpa": "/bin/false"}, tmp_path / "ready", float("inf"), [f"{tmp_path} 60"])
+    [row] = read_rows(tmp_path / "sweep.csv")
+    assert row["backend"] == "clip_eager" and "nowhere.safetensors: no such file" in row["error"] and not row["median_ms"]
+
+
+def test_random_weights_are_drawn_once_for_all_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLIP_TTRT_WEIGHTS", str(tmp_path))
+    baselines.weights_of.cache_clear()
+    drawn = baselines.weights_of("demo", "random")
+    baselines.weights_of.cache_clear()
+    monkeypatch.setattr(baselines, "load_checkpoint", None)
+    again = baselines.weights_of("demo", "random")
+    baselines.weights_of.cache_clear()
+    expected = load_checkpoint("demo", "random")
+    for found in (drawn, again):
+        assert found.origin == expected.origin and found.dimensions == expected.dimensions and found.state_dict.keys() == expected.state_dict.keys()
+        assert all(torch.equal(found.state_dict[name], value) for name, value in expected.state_dict.items())
