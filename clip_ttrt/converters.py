@@ -5,9 +5,10 @@ Registered are our own ops, and the aten ops for which Torch-TensorRT 2.2 has no
 one that is wrong or weak (each docstring says which).  Every one works with a dynamic batch: a
 reshape writes 0 ("keep") or -1 ("what is left") for it.
 
-Networks are declared in fp32 throughout; the builder's precision flags decide what runs in half.
+Networks are declared in fp32 throughout, but for the weights of the linear layers' plugin; the builder's precision flags
+decide what runs in half.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Optional, Sequence
 
 import numpy as np
@@ -16,8 +17,10 @@ import torch
 from torch_tensorrt.dynamo.conversion._ConversionContext import ConversionContext
 from torch_tensorrt.dynamo.conversion._ConverterRegistry import ConverterPriority, dynamo_tensorrt_converter
 
-from clip_ttrt import ops, plugin
+from clip_ttrt import linear, ops, plugin
+from clip_ttrt.errors import UserError
 from clip_ttrt.models import HEAD_DIM
+from clip_ttrt.options import BatchRange
 
 # Added to a masked score.  exp() of it is exactly zero in fp16 and fp32, and unlike -inf it cannot
 # make a NaN on the way, nor overflow half's range when a score is added.
@@ -29,6 +32,8 @@ class Context(ConversionContext):
     """Torch-TensorRT's conversion context with what our converters are told."""
 
     attention: str = "native"  # or plugin
+    batch: Optional[BatchRange] = None
+    linear_tables: dict[tuple, bytes] = field(default_factory=dict)  # measured in this build, by rows of a sample, weight's shape, bias
 
 
 def register(target):
@@ -72,11 +77,11 @@ def gather_index(ctx: ConversionContext, x: trt.ITensor, axis: int, index: int, 
     return layer.get_output(0)
 
 
-def plugin_layer(ctx: ConversionContext, plugin_name: str, inputs: Sequence[trt.ITensor], fields: dict[str, np.generic], name: str) -> trt.ILayer:
-    """One layer of a plugin of ours, which `plugin.load` has registered; a field's type is its value's, int32 or float32."""
-    kinds = {np.dtype(np.int32): trt.PluginFieldType.INT32, np.dtype(np.float32): trt.PluginFieldType.FLOAT32}
-    values = {field: np.array([value]) for field, value in fields.items()}
-    given = [trt.PluginField(field, value, kinds[value.dtype]) for field, value in values.items()]
+def plugin_layer(ctx: ConversionContext, plugin_name: str, inputs: Sequence[trt.ITensor], fields: dict[str, Any], name: str) -> trt.ILayer:
+    """One layer of a plugin of ours, which `plugin.load` has registered; a field's type is its value's, int32, float32 or several int8."""
+    kinds = {np.dtype(np.int32): trt.PluginFieldType.INT32, np.dtype(np.float32): trt.PluginFieldType.FLOAT32, np.dtype(np.int8): trt.PluginFieldType.INT8}
+    values = {key: np.atleast_1d(value) for key, value in fields.items()}
+    given = [trt.PluginField(key, value, kinds[value.dtype]) for key, value in values.items()]
     creator = trt.get_plugin_registry().get_plugin_creator(plugin_name, plugin.VERSION, "")
     made = creator and creator.create_plugin(name, trt.PluginFieldCollection(given))
     if not made:
@@ -107,6 +112,25 @@ def plugin_attention(ctx: ConversionContext, qkv: trt.ITensor, tokens: int, head
     inputs = [qkv] if query_bias is None else [qkv, constant(ctx, query_bias, f"{name}_query_bias")]
     fields = {"tokens": np.int32(tokens), "heads": np.int32(heads), "causal": np.int32(causal), "query_bias": np.int32(len(inputs) - 1)}
     return plugin_layer(ctx, plugin.ATTENTION, inputs, fields, name).get_output(0)
+
+
+@register(ops.linear_rows)
+def convert_linear_rows(ctx: Context, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
+    """[.., K] -> [.., N], a plugin, measured now for the row counts of the batch range; one table serves all layers of the same sizes."""
+    x, weight, bias, rows = args
+    sizes = (rows, weight.shape, bias is not None)
+    if sizes not in ctx.linear_tables:
+        ctx.linear_tables[sizes] = linear.tune([rows * batch for batch in linear.measured_batches(ctx.batch)], *sizes[1:])
+    constants = [constant(ctx, as_half(value, f"{name}_{which}"), f"{name}_{which}") for value, which in ((weight, "weight"), (bias, "bias")) if value is not None]
+    return plugin_layer(ctx, plugin.LINEAR, [x, *constants], {"table": np.frombuffer(ctx.linear_tables[sizes], np.int8)}, name).get_output(0)
+
+
+def as_half(value: np.ndarray, name: str) -> np.ndarray:
+    """The values rounded to fp16.  Raises UserError where one is beyond its range."""
+    if not (np.abs(value) <= linear.LARGEST_HALF).all():
+        raise UserError(f"{name} has values that fp16 cannot hold, {np.abs(value).max():.4g} where {linear.LARGEST_HALF:.0f} is the largest; "
+                        f"compile with --attention native or in another precision")
+    return value.astype(np.float16)
 
 
 @register(ops.bias_quick_gelu)

@@ -61,7 +61,7 @@ class Engine:
 class Interpreter(TRTInterpreter):
     """Torch-TensorRT's graph walker with our logger, builder settings and timing cache."""
 
-    def __init__(self, module: fx.GraphModule, spec: torch_tensorrt.Input, attention: str):
+    def __init__(self, module: fx.GraphModule, spec: torch_tensorrt.Input, attention: str, batch: BatchRange):
         LOG.errors.clear()
         LOG.warnings.clear()
         builder = trt.Builder(LOG)  # before the base class makes one with a logger of its own
@@ -69,12 +69,13 @@ class Interpreter(TRTInterpreter):
         super().__init__(module, [spec], output_dtypes=[torch.float32], compilation_settings=settings)
         self.builder = builder
         network = self.builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))
-        self.ctx = converters.Context(network, settings, attention=attention)
+        self.ctx = converters.Context(network, settings, attention=attention, batch=batch)
         if self.optimization_profiles is not None:
             self.optimization_profiles = [self.builder.create_optimization_profile()]
 
     def build(self, precision: str, optimization_level: int, timing_cache: Optional[Path]) -> Engine:
         fx.Interpreter.run(self, enable_io_processing=False)
+        torch.cuda.empty_cache()  # TensorRT's, now that the linear layers are measured
         config = self.builder.create_builder_config()
         config.builder_optimization_level = optimization_level
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -131,7 +132,8 @@ def build_engine(module: fx.GraphModule, example: torch.Tensor, batch: BatchRang
     example: one input of any batch, whose other dimensions and dtype (float32 or int32) the engine
     takes.  batch: static or a range.  precision: fp32, tf32 or fp16.  attention: `native`, or
     `plugin` after `plugin.load`.  optimization_level: of TensorRT's builder, 0 to 5.
-    Raises UserError where the GPU's memory does not suffice, EngineError for all else that TensorRT refuses.
+    Raises UserError where the GPU's memory does not suffice or fp16 cannot hold a plugin's weight, EngineError for all else
+    that TensorRT refuses.
     """
     shape = tuple(example.shape[1:])
     if batch.static:
@@ -139,7 +141,7 @@ def build_engine(module: fx.GraphModule, example: torch.Tensor, batch: BatchRang
     else:
         spec = torch_tensorrt.Input(min_shape=(batch.minimum, *shape), opt_shape=(batch.optimal, *shape),
                                     max_shape=(batch.maximum, *shape), dtype=example.dtype)
-    return Interpreter(module, spec, attention).build(precision, optimization_level, timing_cache_path())
+    return Interpreter(module, spec, attention, batch).build(precision, optimization_level, timing_cache_path())
 
 
 def to_torchscript(engine: Engine, example: torch.Tensor, name: str) -> torch.jit.ScriptModule:

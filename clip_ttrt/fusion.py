@@ -1,16 +1,17 @@
 """A lowered graph for the plugins: what the library of fused kernels does in one piece becomes one operation.
 
-Afterwards TensorRT is left with matrix products and our plugins.  Its compiler's own elementwise kernels are slower, and
-much slower where the batch is dynamic; a bias before a plugin it fuses into nothing.  Every rewrite is exact in real
-arithmetic, and on the CPU the graph still runs through the references.
+Afterwards TensorRT is left with our plugins alone, but for embeddings and choices of rows.  Its compiler's own elementwise
+kernels are slower, and much slower where the batch is dynamic; a bias before a plugin it fuses into nothing.  Every rewrite
+is exact in real arithmetic, and on the CPU the graph still runs through the references.
 """
 import operator
 from typing import Callable, Optional
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from clip_ttrt import ops
+from clip_ttrt import linear, ops
 from clip_ttrt.lowering import find_nodes, getattr_nested
 
 aten = torch.ops.aten
@@ -140,11 +141,45 @@ def fuse_image_embedding(module: fx.GraphModule) -> int:
     return count
 
 
+class LinearRows(fx.Interpreter):
+    """Runs a graph on shapes alone, for a batch of one, and notes how many rows every linear layer has."""
+
+    def __init__(self, module: fx.GraphModule):
+        super().__init__(module)
+        self.rows: dict[fx.Node, int] = {}
+        [self.example] = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
+
+    def count(self) -> dict[fx.Node, int]:
+        with FakeTensorMode(allow_non_fake_inputs=True):  # the parameters
+            self.run(self.example.new_empty((1, *self.example.shape[1:])))
+        return self.rows
+
+    def run_node(self, node: fx.Node):
+        result = super().run_node(node)
+        if node.target is aten.linear.default:
+            self.rows[node] = result.numel() // result.shape[-1]
+        return result
+
+
+def fuse_linear(module: fx.GraphModule) -> int:
+    """linear of sizes that the library takes: linear_rows, which knows for how many rows of a sample it is."""
+    count = 0
+    for node, rows in LinearRows(module).count().items():
+        x, weight, bias = (*node.args, None)[:3]
+        if weight.op != "get_attr" or not linear.takes(*getattr_nested(module, weight.target).shape):
+            continue
+        with module.graph.inserting_before(node):
+            node.replace_all_uses_with(module.graph.call_function(ops.linear_rows, (x, weight, bias, rows)))
+        count += 1
+    return count
+
+
 PASSES: tuple[Callable[[fx.GraphModule], int], ...] = (
     fold_projection_biases,
     fuse_bias_quick_gelu,
     fuse_residual_layer_norm,
     fuse_image_embedding,
+    fuse_linear,
 )
 
 

@@ -56,6 +56,15 @@ def _attention_rows_fake(qkv, tokens, heads, causal, query_bias=None):
     return qkv.new_empty((qkv.shape[0], heads * HEAD_DIM))
 
 
+def linear_rows_reference(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], rows: int) -> torch.Tensor:
+    """x·weightᵀ + bias: [..., K] and [N, K] and [N] or None -> [..., N]; `rows`, of x for a batch of one, is what a backend may tune for."""
+    return F.linear(x, weight, bias)
+
+
+def _linear_rows_fake(x, weight, bias, rows):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 def bias_quick_gelu_reference(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """y·sigmoid(1.702·y) of y = x + bias: [..., N] and [N] -> [..., N]."""
     y = x + bias
@@ -154,6 +163,7 @@ pool_end_of_text = _register("pool_end_of_text(Tensor x, Tensor tokens) -> Tenso
 extract_patch_rows = _register("extract_patch_rows(Tensor images, int size) -> Tensor", extract_patch_rows_reference, _extract_patch_rows_fake)
 embed_image = _register("embed_image(Tensor patches, Tensor class_token, Tensor positions, Tensor scale_pre, Tensor shift_pre, float epsilon_pre, "
                         "Tensor scale_1, Tensor shift_1, float epsilon_1) -> (Tensor, Tensor)", embed_image_reference, _embed_image_fake)
+linear_rows = _register("linear_rows(Tensor x, Tensor weight, Tensor? bias, int rows) -> Tensor", linear_rows_reference, _linear_rows_fake)
 bias_quick_gelu = _register("bias_quick_gelu(Tensor x, Tensor bias) -> Tensor", bias_quick_gelu_reference, _bias_quick_gelu_fake)
 residual_layer_norm = _register("residual_layer_norm(Tensor x, Tensor delta, Tensor bias, Tensor scale, Tensor shift, float epsilon) -> (Tensor, Tensor)",
                                 residual_layer_norm_reference, _residual_layer_norm_fake)
@@ -173,6 +183,7 @@ REFERENCES = {
     pool_end_of_text: pool_end_of_text_reference,
     extract_patch_rows: extract_patch_rows_reference,
     embed_image: embed_image_reference,
+    linear_rows: linear_rows_reference,
     bias_quick_gelu: bias_quick_gelu_reference,
     residual_layer_norm: residual_layer_norm_reference,
 }

@@ -17,9 +17,9 @@ LIBRARY = Path(__file__).parent / "lib" / "libclip_ttrt_kernels.so"
 BUILD_IT = "build it with `python -m kernels.build`"
 # As kernels/*/*_plugin.cpp register them, all under one version, which grows when any of them changes.
 ATTENTION, BIAS_QUICK_GELU, RESIDUAL_LAYER_NORM = "ClipAttention", "ClipBiasQuickGelu", "ClipResidualLayerNorm"
-EXTRACT_PATCHES, EMBED_IMAGE = "ClipExtractPatches", "ClipEmbedImage"
-VERSION = "2"
-REGISTER = ("clip_attention_register_plugin", "clip_elementwise_register_plugins")
+EXTRACT_PATCHES, EMBED_IMAGE, LINEAR = "ClipExtractPatches", "ClipEmbedImage", "ClipLinear"
+VERSION = "3"
+REGISTER = ("clip_attention_register_plugin", "clip_elementwise_register_plugins", "clip_linear_register_plugins")
 
 
 class AttentionParams(ctypes.Structure):

@@ -23,8 +23,8 @@ OUTPUT = KERNELS.parent / "clip_ttrt" / "lib" / "libclip_ttrt_kernels.so"
 BUILD = KERNELS.parent / "build" / "kernels"
 
 ARCHITECTURES = ("80", "86", "89", "90a")
-KERNEL_SOURCES = ("attention/attention.cu", "elementwise/elementwise.cu", "elementwise/embedding.cu")
-PLUGIN_SOURCES = ("attention/attention_plugin.cpp", "elementwise/elementwise_plugin.cpp")
+KERNEL_SOURCES = ("attention/attention.cu", "elementwise/elementwise.cu", "elementwise/embedding.cu", "linear/linear.cpp")
+PLUGIN_SOURCES = ("attention/attention_plugin.cpp", "elementwise/elementwise_plugin.cpp", "linear/linear_plugin.cpp")
 
 TENSORRT_HEADER = "NvInferRuntime.h"
 TENSORRT_REPOSITORY = "https://github.com/NVIDIA/TensorRT"

@@ -33,13 +33,25 @@ def test_every_block_is_fused(fused):
     plain, _, graph, counts = fused
     blocks = len(plain.blocks)
     is_image = hasattr(plain, "class_token")
-    assert counts == {"fold_projection_biases": blocks, "fuse_bias_quick_gelu": blocks, "fuse_residual_layer_norm": 2 * blocks, "fuse_image_embedding": int(is_image)}
+    assert counts == {"fold_projection_biases": blocks, "fuse_bias_quick_gelu": blocks, "fuse_residual_layer_norm": 2 * blocks,
+                      "fuse_image_embedding": int(is_image), "fuse_linear": 4 * blocks + 1 + int(is_image)}
     targets = {node.target for node in graph.graph.nodes if node.op == "call_function"}
-    fused_ops = {ops.bias_quick_gelu, ops.residual_layer_norm, ops.extract_patch_rows, ops.embed_image}
+    fused_ops = {ops.bias_quick_gelu, ops.residual_layer_norm, ops.extract_patch_rows, ops.embed_image, ops.linear_rows}
     assert targets <= lowering.OPERATIONS | fused_ops | {operator.getitem}
+    assert aten.linear.default not in targets
     assert (aten.layer_norm.default in targets) is not is_image and ops.extract_patches not in targets and ops.prepend_class_token not in targets
     assert aten.sigmoid.default not in targets and aten.mul.Tensor not in targets
-    assert not any(fusion.is_biased_linear(node) for node in graph.graph.nodes)
+    assert not any(node.args[2] for node in lowering.find_nodes(graph, ops.linear_rows))
+
+
+def test_linear_layers_know_the_rows_of_a_sample(fused):
+    """All tokens, or the patches without the class token, until the last block chooses one row of each sample."""
+    plain, _, graph, _ = fused
+    tokens = plain.positions.shape[0]
+    rows = [node.args[3] for node in lowering.find_nodes(graph, ops.linear_rows)]
+    last = [tokens, 1, 1, 1, 1]  # the last block, which chooses before its output projection, and the encoder's projection
+    patches = [tokens - 1] if hasattr(plain, "class_token") else []
+    assert rows == patches + [tokens] * 4 * (len(plain.blocks) - 1) + last
 
 
 def test_features_stay_the_same(fused):
@@ -89,4 +101,26 @@ def test_another_slope_is_another_activation():
     lowering.lower(graph)
     assert fusion.fuse(graph)["fuse_bias_quick_gelu"] == 0
     x = torch.randn(3, 8)
+    assert torch.allclose(graph(x), module(x), atol=1e-6)
+
+
+class OddSizes(nn.Module):
+    """Sizes that the library of kernels has no linear layer for, one that it has, and a bias that nothing takes over."""
+
+    def __init__(self):
+        super().__init__()
+        self.odd, self.even = nn.Linear(8, 12), nn.Linear(12, 16)
+
+    def forward(self, x):
+        return self.even(self.odd(x))
+
+
+def test_odd_sizes_stay_and_biases_go_along():
+    module = OddSizes().eval().requires_grad_(False)
+    graph = lowering.capture(module, torch.zeros(2, 3, 8))
+    lowering.lower(graph)
+    assert fusion.fuse(graph)["fuse_linear"] == 1
+    [node], [stays] = lowering.find_nodes(graph, ops.linear_rows), lowering.find_nodes(graph, aten.linear.default)
+    assert node.args[0] is stays and node.args[2] is not None and node.args[3] == 3
+    x = torch.randn(4, 3, 8)
     assert torch.allclose(graph(x), module(x), atol=1e-6)

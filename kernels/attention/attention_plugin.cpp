@@ -1,6 +1,6 @@
 // The TensorRT plugin around clip_attention_launch (attention.h).
 //
-//   name     ClipAttention, version "2", default namespace
+//   name     ClipAttention, version "3", default namespace
 //   fields   heads       int32  1 .. 40
 //            tokens      int32  1 .. 1024
 //            causal      int32  0 or 1
@@ -29,7 +29,7 @@
 namespace {
 
 constexpr char kName[] = "ClipAttention";
-constexpr char kVersion[] = "2";
+constexpr char kVersion[] = "3";
 constexpr int32_t kOutputs = 1;
 constexpr int32_t kQkv = 0, kQueryBias = 1;  // inputs
 constexpr int32_t kFlatRank = 2;     // [batch * tokens, width]

@@ -1,4 +1,4 @@
-// The TensorRT plugins around the launchers of elementwise.h, all version "2", default namespace. Tensors are linear;
+// The TensorRT plugins around the launchers of elementwise.h, all version "3", default namespace. Tensors are linear;
 // "fp32, n" is a constant of n elements, in any shape.
 //
 //   ClipBiasQuickGelu
@@ -57,7 +57,7 @@
 
 namespace {
 
-constexpr char kVersion[] = "2";
+constexpr char kVersion[] = "3";
 constexpr int32_t kLayout = 1;  // of the serialised structs; another number is another version of this file
 constexpr int32_t kMinRank = 2;
 

@@ -22,7 +22,7 @@ def creator():
     if not hasattr(library, "clip_attention_register_plugin"):
         pytest.skip("the library was built without TensorRT's headers")
     assert library.clip_attention_register_plugin() == 1  # a second registration does no harm
-    return trt.get_plugin_registry().get_plugin_creator("ClipAttention", "2", "")
+    return trt.get_plugin_registry().get_plugin_creator("ClipAttention", "3", "")
 
 
 def field(name, value, dtype="int32"):
@@ -48,7 +48,7 @@ def test_plugin_survives_serialisation(creator, bias):
     assert data == struct.pack("<iiiii", LAYOUT, HEADS, TOKENS, CAUSAL, bias)
     again = creator.deserialize_plugin("a", data)
     assert bytes(again.serialize()) == data
-    assert again.num_outputs == 1 and again.plugin_type == "ClipAttention" and again.plugin_version == "2"
+    assert again.num_outputs == 1 and again.plugin_type == "ClipAttention" and again.plugin_version == "3"
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def creators():
     assert library.clip_elementwise_register_plugins() == 1
     assert library.clip_elementwise_register_plugins() == 1  # a second registration does no harm
     creators = trt.get_plugin_registry()
-    return {name: creators.get_plugin_creator(name, "2", "") for name in FIELDS}
+    return {name: creators.get_plugin_creator(name, "3", "") for name in FIELDS}
 
 
 def field(name, value, dtype="int32"):
@@ -63,7 +63,7 @@ def test_plugin_survives_serialisation_and_copying(creators, name, fields, expec
     assert data == expected
     for again in (creators[name].deserialize_plugin("a", data), plugin.clone()):
         assert bytes(again.serialize()) == data
-        assert (again.num_outputs, again.plugin_type, again.plugin_version) == (outputs, name, "2")
+        assert (again.num_outputs, again.plugin_type, again.plugin_version) == (outputs, name, "3")
 
 
 @pytest.mark.parametrize(
