@@ -93,13 +93,13 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def _launch(name: str, x: torch.Tensor, **fields) -> None:
-    """Enqueue a launch with the fields of its struct, a tensor for a pointer, on the current stream of x's device."""
+def _launch(name: str, like: torch.Tensor, /, **fields) -> None:
+    """Enqueue a launch with the fields of its struct, a tensor for a pointer, on the current stream of like's device."""
     params = PARAMS[name](**{field: value.data_ptr() if isinstance(value, torch.Tensor) else value for field, value in fields.items()})
-    with torch.cuda.device(x.device):
+    with torch.cuda.device(like.device):
         status = getattr(_library(), f"clip_{name}_launch")(ctypes.byref(params), torch.cuda.current_stream().cuda_stream)
     if status != 0:
-        raise RuntimeError(f"the {name} kernel failed with CUDA error {status} for shape {list(x.shape)}")
+        raise RuntimeError(f"the {name} kernel failed with CUDA error {status} for shape {list(like.shape)}")
 
 
 def _check_width(x: torch.Tensor, most: int) -> None:
