@@ -3,12 +3,13 @@
     python -m experiments.ladder --model ViT-B/32 --encoder image --batch 32
 
 Each row adds one technique to the row before: the original in eager fp16, our encoders, stock Torch-TensorRT, our
-converters, activations as rows, the attention plugin, the fused elementwise kernels, a CUDA graph.  `median_ms` is of plain
+converters, activations as rows, the attention plugin, the fused elementwise kernels, cuBLASLt's linear layers, a CUDA graph.  `median_ms` is of plain
 calls, as a program makes them, but for the last step; `graph_ms` of CUDA-graph replays, which leave out what the CPU needs
 to launch.  `error` that starts with "wrong:" stands beside times of features that are wrong.  Engines are built in processes
 of their own (--jobs at once; builds that share a GPU choose kernels by noisier timings), kept in --engines and taken from
 there the next time; two steps are what `clip_ttrt.compile` makes and are taken from --artifacts where they are.  With
---build-only nothing is timed.  A step that fails is a row with its error.  Weights are random; needs a GPU with TensorRT.
+--build-only nothing is timed.  A step that fails is a row with its error.  All steps are loaded before the first is timed, which
+waits for the turn that CLIP_TTRT_TURN names (experiments.floor).  Weights are random; needs a GPU with TensorRT.
 """
 import argparse
 import json
@@ -19,7 +20,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Sequence
 
 import torch
 from torch import fx
@@ -32,10 +33,12 @@ from clip_ttrt.options import BatchRange
 from experiments.accuracy import folder_name
 from experiments.baselines import Request, Subject, checkpoint_of, clip_eager, eager_sdpa, example, load_encoder, wrong
 from experiments.bugs.stock import compile_stock, engines
+from experiments.floor import turn
 from experiments.record import append_row, provenance
 from experiments.timing import graphed, times_ms
 
 REPEATS, WARM_UP = 100, 20
+REPLAYED = "CUDA graph"
 
 
 def convert_unflattened_attention() -> None:
@@ -60,8 +63,8 @@ def stock(request: Request) -> tuple[torch.jit.ScriptModule, dict[str, Any]]:
         return torch.jit.trace(compiled, (x,), check_trace=False), {"engines": engines(compiled)}
 
 
-def graph_of(request: Request, rows: bool, fused: bool) -> fx.GraphModule:
-    """Our lowered graph; without `rows` activations keep their three dimensions, with `fused` the fused operations stand in it."""
+def graph_of(request: Request, rows: bool, fusions: Sequence[Callable[[fx.GraphModule], int]] = ()) -> fx.GraphModule:
+    """Our lowered graph; without `rows` activations keep their three dimensions.  fusions: of `fusion.PASSES`, what is fused in it."""
     checkpoint = checkpoint_of(request)
     graph = lowering.capture(ENCODERS[request.encoder](checkpoint.state_dict), pipeline.example_input(request.encoder, checkpoint.dimensions))
     if rows:
@@ -71,21 +74,22 @@ def graph_of(request: Request, rows: bool, fused: bool) -> fx.GraphModule:
             if rewrite is not lowering.flatten_rows:
                 rewrite(graph)
                 graph.graph.eliminate_dead_code()
-        graph.recompile()
-    if fused:
-        fusion.fuse(graph)
+    for fuse in fusions:
+        fuse(graph)
+        graph.graph.eliminate_dead_code()
+    graph.recompile()
     return graph
 
 
-def ours(request: Request, rows: bool, attention: str, fused: bool) -> tuple[torch.jit.ScriptModule, dict[str, Any]]:
-    """Our pipeline, with steps left out: activations as rows, the plugin's attention, the fused elementwise kernels."""
+def ours(request: Request, rows: bool, attention: str, fusions: Sequence[Callable[[fx.GraphModule], int]] = ()) -> tuple[torch.jit.ScriptModule, dict[str, Any]]:
+    """Our pipeline, with steps left out: activations as rows, the plugin's attention, what is fused."""
     from clip_ttrt import engine
 
     if not rows:
         convert_unflattened_attention()
     plugin.load(plugin.VERSION if attention == "plugin" else None)
     x = example(request)
-    built = engine.build_engine(graph_of(request, rows, fused), x.cpu(), BatchRange(request.batch, request.batch, request.batch), request.precision, attention)
+    built = engine.build_engine(graph_of(request, rows, fusions), x.cpu(), BatchRange(request.batch, request.batch, request.batch), request.precision, attention)
     return engine.to_torchscript(built, x, request.encoder), {"engines": 1}
 
 
@@ -94,13 +98,14 @@ STEPS: dict[str, Optional[Callable[[Request], tuple[torch.jit.ScriptModule, dict
     "the original, eager": None,
     "our encoders, eager": None,
     "stock Torch-TensorRT": stock,
-    "our converters, one engine": lambda request: ours(request, rows=False, attention="native", fused=False),
-    "activations as rows": lambda request: ours(request, rows=True, attention="native", fused=False),
-    "attention plugin": lambda request: ours(request, rows=True, attention="plugin", fused=False),
-    "fused elementwise kernels": lambda request: ours(request, rows=True, attention="plugin", fused=True),
-    "CUDA graph": None,
+    "our converters, one engine": lambda request: ours(request, rows=False, attention="native"),
+    "activations as rows": lambda request: ours(request, rows=True, attention="native"),
+    "attention plugin": lambda request: ours(request, rows=True, attention="plugin"),
+    "fused elementwise kernels": lambda request: ours(request, rows=True, attention="plugin", fusions=[fuse for fuse in fusion.PASSES if fuse is not fusion.fuse_linear]),
+    "linear layers by cuBLASLt": lambda request: ours(request, rows=True, attention="plugin", fusions=fusion.PASSES),
+    REPLAYED: None,
 }
-ARTIFACTS = {"activations as rows": "native", "fused elementwise kernels": "plugin"}  # steps that the package itself makes: their attention
+ARTIFACTS = {"activations as rows": "native", "linear layers by cuBLASLt": "plugin"}  # steps that the package itself makes: their attention
 EAGER = {"the original, eager": clip_eager, "our encoders, eager": eager_sdpa}
 
 
@@ -152,21 +157,34 @@ def failed(error: str) -> dict[str, Any]:
     return {"median_ms": "", "graph_ms": "", "engines": "", "build_s": "", "error": error}
 
 
-def measured(step: str, request: Request, target: Path, artifacts: Optional[Path] = None) -> dict[str, Any]:
-    """The columns of one step."""
+def prepared(step: str, request: Request, target: Path, artifacts: Optional[Path] = None) -> Callable[[], dict[str, Any]]:
+    """What measures the columns of one step, which is loaded now."""
     try:
         subject, facts = subject_of(step, request, target, artifacts)
-        with torch.no_grad():
-            plain = statistics.median(times_ms(subject.call, REPEATS, WARM_UP))
     except Exception as problem:  # a step that fails is a row, and the others are still worth having
-        return failed(f"{type(problem).__name__}: {str(problem).strip().splitlines()[0][:200] if str(problem).strip() else ''}")
-    try:
-        with torch.no_grad():
+        columns = failed(said(problem))
+        return lambda: columns
+    return lambda: measured(step, subject, facts)
+
+
+def measured(step: str, subject: Subject, facts: dict[str, Any]) -> dict[str, Any]:
+    """The columns of one step."""
+    with torch.no_grad():
+        try:
+            plain = statistics.median(times_ms(subject.call, REPEATS, WARM_UP))
+        except Exception as problem:
+            return failed(said(problem))
+        try:
             replayed = "" if subject.uncapturable else f"{statistics.median(times_ms(graphed(subject.call), REPEATS, WARM_UP)):.4f}"
-    except RuntimeError as problem:  # what waits for the CPU cannot be captured
-        print(f"{step}: no CUDA graph: {str(problem)[:200]}", flush=True)
-        replayed = ""
+        except RuntimeError as problem:  # what waits for the CPU cannot be captured
+            print(f"{step}: no CUDA graph: {str(problem)[:200]}", flush=True)
+            replayed = ""
     return {"median_ms": f"{plain:.4f}", "graph_ms": replayed, "engines": facts["engines"], "build_s": round(subject.build_s, 1), "error": subject.remark}
+
+
+def said(problem: Exception) -> str:
+    """An exception in one line: its type and first words."""
+    return f"{type(problem).__name__}: {(str(problem).strip().splitlines() or [''])[0][:200]}"
 
 
 def main(arguments: Optional[list[str]] = None) -> None:
@@ -195,13 +213,15 @@ def main(arguments: Optional[list[str]] = None) -> None:
             errors = dict(zip(to_build, pool.map(lambda step: built_in_process(step, options, request, targets[step]), to_build)))
         if options.build_only:
             return
-        row: dict[str, Any] = {}
-        for step in STEPS:
-            if step == "CUDA graph":  # the engine of the step before, replayed
-                row = {**row, "median_ms": row["graph_ms"]}
-            else:
-                row = failed(errors[step]) if errors.get(step) else measured(step, request, targets[step], options.artifacts)
-            append_row(options.out, {"model": options.model, "encoder": options.encoder, "batch": options.batch, "step": step, **row, **provenance()})
+        ready = {step: prepared(step, request, targets[step], options.artifacts) for step in STEPS if step != REPLAYED and not errors.get(step)}
+        with turn():
+            row: dict[str, Any] = {}
+            for step in STEPS:
+                if step == REPLAYED:  # the engine of the step before
+                    row = {**row, "median_ms": row["graph_ms"]}
+                else:
+                    row = ready[step]() if step in ready else failed(errors[step])
+                append_row(options.out, {"model": options.model, "encoder": options.encoder, "batch": options.batch, "step": step, **row, **provenance()})
 
 
 if __name__ == "__main__":

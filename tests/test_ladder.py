@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from clip_ttrt import lowering, ops
+from clip_ttrt import fusion, lowering, ops
 from clip_ttrt.encoders import DIFFERENTIABLE, ENCODERS
 from experiments import ladder
 from experiments.baselines import Request, checkpoint_of, example
@@ -16,17 +16,17 @@ TOKENS = {"image": 50, "text": 77}
 
 @pytest.mark.skipif(not lowering.can_export(), reason="torch.export of PyTorch 2.2 needs Python 3.11 or older")
 @pytest.mark.parametrize("encoder", ["image", "text"])
-@pytest.mark.parametrize("rows, fused", [(False, False), (True, False), (True, True)])
-def test_every_graph_computes_the_encoder(encoder, rows, fused):
+@pytest.mark.parametrize("rows, fusions", [(False, ()), (True, ()), (True, fusion.PASSES)])
+def test_every_graph_computes_the_encoder(encoder, rows, fusions):
     request = Request("demo", "demo", encoder, "fp32", 3, TOKENS[encoder], "cpu")
-    graph = ladder.graph_of(request, rows, fused)
+    graph = ladder.graph_of(request, rows, fusions)
     x = example(request)
     with torch.no_grad():
         expected = ENCODERS[encoder](checkpoint_of(request).state_dict, DIFFERENTIABLE)(x)
         assert (graph(x) - expected).abs().max() < 1e-5 * expected.abs().max()
     targets = {node.target for node in graph.graph.nodes}
     assert (ops.attention_rows in targets) == rows and (ops.attention in targets) == (not rows)
-    assert (ops.bias_quick_gelu in targets) == fused
+    assert (ops.bias_quick_gelu in targets) == (ops.linear_rows in targets) == bool(fusions)
 
 
 def test_rows_come_in_order_and_a_failed_build_is_one(tmp_path, monkeypatch):
@@ -35,7 +35,8 @@ def test_rows_come_in_order_and_a_failed_build_is_one(tmp_path, monkeypatch):
 
     times = iter(range(10, 0, -1))
     monkeypatch.setattr(ladder, "built_in_process", built)
-    monkeypatch.setattr(ladder, "measured", lambda step, request, target, artifacts: {"median_ms": f"{next(times)}.0", "graph_ms": "0.5", "engines": 1, "build_s": 0, "error": ""})
+    monkeypatch.setattr(ladder, "subject_of", lambda step, request, target, artifacts: (None, {}))
+    monkeypatch.setattr(ladder, "measured", lambda step, subject, facts: {"median_ms": f"{next(times)}.0", "graph_ms": "0.5", "engines": 1, "build_s": 0, "error": ""})
     out = tmp_path / "ladder.csv"
     ladder.main(["--model", "demo", "--batch", "2", "--out", str(out)])
     with open(out, newline="") as file:
@@ -44,7 +45,7 @@ def test_rows_come_in_order_and_a_failed_build_is_one(tmp_path, monkeypatch):
     by_step = {row["step"]: row for row in rows}
     assert by_step["stock Torch-TensorRT"]["median_ms"] == "" and by_step["stock Torch-TensorRT"]["error"] == "the build ended with 1: no"
     assert by_step["the original, eager"]["median_ms"] == "10.0"
-    assert by_step["CUDA graph"]["median_ms"] == by_step["fused elementwise kernels"]["graph_ms"] == "0.5"
+    assert by_step["CUDA graph"]["median_ms"] == by_step["linear layers by cuBLASLt"]["graph_ms"] == "0.5"
 
 
 def test_an_engine_that_is_there_is_not_built_again(tmp_path):
@@ -59,10 +60,10 @@ def test_an_artifact_serves_as_the_step_that_it_is(demo_artifact, tmp_path):
     request = Request("demo", "demo", "image", "fp16", 2, 50, "cpu")
     (tmp_path / "demo-fp16-2-native").symlink_to(demo_artifact.folder)
     assert ladder.artifact_of("activations as rows", request, tmp_path) == tmp_path / "demo-fp16-2-native"
-    assert ladder.artifact_of("fused elementwise kernels", request, tmp_path) is None and ladder.artifact_of("attention plugin", request, tmp_path) is None
+    assert ladder.artifact_of("linear layers by cuBLASLt", request, tmp_path) is None and ladder.artifact_of("attention plugin", request, tmp_path) is None
 
 
 def test_a_step_that_cannot_be_measured_is_a_row_with_its_error(tmp_path):
     request = Request("demo", "demo", "image", "fp16", 2, 50, "cpu")  # no half on the CPU
-    row = ladder.measured("our encoders, eager", request, tmp_path / "none.ts")
+    row = ladder.prepared("our encoders, eager", request, tmp_path / "none.ts")()
     assert row["median_ms"] == "" and row["error"].startswith("Missing: fp16 on the CPU")
