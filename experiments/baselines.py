@@ -277,13 +277,11 @@ def tensorrt_onnx(request: Request) -> Subject:
         raise Missing("tensorrt is not installed")
     import tensorrt as trt
 
-    x, logger = example(request), trt.Logger(trt.Logger.ERROR)
-    folder = Path(request.artifacts or temporary_root().name)
-    kept = folder / f"{folder_name(request.model, request.precision, str(request.batch), 'onnx')}-{request.encoder}-level_{request.level}-{request.tokens}.plan"
+    x, logger, kept = example(request), trt.Logger(trt.Logger.ERROR), plan_file(request)
     if not kept.is_file():
         start = time.perf_counter()
         plan = onnx_plan(onnx_model(Original(request), x), request, logger)
-        folder.mkdir(parents=True, exist_ok=True)
+        kept.parent.mkdir(parents=True, exist_ok=True)
         kept.with_suffix(".json").write_text(json.dumps({"build_s": time.perf_counter() - start}))
         kept.write_bytes(plan)
     plan, seconds = kept.read_bytes(), json.loads(kept.with_suffix(".json").read_text())["build_s"]
@@ -305,6 +303,12 @@ def tensorrt_onnx(request: Request) -> Subject:
 
     run.keeps = runtime, engine  # a context needs both alive
     return Subject(run, x, seconds, "onnx" + at_level(request), f"{len(plan) / 2**20:.2f}", remark=wrong(run, x, request))
+
+
+def plan_file(request: Request) -> Path:
+    """Where the engine of an ONNX model is kept."""
+    name = folder_name(request.model, request.precision, str(request.batch), "onnx")
+    return Path(request.artifacts or temporary_root().name) / f"{name}-{request.encoder}-level_{request.level}-{request.tokens}.plan"
 
 
 def onnx_plan(model: bytes, request: Request, logger) -> bytes:
@@ -370,7 +374,9 @@ def artifact_of(request: Request, attention: str, batch: str) -> Artifact:
 
 
 def is_built(backend: str, request: Request) -> bool:
-    """Whether a backend needs to build nothing that takes minutes: it is none of ours, or its artifact exists."""
+    """Whether a backend needs to build nothing that takes minutes: it is none of TensorRT's, or its engine exists."""
+    if backend == "tensorrt_onnx":
+        return plan_file(request).is_file()
     if not backend.startswith("clip_ttrt"):
         return True
     _, _, attention, *ranged = backend.split("_")

@@ -12,12 +12,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from clip.model import convert_weights
 
-from clip_ttrt.accuracy import inputs_for
 from clip_ttrt.artifact import load_modules
-from clip_ttrt.checkpoint import load_checkpoint, original_model
+from clip_ttrt.models import dimensions_of
 from experiments.accuracy import compiled
+from experiments.baselines import Request, clip_eager
 from experiments.record import append_row, provenance
 from experiments.timing import graphed, median_ms
 
@@ -35,24 +34,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/h200/dynamic_batch.csv"))
     options = parser.parse_args()
     batch = int(options.range.split(":")[1])
-    checkpoint = load_checkpoint(options.model, options.weights)
-    original = original_model(checkpoint.dimensions)
-    original.load_state_dict(checkpoint.state_dict)
-    original = original.eval().cuda()
-    convert_weights(original)  # to fp16, as clip.load does on a GPU
+    weights, dims = options.weights or ("demo" if options.model == "demo" else "openai"), dimensions_of(options.model)
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.artifacts or Path(temporary)
         made = {name: compiled(folder, options.model, options.weights, options.precision, sizes, options.attention)
                 for name, sizes in (("static", str(batch)), ("dynamic", options.range))}
         modules = {name: load_modules(artifact) for name, artifact in made.items()}
     for encoder in made["static"].encoders:
-        if encoder == "image":
-            example = torch.randn(batch, 3, checkpoint.dimensions.image_resolution, checkpoint.dimensions.image_resolution, device="cuda")
-            eager, eager_input = original.encode_image, example.half()
-        else:
-            tokens = inputs_for(options.model, checkpoint.dimensions.image_resolution).tokens
-            example = tokens.repeat(-(-batch // len(tokens)), 1)[:batch].cuda()
-            eager, eager_input = original.encode_text, example
+        tokens = dims.image_tokens if encoder == "image" else dims.context_length
+        original = clip_eager(Request(options.model, weights, encoder, "fp16", batch, tokens, "cuda"))
+        example = original.x
         with torch.no_grad():
             calls = {name: graphed(lambda module=loaded[encoder]: module(example)) for name, loaded in modules.items()}
             times = {name: [] for name in calls}
@@ -60,10 +51,10 @@ def main() -> None:
                 for name, call in calls.items():
                     times[name].append(median_ms(call))
             plain = median_ms(lambda: modules["dynamic"][encoder](example))
-            eager_ms = median_ms(lambda: eager(eager_input))
+            eager_ms = median_ms(original.call)
         medians = {name: statistics.median(rounds) for name, rounds in times.items()}
         append_row(options.out, {
-            "model": options.model, "encoder": encoder, "precision": options.precision, "attention": options.attention, "weights": checkpoint.origin.kind,
+            "model": options.model, "encoder": encoder, "precision": options.precision, "attention": options.attention, "weights": made["static"].origin.kind,
             "batch": batch, "range": options.range, "static_ms": f"{medians['static']:.4f}", "dynamic_ms": f"{medians['dynamic']:.4f}",
             "ratio": f"{medians['dynamic'] / medians['static']:.4f}", "spread": f"{max(times['static']) / min(times['static']) - 1:.4f}",
             "dynamic_without_graph_ms": f"{plain:.4f}", "eager_fp16_ms": f"{eager_ms:.4f}", **provenance()})

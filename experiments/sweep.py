@@ -430,7 +430,7 @@ def hold(wanted: Sequence[Row], interpreters: Mapping[str, str], ready: Path, se
     """Prepare all groups at once, within so many seconds, make the file `ready`, and measure the rows for each order."""
     progress, start = Progress(), time.perf_counter()
     with contextlib.ExitStack() as stack:
-        groups = [list(group) for _, group in itertools.groupby(wanted, key=lambda row: row.group)]
+        groups = [[row for row in wanted if row.group == group] for group in dict.fromkeys(row.group for row in wanted)]
         children = [stack.enter_context(Child(command(interpreters.get(rows[0].backend, sys.executable), rows, "--hold"))) for rows in groups]
         waiting = []
         for rows, process in zip(groups, children):
@@ -445,17 +445,19 @@ def hold(wanted: Sequence[Row], interpreters: Mapping[str, str], ready: Path, se
 
 
 def measure_held(waiting: Sequence[tuple[Sequence[Row], Child]], folder: Path, seconds: float, progress: Progress) -> None:
-    """Measure the rows of groups that wait, as far as so many seconds reach, into FOLDER/sweep.csv, and make FOLDER/done."""
+    """Measure the rows of groups that wait, all of one batch size after the other, as far as so many seconds reach, into
+    FOLDER/sweep.csv, and make FOLDER/done."""
     start, path = time.perf_counter(), folder / "sweep.csv"
     done = {tuple(row[name] for name in KEY) for row in read_rows(path)}
-    for rows, process in waiting:
-        for index, row in enumerate(rows):
-            if time.perf_counter() - start > seconds:
-                break
-            if row.key not in done and not process.problem:
-                process.say(str(index))
-                result = process.answer(RESULT, HELD_ROW_SECONDS)
-                append_row(path, json.loads(result) if result else {**blank(row), "error": process.problem})
+    to_do = [(row, index, process) for rows, process in waiting for index, row in enumerate(rows) if row.key not in done]
+    batches = list(dict.fromkeys(row.request.batch for row, _, _ in to_do))
+    for row, index, process in sorted(to_do, key=lambda item: batches.index(item[0].request.batch)):
+        if time.perf_counter() - start > seconds:
+            break
+        if not process.problem:
+            process.say(str(index))
+            result = process.answer(RESULT, HELD_ROW_SECONDS)
+            append_row(path, json.loads(result) if result else {**blank(row), "error": process.problem})
     progress.say(f"{folder}: {time.perf_counter() - start:.1f} s")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "done").touch()

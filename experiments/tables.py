@@ -71,7 +71,7 @@ CHINESE = {
     "clip_ttrt, plugins, batch range": "clip_ttrt, 插件, 批范围", "clip_ttrt, native, batch range": "clip_ttrt, 无插件, 批范围", "what": "项目", "kind of kernel": "核函数类别", "sum": "合计", "matrix product": "矩阵乘", "copy and transpose": "拷贝与转置", "activation": "激活", "layer norm": "层归一化", "bias": "偏置", "other": "其他", "us": "微秒", "heads": "头数", "causal": "因果", "bytes at full bandwidth, us": "按满带宽读写, 微秒", "fastest library": "最快的库", "its us": "其微秒", "value": "内容", "median ms": "中位 毫秒", "a second": "每秒", "torch": "torch",
     "the original, eager": "原版, eager", "the original, CUDA graph": "原版, CUDA graph", "our encoders in PyTorch, CUDA graph": "我们的编码器, PyTorch, CUDA graph",
     "one engine of ours, TensorRT's kernels": "我们的一个引擎, TensorRT 自带核函数", "with the plugins": "加上插件", "stock Torch-TensorRT": "原装 Torch-TensorRT", "our converters, one engine": "我们的转换器, 一个引擎",
-    "activations as rows": "激活按行存放", "attention plugin": "注意力插件", "fused elementwise kernels": "融合的逐元素核函数", "CUDA graph": "CUDA graph",
+    "activations as rows": "激活按行存放", "attention plugin": "注意力插件", "fused elementwise kernels": "融合的逐元素核函数", "linear layers by cuBLASLt": "cuBLASLt 的线性层", "CUDA graph": "CUDA graph",
     "image": "图像", "text": "文本", "random": "随机", "demo": "demo", "yes": "是", "no": "否", "cannot run": "无法运行", "not yet measured": "尚未测量",
 }
 

@@ -22,13 +22,13 @@ from clip_ttrt import pipeline, plugin
 from clip_ttrt.accuracy import errors
 from clip_ttrt.artifact import MANIFEST, read_artifact
 from clip_ttrt.backends import Backend
-from clip_ttrt.checkpoint import Checkpoint, load_checkpoint
+from clip_ttrt.checkpoint import Checkpoint
 from clip_ttrt.encoders import DIFFERENTIABLE, ENCODERS
 from clip_ttrt.models import dimensions_of
 from clip_ttrt.options import BatchRange, Options
 from clip_ttrt.progress import Progress
 from experiments.accuracy import folder_name
-from experiments.baselines import load_encoder
+from experiments.baselines import load_encoder, weights_of
 from experiments.prompts import prompts
 from experiments.floor import turn
 from experiments.record import append_row, provenance, read_rows
@@ -115,7 +115,7 @@ def main() -> int:
     if not all(3 <= tokens <= full for tokens in options.buckets):
         parser.error(f"a bucket holds 3 to {full} tokens")
     precision, device = options.precision or ("fp16" if options.device == "cuda" else "fp32"), options.device
-    checkpoint = load_checkpoint(options.model, options.weights or ("demo" if options.model == "demo" else "random"))
+    checkpoint = weights_of(options.model, options.weights or ("demo" if options.model == "demo" else "random"))
     lengths, done, failed = prompt_lengths(), {(row["model"], row["backend"], row["precision"], row["batch"], row["tokens"]) for row in read_rows(options.out)}, 0
     for backend in options.backends:
         buckets = [tokens for tokens in options.buckets if (options.model, backend, precision, str(options.batch), str(tokens)) not in done]

@@ -214,7 +214,7 @@ def test_held_rows_are_measured_as_often_as_asked(tmp_path):
     rows = [replace(ROW, backend=backend, request=replace(REQUEST, batch=batch)) for backend in ("eager_sdpa", "onnxruntime") for batch in (1, 2)]
     sweep.hold(rows, {}, tmp_path / "ready", float("inf"), orders(tmp_path, 60, 0))
     found = read_rows(tmp_path / "first" / "sweep.csv")
-    assert [(row["backend"], row["batch"]) for row in found] == [("eager_sdpa", "1"), ("eager_sdpa", "2"), ("onnxruntime", "1"), ("onnxruntime", "2")]
+    assert [(row["backend"], row["batch"]) for row in found] == [("eager_sdpa", "1"), ("onnxruntime", "1"), ("eager_sdpa", "2"), ("onnxruntime", "2")]
     assert all(bool(row["median_ms"]) != row["error"].startswith("skipped: ") for row in found)
     assert not read_rows(tmp_path / "last" / "sweep.csv") and (tmp_path / "last" / "done").exists()
 
