@@ -65,7 +65,7 @@ struct Team {
 };
 
 // Which of a row's vectors a lane holds. Only its last one can lie past the width. It then reads the row's last
-// vector, so that there is no branch to wait at, counts as zeros and is not stored.
+// vector, so that there is no branch to wait at, does not count and is not stored.
 template <class Team>
 struct Columns {
   int lane, vectors;
@@ -113,9 +113,12 @@ __device__ __forceinline__ void normalise(float (&x)[kRows][Team::kVectors][kVec
   for (int r = 0; r < kRows; ++r) {
     mean[r] = 0;
 #pragma unroll
-    for (int v = 0; v < Team::kVectors; ++v)
+    for (int v = 0; v < Team::kVectors; ++v) {
+      float with = mean[r];
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) mean[r] += columns.here(v) ? x[r][v][i] : 0.0f;
+      for (int i = 0; i < kVector; ++i) with += x[r][v][i];
+      if (columns.here(v)) mean[r] = with;
+    }
   }
   row_sums<Team, kRows>(mean, partial[0]);
 #pragma unroll
@@ -125,12 +128,15 @@ __device__ __forceinline__ void normalise(float (&x)[kRows][Team::kVectors][kVec
     mean[r] = fmaf(fmaf(-quotient, norm.width, mean[r]), norm.inverse_width, quotient);
     deviation[r] = 0;
 #pragma unroll
-    for (int v = 0; v < Team::kVectors; ++v)
+    for (int v = 0; v < Team::kVectors; ++v) {
+      float with = deviation[r];
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        x[r][v][i] = columns.here(v) ? x[r][v][i] - mean[r] : 0.0f;
-        deviation[r] = fmaf(x[r][v][i], x[r][v][i], deviation[r]);
+        x[r][v][i] -= mean[r];
+        with = fmaf(x[r][v][i], x[r][v][i], with);
       }
+      if (columns.here(v)) deviation[r] = with;
+    }
   }
   row_sums<Team, kRows>(deviation, partial[1]);
 #pragma unroll

@@ -169,12 +169,12 @@ def test_quick_gelu_of_every_half(library, tmp_path):
     "shape",
     [
         bench.Shape("quick_gelu", 140_000, 1024), bench.Shape("layer_norm", 300_000, 64), bench.Shape("residual_layer_norm", 70_000, 1032),
-        bench.patches_shape(40_000, 8, 16), bench.embed_shape(40_000, 2, 64),
+        bench.patches_shape(70_000, 8, 16), bench.embed_shape(140_001, 2, 264),
     ],
     ids=lambda shape: shape.kernel,
 )  # fmt: skip
 def test_more_rows_than_a_grid_has_in_y(library, shape):
-    """Rows of QuickGELU, two to a block, and planes of images are what a grid has in y and z."""
+    """Rows of QuickGELU and images for the first rows, two to a block, and images to cut are what a grid has in y and z."""
     work = bench.work_for(torch, shape, 1.0, 0)
     work.run(library)
     for first in (0, shape.rows // 2, shape.rows - 1000):  # a float64 copy of all of it would not fit everywhere
