@@ -4,12 +4,14 @@ Torch-TensorRT 2.2.0.  `core/runtime/execute_engine.cpp` passes `inputs[i].view(
 setTensorAddress.  For a non-contiguous input `.contiguous()` makes a temporary, which dies at the end of that statement.
 Its block goes back to PyTorch's caching allocator, and the next allocation of that size, which is often the output, gets it.
 The engine then writes its output over the input it is still reading, which is wrong as soon as one of its kernels writes
-before another thread block has read.  On an H200 with TensorRT 8.6.0 the output is indeed in the temporary's block, for both
-modules below, and their results happen to be right: seen is the cause, not yet a wrong result.
+what another one, or another of its thread blocks, has not read yet.  Where a first kernel reads the whole input into memory of
+the engine's own nothing shows: a linear layer with bias and a transpose that adds 1 came out right on an H200, with the
+output in the temporary's block.  So the modules below give an engine little reason for such memory.
 
-Steps: compile a linear layer from 2048 to 2048 and a transpose of the two, for 2048 rows in float32, so that input and output
-have one size; call each with a contiguous input and with the same values in a transposed layout.  All memory involved
-belongs to PyTorch's allocator, so this is safe to run.
+Steps: compile a swap of the upper and the lower half of the rows (two copies, of which the first destroys what the second
+reads), a transpose and a linear layer without bias, from [2048, 2048] to the same size in float32; call each with a
+contiguous input and with the same values in a transposed layout.  All memory involved belongs to PyTorch's allocator, so
+this is safe to run.
 
 Expected: the same result for both layouts.
 (The contiguous tensor is kept alive since 2.5.)
@@ -23,26 +25,37 @@ import torch
 from torch import nn
 
 from experiments.bugs.finding import Finding, show
-from experiments.bugs.stock import compile_stock, require_tensorrt
+from experiments.bugs.stock import compile_stock, require_tensorrt, where
 
 SIZE = 2048
+
+
+class Swapped(nn.Module):
+    """[N, N] -> [N, N]."""
+
+    def forward(self, x):
+        return torch.cat([x[SIZE // 2:], x[:SIZE // 2]])
 
 
 class Transposed(nn.Module):
     """[N, N] -> [N, N]."""
 
     def forward(self, x):
-        return x.transpose(0, 1) + 1
+        return x.transpose(0, 1)
 
 
 def reproduce() -> Finding:
     require_tensorrt()
     torch.manual_seed(0)
     said, seen = [], False
-    for name, module in (("linear", nn.Linear(SIZE, SIZE)), ("transpose", Transposed())):
+    for name, module in (("swap", Swapped()), ("transpose", Transposed()), ("linear", nn.Linear(SIZE, SIZE, bias=False))):
         module = module.eval().requires_grad_(False).cuda()
         x = torch.randn(SIZE, SIZE, device="cuda")
-        compiled = compile_stock(module, x)
+        try:
+            compiled = compile_stock(module, x)
+        except Exception as problem:  # the other modules are still worth having
+            said.append(f"{name}: {where(problem)}")
+            continue
         expected = compiled(x).clone()
         strided = x.t().contiguous().t()  # the same values, another layout
         copy = strided.contiguous()
