@@ -51,7 +51,8 @@ def test_rows_come_in_order_and_a_failed_build_is_one(tmp_path, monkeypatch):
 def test_an_engine_that_is_there_is_not_built_again(tmp_path):
     target = tmp_path / "engine.ts"
     target.with_suffix(".json").write_text(json.dumps({"engines": 1, "build_s": 1}))
-    options, request = SimpleNamespace(artifacts=None), Request("demo", "demo", "image", "fp16", 2, 50, "cpu")
+    options, request = SimpleNamespace(artifacts=None, existing=True), Request("demo", "demo", "image", "fp16", 2, 50, "cpu")
+    assert ladder.built_in_process("activations as rows", options, request, tmp_path / "other.ts") == "its engine is not there"
     assert ladder.built_in_process("activations as rows", options, request, target) == ""
     assert ladder.artifact_of("activations as rows", request, None) is None and ladder.artifact_of("activations as rows", request, tmp_path) is None
 
