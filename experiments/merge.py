@@ -2,7 +2,8 @@
 
 A row that was measured in several runs on the same kind of GPU is kept once, from the run in which it took least, whatever the
 backend: other work on the machine only ever adds to a time.  A row without a time gives way to one with it.  The file itself,
-where it is there already, is one of the parts; `commit` says which run a row is from.
+where it is there already, is one of the parts; `commit` says which run a row is from.  With --instead a row of the parts that
+has a time takes the place of the file's own, whatever that took: so that what is compared is from one run.
 """
 import argparse
 import csv
@@ -44,11 +45,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("parts", type=Path, nargs="+")
+    parser.add_argument("--instead", action="store_true", help="measured rows of the parts replace the file's own")
     options = parser.parse_args()
     if missing := [str(path) for path in options.parts if not path.is_file()]:
         parser.error(f"no such file: {', '.join(missing)}")
     try:
-        rows = merged(row for path in [options.out, *options.parts] for row in read_rows(path))
+        own, given = read_rows(options.out), [row for path in options.parts for row in read_rows(path)]
+        replaced = {tuple(row[name] for name in KEY) for row in given if row["median_ms"]} if options.instead else set()
+        rows = merged([*(row for row in own if tuple(row[name] for name in KEY) not in replaced), *given])
     except ValueError as problem:
         parser.error(str(problem))
     draft = options.out.with_suffix(".partial")

@@ -31,3 +31,14 @@ def test_other_processors_and_other_files_are_refused():
         merge.merged([row(median_ms="1"), row(batch="1", median_ms="1", gpu="NVIDIA A10")])
     with pytest.raises(ValueError, match="a sweep's rows have the columns"):
         merge.merged([{"model": "demo"}])
+
+
+def test_instead_puts_one_run_in_place_of_another(tmp_path, monkeypatch):
+    out, part = tmp_path / "sweep.csv", tmp_path / "part.csv"
+    for one in (row(median_ms="1.0"), row(batch="128", median_ms="4.0"), row(batch="512", median_ms="9.0")):
+        append_row(out, one)
+    for one in (row(median_ms="2.0"), row(batch="128", error="took over 60 s")):
+        append_row(part, one)
+    monkeypatch.setattr("sys.argv", ["merge", str(out), str(part), "--instead"])
+    assert merge.main() == 0
+    assert [(one["batch"], one["median_ms"]) for one in read_rows(out)] == [("32", "2.0"), ("128", "4.0"), ("512", "9.0")]
