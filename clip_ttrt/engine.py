@@ -22,6 +22,10 @@ from clip_ttrt import converters
 from clip_ttrt.errors import UserError
 from clip_ttrt.options import BatchRange
 
+# In fp16 TensorRT 8.6 computes a block of some 800 to 1,000 rows wrongly with the matrix products of its own that it finds fastest
+# there; where it may choose cuBLAS's as well, all came out right (experiments/bugs/wrong_block_788_rows.py).
+TACTIC_SOURCES = (trt.TacticSource.CUBLAS, trt.TacticSource.CUBLAS_LT, trt.TacticSource.EDGE_MASK_CONVOLUTIONS, trt.TacticSource.JIT_CONVOLUTIONS)
+
 OUT_OF_MEMORY = ("out of memory", "outofmemory", "insufficient memory", "cuda error 2", "cuda failure: 2", "memory allocation")
 
 
@@ -73,7 +77,7 @@ class Interpreter(TRTInterpreter):
         if self.optimization_profiles is not None:
             self.optimization_profiles = [self.builder.create_optimization_profile()]
 
-    def build(self, precision: str, optimization_level: int, timing_cache: Optional[Path]) -> Engine:
+    def build(self, precision: str, optimization_level: int, timing_cache: Optional[Path], cublas: bool) -> Engine:
         fx.Interpreter.run(self, enable_io_processing=False)
         torch.cuda.empty_cache()  # TensorRT's, now that the linear layers are measured
         config = self.builder.create_builder_config()
@@ -82,6 +86,9 @@ class Interpreter(TRTInterpreter):
         (config.clear_flag if precision == "fp32" else config.set_flag)(trt.BuilderFlag.TF32)
         if precision == "fp16":
             config.set_flag(trt.BuilderFlag.FP16)
+        if cublas:
+            config.set_preview_feature(trt.PreviewFeature.DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805, False)
+            config.set_tactic_sources(sum(1 << int(source) for source in TACTIC_SOURCES))
         for profile in self.optimization_profiles or ():
             config.add_optimization_profile(profile)
         cache = config.create_timing_cache(timing_cache.read_bytes() if timing_cache and timing_cache.is_file() else b"")
@@ -126,12 +133,13 @@ def save_timing_cache(path: Path, content: bytes) -> None:
 
 
 def build_engine(module: fx.GraphModule, example: torch.Tensor, batch: BatchRange, precision: str, attention: str = "native",
-                 optimization_level: int = 3) -> Engine:
+                 optimization_level: int = 3, cublas: Optional[bool] = None) -> Engine:
     """Build one engine from a lowered graph.
 
     example: one input of any batch, whose other dimensions and dtype (float32 or int32) the engine
     takes.  batch: static or a range.  precision: fp32, tf32 or fp16.  attention: `native`, or
-    `plugin` after `plugin.load`.  optimization_level: of TensorRT's builder, 0 to 5.
+    `plugin` after `plugin.load`.  optimization_level: of TensorRT's builder, 0 to 5.  cublas: whether TensorRT may choose
+    cuBLAS's matrix products beside its own; by default in fp16 without plugins.
     Raises UserError where the GPU's memory does not suffice or fp16 cannot hold a plugin's weight, EngineError for all else
     that TensorRT refuses.
     """
@@ -141,7 +149,8 @@ def build_engine(module: fx.GraphModule, example: torch.Tensor, batch: BatchRang
     else:
         spec = torch_tensorrt.Input(min_shape=(batch.minimum, *shape), opt_shape=(batch.optimal, *shape),
                                     max_shape=(batch.maximum, *shape), dtype=example.dtype)
-    return Interpreter(module, spec, attention, batch).build(precision, optimization_level, timing_cache_path())
+    cublas = precision == "fp16" and attention == "native" if cublas is None else cublas
+    return Interpreter(module, spec, attention, batch).build(precision, optimization_level, timing_cache_path(), cublas)
 
 
 def to_torchscript(engine: Engine, example: torch.Tensor, name: str) -> torch.jit.ScriptModule:

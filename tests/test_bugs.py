@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from clip_ttrt import lowering
+from clip_ttrt.models import dimensions_of
+from clip_ttrt.options import BatchRange
 from experiments.bugs import __main__ as driver
 from experiments.bugs import dropped_mask, export_python_312, finding, text_encoder_argmax, wrong_block_788_rows
 from experiments.bugs.finding import CANNOT_RUN, FAILED, NOT_SEEN, SEEN, CannotRun, Finding, show
@@ -91,8 +93,8 @@ def test_the_block_that_is_built_is_the_block():
     module, x = wrong_block_788_rows.OneBlock(128, 2).eval().requires_grad_(False), torch.randn(3, 17, 128)
     with torch.no_grad():
         assert (wrong_block_788_rows.lowered(module, 17, 128)(x) - module(x)).abs().max() < 1e-5
-    rows = {batch * tokens for _, batch, tokens in wrong_block_788_rows.CASES}
-    assert rows == {788, 1576, 784}
+    optimised_for = {BatchRange.parse(batch).optimal * dimensions_of(model).image_tokens for model, batch, _, _ in wrong_block_788_rows.CASES}
+    assert optimised_for == {788, 1028, 1576}
 
 
 def test_said_collects_what_other_code_writes_and_prints_it_again(capfd):
