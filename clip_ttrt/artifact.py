@@ -4,6 +4,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Mapping, Optional, Union
 
 import torch
 
-from clip_ttrt import backends, plugin
+from clip_ttrt import backends, linear, plugin
 from clip_ttrt.checkpoint import Origin, sha256_of_file
 from clip_ttrt.errors import UserError
 from clip_ttrt.models import Dimensions
@@ -115,6 +116,7 @@ def load_modules(artifact: Artifact) -> dict[str, torch.jit.ScriptModule]:
     """Check each module's SHA-256 and load it onto the artifact's device.
 
     Raises UserError for a missing, truncated or altered module, and for a plugin that is not there.
+    Warns where linear layers were measured with another cuBLASLt than the one here.
     """
     for encoder, entry in artifact.manifest["modules"].items():
         path = artifact.path(encoder)
@@ -123,8 +125,18 @@ def load_modules(artifact: Artifact) -> dict[str, torch.jit.ScriptModule]:
         if sha256_of_file(path) != entry["sha256"]:
             raise UserError(f"{path} is truncated or altered: its SHA-256 is not the manifest's; compile again")
     plugin.load(artifact.manifest["plugin_version"])
+    if artifact.manifest["plugin_version"] is not None:
+        warn_of_another_cublaslt(artifact)
     backends.register_runtime()
     return {encoder: torch.jit.load(str(artifact.path(encoder)), map_location=artifact.device).eval() for encoder in artifact.encoders}
+
+
+def warn_of_another_cublaslt(artifact: Artifact) -> None:
+    """A warning where the artifact's linear layers were measured with another cuBLASLt than the one here."""
+    here, there = linear.version_text(), artifact.manifest["versions"].get("cublaslt")
+    if there not in (here, None):
+        warnings.warn(f"the linear layers of {artifact.folder} were measured with cuBLASLt {there}, and {here} runs here: their results are right "
+                      f"but may take longer; compile again, or run with the same one (13 is the extra `kernels`, 12 PyTorch's own)", stacklevel=2)
 
 
 class Draft:

@@ -11,7 +11,6 @@ from clip_ttrt.options import BatchRange
 
 # As kernels/linear/linear.h.
 INPUTS_STEP, OUTPUTS_STEP, MAX_WIDTH, MAX_ROWS, MAX_ENTRIES, WORKSPACE_BYTES, NO_LIBRARY = 4, 8, 65536, 2**31 - 1, 64, 32 << 20, -1000
-ACCUMULATE = {"fp32": 32, "fp16": 16}
 LARGEST_HALF = torch.finfo(torch.half).max
 
 # Weights that launches being measured take in turns: beyond any L2 cache, as the layers of a network together are.
@@ -29,13 +28,13 @@ class TuneParams(ctypes.Structure):
     """`ClipLinearTuneParams`."""
 
     _fields_ = [*((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "out", "workspace")), ("rows", ctypes.c_int64),
-                *((name, ctypes.c_int32) for name in ("inputs", "outputs", "weights", "accumulate")), ("milliseconds", ctypes.c_float)]
+                *((name, ctypes.c_int32) for name in ("inputs", "outputs", "weights")), ("milliseconds", ctypes.c_float)]
 
 
 class Entry(ctypes.Structure):
     """`ClipLinearEntry`."""
 
-    _fields_ = [("rows", ctypes.c_int64), ("accumulate", ctypes.c_int32), ("reserved", ctypes.c_int32), ("algorithm", ctypes.c_uint64 * 8)]
+    _fields_ = [("rows", ctypes.c_int64), ("algorithm", ctypes.c_uint64 * 8)]
 
 
 class Table(ctypes.Structure):
@@ -65,11 +64,17 @@ def _library() -> ctypes.CDLL:
 
 
 def version() -> int:
-    """cuBLASLt's version, such as 120103.  Raises UserError where there is none, or no library of kernels."""
+    """cuBLASLt's version, such as 130100.  Raises UserError where there is none, or no library of kernels."""
     found = _library().clip_linear_version()
     if found == 0:
-        raise UserError("linear layers need cuBLASLt, and neither libcublasLt.so.12 nor libcublasLt.so.13 is loaded or found")
+        raise UserError("linear layers need cuBLASLt, and neither libcublasLt.so.13 nor libcublasLt.so.12 is found; the extra `kernels` installs one")
     return found
+
+
+def version_text() -> str:
+    """As `version`, such as "13.1.0"."""
+    found = version()
+    return f"{found // 10000}.{found // 100 % 100}.{found % 100}"
 
 
 def _check(status: int, what: str) -> None:
@@ -129,7 +134,7 @@ def _half(x: torch.Tensor, name: str, shape: tuple[int, ...], device: torch.devi
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None, table: Optional[bytes] = None) -> torch.Tensor:
-    """x·weightᵀ + bias: fp16 [.., K] and [N, K] and [N] or None, on a GPU -> fp16 [.., N], on the current stream.
+    """x·weightᵀ + bias: fp16 [.., K] and [N, K] and [N] or None, on a GPU -> fp16 [.., N], summed in fp32, on the current stream.
 
     table: of `tune`; without one cuBLASLt's own first suggestion runs.  Raises ValueError for other tensors or a table of
     other sizes, UserError without the library or cuBLASLt, RuntimeError where the launch fails.
@@ -157,16 +162,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] =
     return out
 
 
-def measure(rows: int, weight_shape: tuple[int, int], bias: bool, accumulate: Sequence[str] = tuple(ACCUMULATE)) -> tuple[Entry, float]:
+def measure(rows: int, weight_shape: tuple[int, int], bias: bool) -> tuple[Entry, float]:
     """The fastest algorithm for one number of rows on the current GPU, and the microseconds of a launch; as `tune` otherwise."""
     outputs, inputs = weight_shape
     pack(outputs, inputs, bias)
     if not 1 <= rows <= MAX_ROWS:
         raise ValueError(f"a linear layer is measured for 1 to {MAX_ROWS} rows, not {rows}")
-    if not accumulate or any(kind not in ACCUMULATE for kind in accumulate):
-        raise ValueError(f"unknown accumulation in {tuple(accumulate)}; choices: {', '.join(ACCUMULATE)}")
     version()
-    kind = 0 if len(set(accumulate)) == 2 else ACCUMULATE[accumulate[0]]
     weights = max(1, WEIGHTS_BYTES // (2 * outputs * inputs))
     try:
         x, weight, given_bias = (torch.randn(size, dtype=torch.half, device="cuda") for size in ((rows, inputs), (weights, outputs, inputs), (outputs,)))
@@ -176,7 +178,7 @@ def measure(rows: int, weight_shape: tuple[int, int], bias: bool, accumulate: Se
     except torch.cuda.OutOfMemoryError as problem:
         raise UserError(f"out of GPU memory while a linear layer was measured for {rows} rows; use a smaller batch or free the GPU") from problem
     params = TuneParams(x.data_ptr(), weight.data_ptr(), given_bias.data_ptr() if bias else None, out.data_ptr(), workspace.data_ptr(), rows, inputs, outputs,
-                        weights, kind, TUNE_MILLISECONDS)
+                        weights, TUNE_MILLISECONDS)
     entry, microseconds = Entry(), ctypes.c_float()
     torch.cuda.current_stream().synchronize()
     _check(_library().clip_linear_tune(ctypes.byref(params), ctypes.byref(entry), ctypes.byref(microseconds)),
@@ -184,12 +186,11 @@ def measure(rows: int, weight_shape: tuple[int, int], bias: bool, accumulate: Se
     return entry, microseconds.value
 
 
-def tune(rows: Sequence[int], weight_shape: tuple[int, int], bias: bool, accumulate: Sequence[str] = tuple(ACCUMULATE)) -> bytes:
+def tune(rows: Sequence[int], weight_shape: tuple[int, int], bias: bool) -> bytes:
     """The table of a layer with a weight [N, K], measured on the current GPU, with random data, for each number of rows.
 
-    accumulate: in what products may be summed, `fp32`, `fp16` or both; of both fp16 is taken where it is 2 % faster.
     Raises ValueError for sizes outside the kernels', UserError without library, cuBLASLt or GPU memory, RuntimeError where
     cuBLASLt or CUDA fail.
     """
-    entries = [measure(count, weight_shape, bias, accumulate)[0] for count in sorted(set(rows))]
+    entries = [measure(count, weight_shape, bias)[0] for count in sorted(set(rows))]
     return pack(*weight_shape, bias, entries, version())

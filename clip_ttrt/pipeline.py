@@ -5,7 +5,7 @@ from typing import Any, Mapping, Optional
 import torch
 from torch import fx, nn
 
-from clip_ttrt import accuracy, attention_choice, backends, fusion, guard, lowering, plugin, torchscript
+from clip_ttrt import accuracy, attention_choice, backends, fusion, guard, linear, lowering, plugin, torchscript
 from clip_ttrt.artifact import Artifact, draft
 from clip_ttrt.attention_choice import Choice
 from clip_ttrt.backends import Backend
@@ -128,6 +128,8 @@ def needed_plugin(choices: Mapping[str, Choice]) -> Optional[str]:
 
 def describe(options: Options, backend: Backend, choices: Mapping[str, Choice], checkpoint: Checkpoint) -> dict[str, Any]:
     """The manifest's facts about a compile."""
+    plugin_version = needed_plugin(choices)
+    versions = backends.versions() if plugin_version is None else {**backends.versions(), "cublaslt": linear.version_text()}
     return {
         "model": options.model,
         "dimensions": asdict(checkpoint.dimensions),
@@ -141,7 +143,7 @@ def describe(options: Options, backend: Backend, choices: Mapping[str, Choice], 
         "device": backend.device,
         "attention": "/".join(sorted({choice.attention for choice in choices.values()})),  # each encoder's own: modules
         "optimization_level": options.optimization_level,
-        "plugin_version": needed_plugin(choices),
-        "versions": backends.versions(),
+        "plugin_version": plugin_version,
+        "versions": versions,
         "gpu": backends.gpu() if backend.device == "cuda" else {},
     }

@@ -5,6 +5,8 @@ through TensorRT's own layers.
 """
 import ctypes
 import functools
+import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Optional
@@ -15,6 +17,7 @@ from clip_ttrt.errors import UserError
 
 LIBRARY = Path(__file__).parent / "lib" / "libclip_ttrt_kernels.so"
 BUILD_IT = "build it with `python -m kernels.build`"
+CUBLASLT = "nvidia/cu13/lib/libcublasLt.so.13"  # in the packages of a Python that has the extra `kernels`
 # As kernels/*/*_plugin.cpp register them, all under one version, which grows when any of them changes.
 ATTENTION, BIAS_QUICK_GELU, RESIDUAL_LAYER_NORM = "ClipAttention", "ClipBiasQuickGelu", "ClipResidualLayerNorm"
 EXTRACT_PATCHES, EMBED_IMAGE, LINEAR = "ClipExtractPatches", "ClipEmbedImage", "ClipLinear"
@@ -29,9 +32,14 @@ class AttentionParams(ctypes.Structure):
                 ("heads", ctypes.c_int32), ("tokens", ctypes.c_int32), ("causal", ctypes.c_int32), ("variant", ctypes.c_int32)]
 
 
+def cublaslt() -> Optional[Path]:
+    """The file of the extra `kernels`, which linear layers then run with; None where it is not installed."""
+    return next((path for path in (Path(root, CUBLASLT).absolute() for root in sys.path) if path.is_file()), None)
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The loaded library.  Raises UserError where it is not built or cannot be loaded."""
+    """The loaded library, which knows the extra's cuBLASLt.  Raises UserError where it is not built or cannot be loaded."""
     if not LIBRARY.is_file():
         raise UserError(f"{LIBRARY.name} is not built; {BUILD_IT}")
     try:
@@ -40,8 +48,10 @@ def library() -> ctypes.CDLL:
         raise UserError(f"{LIBRARY.name} cannot be loaded ({problem}); {BUILD_IT}") from problem
     loaded.clip_attention_launch.argtypes = [ctypes.POINTER(AttentionParams), ctypes.c_void_p]
     loaded.clip_attention_launch.restype = ctypes.c_int
-    if loaded.clip_attention_params_size() != ctypes.sizeof(AttentionParams):
+    if loaded.clip_attention_params_size() != ctypes.sizeof(AttentionParams) or not hasattr(loaded, "clip_linear_prefer_library"):
         raise UserError(f"{LIBRARY.name} belongs to another version of clip_ttrt; {BUILD_IT}")
+    if path := cublaslt():
+        loaded.clip_linear_prefer_library(os.fsencode(path))
     return loaded
 
 

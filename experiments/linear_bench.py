@@ -1,4 +1,4 @@
-"""Times CLIP's linear layers: the library's with measured algorithms, cuBLASLt's own first suggestion, and PyTorch's.
+"""Times CLIP's linear layers: cuBLASLt's with measured algorithms, with its own first suggestion, and PyTorch's.
 
     python -m experiments.linear_bench --out DIR                  all shapes
     python -m experiments.linear_bench --out DIR --encoder B32-1  those of one encoder and batch (may be repeated)
@@ -6,7 +6,7 @@
 Needs a GPU, PyTorch and the library that `python -m kernels.build` makes; not TensorRT.  Writes DIR/linear.csv row by row, and
 at the end of an encoder prints what all of its linear layers take together, by kernel.
 
-A row is a shape and a kernel: `measured`, with sums in fp32 or fp16, or `suggested`.  The library is torch.nn.functional.linear
+A row is a shape and a kernel, `measured` or `suggested`.  The library is torch.nn.functional.linear
 of this Python, with PyTorch's own settings.  Times are medians over replays of a CUDA graph of many launches, which take turns
 over weights that together exceed the L2 cache, as an encoder's do; the input stays in the cache, where an encoder's previous
 kernel leaves it.  Graphs of all kernels take turns, so that clocks are the same for all.  Errors are the largest against float64.
@@ -26,7 +26,7 @@ from clip_ttrt.models import MODELS
 from experiments import record
 
 COLD_BYTES, MOST_LAUNCHES = 96 << 20, 64
-KERNELS = [("measured", "fp32"), ("measured", "fp16"), ("suggested", "fp32")]
+KERNELS = ("measured", "suggested")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +105,7 @@ def bench(shape: Shape, seconds: float, about: dict[str, str], path: Path) -> li
     weights = torch.randn(sets, shape.outputs, shape.inputs, generator=generator, device="cuda").mul_(shape.inputs**-0.5).half()
     bias = torch.randn(shape.outputs, generator=generator, device="cuda").half() if shape.bias else None
     size = (shape.outputs, shape.inputs)
-    tables = [linear.tune([shape.rows], size, shape.bias, (accumulate,)) if kernel == "measured" else linear.pack(*size, shape.bias)
-              for kernel, accumulate in KERNELS]
-
+    tables = [linear.tune([shape.rows], size, shape.bias), linear.pack(*size, shape.bias)]
     functions = [lambda weight, table=table: linear.linear(x, weight, bias, table) for table in tables]
     functions.append(lambda weight: torch.nn.functional.linear(x, weight, bias))
     exact = torch.nn.functional.linear(x.double(), weights[0].double(), None if bias is None else bias.double())
@@ -115,9 +113,9 @@ def bench(shape: Shape, seconds: float, about: dict[str, str], path: Path) -> li
     del exact
     graphs = [captured(lambda i, function=function: function(weights[i % sets]), sets) for function in functions]
     times = medians_us(graphs, sets, seconds)
-    for (kernel, accumulate), us, error in zip(KERNELS, times, errors):
+    for kernel, us, error in zip(KERNELS, times, errors):
         record.append_row(path, {
-            "kernel": kernel, "rows": shape.rows, "inputs": shape.inputs, "outputs": shape.outputs, "bias": int(shape.bias), "accumulate": accumulate,
+            "kernel": kernel, "rows": shape.rows, "inputs": shape.inputs, "outputs": shape.outputs, "bias": int(shape.bias),
             "us": f"{us:.3f}", "tflops": f"{2e-6 * shape.rows * shape.inputs * shape.outputs / us:.1f}", "library_us": f"{times[-1]:.3f}",
             "ratio": f"{us / times[-1]:.3f}", "max_error": f"{error:.3g}", "library_error": f"{errors[-1]:.3g}", **about,
         })
@@ -144,8 +142,7 @@ def main() -> int:
                 return 1
             for i, us in enumerate(bench(shape, options.time_seconds, about, options.out / "linear.csv")):
                 totals[i] += shape.count * us
-        names = [*(f"{kernel} {accumulate}" for kernel, accumulate in KERNELS), "PyTorch"]
-        print(f"TOTAL {encoder}: " + ", ".join(f"{name} {us:.1f} us" for name, us in zip(names, totals)), flush=True)
+        print(f"TOTAL {encoder}: " + ", ".join(f"{name} {us:.1f} us" for name, us in zip((*KERNELS, "PyTorch"), totals)), flush=True)
     return 0
 
 

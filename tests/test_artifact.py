@@ -227,6 +227,15 @@ def test_engines_without_a_gpu(copy, monkeypatch):
         clip_ttrt.load(copy)
 
 
+@pytest.mark.parametrize("there, warns", [("13.1.0", True), ("12.1.3", False), (None, False)])
+def test_linear_layers_of_another_cublaslt_are_a_warning(copy, monkeypatch, recwarn, there, warns):
+    monkeypatch.setattr("clip_ttrt.plugin.load", lambda version: None)
+    monkeypatch.setattr("clip_ttrt.linear.version_text", lambda: "12.1.3")
+    spoil(copy, plugin_version="3", versions={"cublaslt": there} if there else {})
+    clip_ttrt.load(copy)
+    assert ["measured with cuBLASLt 13.1.0, and 12.1.3 runs here" in str(warning.message) for warning in recwarn if "cuBLASLt" in str(warning.message)] == [True] * warns
+
+
 def test_another_device_than_compiled_for(demo_artifact):
     other = "cuda" if demo_artifact.device == "cpu" else "cpu"
     with pytest.raises(UserError, match=f"compiled for {demo_artifact.device}, not {other}"):

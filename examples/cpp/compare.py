@@ -42,13 +42,14 @@ def package(name: str) -> Path:
 
 
 def library_path() -> str:
-    """LD_LIBRARY_PATH for the binary: this environment's libtorch, and TensorRT and cuDNN where they are.
+    """LD_LIBRARY_PATH for the binary: this environment's libtorch, and TensorRT, cuDNN and cuBLASLt 13 where they are.
 
     libtorch finds the other CUDA libraries by itself, relative to its own place.
     """
     torch_folder = package("torch")
     folders = [torch_folder / "lib", torch_folder.parent / "nvidia" / "cudnn" / "lib"]
     folders += [package(name) / sub for name, sub in (("tensorrt", ""), ("torch_tensorrt", "lib")) if find_spec(name)]
+    folders += [path.parent for path in [plugin.cublaslt()] if path]
     inherited = os.environ.get("LD_LIBRARY_PATH")
     return ":".join([str(folder) for folder in folders if folder.is_dir()] + ([inherited] if inherited else []))
 

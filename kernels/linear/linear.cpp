@@ -4,8 +4,8 @@
 // cuBLASLt is column-major. out[rows, outputs] in rows is D[outputs, rows] in columns: D = A^T B with A = weight, which is
 // [inputs, outputs] in columns, and B = x, which is [inputs, rows].
 //
-// Algorithms that split the inner dimension may add their parts in the accumulation's type in the workspace, in a step of
-// its own. Adding them in the output, in fp16 and part after part, is excluded: it loses digits.
+// Algorithms that split the inner dimension may add their parts in fp32 in the workspace, in a step of its own. Adding them
+// in the output, in fp16 and part after part, is excluded: it loses digits.
 
 #include "linear.h"
 
@@ -18,6 +18,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -29,13 +30,12 @@ using namespace cublaslt;
 
 constexpr uint32_t kAlignment = 16;       // of every pointer; asked for as such, since algorithms may want more
 constexpr size_t kMaxChoices = 1024;      // that a layer remembers, then it begins again
-constexpr int kSuggestions = 16;          // asked for when measuring, for each accumulation
-constexpr float kWorthHalf = 0.98f;       // fp16 accumulation must be this much faster than fp32
+constexpr int kSuggestions = 16;          // asked for when measuring
 constexpr int64_t kColdBytes = 96 << 20;  // of weights between two uses of one, beyond the L2 cache
 constexpr int kMaxLaunches = 64;          // in a measured graph
 constexpr float kGraphUs = 400;           // that a measured graph should take at most, if it has several launches
 constexpr float kNear = 1.15f;            // slower than this at first sight is not measured again
-constexpr size_t kFinalists = 4;  // of each accumulation
+constexpr size_t kFinalists = 4;
 constexpr int kRounds = 7;
 
 int32_t from_cublas(cublasStatus_t status) { return -status; }
@@ -63,18 +63,37 @@ bool find_all(void* library, Functions& f) {
 #undef FIND
 }
 
-// The functions, or null. The one that PyTorch has loaded comes first, so that a process has one.
+// Whether the driver is of an earlier CUDA than a cuBLASLt, which then does not run. Without a driver nothing does.
+bool too_new(uint64_t version) {
+  int driver = 0;
+  cudaDriverGetVersion(&driver);
+  return driver > 0 && version / 10000 > static_cast<uint64_t>(driver) / 1000;
+}
+
+struct Library {
+  std::mutex mutex;
+  std::string preferred;
+  Functions functions = {};
+  bool found = false;
+};
+
+Library& the_library() {
+  static Library library;
+  return library;
+}
+
+// The functions, or null. RTLD_LOCAL: PyTorch's cuBLASLt, which may be another, has functions of the same names.
 const Functions* library() {
-  static std::mutex mutex;
-  static Functions functions;
-  static bool found = false;
-  const std::lock_guard<std::mutex> lock(mutex);
-  for (const int flags : {RTLD_LAZY | RTLD_NOLOAD, RTLD_LAZY | RTLD_LOCAL})
-    for (const char* name : {"libcublasLt.so.12", "libcublasLt.so.13"}) {
-      if (found) return &functions;
-      if (void* opened = dlopen(name, flags)) found = find_all(opened, functions);  // stays open for good
-    }
-  return found ? &functions : nullptr;
+  Library& lt = the_library();
+  const std::lock_guard<std::mutex> lock(lt.mutex);
+  for (const char* name : {lt.preferred.c_str(), "libcublasLt.so.13", "libcublasLt.so.12"}) {
+    if (lt.found) break;
+    void* opened = *name == 0 ? nullptr : dlopen(name, RTLD_LAZY | RTLD_LOCAL);
+    if (opened == nullptr) continue;
+    lt.found = find_all(opened, lt.functions) && !too_new(lt.functions.cublasLtGetVersion());
+    if (!lt.found) dlclose(opened);
+  }
+  return lt.found ? &lt.functions : nullptr;
 }
 
 // The one handle of a device, made when it is first asked for; threads may share it.
@@ -91,7 +110,7 @@ int32_t handle_of(const Functions& lt, int device, cublasLtHandle_t& handle) {
 // One matrix product as cuBLASLt describes it.
 class Product {
  public:
-  Product(const Functions& lt, cublasLtHandle_t handle, int32_t accumulate) : lt_(lt), handle_(handle), accumulate_(accumulate) {}
+  Product(const Functions& lt, cublasLtHandle_t handle) : lt_(lt), handle_(handle) {}
   Product(const Product&) = delete;
   Product& operator=(const Product&) = delete;
 
@@ -102,9 +121,7 @@ class Product {
   }
 
   int32_t describe(int64_t rows, int32_t inputs, int32_t outputs, const void* bias) {
-    const bool half = accumulate_ == 16;
-    RETURN_IF(from_cublas(lt_.cublasLtMatmulDescCreate(&operation_, half ? CUBLAS_COMPUTE_16F : CUBLAS_COMPUTE_32F,
-                                                       half ? CUDA_R_16F : CUDA_R_32F)));
+    RETURN_IF(from_cublas(lt_.cublasLtMatmulDescCreate(&operation_, CUBLAS_COMPUTE_32F, CUDA_R_32F)));
     RETURN_IF(set(CUBLASLT_MATMUL_DESC_TRANSA, int32_t{CUBLAS_OP_T}));
     if (bias != nullptr) {
       RETURN_IF(set(CUBLASLT_MATMUL_DESC_EPILOGUE, uint32_t{CUBLASLT_EPILOGUE_BIAS}));
@@ -152,15 +169,9 @@ class Product {
   int32_t launch(const cublasLtMatmulAlgo_t& algorithm, const void* x, const void* weight, void* out, void* workspace,
                  cudaStream_t stream) const {
     static constexpr float kOne = 1, kZero = 0;
-    static constexpr uint16_t kHalfOne = 0x3c00, kHalfZero = 0;
-    const bool half = accumulate_ == 16;
-    const void* one = half ? static_cast<const void*>(&kHalfOne) : &kOne;
-    const void* zero = half ? static_cast<const void*>(&kHalfZero) : &kZero;
-    return from_cublas(lt_.cublasLtMatmul(handle_, operation_, one, weight, weight_, x, x_, zero, out, out_, out, out_, &algorithm,
-                                          workspace, kClipLinearWorkspaceBytes, stream));
+    return from_cublas(lt_.cublasLtMatmul(handle_, operation_, &kOne, weight, weight_, x, x_, &kZero, out, out_, out, out_,
+                                          &algorithm, workspace, kClipLinearWorkspaceBytes, stream));
   }
-
-  int32_t accumulate() const { return accumulate_; }
 
  private:
   template <class T>
@@ -170,13 +181,12 @@ class Product {
 
   const Functions& lt_;
   const cublasLtHandle_t handle_;
-  const int32_t accumulate_;
   cublasLtMatmulDesc_t operation_ = nullptr;
   cublasLtMatrixLayout_t weight_ = nullptr, x_ = nullptr, out_ = nullptr;
 };
 
 struct Choice {
-  Choice(const Functions& lt, cublasLtHandle_t handle, int32_t accumulate) : product(lt, handle, accumulate) {}
+  Choice(const Functions& lt, cublasLtHandle_t handle) : product(lt, handle) {}
   Product product;
   cublasLtMatmulAlgo_t algorithm = {};
 };
@@ -197,9 +207,8 @@ bool read_table(const void* bytes, int64_t size, ClipLinearTable& about, std::ve
     return false;
   entries.resize(about.count);
   if (about.count > 0) std::memcpy(entries.data(), static_cast<const char*>(bytes) + sizeof(about), about.count * sizeof(ClipLinearEntry));
-  return std::all_of(entries.begin(), entries.end(), [](const ClipLinearEntry& entry) {
-    return entry.rows >= 1 && entry.rows <= kClipLinearMaxRows && (entry.accumulate == 16 || entry.accumulate == 32) && entry.reserved == 0;
-  });
+  return std::all_of(entries.begin(), entries.end(),
+                     [](const ClipLinearEntry& entry) { return entry.rows >= 1 && entry.rows <= kClipLinearMaxRows; });
 }
 
 // Runs what returns a status; an exception, which can only be of memory, becomes one.
@@ -246,7 +255,7 @@ struct ClipLinear {
       const ClipLinearEntry& entry = *std::min_element(entries.begin(), entries.end(), [&](const ClipLinearEntry& a, const ClipLinearEntry& b) {
         return ratio(a.rows, rows) < ratio(b.rows, rows);
       });
-      auto measured = std::make_shared<Choice>(lt, handle, entry.accumulate);
+      auto measured = std::make_shared<Choice>(lt, handle);
       static_assert(sizeof(measured->algorithm) == sizeof(entry.algorithm), "an algorithm is 64 bytes");
       std::memcpy(&measured->algorithm, entry.algorithm, sizeof(entry.algorithm));
       RETURN_IF(measured->product.describe(rows, about.inputs, about.outputs, bias));
@@ -255,7 +264,7 @@ struct ClipLinear {
         return 0;
       }
     }
-    auto suggested = std::make_shared<Choice>(lt, handle, 32);
+    auto suggested = std::make_shared<Choice>(lt, handle);
     RETURN_IF(suggested->product.describe(rows, about.inputs, about.outputs, bias));
     std::vector<cublasLtMatmulHeuristicResult_t> results;
     RETURN_IF(suggested->product.suggest(1, results));
@@ -287,12 +296,11 @@ struct Event {
 
 // An algorithm and a graph of several launches of it.
 struct Candidate {
-  const Product* product;
   cublasLtMatmulAlgo_t algorithm;
   cudaGraphExec_t graph = nullptr;
   float us = 0;
 
-  Candidate(const Product* product, const cublasLtMatmulAlgo_t& algorithm) : product(product), algorithm(algorithm) {}
+  explicit Candidate(const cublasLtMatmulAlgo_t& algorithm) : algorithm(algorithm) {}
   Candidate(const Candidate&) = delete;
   ~Candidate() {
     if (graph != nullptr) cudaGraphExecDestroy(graph);
@@ -301,7 +309,7 @@ struct Candidate {
 
 class Measurement {
  public:
-  explicit Measurement(const ClipLinearTuneParams& params) : params_(params) {}
+  Measurement(const ClipLinearTuneParams& params, const Product& product) : params_(params), product_(product) {}
 
   int32_t begin() {
     RETURN_IF(from_cuda(cudaStreamCreateWithFlags(&stream_.stream, cudaStreamNonBlocking)));
@@ -343,7 +351,7 @@ class Measurement {
   int32_t launch(const Candidate& candidate, int i) const {
     const int64_t bytes = int64_t{2} * params_.inputs * params_.outputs;
     const char* weight = static_cast<const char*>(params_.weight) + i % params_.weights * bytes;
-    return candidate.product->launch(candidate.algorithm, params_.x, weight, params_.out, params_.workspace, stream_.stream);
+    return product_.launch(candidate.algorithm, params_.x, weight, params_.out, params_.workspace, stream_.stream);
   }
 
   template <class Work>
@@ -358,6 +366,7 @@ class Measurement {
   }
 
   const ClipLinearTuneParams params_;
+  const Product& product_;
   Stream stream_;
   Event started_, ended_;
   int launches_ = 0;
@@ -365,7 +374,7 @@ class Measurement {
 
 bool faster(const std::unique_ptr<Candidate>& a, const std::unique_ptr<Candidate>& b) { return a->us < b->us; }
 
-// The nearest to the fastest of one accumulation, fastest first.
+// The nearest to the fastest, fastest first.
 void keep_finalists(std::vector<std::unique_ptr<Candidate>>& candidates) {
   std::sort(candidates.begin(), candidates.end(), faster);
   while (candidates.size() > 1 && (candidates.size() > kFinalists || candidates.back()->us > kNear * candidates.front()->us)) candidates.pop_back();
@@ -379,60 +388,41 @@ int32_t tune(const ClipLinearTuneParams& params, ClipLinearEntry& best, float& m
   RETURN_IF(from_cuda(cudaGetDevice(&device)));
   RETURN_IF(handle_of(*lt, device, handle));
 
-  // By accumulation, fp32 first, each with what cuBLASLt suggests for it.
-  std::vector<std::unique_ptr<Product>> products;
-  std::vector<std::vector<cublasLtMatmulHeuristicResult_t>> suggestions;
-  int32_t status = from_cublas(CUBLAS_STATUS_NOT_SUPPORTED);
-  for (const int32_t accumulate : {32, 16}) {
-    if (params.accumulate != 0 && params.accumulate != accumulate) continue;
-    auto product = std::make_unique<Product>(*lt, handle, accumulate);
-    RETURN_IF(product->describe(params.rows, params.inputs, params.outputs, params.bias));
-    std::vector<cublasLtMatmulHeuristicResult_t> results;
-    status = product->suggest(kSuggestions, results);
-    if (status != 0) continue;  // the other accumulation may have some
-    products.push_back(std::move(product));
-    suggestions.push_back(std::move(results));
-  }
-  if (products.empty()) return status;
+  Product product(*lt, handle);
+  RETURN_IF(product.describe(params.rows, params.inputs, params.outputs, params.bias));
+  std::vector<cublasLtMatmulHeuristicResult_t> suggestions;
+  RETURN_IF(product.suggest(kSuggestions, suggestions));
 
   // The candidates must go before the measurement's stream.
-  Measurement measurement(params);
+  Measurement measurement(params, product);
   RETURN_IF(measurement.begin());
-  std::vector<std::vector<std::unique_ptr<Candidate>>> candidates(products.size());
+  std::vector<std::unique_ptr<Candidate>> candidates;
+  int32_t status = 0;
   const auto began = std::chrono::steady_clock::now();
-  for (int i = 0; i < kSuggestions; ++i)
-    for (size_t kind = 0; kind < products.size(); ++kind) {
-      const std::chrono::duration<float, std::milli> spent = std::chrono::steady_clock::now() - began;
-      const bool late = spent.count() > params.milliseconds && !candidates[kind].empty();
-      if (late || i >= static_cast<int>(suggestions[kind].size())) continue;
-      auto candidate = std::make_unique<Candidate>(products[kind].get(), suggestions[kind][i].algo);
-      status = measurement.capture(*candidate);
-      if (status > 0) return status;  // an error of CUDA is one of everything after it
-      if (status == 0) candidates[kind].push_back(std::move(candidate));
-    }
-
-  std::vector<Candidate*> finalists;
-  for (auto& kind : candidates) {
-    keep_finalists(kind);
-    for (auto& candidate : kind) finalists.push_back(candidate.get());
+  for (const cublasLtMatmulHeuristicResult_t& suggestion : suggestions) {
+    const std::chrono::duration<float, std::milli> spent = std::chrono::steady_clock::now() - began;
+    if (spent.count() > params.milliseconds && !candidates.empty()) break;
+    auto candidate = std::make_unique<Candidate>(suggestion.algo);
+    status = measurement.capture(*candidate);
+    if (status > 0) return status;  // an error of CUDA is one of everything after it
+    if (status == 0) candidates.push_back(std::move(candidate));
   }
-  if (finalists.empty()) return status;
-  std::vector<std::vector<float>> times(finalists.size());
+  if (candidates.empty()) return status;
+
+  keep_finalists(candidates);
+  std::vector<std::vector<float>> times(candidates.size());
   for (int round = 0; round < kRounds; ++round)  // in turns: clocks change with time
-    for (size_t i = 0; i < finalists.size(); ++i) {
+    for (size_t i = 0; i < candidates.size(); ++i) {
       float us = 0;
-      RETURN_IF(measurement.replay(*finalists[i], us));
+      RETURN_IF(measurement.replay(*candidates[i], us));
       times[i].push_back(us);
     }
-  const Candidate* winner = nullptr;
-  for (size_t i = 0; i < finalists.size(); ++i) {
+  for (size_t i = 0; i < candidates.size(); ++i) {
     std::nth_element(times[i].begin(), times[i].begin() + kRounds / 2, times[i].end());
-    Candidate& candidate = *finalists[i];
-    candidate.us = times[i][kRounds / 2];
-    const bool other_sums = winner != nullptr && winner->product->accumulate() != candidate.product->accumulate();
-    if (winner == nullptr || candidate.us < winner->us * (other_sums ? kWorthHalf : 1.0f)) winner = &candidate;
+    candidates[i]->us = times[i][kRounds / 2];
   }
-  best = {params.rows, winner->product->accumulate(), 0, {}};
+  const Candidate* winner = std::min_element(candidates.begin(), candidates.end(), faster)->get();
+  best = {params.rows, {}};
   std::memcpy(best.algorithm, &winner->algorithm, sizeof(best.algorithm));
   microseconds = winner->us;
   return 0;
@@ -482,14 +472,23 @@ extern "C" int32_t clip_linear_launch(const ClipLinearParams* params, cudaStream
 extern "C" int32_t clip_linear_tune(const ClipLinearTuneParams* params, ClipLinearEntry* best, float* microseconds) {
   if (params == nullptr || best == nullptr || !valid_sizes(params->inputs, params->outputs) || params->rows < 1 ||
       params->rows > kClipLinearMaxRows || params->weights < 1 || !(params->milliseconds >= 0) ||
-      (params->accumulate != 0 && params->accumulate != 16 && params->accumulate != 32) || !aligned(params->x) ||
-      !aligned(params->weight) || !aligned(params->out) || !aligned(params->workspace) ||
+      !aligned(params->x) || !aligned(params->weight) || !aligned(params->out) || !aligned(params->workspace) ||
       (params->bias != nullptr && !aligned(params->bias)))
     return kInvalid;
   float us = 0;
   const int32_t status = guarded([&] { return tune(*params, *best, us); });
   if (microseconds != nullptr) *microseconds = us;
   return status;
+}
+
+extern "C" int32_t clip_linear_prefer_library(const char* path) {
+  if (path == nullptr) return kInvalid;
+  return guarded([&] {
+    Library& lt = the_library();
+    const std::lock_guard<std::mutex> lock(lt.mutex);
+    lt.preferred = path;
+    return 0;
+  });
 }
 
 extern "C" uint64_t clip_linear_version(void) {

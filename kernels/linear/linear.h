@@ -2,8 +2,9 @@
 // PyTorch, the benchmark) and the launcher. Pointers, sizes and a stream only: neither Torch nor TensorRT.
 //
 // out[rows, outputs] = x[rows, inputs] weight[outputs, inputs]^T + bias[outputs], all fp16, contiguous, in device memory
-// and 16-byte aligned; out and workspace overlap nothing. cuBLASLt is the one that the process has loaded, else the one
-// that the system finds; nothing is linked.
+// and 16-byte aligned; out and workspace overlap nothing. Sums are fp32. Nothing is linked: cuBLASLt is, once for a
+// process, the first of these that is there and not of a later CUDA than the driver: the file of
+// clip_linear_prefer_library, libcublasLt.so.13, libcublasLt.so.12, each as dlopen has or finds it.
 //
 // Every function that returns int32_t returns 0, a cudaError_t (above 0; cudaErrorInvalidValue: outside the contract,
 // found before any call to the driver), minus a cublasStatus_t, or kClipLinearNoLibrary. None throws.
@@ -32,8 +33,6 @@ enum {
 // The algorithm that was fastest for some rows.
 typedef struct ClipLinearEntry {
   int64_t rows;           // 1 .. kClipLinearMaxRows
-  int32_t accumulate;     // 16 or 32, bits of the sums
-  int32_t reserved;       // 0
   uint64_t algorithm[8];  // cublasLtMatmulAlgo_t
 } ClipLinearEntry;
 
@@ -47,8 +46,8 @@ typedef struct ClipLinearTable {
 } ClipLinearTable;
 
 // A layer, which remembers the algorithm of every number of rows that it has run: that of the table's entry whose rows are
-// nearest by ratio, where cuBLASLt is of the table's version and accepts it; else the first of cuBLASLt's own suggestions
-// with sums in fp32. Any thread may launch it at any time.
+// nearest by ratio, where cuBLASLt is of the table's version and accepts it; else the first of cuBLASLt's own suggestions.
+// Any thread may launch it at any time.
 typedef struct ClipLinear ClipLinear;
 
 // table: `bytes` bytes, copied. cudaErrorInvalidValue: not a table.
@@ -82,14 +81,17 @@ typedef struct ClipLinearTuneParams {
   int32_t inputs;
   int32_t outputs;
   int32_t weights;       // >= 1
-  int32_t accumulate;    // 16, 32, or 0: whichever is faster, fp16 only where it gains 2 % or more
-  float milliseconds;    // suggestions are no longer added after this long, one of each kind being tried anyway
+  float milliseconds;    // suggestions are no longer added after this long, one being tried anyway
 } ClipLinearTuneParams;
 
 // Waits for its own work, on a stream of its own; the inputs must be complete. microseconds: of a launch; may be NULL.
 int32_t clip_linear_tune(const ClipLinearTuneParams* params, ClipLinearEntry* best, float* microseconds);
 
-// cublasLtGetVersion(), such as 120103; 0 where there is no cuBLASLt.
+// The file of a cuBLASLt to try before any other. It is only opened when a function here first needs one, and once there
+// is one, nothing changes. cudaErrorInvalidValue: NULL.
+int32_t clip_linear_prefer_library(const char* path);
+
+// cublasLtGetVersion(), such as 130100; 0 where there is no cuBLASLt.
 uint64_t clip_linear_version(void);
 
 // Only in a library that was built with TensorRT's headers: registers the plugin (linear_plugin.cpp) if libnvinfer is

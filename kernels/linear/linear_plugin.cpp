@@ -32,7 +32,7 @@ namespace {
 constexpr char kName[] = "ClipLinear";
 constexpr char kVersion[] = "3";
 constexpr char kTable[] = "table";
-constexpr int32_t kLayout = 1;  // of what an engine holds: this number, then the table
+constexpr int32_t kLayout = 2;  // of what an engine holds: this number, then the table
 constexpr int32_t kMinRank = 2;
 
 void report(const char* what) { std::fprintf(stderr, "%s plugin: %s\n", kName, what); }
@@ -40,7 +40,7 @@ void report(const char* what) { std::fprintf(stderr, "%s plugin: %s\n", kName, w
 // 0, or what clip_linear_* returned, with a word on stderr.
 int32_t reported(int32_t status) {
   if (status == kClipLinearNoLibrary)
-    report("there is no cuBLASLt: neither libcublasLt.so.12 nor libcublasLt.so.13 is loaded or found");
+    report("there is no cuBLASLt: neither libcublasLt.so.13 nor libcublasLt.so.12 is found");
   else if (status > 0)
     report(cudaGetErrorString(static_cast<cudaError_t>(status)));
   else if (status < 0)
