@@ -22,8 +22,8 @@ from clip_ttrt import converters
 from clip_ttrt.errors import UserError
 from clip_ttrt.options import BatchRange
 
-# In fp16 TensorRT 8.6 computes a block of some 800 to 1,000 rows wrongly with the matrix products of its own that it finds fastest
-# there; where it may choose cuBLAS's as well, all came out right (experiments/bugs/wrong_block_788_rows.py).
+# In fp16 TensorRT 8.6 computes a block that is optimised for some 800 to 1,000 rows wrongly.  Where it may choose cuBLAS's matrix
+# products beside its own, a static engine comes out right, one for a range still does not (experiments/bugs/wrong_block_788_rows.py).
 TACTIC_SOURCES = (trt.TacticSource.CUBLAS, trt.TacticSource.CUBLAS_LT, trt.TacticSource.EDGE_MASK_CONVOLUTIONS, trt.TacticSource.JIT_CONVOLUTIONS)
 
 OUT_OF_MEMORY = ("out of memory", "outofmemory", "insufficient memory", "cuda error 2", "cuda failure: 2", "memory allocation")

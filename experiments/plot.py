@@ -22,6 +22,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.ticker import NullLocator
 
 from experiments.results import BATCHES, MODELS, NoData, best, full_length, present, read, read_ladder, read_sweep
 
@@ -84,6 +85,12 @@ def batch_axis(axes: plt.Axes, batches: Iterable[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(batches), [str(batch) for batch in sorted(batches)])
     axes.minorticks_off()
+
+
+def one_two_five(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten from below low to high."""
+    ladder = [digit * 10.0**power for power in range(-4, 6) for digit in (1, 2, 5)]
+    return [value for value in ladder if low / 2 < value <= high * 1.3]
 
 
 def draw(axes: plt.Axes, rows: pd.DataFrame, x: str, y: str, backend: str) -> None:
@@ -162,8 +169,10 @@ def against_floor(results: Path) -> plt.Figure:
             points = part[part["backend"] == backend]
             hollow = {"markerfacecolor": "white"} if backend.endswith("_range") else {}
             axes.plot(points["floor_ms"], points["median_ms"], **{**look(backend), **hollow, "linestyle": ""})
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        for axis, values in ((axes.xaxis, part["floor_ms"]), (axes.yaxis, rows["median_ms"])):
+            axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+            axis.set_ticks(ticks := one_two_five(values.min(), values.max()), [f"{tick:g}" for tick in ticks])
+            axis.set_minor_locator(NullLocator())
         axes.set_title(f"{encoder} encoders, fp16, batches {min(part['batch'])} to {max(part['batch'])}", fontsize=9)
         axes.set_xlabel("floor: the fastest library kernels, ms")
     panels[0][0].set_ylabel("milliseconds")

@@ -25,7 +25,7 @@ CALLS = 10
 KINDS = (
     ("attention", r"hopper_kernel|portable_kernel|short_kernel|attention|mha\d|fmha"),
     ("softmax", r"[Ss]oftmax|MaxSubExp|_Max.*Exp"),
-    ("matrix product", r"gemm|xmma_fprop|cublas"),
+    ("matrix product", r"gemm|xmma_fprop|cublas|cutlass|nvjet|splitKreduce|gemv"),
     ("layer norm", r"Mea.*Div|Mea.*Sqr|CasMeaSub|LayerNorm|layer_norm_kernel|embed_image_kernel"),
     ("activation", r"NegExp|quick_gelu_kernel"),
     ("bias", r"_Add$"),
