@@ -195,6 +195,8 @@ def failures(artifact: Artifact, checkpoint: Checkpoint, report: dict[str, Any])
         if wrong:
             listed = ", ".join(f"{cosine:.7f} at batch {size}" for size, cosine in wrong.items())
             found.append(f"{name}: wrong at some batch sizes: smallest cosine {listed}; {bound} is the bound")
+            if artifact.manifest["precision"] == "fp16" and artifact.manifest["modules"][name].get("attention") == "native":
+                found.append(f"{name}: TensorRT 8.6 builds some sizes wrongly in fp16; try --attention plugin, or another optimum or a fixed size in --batch")
     if checkpoint.origin.kind == "demo" and "top1" in report:
         change = abs(report["top1"]["compiled"] - report["top1"]["reference"])
         if not change <= TOP1_BOUND:

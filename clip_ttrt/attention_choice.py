@@ -75,7 +75,7 @@ def choose(asked: str, backend: str, precision: str, dims: Dimensions, encoder: 
     if asked == "native":
         return Choice("native", "as asked")
     if obstacle:
-        return Choice("native", f"no fused-attention plugin: {obstacle}")
+        return Choice("native", f"no plugins: {obstacle}")
     if asked == "plugin":
         return Choice("plugin", "as asked")
     gpu, shape = backends.gpu().get("name", ""), shape_of(dims, encoder)

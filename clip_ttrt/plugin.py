@@ -79,9 +79,9 @@ def load(version: Optional[str]) -> None:
     try:
         loaded = library()
     except UserError as problem:
-        raise UserError(f"this artifact needs the fused-attention plugin, version {version}: {problem}") from problem
+        raise UserError(f"this artifact needs our plugins, version {version}: {problem}") from problem
     if version != VERSION:
-        raise UserError(f"this artifact needs version {version} of the fused-attention plugin, and this is version {VERSION}; compile again")
+        raise UserError(f"this artifact needs version {version} of our plugins, and this is version {VERSION}; compile again")
     import tensorrt  # noqa: F401  (loads libnvinfer, in which the creator registers)
 
     if not all(hasattr(loaded, name) and getattr(loaded, name)() == 1 for name in REGISTER):

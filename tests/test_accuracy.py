@@ -34,3 +34,12 @@ def test_a_wrong_size_fails_the_verification():
     assert "0.4700000 at batch 4" in failure and "nan at batch 8" in failure and "at batch 1" not in failure
     report["batches"]["image"] = {"1": 0.99999}
     assert accuracy.failures(artifact((1, 4, 8)), SimpleNamespace(origin=SimpleNamespace(kind="random")), report) == []
+
+
+def test_a_wrong_size_of_tensorrts_own_kernels_says_what_to_try():
+    report = {"errors": {"image": {"cos_min": 0.99999}}, "batches": {"image": {"4": 0.47}}}
+    for attention, expected in (("native", 2), ("plugin", 1)):
+        made = artifact((1, 4, 8))
+        made.manifest["modules"]["image"]["attention"] = attention
+        found = accuracy.failures(made, SimpleNamespace(origin=SimpleNamespace(kind="random")), report)
+        assert len(found) == expected and ("--attention plugin" in found[-1]) == (attention == "native")
