@@ -1,4 +1,5 @@
-"""Errors of the compiled encoders against the original model, a row an encoder: results/h200/accuracy.csv.
+"""Errors of the compiled encoders against the original model, a row an encoder: results/h200/accuracy.csv; and beside it
+verified_speed.csv, what a call took in each verification.
 
     python -m experiments.accuracy --models demo ViT-B/32 --precisions fp16 fp32 --batches 1:32:256 32
 
@@ -19,7 +20,7 @@ from clip_ttrt import pipeline
 from clip_ttrt.artifact import MANIFEST, Artifact, read_artifact
 from clip_ttrt.errors import UserError
 from clip_ttrt.progress import Progress
-from experiments.record import append_row, provenance, read_rows, write_environment
+from experiments.record import append_row, commit, provenance, read_rows, write_environment
 
 ERRORS = ("abs_max", "abs_mean", "abs_median", "rel_max", "rel_mean", "rel_median", "cos_min", "cos_mean")
 
@@ -41,6 +42,24 @@ def rows_of(folder: Path) -> Iterator[dict[str, Any]]:
             "top1_compiled": f"{top1['compiled']:.4f}" if name == "logits" else "",
             "engine_mib": module.get("engine_mib", module.get("mib", "")), "build_s": module.get("build_seconds", ""), **provenance(),
         }
+
+
+def speeds_of(folder: Path) -> Iterator[dict[str, Any]]:
+    """The median milliseconds of one call of each encoder that the verification of an artifact took (wall time, no CUDA graph)."""
+    artifact = read_artifact(folder)
+    manifest, versions = artifact.manifest, artifact.manifest["versions"]
+    for name, speed in manifest["verification"]["speed"].items():
+        yield {"model": manifest["model"], "encoder": name, "attention": manifest["modules"][name].get("attention", manifest["attention"]),
+               "precision": manifest["precision"], "batch": str(artifact.batch), "measured_at": speed["batch"], "ms": f"{speed['ms']:.4f}",
+               "torch": versions["torch"], "tensorrt": versions.get("tensorrt", ""), "gpu": manifest["gpu"].get("name", ""), "commit": commit()}
+
+
+def write_rows(folder: Path, out: Path, csv: str) -> None:
+    """Append the rows of one verified artifact."""
+    for row in rows_of(folder):
+        append_row(out / csv, row)
+    for row in speeds_of(folder):
+        append_row(out / "verified_speed.csv", row)
 
 
 def folder_name(model: str, precision: str, batch: str, attention: str) -> str:
@@ -78,8 +97,7 @@ def main() -> int:
     write_environment(options.out / "environment.json")
     if options.of:
         for folder in options.of:
-            for row in rows_of(folder):
-                append_row(options.out / options.csv, row)
+            write_rows(folder, options.out, options.csv)
         return 0
     failed = 0
     with tempfile.TemporaryDirectory() as temporary:
@@ -95,8 +113,7 @@ def main() -> int:
                 print(json.dumps({"failed": model, "precision": precision, "batch": batch, "exit code": code}), flush=True)
                 failed += 1
                 continue
-            for row in rows_of(folder):
-                append_row(options.out / options.csv, row)
+            write_rows(folder, options.out, options.csv)
             failed += code != 0
     return 1 if failed else 0
 

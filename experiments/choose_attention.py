@@ -3,7 +3,8 @@
     python -m experiments.choose_attention
 
 Pairs of whole encoders in fp16 with native attention and with the plugins, alike in everything else, each pair from one run:
-from dynamic_batch.csv (the range and its optimal batch) and sweep.csv (static batches, CUDA graphs, full text length).
+from dynamic_batch.csv (the range and its optimal batch), sweep.csv (static batches, CUDA graphs, full text length) and, for what
+neither has, verified_speed.csv (calls without a CUDA graph, beside other work).
 """
 import argparse
 import csv
@@ -32,6 +33,12 @@ def from_sweep(path: Path) -> Iterator[Measurement]:
             yield (path.name, row["gpu"], row["commit"], row["model"], row["encoder"], row["batch"]), row["backend"].removeprefix("clip_ttrt_"), row["median_ms"]
 
 
+def from_verifications(path: Path) -> Iterator[Measurement]:
+    for row in read_rows(path):
+        if row["precision"] == "fp16":
+            yield (path.name, row["gpu"], row["commit"], row["model"], row["encoder"], row["batch"]), row["attention"], row["ms"]
+
+
 def table(measurements: Iterator[Measurement]) -> list[dict[str, str]]:
     """A row for each pair; of one shape and batch the first pair stands."""
     pairs: dict[tuple[str, ...], dict[str, str]] = {}
@@ -50,7 +57,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results/h200"))
     parser.add_argument("--out", type=Path, default=MEASURED)
     options = parser.parse_args()
-    rows = table([*from_dynamic_batch(options.results / "dynamic_batch.csv"), *from_sweep(options.results / "sweep.csv")])
+    rows = table([*from_dynamic_batch(options.results / "dynamic_batch.csv"), *from_sweep(options.results / "sweep.csv"),
+                  *from_verifications(options.results / "verified_speed.csv")])
     with open(options.out, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()

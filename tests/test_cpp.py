@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import clip_ttrt
+from clip_ttrt import plugin
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cpp"
 BINARY = "CLIP_TTRT_CPP_BINARY"  # a binary built elsewhere, for machines without a compiler or Torch's headers
@@ -42,9 +43,9 @@ def binary(tmp_path_factory) -> Path:
     return build / "clip_features"
 
 
-def compiled(tmp_path_factory, backend: str):
+def compiled(tmp_path_factory, backend: str, attention: str = "auto"):
     folder = tmp_path_factory.mktemp(backend) / "artifact"
-    return clip_ttrt.compile(model="demo", weights="random", batch="1:4:8", backend=backend, verify=False, output=folder)
+    return clip_ttrt.compile(model="demo", weights="random", batch="1:4:8", backend=backend, attention=attention, verify=False, output=folder)
 
 
 @pytest.fixture(scope="session")
@@ -53,9 +54,9 @@ def artifact(tmp_path_factory):
     return compiled(tmp_path_factory, "torchscript")
 
 
-@pytest.fixture(scope="session")
-def engines(tmp_path_factory):
-    return compiled(tmp_path_factory, "tensorrt")
+@pytest.fixture(scope="session", params=["native", pytest.param("plugin", marks=pytest.mark.skipif(not plugin.available(), reason="the kernels are not built"))])
+def engines(tmp_path_factory, request):
+    return compiled(tmp_path_factory, "tensorrt", request.param)
 
 
 def outcome(binary, artifact, inputs, tmp_path, device=None) -> tuple[int, str]:
