@@ -9,7 +9,7 @@ import torch
 
 from clip_ttrt import pictures
 from clip_ttrt.artifact import Artifact, load_modules
-from clip_ttrt.checkpoint import Checkpoint, original_model
+from clip_ttrt.checkpoint import Checkpoint, original_with_weights
 from clip_ttrt.demo import scenes
 from clip_ttrt.model import CompiledCLIP, out_of_memory
 
@@ -86,10 +86,7 @@ def exact_fp32():
 
 def reference_features(checkpoint: Checkpoint, inputs: Inputs, encoders: tuple[str, ...], device: str) -> dict[str, torch.Tensor]:
     """Features of the original model in fp32, float32 [rows, embed_dim], on the CPU."""
-    with torch.random.fork_rng(devices=[]):
-        model = original_model(checkpoint.dimensions)
-    model.load_state_dict(checkpoint.state_dict)
-    model = model.eval().requires_grad_(False).to(device)
+    model = original_with_weights(checkpoint, device)
     calls = {"image": (model.encode_image, inputs.images), "text": (model.encode_text, inputs.tokens)}
     with torch.no_grad(), exact_fp32():
         return {name: torch.cat([encode(part.to(device)).cpu() for part in rows.split(REFERENCE_BATCH)])

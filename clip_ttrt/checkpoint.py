@@ -3,7 +3,7 @@ import hashlib
 import http.client
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Mapping, Optional
+from typing import Mapping, Optional, Union
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -91,6 +91,17 @@ def original_model(dims: Dimensions) -> torch.nn.Module:
 
     return CLIP(dims.embed_dim, dims.image_resolution, dims.image_layers, dims.image_width, dims.patch_size,
                 dims.context_length, dims.vocab_size, dims.text_width, dims.text_heads, dims.text_layers)
+
+
+def original_with_weights(checkpoint: Checkpoint, device: Union[str, torch.device]) -> torch.nn.Module:
+    """The original model with a checkpoint's weights in fp32, for inference on a device; made without the initialisation, which takes seconds."""
+    with torch.device("meta"):
+        model = original_model(checkpoint.dimensions)
+    model.to_empty(device=device).load_state_dict(checkpoint.state_dict)
+    mask = model.build_attention_mask()  # no parameter: on the CPU, where the original leaves it
+    for block in model.transformer.resblocks:
+        block.attn_mask = mask
+    return model.eval().requires_grad_(False)
 
 
 def sha256_of_file(path: Path) -> str:

@@ -23,7 +23,7 @@ import torch
 from clip_ttrt import pipeline
 from clip_ttrt.accuracy import COSINE_BOUND, exact_fp32
 from clip_ttrt.artifact import MANIFEST, Artifact, load_modules, read_artifact
-from clip_ttrt.checkpoint import Checkpoint, Origin, load_checkpoint, original_model
+from clip_ttrt.checkpoint import Checkpoint, Origin, load_checkpoint, original_with_weights
 from clip_ttrt.encoders import DIFFERENTIABLE, ENCODERS, FusedOps, ImageEncoder, TextEncoder
 from clip_ttrt.errors import UserError
 from clip_ttrt.models import HEAD_DIM, dimensions_of
@@ -122,15 +122,8 @@ class Original(torch.nn.Module):
 
     def __init__(self, request: Request):
         super().__init__()
-        checkpoint = checkpoint_of(request)
-        with torch.device("meta"):  # initialising what is then loaded takes seconds
-            self.clip = original_model(checkpoint.dimensions)
-        self.clip.to_empty(device=request.device).load_state_dict(checkpoint.state_dict)
-        mask = self.clip.build_attention_mask()  # no parameter: on the CPU, where the original leaves it
-        for block in self.clip.transformer.resblocks:
-            block.attn_mask = mask
+        self.clip = original_with_weights(checkpoint_of(request), request.device)
         self.image = request.encoder == "image"
-        self.eval().requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.clip.encode_image(x) if self.image else self.clip.encode_text(x)

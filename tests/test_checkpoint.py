@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from clip_ttrt.checkpoint import load_checkpoint, published_digests, reload_checkpoint, sha256_of_file
+from clip_ttrt.checkpoint import load_checkpoint, original_model, original_with_weights, published_digests, reload_checkpoint, sha256_of_file
 from clip_ttrt.errors import UserError
 
 
@@ -156,3 +156,13 @@ def test_reload_finds_the_same_weights_or_fails(tmp_path, state_dict):
     save_file(state_dict, path)
     with pytest.raises(UserError, match="does not hold the weights"):
         reload_checkpoint("demo", origin)
+
+
+def test_the_original_without_initialisation_is_the_original():
+    saved = load_checkpoint("demo")
+    model, plain = original_with_weights(saved, "cpu"), original_model(saved.dimensions)
+    plain.load_state_dict(saved.state_dict)
+    tokens, images = torch.randint(1, 100, (2, 77), generator=torch.Generator().manual_seed(0)), torch.randn(2, 3, *[saved.dimensions.image_resolution] * 2)
+    with torch.no_grad():
+        assert torch.equal(model.encode_text(tokens), plain.eval().encode_text(tokens)) and torch.equal(model.encode_image(images), plain.encode_image(images))
+    assert not model.training and not any(parameter.requires_grad or parameter.is_meta for parameter in model.parameters())
