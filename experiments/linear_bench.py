@@ -18,12 +18,14 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Callable
 
 import torch
 
 from clip_ttrt import linear
 from clip_ttrt.models import MODELS
 from experiments import record
+from experiments.timing import graphed, times_ms
 
 COLD_BYTES, MOST_LAUNCHES = 96 << 20, 64
 KERNELS = ("measured", "suggested")
@@ -65,36 +67,14 @@ ENCODERS = {
 }
 
 
-def captured(launch, launches: int) -> torch.cuda.CUDAGraph:
-    """A graph of launch(0), launch(1), .. after a warm-up."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for i in range(3):
-            launch(i)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for i in range(launches):
-            launch(i)
-    return graph
-
-
-def medians_us(graphs: list[torch.cuda.CUDAGraph], launches: int, seconds: float) -> list[float]:
-    """Median time of a launch for each graph; the graphs take turns, at least 10 of them."""
-    for graph in graphs * 2:
-        graph.replay()
-    times: list[list[float]] = [[] for _ in graphs]
+def medians_us(calls: list[Callable[[], object]], launches: int, seconds: float) -> list[float]:
+    """Median time of a launch for each call of so many; the calls take turns, at least 10 of them."""
+    times: list[list[float]] = [[] for _ in calls]
     started = time.monotonic()
     while len(times[0]) < 10 or (len(times[0]) < 100 and time.monotonic() - started < seconds):
-        for graph, measured in zip(graphs, times):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            measured.append(begin.elapsed_time(end) * 1e3 / launches)
-    return [statistics.median(measured) for measured in times]
+        for call, measured in zip(calls, times):
+            measured += times_ms(call, repeats=1, warm_up=0 if measured else 2)
+    return [statistics.median(measured) * 1e3 / launches for measured in times]
 
 
 def bench(shape: Shape, seconds: float, about: dict[str, str], path: Path) -> list[float]:
@@ -111,8 +91,8 @@ def bench(shape: Shape, seconds: float, about: dict[str, str], path: Path) -> li
     exact = torch.nn.functional.linear(x.double(), weights[0].double(), None if bias is None else bias.double())
     errors = [float((function(weights[0]).double() - exact).abs().max()) for function in functions]
     del exact
-    graphs = [captured(lambda i, function=function: function(weights[i % sets]), sets) for function in functions]
-    times = medians_us(graphs, sets, seconds)
+    calls = [graphed(lambda function=function: [function(weight) for weight in weights]) for function in functions]
+    times = medians_us(calls, sets, seconds)
     for kernel, us, error in zip(KERNELS, times, errors):
         record.append_row(path, {
             "kernel": kernel, "rows": shape.rows, "inputs": shape.inputs, "outputs": shape.outputs, "bias": int(shape.bias),
