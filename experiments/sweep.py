@@ -15,7 +15,8 @@ kept in OUT/floor.csv.  `error` that starts with "wrong:" stands beside times of
 With --hold the groups' processes start all at once, and each loads, compiles and captures what its rows need and waits.  Where
 all have, or --seconds are over, OUT/ready appears.  From then on each line of standard input, a folder and a number of seconds,
 measures the rows one after the other into FOLDER/sweep.csv until these seconds are over, and then FOLDER/done appears.  So
-what measures finds the processor's cores idle, and several rounds cost one start.  No floor is measured then.
+what measures finds the processor's cores idle, and several rounds cost one start.  No floor is measured then, and
+`gpu_memory_mib`, which is the whole GPU's otherwise, is what the driver says of the row's process (see `prepared`).
 """
 import argparse
 import contextlib
@@ -146,6 +147,19 @@ def used_mib() -> float:
     return (total - free) / 2**20
 
 
+def own_mib(device: str) -> Optional[int]:
+    """The GPU memory of this process alone, its CUDA context included, in MiB; None on the CPU and where nvidia-smi does not tell."""
+    if device != "cuda":
+        return None
+    query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
+        mine = [int(mib) for pid, mib in (line.split(",") for line in said.splitlines()) if int(pid) == os.getpid()]
+    except (OSError, ValueError, subprocess.SubprocessError):  # missing, failing, or without a figure
+        return None
+    return sum(mine) if mine else None
+
+
 def call_of(row: Row, subject: Subject) -> Callable[[], object]:
     """What the row's times are of.  Raises Missing where the subject cannot run so."""
     if row.graph and not subject.brings_graphs and subject.uncapturable:
@@ -204,28 +218,62 @@ def build_all(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
             yield {**blank(row), "attention": subject.attention, "engine_mib": subject.engine_mib, "build_s": f"{subject.build_s:.1f}", "error": subject.remark}
 
 
-def prepared(row: Row, subjects: dict[Request, Subject]) -> Callable[[], dict[str, Any]]:
-    """What measures a row: everything that it needs is made now.  subjects: those that rows before it had made, to which its own is added."""
+@dataclass(frozen=True)
+class Held:
+    """A subject that stays beside others in one process.  before: the process's GPU memory without it; loaded: what making it added; None: unknown."""
+
+    subject: Subject
+    before: Optional[int]
+    loaded: Optional[int]
+
+
+def hold_subject(row: Row, others: Iterable[Held]) -> Held:
+    """Make a row's subject.  One whose module is another's, as rows of one batch range share it, has that module's memory as its own too."""
+    release()
+    before = own_mib(row.request.device)
+    subject = BACKENDS[row.backend](row.request)
+    release()
+    after = own_mib(row.request.device)
+    loaded = None if before is None or after is None else after - before
+    for other in others:
+        if other.subject.run is subject.run:
+            loaded = other.loaded
+            before = None if before is None or loaded is None else before - loaded
+            break
+    return Held(subject, before, loaded)
+
+
+def prepared(row: Row, held: dict[Request, Held]) -> Callable[[], dict[str, Any]]:
+    """What measures a row: everything that it needs is made now.  held: what rows before it had made, to which its own is added.
+
+    Its `gpu_memory_mib` is what this process uses more now, the row captured and warmed up, than before its request's subject was made;
+    so of two rows that share a subject the later one has the CUDA graph of the other in it as well, and what a library keeps for
+    all, such as its kernels, is in the group's first rows alone.  It is empty where the driver does not tell.
+    """
     try:
-        if row.request not in subjects:
-            subjects[row.request] = BACKENDS[row.backend](row.request)
-        subject = subjects[row.request]
+        if row.request not in held:
+            held[row.request] = hold_subject(row, held.values())
+        subject, before = held[row.request].subject, held[row.request].before
         call = call_of(row, subject)
         for _ in range(3):
             call()
+        now = own_mib(row.request.device)
     except Missing as reason:
         error = f"skipped: {reason}"
     except Exception as problem:  # the group's other rows are still worth having
         error = f"{type(problem).__name__}: {(str(problem).strip().splitlines() or [''])[0][:200]}"
     else:
-        return lambda: measure(row, subject, call, None)
+        memory = "" if now is None or before is None else str(now - before)
+        return lambda: {**measure(row, subject, call, None), "gpu_memory_mib": memory}
     return lambda: {**blank(row), "error": error}
 
 
 def wait_and_measure(rows: Sequence[Row]) -> None:
     """Prepare a group, say so, and measure and print the row whose number comes, for each line of standard input."""
-    subjects: dict[Request, Subject] = {}
-    measuring = [prepared(row, subjects) for row in rows]
+    held: dict[Request, Held] = {}
+    if rows[0].request.device == "cuda":
+        used_mib()  # makes the CUDA context, which no row counts
+    measuring = [prepared(row, held) for row in rows]
     release()
     print(READY, flush=True)
     for line in sys.stdin:

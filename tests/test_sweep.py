@@ -216,6 +216,7 @@ def test_held_rows_are_measured_as_often_as_asked(tmp_path):
     found = read_rows(tmp_path / "first" / "sweep.csv")
     assert [(row["backend"], row["batch"]) for row in found] == [("eager_sdpa", "1"), ("onnxruntime", "1"), ("eager_sdpa", "2"), ("onnxruntime", "2")]
     assert all(bool(row["median_ms"]) != row["error"].startswith("skipped: ") for row in found)
+    assert not any(row["gpu_memory_mib"] for row in found)
     assert not read_rows(tmp_path / "last" / "sweep.csv") and (tmp_path / "last" / "done").exists()
 
 
@@ -224,6 +225,51 @@ def test_a_held_group_that_cannot_be_prepared_is_left_out_and_a_held_row_is_its_
     sweep.hold([broken, replace(ROW, backend="eager_sdpa")], {"eager_sdpa": "/bin/false"}, tmp_path / "ready", float("inf"), [f"{tmp_path} 60"])
     [row] = read_rows(tmp_path / "sweep.csv")
     assert row["backend"] == "clip_eager" and "nowhere.safetensors: no such file" in row["error"] and not row["median_ms"]
+
+
+@pytest.mark.parametrize("script, expected", [
+    ("echo '1, 5'; echo \"$PPID, 1634\"", 1634),
+    ("echo \"$PPID, 1634\"; echo '1, [N/A]'; echo \"$PPID, 6\"", 1640),  # on two GPUs
+    ("echo '1, 5'", None),
+    ("echo \"$PPID, [N/A]\"", None),
+    ("echo 'No running processes found'", None),
+    ("echo \"$PPID, 1634\"; exit 9", None),
+    (None, None),
+])
+def test_the_driver_tells_a_process_its_own_memory_or_nothing(script, expected, tmp_path, monkeypatch):
+    if script is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert sweep.own_mib("cuda") == expected and sweep.own_mib("cpu") is None
+
+
+def held_memory(monkeypatch, subjects, figures):
+    """`gpu_memory_mib` of held rows on a pretended GPU, two of each batch: with a CUDA graph and without.  figures: what the driver says, in order."""
+    told, made = iter(figures), iter(subjects)
+    monkeypatch.setattr(sweep, "own_mib", lambda device: next(told))
+    monkeypatch.setattr(sweep, "graphed", lambda call: call)
+    monkeypatch.setattr(sweep, "latencies", lambda call, device: [1.0, 1.0])
+    monkeypatch.setitem(sweep.BACKENDS, "pretended", lambda request: next(made))
+    held, requests = {}, [replace(REQUEST, batch=batch, device="cuda") for batch in range(1, len(subjects) + 1)]
+    measuring = [sweep.prepared(sweep.Row("pretended", request, graph), held) for request in requests for graph in (True, False)]
+    assert next(told, None) is None  # and nothing is asked while measuring
+    return [measure()["gpu_memory_mib"] for measure in measuring]
+
+
+def test_a_held_row_counts_what_its_request_added(monkeypatch):
+    x = torch.zeros(1)
+    alone = [baselines.Subject(lambda rows: rows, x, 0.0), baselines.Subject(lambda rows: -rows, x, 0.0)]
+    figures = [500, 600, 650, 660, 640, 680, 700, 705]  # before it was made, after, with the graph, without; for each request
+    assert held_memory(monkeypatch, alone, figures) == ["150", "160", "60", "65"]
+    together = [baselines.Subject(alone[0].run, x, 0.0), baselines.Subject(alone[0].run, x, 0.0)]
+    assert held_memory(monkeypatch, together, figures) == ["150", "160", "160", "165"]  # 100 of the module that both have
+
+
+def test_a_held_row_without_the_drivers_figures_counts_nothing(monkeypatch):
+    alone = [baselines.Subject(lambda rows: rows, torch.zeros(1), 0.0)]
+    assert held_memory(monkeypatch, alone, [None, 600, 650, 660]) == ["", ""]
+    assert held_memory(monkeypatch, alone, [500, None, 650, None]) == ["150", ""]
 
 
 def test_random_weights_are_drawn_once_for_all_processes(tmp_path, monkeypatch):
