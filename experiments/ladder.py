@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Optional, Sequence
 
@@ -26,12 +27,12 @@ import torch
 from torch import fx
 
 from clip_ttrt import backends, fusion, lowering, ops, pipeline, plugin
-from clip_ttrt.artifact import MANIFEST, read_artifact
+from clip_ttrt.artifact import read_artifact
 from clip_ttrt.encoders import DIFFERENTIABLE, ENCODERS
+from clip_ttrt.errors import UserError
 from clip_ttrt.models import dimensions_of
 from clip_ttrt.options import BatchRange
-from experiments.accuracy import folder_name
-from experiments.baselines import Request, Subject, checkpoint_of, clip_eager, eager_sdpa, example, load_encoder, wrong
+from experiments.baselines import Request, Subject, checkpoint_of, clip_eager, eager_sdpa, example, existing, load_encoder, wrong
 from experiments.bugs.stock import compile_stock, engines
 from experiments.floor import turn
 from experiments.record import append_row, provenance
@@ -118,11 +119,15 @@ def build(step: str, request: Request, target: Path) -> None:
 
 
 def artifact_of(step: str, request: Request, root: Optional[Path]) -> Optional[Path]:
-    """The folder of a compiled artifact that is this step; None where there is none."""
+    """The folder of a compiled artifact that is this step, under the names of experiments.accuracy or of the sweep; None where there is none."""
     if root is None or step not in ARTIFACTS:
         return None
-    folder = root / folder_name(request.model, request.precision, str(request.batch), ARTIFACTS[step])
-    return folder if (folder / MANIFEST).is_file() and request.encoder in read_artifact(folder).encoders else None
+    try:
+        made, folder = existing(replace(request, artifacts=str(root)), ARTIFACTS[step], str(request.batch))
+    except UserError as problem:  # damaged, or another version's: the other steps do not end with it
+        print(f"{step}: {problem}", flush=True)
+        return None
+    return folder if made else None
 
 
 def built_in_process(step: str, options: argparse.Namespace, request: Request, target: Path) -> str:
@@ -196,7 +201,7 @@ def main(arguments: Optional[list[str]] = None) -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--jobs", type=int, default=1, help="builds at once")
     parser.add_argument("--engines", type=Path, help="folder in which engines stay; default: a temporary one")
-    parser.add_argument("--artifacts", type=Path, help="folder of artifacts, under the names that experiments.accuracy gives")
+    parser.add_argument("--artifacts", type=Path, help="folder of artifacts, under the names that experiments.accuracy or experiments.sweep gives")
     parser.add_argument("--build-only", action="store_true")
     parser.add_argument("--existing", action="store_true", help="build nothing: a step whose engine is not there is a row that says so")
     parser.add_argument("--out", type=Path, default=Path("results/h200/ladder.csv"))

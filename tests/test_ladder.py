@@ -62,6 +62,39 @@ def test_an_artifact_serves_as_the_step_that_it_is(demo_artifact, tmp_path):
     (tmp_path / "demo-fp16-2-native").symlink_to(demo_artifact.folder)
     assert ladder.artifact_of("activations as rows", request, tmp_path) == tmp_path / "demo-fp16-2-native"
     assert ladder.artifact_of("linear layers by cuBLASLt", request, tmp_path) is None and ladder.artifact_of("attention plugin", request, tmp_path) is None
+    (tmp_path / "demo-fp16-2-plugin-image").symlink_to(demo_artifact.folder)  # as the sweep names it
+    assert ladder.artifact_of("linear layers by cuBLASLt", request, tmp_path) == tmp_path / "demo-fp16-2-plugin-image"
+
+
+def test_engines_of_a_build_that_was_cut_are_measured_without_those_it_lost(tmp_path, monkeypatch):
+    def child(command, **_):
+        step, target = command[command.index("--build") + 1:]
+        if step == "attention plugin":
+            return SimpleNamespace(returncode=-9)
+        monkeypatch.setitem(ladder.STEPS, step, lambda request: (torch.jit.trace(torch.nn.ReLU(), torch.zeros(1)), {"engines": 1}))
+        ladder.main(command[3:])
+        return SimpleNamespace(returncode=0)
+
+    def subject_of(step, request, target, artifacts):
+        assert step in ladder.EAGER or ladder.artifact_of(step, request, artifacts) or torch.jit.load(str(target))(torch.ones(1)) == 1
+        return None, {}
+
+    monkeypatch.setattr(ladder, "subprocess", SimpleNamespace(run=child, STDOUT=None))
+    monkeypatch.setattr(ladder, "subject_of", subject_of)
+    monkeypatch.setattr(ladder, "measured", lambda step, subject, facts: {"median_ms": "1.0", "graph_ms": "0.5", "engines": 1, "build_s": 0, "error": ""})
+    arguments = ["--model", "demo", "--batch", "2", "--engines", str(tmp_path / "engines"), "--out", str(tmp_path / "ladder.csv")]
+    ladder.main([*arguments, "--build-only", "--jobs", "3"])
+    assert not (tmp_path / "ladder.csv").exists() and len(list((tmp_path / "engines").glob("*.ts"))) == 5
+    damaged = tmp_path / "artifacts" / "demo-fp16-2-native" / "manifest.json"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("{")
+    monkeypatch.setattr(ladder, "subprocess", None)  # nothing is built now
+    ladder.main([*arguments, "--existing", "--artifacts", str(tmp_path / "artifacts")])
+    with open(tmp_path / "ladder.csv", newline="") as file:
+        rows = {row["step"]: row for row in csv.DictReader(file)}
+    assert list(rows) == list(ladder.STEPS)
+    assert {step: row["error"] for step, row in rows.items() if row["error"]} == {"attention plugin": "its engine is not there"}
+    assert all(row["median_ms"] for step, row in rows.items() if step != "attention plugin")
 
 
 def test_a_step_that_cannot_be_measured_is_a_row_with_its_error(tmp_path):
