@@ -23,7 +23,7 @@ from clip_ttrt.errors import UserError
 from clip_ttrt.options import BatchRange
 
 # In fp16 TensorRT 8.6 computes a block that is optimised for some 800 to 1,000 rows wrongly.  Where it may choose cuBLAS's matrix
-# products beside its own, a static engine comes out right, one for a range still does not (experiments/bugs/wrong_block_788_rows.py).
+# products beside its own, a static engine comes out right; one for a range does not (experiments/bugs/wrong_block_788_rows.py).
 TACTIC_SOURCES = (trt.TacticSource.CUBLAS, trt.TacticSource.CUBLAS_LT, trt.TacticSource.EDGE_MASK_CONVOLUTIONS, trt.TacticSource.JIT_CONVOLUTIONS)
 
 OUT_OF_MEMORY = ("out of memory", "outofmemory", "insufficient memory", "cuda error 2", "cuda failure: 2", "memory allocation")
@@ -139,7 +139,7 @@ def build_engine(module: fx.GraphModule, example: torch.Tensor, batch: BatchRang
     example: one input of any batch, whose other dimensions and dtype (float32 or int32) the engine
     takes.  batch: static or a range.  precision: fp32, tf32 or fp16.  attention: `native`, or
     `plugin` after `plugin.load`.  optimization_level: of TensorRT's builder, 0 to 5.  cublas: whether TensorRT may choose
-    cuBLAS's matrix products beside its own; by default in fp16 without plugins.
+    cuBLAS's matrix products beside its own; by default in fp16 without plugins for a static batch.
     Raises UserError where the GPU's memory does not suffice or fp16 cannot hold a plugin's weight, EngineError for all else
     that TensorRT refuses.
     """
@@ -149,7 +149,7 @@ def build_engine(module: fx.GraphModule, example: torch.Tensor, batch: BatchRang
     else:
         spec = torch_tensorrt.Input(min_shape=(batch.minimum, *shape), opt_shape=(batch.optimal, *shape),
                                     max_shape=(batch.maximum, *shape), dtype=example.dtype)
-    cublas = precision == "fp16" and attention == "native" if cublas is None else cublas
+    cublas = precision == "fp16" and attention == "native" and batch.static if cublas is None else cublas
     return Interpreter(module, spec, attention, batch).build(precision, optimization_level, timing_cache_path(), cublas)
 
 

@@ -20,7 +20,7 @@ from clip_ttrt import pipeline
 from clip_ttrt.artifact import MANIFEST, Artifact, read_artifact
 from clip_ttrt.errors import UserError
 from clip_ttrt.progress import Progress
-from experiments.record import append_row, commit, provenance, read_rows, write_environment
+from experiments.record import append_row, commit, read_rows, write_environment
 
 ERRORS = ("abs_max", "abs_mean", "abs_median", "rel_max", "rel_mean", "rel_median", "cos_min", "cos_mean")
 
@@ -29,6 +29,7 @@ def rows_of(folder: Path) -> Iterator[dict[str, Any]]:
     """The CSV rows of one verified artifact: one for each encoder and one for the logits."""
     artifact = read_artifact(folder)
     manifest, report = artifact.manifest, artifact.manifest["verification"]
+    versions = manifest["versions"]
     if report is None:
         raise UserError(f"{folder} was never verified")
     for name, figures in report["errors"].items():
@@ -40,7 +41,8 @@ def rows_of(folder: Path) -> Iterator[dict[str, Any]]:
             **{key: f"{figures[key]:.10g}" for key in ERRORS},
             "top1_reference": f"{top1['reference']:.4f}" if name == "logits" else "",
             "top1_compiled": f"{top1['compiled']:.4f}" if name == "logits" else "",
-            "engine_mib": module.get("engine_mib", module.get("mib", "")), "build_s": module.get("build_seconds", ""), **provenance(),
+            "engine_mib": module.get("engine_mib", module.get("mib", "")), "build_s": module.get("build_seconds", ""),
+            "torch": versions["torch"], "tensorrt": versions.get("tensorrt", ""), "gpu": manifest["gpu"].get("name", ""), "commit": commit(),
         }
 
 

@@ -156,23 +156,25 @@ def test_quick_gelu_keeps_its_tails_in_half(batch):
     assert (actual - quick_gelu(rows.double())).abs().max() < HALF_ERROR
 
 
-@pytest.mark.skipif(not plugin.available(), reason="the kernels are not built")
+needs_kernels = pytest.mark.skipif(not plugin.available(), reason="the kernels are not built")
+
+
+@pytest.mark.parametrize("attention", ["native", pytest.param("plugin", marks=needs_kernels)])
 @pytest.mark.parametrize("batch", [STATIC, DYNAMIC], ids=str)
 @pytest.mark.parametrize("tokens, causal", [(50, False), (77, True), (197, False), (257, False), (577, False)])
-def test_a_block_of_plugins(tokens, causal, batch):
-    """Everything that a block's plugins do, biases included, between TensorRT's matrix products."""
+def test_two_blocks(tokens, causal, batch, attention):
+    """Everything that blocks are fused to, biases included."""
     torch.manual_seed(0)
     module = nn.ModuleList([Block(128, 2, causal, FusedOps()) for _ in range(2)])
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.05 if parameter.dim() > 1 else 0.5)
     blocks = Blocks(module)
-    actual, rows = run_in_engine(blocks, torch.zeros(2, tokens, 128), batch, "fp16", 4, "plugin")
+    actual, rows = run_in_engine(blocks, torch.zeros(2, tokens, 128), batch, "fp16", 4, attention)
     expected = Blocks(module.double())(rows.double())
     assert ((actual - expected).norm() / expected.norm()) < HALF_ERROR
 
 
 KNOWN_WRONG = pytest.mark.xfail(strict=True, raises=AssertionError, reason="TensorRT 8.6 computes such a range wrongly: experiments/bugs/wrong_block_788_rows.py")
-needs_kernels = pytest.mark.skipif(not plugin.available(), reason="the kernels are not built")
 
 
 @pytest.mark.parametrize("attention, batch", [
