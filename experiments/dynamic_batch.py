@@ -17,6 +17,7 @@ from clip_ttrt.artifact import load_modules
 from clip_ttrt.models import dimensions_of
 from experiments.accuracy import compiled
 from experiments.baselines import Request, clip_eager
+from experiments.floor import turn
 from experiments.record import append_row, provenance
 from experiments.timing import graphed, median_ms
 
@@ -47,11 +48,12 @@ def main() -> None:
         with torch.no_grad():
             calls = {name: graphed(lambda module=loaded[encoder]: module(example)) for name, loaded in modules.items()}
             times = {name: [] for name in calls}
-            for _ in range(ROUNDS):
-                for name, call in calls.items():
-                    times[name].append(median_ms(call))
-            plain = median_ms(lambda: modules["dynamic"][encoder](example))
-            eager_ms = median_ms(original.call)
+            with turn():
+                for _ in range(ROUNDS):
+                    for name, call in calls.items():
+                        times[name].append(median_ms(call))
+                plain = median_ms(lambda: modules["dynamic"][encoder](example))
+                eager_ms = median_ms(original.call)
         medians = {name: statistics.median(rounds) for name, rounds in times.items()}
         append_row(options.out, {
             "model": options.model, "encoder": encoder, "precision": options.precision, "attention": options.attention, "weights": made["static"].origin.kind,
