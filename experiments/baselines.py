@@ -146,8 +146,9 @@ def plain(request: Request, fused: FusedOps = DIFFERENTIABLE) -> torch.nn.Module
     """Our plain encoder with PyTorch's scaled_dot_product_attention; without the `clip` package with weights of its own."""
     dtype = dtype_of(request)
     if has_clip():
+        state_dict = checkpoint_of(request).state_dict  # which may be drawn now, on the CPU
         with torch.device(request.device):
-            module = ENCODERS[request.encoder](checkpoint_of(request).state_dict, fused)
+            module = ENCODERS[request.encoder](state_dict, fused)
     else:
         with torch.device(request.device):
             module = (ImageEncoder if request.encoder == "image" else TextEncoder)(dimensions_of(request.model), fused).eval().requires_grad_(False)
