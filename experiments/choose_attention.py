@@ -3,17 +3,19 @@
     python -m experiments.choose_attention
 
 Pairs of whole encoders in fp16 with native attention and with the plugins, alike in everything else, each pair from one run:
-from dynamic_batch.csv (the range and its optimal batch), sweep.csv (static batches, CUDA graphs, full text length) and, for what
-neither has, verified_speed.csv (calls without a CUDA graph, beside other work).
+from dynamic_batch.csv (the range and its optimal batch, CUDA graphs), sweep.csv (static batches, CUDA graphs, full text length) and,
+for attention of which neither has any, verified_speed.csv (calls without a CUDA graph, beside other work).
 """
 import argparse
 import csv
 from pathlib import Path
-from typing import Iterator
+from typing import Iterable, Iterator
 
 from clip_ttrt.attention_choice import COLUMNS, MEASURED, shape_of
 from clip_ttrt.models import MODELS
 from experiments.record import read_rows
+
+SHAPE = ("gpu", "heads", "tokens", "causal")
 
 Measurement = tuple[tuple[str, ...], str, str]  # (file, gpu, commit, model, encoder, batch), attention, milliseconds
 
@@ -39,7 +41,7 @@ def from_verifications(path: Path) -> Iterator[Measurement]:
             yield (path.name, row["gpu"], row["commit"], row["model"], row["encoder"], row["batch"]), row["attention"], row["ms"]
 
 
-def table(measurements: Iterator[Measurement]) -> list[dict[str, str]]:
+def table(measurements: Iterable[Measurement]) -> list[dict[str, str]]:
     """A row for each pair; of one shape and batch the first pair stands."""
     pairs: dict[tuple[str, ...], dict[str, str]] = {}
     for key, attention, milliseconds in measurements:
@@ -57,8 +59,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results/h200"))
     parser.add_argument("--out", type=Path, default=MEASURED)
     options = parser.parse_args()
-    rows = table([*from_dynamic_batch(options.results / "dynamic_batch.csv"), *from_sweep(options.results / "sweep.csv"),
-                  *from_verifications(options.results / "verified_speed.csv")])
+    rows = table([*from_dynamic_batch(options.results / "dynamic_batch.csv"), *from_sweep(options.results / "sweep.csv")])
+    shapes = {tuple(row[name] for name in SHAPE) for row in rows}
+    rows += [row for row in table(from_verifications(options.results / "verified_speed.csv")) if tuple(row[name] for name in SHAPE) not in shapes]
     with open(options.out, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()

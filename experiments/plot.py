@@ -24,7 +24,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.ticker import NullLocator
 
-from experiments.results import BATCHES, MODELS, NoData, best, full_length, present, read, read_ladder, read_sweep
+from experiments.results import BATCHES, MODELS, NoData, best, full_length, present, read, read_accuracy, read_ladder, read_sweep
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
@@ -260,7 +260,7 @@ def text_length(results: Path) -> plt.Figure:
 
 def errors(results: Path) -> plt.Figure:
     """Largest, mean and median relative error of every compiled encoder, by precision, with trained and random weights told apart."""
-    rows = read(results, "accuracy.csv")
+    rows = read_accuracy(results)
     rows = rows[rows["encoder"].isin(("image", "text"))]
     precisions = present(rows, ("fp32", "tf32", "fp16"), "precision")
     figure, axes = plt.subplots(figsize=(7.5, 4.0))

@@ -32,6 +32,11 @@ def read(results: Path, name: str) -> pd.DataFrame:
     return rows
 
 
+def read_accuracy(results: Path) -> pd.DataFrame:
+    """Errors of every compiled encoder and its logits, built at the builder's usual level or at 0.  Raises NoData as `read` does."""
+    return pd.concat([read(results, "accuracy.csv"), *(read(results, path.name) for path in (results / "h200").glob("accuracy_level_0.csv"))], ignore_index=True)
+
+
 def read_sweep(results: Path) -> pd.DataFrame:
     """All rows of results/h200/sweep*.csv with a time, and `wrong` where the features were; of what was measured more than once the fastest.
 

@@ -16,7 +16,7 @@ from typing import Callable, Optional
 
 import pandas as pd
 
-from experiments.results import BATCHES, MODELS, NoData, best, full_length, present, read, read_ladder, read_sweep
+from experiments.results import BATCHES, MODELS, NoData, best, full_length, present, read, read_accuracy, read_ladder, read_sweep
 
 ROOT = Path(__file__).parent.parent
 
@@ -113,19 +113,24 @@ def accuracy(results: Path, name: str = "accuracy.csv") -> pd.DataFrame:
     return out
 
 
+def accuracy_level_0(results: Path) -> pd.DataFrame:
+    """The same with TensorRT's builder at level 0."""
+    return accuracy(results, "accuracy_level_0.csv")
+
+
 def accuracy_level_1(results: Path) -> pd.DataFrame:
     """The same with TensorRT's builder at level 1."""
     return accuracy(results, "accuracy_level_1.csv")
 
 
 def accuracy_short(results: Path) -> pd.DataFrame:
-    """The worst of each error over all configurations of one model, encoder and precision."""
-    rows = read(results, "accuracy.csv")
-    rows = rows[rows["encoder"] != "logits"]
+    """The worst of each error over all configurations of one model, encoder and precision, the builder's levels 3 and 0 among them."""
+    rows = read_accuracy(results)
+    rows = rows[rows["encoder"] != "logits"].astype({"model": pd.CategoricalDtype(MODELS), "precision": pd.CategoricalDtype(["fp16", "tf32", "fp32"])})
     keys = ["model", "weights", "encoder", "precision"]
     errors = [f"{kind}_{statistic}" for kind in ("abs", "rel") for statistic in ("max", "mean", "median")]
-    found = rows.groupby(keys, sort=False).agg(**{name: (name, "max") for name in errors}, cos_min=("cos_min", "min"), configurations=("batch", "size")).reset_index()
-    out = found[keys].copy()
+    found = rows.groupby(keys, observed=True).agg(**{name: (name, "max") for name in errors}, cos_min=("cos_min", "min"), configurations=("batch", "size")).reset_index()
+    out = found[keys].astype(str)
     for name in errors:
         out[name.replace("_", " ")] = found[name].map(lambda value: f"{value:.1e}")
     out["cos min"] = found["cos_min"].map(lambda value: f"{value:.7f}")
@@ -340,7 +345,7 @@ def environment(results: Path) -> pd.DataFrame:
 
 
 TABLES: dict[str, Callable[[Path], pd.DataFrame]] = {table.__name__: table for table in (
-    accuracy, accuracy_level_1, accuracy_short, dynamic_batch, speed, speed_short, speed_fp32, aims, hackathon, ladder, bugs, load, text_length, retrieval, jpeg, profile, attention, environment)}
+    accuracy, accuracy_level_0, accuracy_level_1, accuracy_short, dynamic_batch, speed, speed_short, speed_fp32, aims, hackathon, ladder, bugs, load, text_length, retrieval, jpeg, profile, attention, environment)}
 
 
 def in_chinese(frame: pd.DataFrame) -> pd.DataFrame:

@@ -15,7 +15,7 @@ from clip_ttrt import lowering
 from clip_ttrt.models import dimensions_of
 from clip_ttrt.options import BatchRange
 from experiments.bugs import __main__ as driver
-from experiments.bugs import dropped_mask, export_python_312, finding, text_encoder_argmax, two_index_tensors, wrong_block_788_rows
+from experiments.bugs import dropped_mask, export_python_312, finding, text_encoder_argmax, wrong_block_788_rows
 from experiments.bugs.finding import CANNOT_RUN, FAILED, NOT_SEEN, SEEN, CannotRun, Finding, show
 from experiments.bugs.stock import said, where
 
@@ -85,15 +85,6 @@ def test_texts_end_where_argmax_finds_it_and_half_does_not():
     assert tokens.argmax(-1).tolist() == [5, 16, 27, 38]
     assert tokens.half().argmax(-1).tolist() == [0, 0, 0, 0]
     assert tokens.float().argmax(-1).tolist() == [5, 16, 27, 38]
-
-
-def test_a_pooled_row_tells_which_token_it_is():
-    pool, tokens = two_index_tensors.Pool(), two_index_tensors.positioned()
-    assert len(tokens.unique()) == tokens.numel() and tokens.max() < pool.embedding.num_embeddings
-    with torch.no_grad():
-        pooled, rows = pool(tokens), pool.embedding(tokens)
-    assert [two_index_tensors.origin(row, rows) for row in pooled] == [f"token {2 + 2 * text} of text {text}" for text in range(32)]
-    assert two_index_tensors.origin(rows[3, 0], rows) == "token 0 of text 3" and two_index_tensors.origin(-pooled[0], rows) == "no token"
 
 
 @pytest.mark.skipif(not lowering.can_export(), reason="torch.export of PyTorch 2.2 needs Python 3.11 or older")

@@ -135,6 +135,9 @@ def test_accuracy_short_keeps_the_worst(tmp_path):
         rows = full[(full["model"] == line["model"]) & (full["encoder"] == line["encoder"]) & (full["precision"] == line["precision"])]
         assert len(rows) == line["configurations"]
         assert float(line["rel max"]) == max(map(float, rows["rel max"])) and float(line["cos min"]) == min(map(float, rows["cos min"]))
+    shutil.copy(ROOT / "results" / "h200" / "accuracy_level_0.csv", tmp_path / "h200")
+    both = tables.accuracy_short(tmp_path)
+    assert both["configurations"].sum() == short["configurations"].sum() + (tables.accuracy_level_0(tmp_path)["encoder"] != "logits").sum()
 
 
 def test_profile_and_attention_of_the_committed_csvs():

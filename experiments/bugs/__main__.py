@@ -17,8 +17,8 @@ from pathlib import Path
 from experiments.bugs.finding import CANNOT_RUN, NOT_SEEN, SEEN, environment
 from experiments.record import commit, read_rows
 
-BUGS = ("text_encoder_argmax", "two_index_tensors", "dropped_mask", "out_of_range_batch", "non_contiguous_input", "dynamic_batch_splits",
-        "layer_norm_overflow", "int8_dropped", "export_python_312", "wrong_block_788_rows")
+BUGS = ("text_encoder_argmax", "dropped_mask", "out_of_range_batch", "non_contiguous_input", "dynamic_batch_splits", "layer_norm_overflow",
+        "int8_dropped", "export_python_312", "wrong_block_788_rows")
 COLUMNS = ("bug", "seen", "expected", "actual", "seconds", "torch", "torch_tensorrt", "tensorrt", "gpu", "commit")
 SAID = {SEEN: "yes", NOT_SEEN: "no", CANNOT_RUN: "cannot run"}
 

@@ -5,8 +5,8 @@ TopK, and with FP16 enabled TensorRT may run that TopK in half.  Integers above 
 encoder picks the end of text by `tokens.argmax(-1)`; start of text (49406) and end of text (49407) both become 49408, and
 the first one wins: position 0, whose features are the same for all texts.
 
-In which precision TensorRT runs TopK is its own choice, by time: on an H200 it was half for 4 and for 512 texts and float for
-8192; in an earlier run float for 4.
+In which precision TensorRT runs TopK is its own choice, by time, and differs from build to build: on an H200 it was half for 4 and
+512 texts and float for 8192 in one run, and float for 4 and half for 512 and 8192 in the next.
 
 Steps: compile `tokens.argmax(-1)` for 4, 512 and 8192 texts with enabled_precisions {float} and {half}; compare with PyTorch.
 

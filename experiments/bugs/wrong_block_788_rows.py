@@ -16,7 +16,7 @@ Expected: a cosine of at least 0.9999 in all, or a build error.
 With cuBLAS's products the static engine is right, those for a range stay wrong.
 
 Our way round it: the plugins, which leave TensorRT no products at all; without them TensorRT may choose cuBLAS's (clip_ttrt/engine.py,
-build_engine), which helps a static batch; and `compile` verifies every artifact at many batch sizes against the original model, and
+build_engine), for a static batch; and `compile` verifies every artifact at many batch sizes against the original model, and
 `load` refuses one that failed (clip_ttrt/accuracy.py, failures).
 """
 import sys
