@@ -35,7 +35,7 @@ from clip_ttrt.options import BatchRange
 from experiments.baselines import Request, Subject, checkpoint_of, clip_eager, eager_sdpa, example, existing, load_encoder, wrong
 from experiments.bugs.stock import compile_stock, engines
 from experiments.floor import turn
-from experiments.record import append_row, provenance
+from experiments.record import append_row, in_a_line, provenance
 from experiments.timing import graphed, times_ms
 
 REPEATS, WARM_UP = 100, 20
@@ -169,7 +169,7 @@ def prepared(step: str, request: Request, target: Path, artifacts: Optional[Path
     try:
         subject, facts = subject_of(step, request, target, artifacts)
     except Exception as problem:  # a step that fails is a row, and the others are still worth having
-        columns = failed(said(problem))
+        columns = failed(in_a_line(problem))
         return lambda: columns
     return lambda: measured(step, subject, facts)
 
@@ -180,18 +180,13 @@ def measured(step: str, subject: Subject, facts: dict[str, Any]) -> dict[str, An
         try:
             plain = statistics.median(times_ms(subject.call, REPEATS, WARM_UP))
         except Exception as problem:
-            return failed(said(problem))
+            return failed(in_a_line(problem))
         try:
             replayed = "" if subject.uncapturable else f"{statistics.median(times_ms(graphed(subject.call), REPEATS, WARM_UP)):.4f}"
         except RuntimeError as problem:  # what waits for the CPU cannot be captured
             print(f"{step}: no CUDA graph: {str(problem)[:200]}", flush=True)
             replayed = ""
     return {"median_ms": f"{plain:.4f}", "graph_ms": replayed, "engines": facts["engines"], "build_s": round(subject.build_s, 1), "error": subject.remark}
-
-
-def said(problem: Exception) -> str:
-    """An exception in one line: its type and first words."""
-    return f"{type(problem).__name__}: {(str(problem).strip().splitlines() or [''])[0][:200]}"
 
 
 def main(arguments: Optional[list[str]] = None) -> None:

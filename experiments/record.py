@@ -56,6 +56,11 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def in_a_line(problem: Exception) -> str:
+    """An exception's type and first words."""
+    return f"{type(problem).__name__}: {(str(problem).strip().splitlines() or [''])[0][:200]}"
+
+
 def write_environment(path: Path) -> None:
     """Hardware and software of this machine as JSON."""
     def said(*command: str) -> str:

@@ -42,7 +42,7 @@ from clip_ttrt.options import BatchRange
 from clip_ttrt.progress import Progress
 from experiments import floor
 from experiments.baselines import BACKENDS, Missing, Request, Subject, is_built
-from experiments.record import append_row, provenance, read_rows
+from experiments.record import append_row, in_a_line, provenance, read_rows
 from experiments.timing import graphed, times_ms
 
 COLUMNS = ("model", "encoder", "backend", "attention", "precision", "batch", "tokens", "resolution", "cuda_graph", "median_ms", "p90_ms", "p99_ms",
@@ -261,7 +261,7 @@ def prepared(row: Row, held: dict[Request, Held]) -> Callable[[], dict[str, Any]
     except Missing as reason:
         error = f"skipped: {reason}"
     except Exception as problem:  # the group's other rows are still worth having
-        error = f"{type(problem).__name__}: {(str(problem).strip().splitlines() or [''])[0][:200]}"
+        error = in_a_line(problem)
     else:
         memory = "" if now is None or before is None else str(now - before)
         return lambda: {**measure(row, subject, call, None), "gpu_memory_mib": memory}
