@@ -42,3 +42,18 @@ def test_instead_puts_one_run_in_place_of_another(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["merge", str(out), str(part), "--instead"])
     assert merge.main() == 0
     assert [(one["batch"], one["median_ms"]) for one in read_rows(out)] == [("32", "2.0"), ("128", "4.0"), ("512", "9.0")]
+
+
+def test_rows_get_the_floor_of_their_own_run(tmp_path, monkeypatch, capsys):
+    out, floors = tmp_path / "sweep.csv", tmp_path / "floor.csv"
+    for one in (row(median_ms="1.0", commit="a"), row(batch="128", median_ms="4.0", commit="b"), row(batch="512", median_ms="9.0", commit="a", floor_ms="8.5"), row(batch="8", commit="a")):
+        append_row(out, one)
+    for batch in ("8", "32", "128", "512"):
+        append_row(floors, {"model": "ViT-B/32", "encoder": "image", "precision": "fp16", "batch": batch, "tokens": "50", "floor_ms": "0.5", "gpu": "NVIDIA H200", "commit": "a"})
+    monkeypatch.setattr("sys.argv", ["merge", str(out), "--floor", str(floors)])
+    assert merge.main() == 0
+    assert {one["batch"]: one["floor_ms"] for one in read_rows(out)} == {"8": "", "32": "0.5", "128": "", "512": "8.5"}
+    monkeypatch.setattr("sys.argv", ["merge", str(out), "--floor", str(tmp_path / "none.csv")])
+    with pytest.raises(SystemExit):
+        merge.main()
+    assert "no such file" in capsys.readouterr().err
