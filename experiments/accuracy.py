@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterator, Mapping
 
 from clip_ttrt import pipeline
 from clip_ttrt.artifact import MANIFEST, Artifact, read_artifact
@@ -25,11 +25,16 @@ from experiments.record import append_row, commit, read_rows, write_environment
 ERRORS = ("abs_max", "abs_mean", "abs_median", "rel_max", "rel_mean", "rel_median", "cos_min", "cos_mean")
 
 
+def made_with(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The columns torch, tensorrt, gpu and commit of an artifact's rows, wherever they are written."""
+    versions = manifest["versions"]
+    return {"torch": versions["torch"], "tensorrt": versions.get("tensorrt", ""), "gpu": manifest["gpu"].get("name", ""), "commit": commit()}
+
+
 def rows_of(folder: Path) -> Iterator[dict[str, Any]]:
     """The CSV rows of one verified artifact: one for each encoder and one for the logits."""
     artifact = read_artifact(folder)
     manifest, report = artifact.manifest, artifact.manifest["verification"]
-    versions = manifest["versions"]
     if report is None:
         raise UserError(f"{folder} was never verified")
     for name, figures in report["errors"].items():
@@ -41,19 +46,17 @@ def rows_of(folder: Path) -> Iterator[dict[str, Any]]:
             **{key: f"{figures[key]:.10g}" for key in ERRORS},
             "top1_reference": f"{top1['reference']:.4f}" if name == "logits" else "",
             "top1_compiled": f"{top1['compiled']:.4f}" if name == "logits" else "",
-            "engine_mib": module.get("engine_mib", module.get("mib", "")), "build_s": module.get("build_seconds", ""),
-            "torch": versions["torch"], "tensorrt": versions.get("tensorrt", ""), "gpu": manifest["gpu"].get("name", ""), "commit": commit(),
+            "engine_mib": module.get("engine_mib", module.get("mib", "")), "build_s": module.get("build_seconds", ""), **made_with(manifest),
         }
 
 
 def speeds_of(folder: Path) -> Iterator[dict[str, Any]]:
     """The median milliseconds of one call of each encoder that the verification of an artifact took (wall time, no CUDA graph)."""
     artifact = read_artifact(folder)
-    manifest, versions = artifact.manifest, artifact.manifest["versions"]
+    manifest = artifact.manifest
     for name, speed in manifest["verification"]["speed"].items():
         yield {"model": manifest["model"], "encoder": name, "attention": manifest["modules"][name].get("attention", manifest["attention"]),
-               "precision": manifest["precision"], "batch": str(artifact.batch), "measured_at": speed["batch"], "ms": f"{speed['ms']:.4f}",
-               "torch": versions["torch"], "tensorrt": versions.get("tensorrt", ""), "gpu": manifest["gpu"].get("name", ""), "commit": commit()}
+               "precision": manifest["precision"], "batch": str(artifact.batch), "measured_at": speed["batch"], "ms": f"{speed['ms']:.4f}", **made_with(manifest)}
 
 
 def write_rows(folder: Path, out: Path, csv: str) -> None:
