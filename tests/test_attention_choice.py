@@ -79,7 +79,7 @@ def test_a_library_that_cannot_be_loaded_is_a_warning_of_the_import(monkeypatch,
     plugin.register()  # nothing to say where nothing is built
 
 
-def test_the_table_is_made_of_pairs_and_a_call_in_a_verification_stands_last(tmp_path):
+def test_the_table_is_made_of_pairs_and_a_call_in_a_verification_is_for_shapes_that_nothing_else_measured(tmp_path, monkeypatch):
     def write(name, rows):
         with open(tmp_path / name, "w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
@@ -91,9 +91,11 @@ def test_the_table_is_made_of_pairs_and_a_call_in_a_verification_stands_last(tmp
     write("verified_speed.csv", [{**call, "attention": "native", "ms": "3.0"}, {**call, "attention": "plugin", "ms": "2.0"},
                                  {**call, "model": "ViT-L/14", "encoder": "text", "attention": "native", "ms": "5.0"},
                                  {**call, "model": "ViT-L/14", "encoder": "text", "attention": "plugin", "ms": "4.0"},
+                                 {**call, "batch": "1:4:8", "attention": "native", "ms": "0.1"}, {**call, "batch": "1:4:8", "attention": "plugin", "ms": "0.2"},
                                  {**call, "model": "ViT-B/16", "attention": "plugin", "ms": "1.0"}])
     write("dynamic_batch.csv", [{**call, "range": "1:32:256", "attention": kind, "static_ms": ms, "dynamic_ms": ms} for kind, ms in (("native", "1.5"), ("plugin", "1.0"))])
-    rows = choose_attention.table(measurement for read, name in ((choose_attention.from_dynamic_batch, "dynamic_batch.csv"), (choose_attention.from_verifications, "verified_speed.csv"))
-                                  for measurement in read(tmp_path / name))
+    monkeypatch.setattr("sys.argv", ["choose_attention", "--results", str(tmp_path), "--out", str(tmp_path / "table.csv")])
+    choose_attention.main()
+    rows = shipped(tmp_path / "table.csv")
     assert [(row["heads"], row["tokens"], row["batch"], row["native_ms"], row["plugin_ms"]) for row in rows] == [
-        (12, 50, "1:32:256", "1.5", "1.0"), (12, 50, "32", "1.5", "1.0"), (12, 77, "32", "5.0", "4.0")]
+        ("12", "50", "1:32:256", "1.5", "1.0"), ("12", "50", "32", "1.5", "1.0"), ("12", "77", "32", "5.0", "4.0")]
