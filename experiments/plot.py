@@ -10,9 +10,12 @@ results/ladder.png            milliseconds after each step of the optimisation
 results/attention_ratio.png   the attention kernel against the fastest library, over the sequence length
 results/profile.png           where ViT-L/14's time goes, with TensorRT's own kernels and with the plugins
 
-They are read from results/h200/.  A figure whose CSV is not there, or holds no row for it, is skipped with a line that says so.
+They are read from results/h200/.  Every other folder of results/ that holds CSVs is another GPU's, and its figures are
+results/NAME-GPU.png, such as results/ladder-h100.png.  A figure whose CSV is not there, or holds no row for it, is skipped with a
+line that says so.
 """
 import argparse
+import itertools
 import textwrap
 from pathlib import Path
 from typing import Callable, Iterable, Optional
@@ -24,7 +27,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.ticker import NullLocator
 
-from experiments.results import BATCHES, MODELS, NoData, best, full_length, present, read, read_accuracy, read_ladder, read_sweep
+from experiments.results import BATCHES, MODELS, NoData, best, full_length, gpus, picture, present, read, read_accuracy, read_ladder, read_sweep
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
@@ -103,9 +106,9 @@ def draw(axes: plt.Axes, rows: pd.DataFrame, x: str, y: str, backend: str) -> No
         axes.plot(wrong[x], wrong[y], linestyle="", marker=style["marker"], markersize=7, markerfacecolor="white", markeredgecolor=style["color"])
 
 
-def speedup(results: Path) -> plt.Figure:
+def speedup(folder: Path) -> plt.Figure:
     """Times as fast as the original in eager fp16, by batch: one panel a model and encoder, one line a backend."""
-    rows = full_length(read_sweep(results))
+    rows = full_length(read_sweep(folder))
     rows = rows[(rows["precision"] == "fp16") & rows["batch"].isin(BATCHES)]
     case = ["model", "encoder", "batch"]
     original = rows[rows["backend"] == "clip_eager"].set_index(case)["median_ms"]
@@ -141,6 +144,8 @@ def fastest_title(rows: pd.DataFrame, case: list[str]) -> str:
     """In how many cases, of those that ours and another backend share, ours is the fastest."""
     right = rows[~rows["wrong"]]
     ours = right["backend"].str.startswith("clip_ttrt")
+    if right[ours]["times"].isna().all():
+        return "Times as fast as the original in eager fp16"
     mine, others = (right[part].groupby(case)["median_ms"].min() for part in (ours, ~ours))
     both = mine.index.intersection(others.index)
     peak = f"up to {right[ours]['times'].max():.1f} times as fast as the original in eager fp16"
@@ -149,9 +154,9 @@ def fastest_title(rows: pd.DataFrame, case: list[str]) -> str:
     return f"clip_ttrt is the fastest in {int((mine[both] <= others[both]).sum())} of {len(both)} cases, {peak}"
 
 
-def against_floor(results: Path) -> plt.Figure:
+def against_floor(folder: Path) -> plt.Figure:
     """Milliseconds over the floor of the same work, both logarithmic; one panel an encoder, one colour a backend."""
-    rows = full_length(read_sweep(results))
+    rows = full_length(read_sweep(folder))
     rows = rows[(rows["precision"] == "fp16") & rows["floor_ms"].notna() & rows["batch"].isin(BATCHES) & ~rows["wrong"]]
     chosen = ("clip_ttrt_plugin", "clip_ttrt_native", "clip_ttrt_plugin_range", "tensorrt_onnx", "torch_compile_reduce_overhead", "clip_eager")
     rows = best(rows[rows["backend"].isin(chosen)], "model", "encoder", "batch", "backend") if len(rows) else rows
@@ -185,9 +190,9 @@ def against_floor(results: Path) -> plt.Figure:
     return figure
 
 
-def under_load(results: Path) -> plt.Figure:
+def under_load(folder: Path) -> plt.Figure:
     """Items per second and p99 latency over the number of threads in a closed loop; one column a model, encoder and batch."""
-    rows = read(results, "load.csv")
+    rows = read(folder, "load.csv")
     if "error" in rows:
         rows = rows[rows["error"].isna()]
     rows = rows[rows["items_per_second"].notna()]
@@ -224,9 +229,9 @@ def load_title(ours: pd.DataFrame, case: str) -> str:
             f"p99 from {one['p99_ms']:.2g} to {top['p99_ms']:.2g} ms")
 
 
-def text_length(results: Path) -> plt.Figure:
+def text_length(folder: Path) -> plt.Figure:
     """Milliseconds over the text length, one panel a model and batch, one line a backend."""
-    rows = read(results, "text_length.csv")
+    rows = read(folder, "text_length.csv")
     rows = rows[rows["median_ms"].notna()]
     if rows.empty:
         raise NoData("text_length.csv has no row with a time")
@@ -258,9 +263,9 @@ def text_length(results: Path) -> plt.Figure:
     return figure
 
 
-def errors(results: Path) -> plt.Figure:
+def errors(folder: Path) -> plt.Figure:
     """Largest, mean and median relative error of every compiled encoder, by precision, with trained and random weights told apart."""
-    rows = read_accuracy(results)
+    rows = read_accuracy(folder)
     rows = rows[rows["encoder"].isin(("image", "text"))]
     precisions = present(rows, ("fp32", "tf32", "fp16"), "precision")
     figure, axes = plt.subplots(figsize=(7.5, 4.0))
@@ -286,9 +291,9 @@ def errors(results: Path) -> plt.Figure:
 STAGES = ("decode", "resize", "normalise", "copy", "encode")
 
 
-def stages(results: Path) -> plt.Figure:
+def stages(folder: Path) -> plt.Figure:
     """Shares of the stages from JPEG files to features, one bar a backend and number of workers."""
-    rows = read(results, "jpeg.csv").iloc[::-1].reset_index(drop=True)  # barh draws upwards
+    rows = read(folder, "jpeg.csv").iloc[::-1].reset_index(drop=True)  # barh draws upwards
     figure, axes = plt.subplots(figsize=(8.5, 1.7 + 0.42 * len(rows)))
     names = [f"{row['model']}, {BACKENDS.get(row['backend'], ('', '', row['backend']))[2]}\nbatch {row['batch']}, workers {row['workers']}: {row['images_per_second']:,.0f} images/s"
              for _, row in rows.iterrows()]
@@ -311,9 +316,9 @@ def stages(results: Path) -> plt.Figure:
     return figure
 
 
-def ladder(results: Path) -> plt.Figure:
+def ladder(folder: Path) -> plt.Figure:
     """Milliseconds after each step, one column a model, encoder and batch."""
-    rows = read_ladder(results)
+    rows = read_ladder(folder)
     rows = rows[rows["median_ms"].notna()]
     if rows.empty:
         raise NoData("ladder.csv has no row with a time")
@@ -333,9 +338,9 @@ def ladder(results: Path) -> plt.Figure:
     return figure
 
 
-def attention_ratio(results: Path) -> plt.Figure:
+def attention_ratio(folder: Path) -> plt.Figure:
     """Time of the fused kernel over that of the fastest library kernel, by sequence length, one line a batch size."""
-    rows = read(results, "attention.csv")
+    rows = read(folder, "attention.csv")
     figure, axes = plt.subplots(figsize=(7.5, 4.2))
     for colour, (batch, group) in zip(COLOURS, rows.groupby("batch")):
         group = group.sort_values(["tokens", "heads"])
@@ -354,9 +359,11 @@ def attention_ratio(results: Path) -> plt.Figure:
     return figure
 
 
-def kernel_profile(results: Path) -> plt.Figure:
+def kernel_profile(folder: Path) -> plt.Figure:
     """Microseconds by kind of kernel in one call, stacked, one bar a way of doing attention."""
-    rows = read(results, "profile.csv")
+    rows = read(folder, "profile.csv")
+    if not {"native", "plugin"} <= set(rows["attention"]):
+        raise NoData("profile.csv has not both TensorRT's own attention and the plugins")
     totals = rows.pivot_table(index="attention", columns="kind", values="us", aggfunc="sum", fill_value=0) / 1e3
     totals = totals.loc[totals.sum(axis=1).sort_values().index, totals.sum().sort_values(ascending=False).index]  # barh draws upwards
     figure, axes = plt.subplots(figsize=(7.5, 2.0 + 0.5 * len(totals)))
@@ -369,7 +376,7 @@ def kernel_profile(results: Path) -> plt.Figure:
         left += totals[kind]
     row, sums = rows.iloc[0], totals.sum(axis=1)
     axes.set_xlabel("milliseconds of kernels in one call")
-    axes.set_title(f"{row['model']} {row['encoder']} at batch {row['batch']}: plugins take kernels from {sums.iloc[-1]:.1f} to {sums.iloc[0]:.1f} ms")
+    axes.set_title(f"{row['model']} {row['encoder']} at batch {row['batch']}: plugins take kernels from {sums['native']:.1f} to {sums['plugin']:.1f} ms")
     axes.legend(ncol=4, frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.28))
     stamp(figure, rows)
     figure.tight_layout()
@@ -387,15 +394,16 @@ def main(arguments: Optional[list[str]] = None) -> None:
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--only", nargs="+", choices=FIGURES, default=list(FIGURES), metavar="NAME", help=f"of {', '.join(FIGURES)}")
     options = parser.parse_args(arguments)
-    for name in options.only:
+    for gpu, name in itertools.product(gpus(options.results), options.only):
+        path = options.results / picture(Path(name).stem, gpu)
         try:
-            figure = FIGURES[name](options.results)
+            figure = FIGURES[name](options.results / gpu)
         except NoData as reason:
-            print(f"{name} is skipped: {reason}", flush=True)
+            print(f"{path.name} is skipped: {reason}", flush=True)
             continue
-        figure.savefig(options.results / name, dpi=130)
+        figure.savefig(path, dpi=130)
         plt.close(figure)
-        print(options.results / name, flush=True)
+        print(path, flush=True)
 
 
 if __name__ == "__main__":

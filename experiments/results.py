@@ -1,9 +1,10 @@
-"""Reading what was measured: the CSV files of results/h200/ as data frames, for figures and tables."""
+"""Reading what was measured: the CSV files of one GPU's folder, results/h200/ or another, as data frames, for figures and tables."""
 from pathlib import Path
 from typing import Iterable
 
 import pandas as pd
 
+GPU = "h200"  # the folder of results/ that is meant where none is named; those of other GPUs lie beside it
 MODELS = ("ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px", "demo")
 BATCHES = (1, 8, 32, 128, 512)
 SWEEP_KEY = ["model", "encoder", "backend", "precision", "batch", "tokens", "cuda_graph"]
@@ -21,9 +22,19 @@ def read_csv(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, keep_default_na=False, na_values=[""], dtype={name: str for name in TEXT})
 
 
-def read(results: Path, name: str) -> pd.DataFrame:
-    """One CSV of results/h200.  Raises NoData where it is missing or empty."""
-    path = results / "h200" / name
+def gpus(results: Path) -> list[str]:
+    """The folders of results/ with measurements: the usual GPU's, there or not, then those of others that hold a CSV."""
+    return [GPU, *sorted({path.parent.name for path in results.glob("*/*.csv")} - {GPU})]
+
+
+def picture(name: str, gpu: str) -> str:
+    """The file in results/ of a figure drawn from one GPU's folder: NAME.png for the usual GPU, NAME-GPU.png for another."""
+    return f"{name}.png" if gpu == GPU else f"{name}-{gpu}.png"
+
+
+def read(folder: Path, name: str) -> pd.DataFrame:
+    """One CSV of a GPU's folder.  Raises NoData where it is missing or empty."""
+    path = folder / name
     if not path.exists():
         raise NoData(f"there is no {path}")
     rows = read_csv(path)
@@ -32,20 +43,20 @@ def read(results: Path, name: str) -> pd.DataFrame:
     return rows
 
 
-def read_accuracy(results: Path) -> pd.DataFrame:
+def read_accuracy(folder: Path) -> pd.DataFrame:
     """Errors of every compiled encoder and its logits, built at the builder's usual level or at 0.  Raises NoData as `read` does."""
-    return pd.concat([read(results, "accuracy.csv"), *(read(results, path.name) for path in (results / "h200").glob("accuracy_level_0.csv"))], ignore_index=True)
+    return pd.concat([read(folder, "accuracy.csv"), *(read(folder, path.name) for path in folder.glob("accuracy_level_0.csv"))], ignore_index=True)
 
 
-def read_sweep(results: Path) -> pd.DataFrame:
-    """All rows of results/h200/sweep*.csv with a time, and `wrong` where the features were; of what was measured more than once the fastest.
+def read_sweep(folder: Path) -> pd.DataFrame:
+    """All rows of the folder's sweep*.csv with a time, and `wrong` where the features were; of what was measured more than once the fastest.
 
     The original `clip` model is `clip_eager` as it is used, eager, and `clip_graph` where its CUDA graph is replayed.
     `floor_ms` is that of floor.csv, missing where it does not stand there.
     """
-    paths = sorted((results / "h200").glob("sweep*.csv"))
+    paths = sorted(folder.glob("sweep*.csv"))
     if not paths:
-        raise NoData(f"there is no {results / 'h200' / 'sweep.csv'}")
+        raise NoData(f"there is no {folder / 'sweep.csv'}")
     rows = pd.concat([read_csv(path) for path in paths], ignore_index=True)
     rows["error"] = rows["error"].fillna("")
     rows["wrong"] = rows["error"].str.startswith(WRONG)
@@ -54,7 +65,7 @@ def read_sweep(results: Path) -> pd.DataFrame:
         raise NoData("sweep.csv has no row with a time")
     rows = rows.sort_values("median_ms", kind="stable").drop_duplicates(SWEEP_KEY).sort_index()
     rows.loc[(rows["backend"] == "clip_eager") & (rows["cuda_graph"].astype(str) == "True"), "backend"] = "clip_graph"
-    path = results / "h200" / "floor.csv"
+    path = folder / "floor.csv"
     floors = read_csv(path).drop_duplicates(FLOOR_KEY, keep="last").set_index(FLOOR_KEY)["floor_ms"] if path.exists() else {}
     rows["floor_ms"] = [floors.get(key, float("nan")) for key in zip(*(rows[name] for name in FLOOR_KEY))]
     return rows
@@ -66,15 +77,15 @@ SWEEP_LADDER = (("the original, eager", "clip_eager", False), ("the original, CU
 SWEEP_LADDER_CASES = (("ViT-B/32", "image", 32), ("ViT-B/32", "text", 32), ("ViT-L/14", "image", 32))
 
 
-def read_ladder(results: Path) -> pd.DataFrame:
+def read_ladder(folder: Path) -> pd.DataFrame:
     """The steps of the optimisation in order: ladder.csv; without it the rows of the sweep that are steps, fp16.
 
     Columns model, encoder, batch, step, median_ms, graph_ms, engines, error and provenance.
     """
     try:
-        return read(results, "ladder.csv")
+        return read(folder, "ladder.csv")
     except NoData:
-        rows = full_length(read_sweep(results))
+        rows = full_length(read_sweep(folder))
     found = []
     for model, encoder, batch in SWEEP_LADDER_CASES:
         for step, backend, graph in SWEEP_LADDER:

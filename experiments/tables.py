@@ -1,11 +1,12 @@
-"""Write the documents' tables and figures from what was measured: the CSV files in results/h200/ and the plots in results/.
+"""Write the documents' tables and figures from what was measured: the CSV files in results/GPU/ and the plots in results/.
 
     python -m experiments.tables [--check]
 
 The documents are README.md, README.zh-CN.md and docs/*.md.  Each table stands between `<!-- table: NAME -->` and
 `<!-- end -->`, each plot (`python -m experiments.plot` draws them) between `<!-- figure: NAME -->` and `<!-- end -->`; where
-it is not there yet, a line says so.  Documents whose name ends in .zh-CN.md get Chinese headings.  `--check` changes nothing
-and fails where a document is not what the files give.
+it is not there yet, a line says so.  NAME alone is of results/h200/, NAME@GPU of results/GPU/: `<!-- table: hackathon@h100 -->` and
+`<!-- figure: ladder@h100 -->`.  No table or figure has rows of two GPUs.  Documents whose name ends in .zh-CN.md get Chinese
+headings.  `--check` changes nothing and fails where a document is not what the files give.
 """
 import argparse
 import json
@@ -16,7 +17,7 @@ from typing import Callable, Optional
 
 import pandas as pd
 
-from experiments.results import BATCHES, MODELS, NoData, best, full_length, present, read, read_accuracy, read_ladder, read_sweep
+from experiments.results import BATCHES, GPU, MODELS, NoData, best, full_length, picture, present, read, read_accuracy, read_ladder, read_sweep
 
 ROOT = Path(__file__).parent.parent
 
@@ -99,9 +100,9 @@ def number(value: object, digits: int = 2) -> str:
     return "" if pd.isna(value) else f"{float(value):,.{digits}f}"
 
 
-def accuracy(results: Path, name: str = "accuracy.csv") -> pd.DataFrame:
+def accuracy(folder: Path, name: str = "accuracy.csv") -> pd.DataFrame:
     """Errors of every compiled encoder."""
-    rows = read(results, name)
+    rows = read(folder, name)
     out = columns(rows, model="model", weights="weights", encoder="encoder", attention="attention", precision="precision", batch="batch")
     for kind in ("abs", "rel"):
         for statistic in ("max", "mean", "median"):
@@ -113,19 +114,19 @@ def accuracy(results: Path, name: str = "accuracy.csv") -> pd.DataFrame:
     return out
 
 
-def accuracy_level_0(results: Path) -> pd.DataFrame:
+def accuracy_level_0(folder: Path) -> pd.DataFrame:
     """The same with TensorRT's builder at level 0."""
-    return accuracy(results, "accuracy_level_0.csv")
+    return accuracy(folder, "accuracy_level_0.csv")
 
 
-def accuracy_level_1(results: Path) -> pd.DataFrame:
+def accuracy_level_1(folder: Path) -> pd.DataFrame:
     """The same with TensorRT's builder at level 1."""
-    return accuracy(results, "accuracy_level_1.csv")
+    return accuracy(folder, "accuracy_level_1.csv")
 
 
-def accuracy_short(results: Path) -> pd.DataFrame:
+def accuracy_short(folder: Path) -> pd.DataFrame:
     """The worst of each error over all configurations of one model, encoder and precision, the builder's levels 3 and 0 among them."""
-    rows = read_accuracy(results)
+    rows = read_accuracy(folder)
     rows = rows[rows["encoder"] != "logits"].astype({"model": pd.CategoricalDtype(MODELS), "precision": pd.CategoricalDtype(["fp16", "tf32", "fp32"])})
     keys = ["model", "weights", "encoder", "precision"]
     errors = [f"{kind}_{statistic}" for kind in ("abs", "rel") for statistic in ("max", "mean", "median")]
@@ -138,9 +139,9 @@ def accuracy_short(results: Path) -> pd.DataFrame:
     return out
 
 
-def dynamic_batch(results: Path) -> pd.DataFrame:
+def dynamic_batch(folder: Path) -> pd.DataFrame:
     """What a batch range costs at the size it is tuned for."""
-    rows = read(results, "dynamic_batch.csv")
+    rows = read(folder, "dynamic_batch.csv")
     out = columns(rows, model="model", encoder="encoder", precision="precision", attention="attention", batch="batch", range="range")
     for heading, column in (("static ms", "static_ms"), ("dynamic ms", "dynamic_ms"), ("ratio", "ratio")):
         out[heading] = rows[column].map(lambda value: number(value, 3))
@@ -153,9 +154,9 @@ def fastest(rows: pd.DataFrame, backends: tuple[str, ...], right: bool = False) 
     return None if part.empty else part.loc[part["median_ms"].idxmin()]
 
 
-def sweep_cases(results: Path, precision: str) -> list[tuple[tuple, pd.DataFrame]]:
+def sweep_cases(folder: Path, precision: str) -> list[tuple[tuple, pd.DataFrame]]:
     """The rows of a precision by (model, encoder, batch), in the order of the models."""
-    rows = full_length(read_sweep(results))
+    rows = full_length(read_sweep(folder))
     rows = rows[rows["precision"] == precision]
     cases = [((model, encoder, batch), rows[(rows["model"] == model) & (rows["encoder"] == encoder) & (rows["batch"] == batch)])
              for model in present(rows, MODELS, "model") for encoder in ("image", "text") for batch in sorted(rows["batch"].unique())]
@@ -169,10 +170,10 @@ OURS = ("clip_ttrt_plugin", "clip_ttrt_native", "clip_ttrt_plugin_range", "clip_
 OTHERS = tuple(backend for backends in SPEED_COLUMNS.values() for backend in backends if backend not in OURS)
 
 
-def speed(results: Path, precision: str = "fp16", models: tuple[str, ...] = (), batches: tuple[int, ...] = BATCHES) -> pd.DataFrame:
+def speed(folder: Path, precision: str = "fp16", models: tuple[str, ...] = (), batches: tuple[int, ...] = BATCHES) -> pd.DataFrame:
     """Milliseconds of every backend at its best, with or without a CUDA graph; the fastest with right features in bold, wrong ones marked."""
     lines = []
-    for (model, encoder, batch), part in sweep_cases(results, precision):
+    for (model, encoder, batch), part in sweep_cases(folder, precision):
         if batch not in batches or (models and model not in models):
             continue
         floor = part["floor_ms"].iloc[0]
@@ -196,18 +197,18 @@ def speed(results: Path, precision: str = "fp16", models: tuple[str, ...] = (), 
     return frame[[column for column in frame if column not in (*SPEED_COLUMNS, "floor", "of the floor") or (frame[column] != "").any()]]
 
 
-def speed_short(results: Path) -> pd.DataFrame:
-    return speed(results, models=("ViT-B/32", "ViT-L/14"), batches=(1, 32, 128))
+def speed_short(folder: Path) -> pd.DataFrame:
+    return speed(folder, models=("ViT-B/32", "ViT-L/14"), batches=(1, 32, 128))
 
 
-def speed_fp32(results: Path) -> pd.DataFrame:
-    return speed(results, precision="fp32")
+def speed_fp32(folder: Path) -> pd.DataFrame:
+    return speed(folder, precision="fp32")
 
 
-def aims(results: Path) -> pd.DataFrame:
+def aims(folder: Path) -> pd.DataFrame:
     """Where clip_ttrt is to be the fastest of all: by how much it is, or is not."""
     lines = []
-    for case, part in sweep_cases(results, "fp16"):
+    for case, part in sweep_cases(folder, "fp16"):
         ours, other = fastest(part, OURS, right=True), fastest(part, OTHERS, right=True)
         if case in AIMS and ours is not None and other is not None:
             lines.append(dict(zip(("model", "encoder", "batch"), case)) | {
@@ -218,12 +219,12 @@ def aims(results: Path) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def hackathon(results: Path) -> pd.DataFrame:
+def hackathon(folder: Path) -> pd.DataFrame:
     """The 2022 entry's ratios beside ours for the same batches."""
     lines = []
     for (precision, batch), theirs in HACKATHON.items():
         try:
-            found = dict(sweep_cases(results, precision))
+            found = dict(sweep_cases(folder, precision))
         except NoData:
             found = {}
         part = found.get(("ViT-B/32", "image", batch), pd.DataFrame({"backend": [], "wrong": pd.Series([], dtype=bool), "median_ms": []}))
@@ -236,9 +237,9 @@ def hackathon(results: Path) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def ladder(results: Path) -> pd.DataFrame:
+def ladder(folder: Path) -> pd.DataFrame:
     """Each step's time, and what it is of the step before and, where it is the first, of the original."""
-    rows, lines = read_ladder(results), []
+    rows, lines = read_ladder(folder), []
     for case, part in rows.groupby(["model", "encoder", "batch"], sort=False):
         before, first = None, part.iloc[0]
         original = first["median_ms"] if first["step"].startswith("the original") else None
@@ -253,16 +254,16 @@ def ladder(results: Path) -> pd.DataFrame:
     return frame[[column for column in frame if column not in ("ms, CUDA graph", "engines", "remark") or (frame[column] != "").any()]]
 
 
-def bugs(results: Path) -> pd.DataFrame:
+def bugs(folder: Path) -> pd.DataFrame:
     """What the bug scripts saw."""
-    rows = read(results, "bugs.csv")
+    rows = read(folder, "bugs.csv")
     where = rows[["gpu", "torch"]].apply(lambda row: row["gpu"] if pd.notna(row["gpu"]) else f"CPU, torch {row['torch']}", axis=1)
     return pd.DataFrame({"bug": [f"[`{bug}`](BUGS/{bug}.py)" for bug in rows["bug"]], "seen": rows["seen"], "what was seen": rows["actual"].map(text), "on": where})
 
 
-def load(results: Path) -> pd.DataFrame:
+def load(folder: Path) -> pd.DataFrame:
     """Throughput and latency in a closed loop, the better of with and without a CUDA graph."""
-    rows = read(results, "load.csv")
+    rows = read(folder, "load.csv")
     rows = rows[rows["items_per_second"].notna()]
     rows = rows.loc[rows.groupby(["model", "encoder", "batch", "backend", "threads"], sort=False)["items_per_second"].idxmax()]
     out = columns(rows, model="model", encoder="encoder", backend="backend", batch="batch", threads="threads")
@@ -273,9 +274,9 @@ def load(results: Path) -> pd.DataFrame:
     return out
 
 
-def text_length(results: Path) -> pd.DataFrame:
+def text_length(folder: Path) -> pd.DataFrame:
     """Milliseconds by text length, the better of with and without a CUDA graph."""
-    rows = read(results, "text_length.csv")
+    rows = read(folder, "text_length.csv")
     rows = best(rows[rows["median_ms"].notna()], "model", "backend", "batch", "tokens")
     full = rows[rows["tokens"] == 77].set_index(["model", "backend", "batch"])["median_ms"]
     out = columns(rows, model="model", backend="backend", batch="batch", tokens="tokens")
@@ -288,9 +289,9 @@ def text_length(results: Path) -> pd.DataFrame:
     return out
 
 
-def retrieval(results: Path) -> pd.DataFrame:
+def retrieval(folder: Path) -> pd.DataFrame:
     """The embedded trained model before and after."""
-    rows = read(results, "retrieval.csv")
+    rows = read(folder, "retrieval.csv")
     out = columns(rows, model="model", backend="backend", precision="precision", images="images", texts="texts")
     out["backend"] = [NAMES.get(backend, backend) for backend in rows["backend"]]
     for heading, name in (("top-1 %", "top1"), ("image to text %", "recall_image_to_text"), ("text to image %", "recall_text_to_image")):
@@ -299,9 +300,9 @@ def retrieval(results: Path) -> pd.DataFrame:
     return out
 
 
-def jpeg(results: Path) -> pd.DataFrame:
+def jpeg(folder: Path) -> pd.DataFrame:
     """From JPEG files to features: images a second, and the share of each stage."""
-    rows = read(results, "jpeg.csv")
+    rows = read(folder, "jpeg.csv")
     out = columns(rows, model="model", backend="backend", batch="batch", workers="workers")
     out["backend"] = rows["backend"].map(lambda backend: NAMES.get(backend, backend))
     out["images a second"] = rows["images_per_second"].map(lambda value: number(value, 0))
@@ -310,9 +311,9 @@ def jpeg(results: Path) -> pd.DataFrame:
     return out
 
 
-def profile(results: Path) -> pd.DataFrame:
+def profile(folder: Path) -> pd.DataFrame:
     """Milliseconds of one call by kind of kernel, a column for each way of doing attention."""
-    rows = read(results, "profile.csv")
+    rows = read(folder, "profile.csv")
     totals = rows.pivot_table(index="kind", columns="attention", values="us", aggfunc="sum", fill_value=0) / 1e3
     totals = totals.loc[totals.sum(axis=1).sort_values(ascending=False).index, totals.sum().sort_values(ascending=False).index]
     out = pd.DataFrame({"kind of kernel": [*totals.index, "sum"]})
@@ -321,9 +322,9 @@ def profile(results: Path) -> pd.DataFrame:
     return out
 
 
-def attention(results: Path) -> pd.DataFrame:
+def attention(folder: Path) -> pd.DataFrame:
     """The fused attention kernel beside the fastest library kernel."""
-    rows = read(results, "attention.csv")
+    rows = read(folder, "attention.csv")
     out = columns(rows, batch="batch", heads="heads", tokens="tokens")
     out["causal"] = rows["causal"].map({0: "", 1: "yes"})
     for heading, column, digits in (("us", "us", 1), ("TFLOP/s", "tflops", 0), ("GB/s", "gbps", 0), ("bytes at full bandwidth, us", "floor_us", 1)):
@@ -332,9 +333,9 @@ def attention(results: Path) -> pd.DataFrame:
     return out
 
 
-def environment(results: Path) -> pd.DataFrame:
+def environment(folder: Path) -> pd.DataFrame:
     """Hardware and software of the measurements."""
-    path = results / "h200" / "environment.json"
+    path = folder / "environment.json"
     if not path.exists():
         raise NoData(f"there is no {path}")
     found = json.loads(path.read_text())
@@ -354,23 +355,33 @@ def in_chinese(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(cells, columns=[CHINESE.get(column, column) for column in frame])
 
 
-def rendered(name: str, results: Path, chinese: bool = False, root: str = "") -> str:
-    """One table as Markdown, or a line that says that it is not measured yet.  root: the way from the document to the repository's root.
+def name_and_gpu(marked: str) -> tuple[str, str]:
+    """What a marker names, NAME or NAME@GPU, as the name and the folder of its GPU."""
+    name, _, gpu = marked.partition("@")
+    return (name, gpu) if gpu else (marked, GPU)
 
-    Raises KeyError for an unknown name.
+
+def rendered(marked: str, results: Path, chinese: bool = False, root: str = "") -> str:
+    """One table, NAME or NAME@GPU, as Markdown, or a line that says that it is not measured yet.  Raises KeyError for an unknown name.
+
+    root: the way from the document to the repository's root.
     """
-    make = TABLES[name]
+    name, gpu = name_and_gpu(marked)
+    make, folder = TABLES[name], results / gpu
+    if not folder.is_dir():  # `hackathon` has lines even where nothing is measured, and a GPU misspelt is to say so
+        return MISSING[chinese]
     try:
-        frame = make(results)
+        frame = make(folder)
     except NoData:
         return MISSING[chinese]
     return markdown(in_chinese(frame) if chinese else frame).replace("](BUGS/", f"]({root}experiments/bugs/")
 
 
-def pictured(name: str, results: Path, chinese: bool = False, root: str = "") -> str:
-    """One plot as Markdown, or a line that says that it is not measured yet.  Raises KeyError for an unknown name."""
-    told = FIGURES[name][chinese]
-    return f"![{told}]({root}results/{name}.png)" if (results / f"{name}.png").exists() else MISSING[chinese]
+def pictured(marked: str, results: Path, chinese: bool = False, root: str = "") -> str:
+    """One plot, NAME or NAME@GPU, as Markdown, or a line that says that it is not measured yet.  Raises KeyError for an unknown name."""
+    name, gpu = name_and_gpu(marked)
+    told, file = FIGURES[name][chinese], picture(name, gpu)
+    return f"![{told}]({root}results/{file})" if (results / file).exists() else MISSING[chinese]
 
 
 def fill(document: str, results: Path, chinese: bool = False, root: str = "") -> str:
@@ -379,7 +390,7 @@ def fill(document: str, results: Path, chinese: bool = False, root: str = "") ->
         make = {"table": rendered, "figure": pictured}[found[2]]
         return f"{found[1]}{make(found[3], results, chinese, root)}\n{found[4]}"
 
-    return re.sub(r"(<!-- (table|figure): (\w+) -->\n).*?(<!-- end -->)", made, document, flags=re.S)
+    return re.sub(r"(<!-- (table|figure): (\S+) -->\n).*?(<!-- end -->)", made, document, flags=re.S)
 
 
 def documents(root: Path) -> list[Path]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments import plot, tables
+from experiments.results import gpus, read_csv
 from made_up import bug_rows, floor_rows, jpeg_rows, ladder_rows, load_rows, retrieval_rows, sweep_row, sweep_rows, text_length_rows, write
 
 ROOT = Path(__file__).parent.parent
@@ -18,8 +19,15 @@ def test_committed_documents_hold_what_the_csvs_give(capsys):
 
 @pytest.mark.parametrize("english, chinese", [("README.md", "README.zh-CN.md")])
 def test_both_editions_show_the_same_tables_and_figures(english, chinese):
-    first, second = (re.findall(r"<!-- (?:table|figure): (\w+) -->", (ROOT / name).read_text(encoding="utf-8")) for name in (english, chinese))
+    first, second = (re.findall(r"<!-- (?:table|figure): (\S+) -->", (ROOT / name).read_text(encoding="utf-8")) for name in (english, chinese))
     assert first == second and set(first) & set(tables.FIGURES) and set(first) & set(tables.TABLES)
+
+
+def test_committed_rows_lie_in_the_folder_of_their_gpu():
+    for gpu in gpus(ROOT / "results"):
+        for path in (ROOT / "results" / gpu).glob("*.csv"):
+            names = set(read_csv(path)["gpu"].dropna())
+            assert all(gpu.upper() in name for name in names) and (names or path.name == "bugs.csv"), f"{path} has rows of {names}"
 
 
 @pytest.mark.parametrize("path", ["README.md", "README.zh-CN.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
@@ -54,10 +62,12 @@ def test_a_plot_stands_in_the_document_once_it_is_drawn(tmp_path):
     assert "](results/speedup.png)" in tables.fill(document, tmp_path) and "](../results/speedup.png)" in tables.fill(document, tmp_path, True, "../")
 
 
-@pytest.mark.parametrize("kind", ["table", "figure"])
-def test_an_unknown_name_is_an_error(kind, tmp_path):
-    with pytest.raises(KeyError, match="nonsense"):
-        tables.fill(f"<!-- {kind}: nonsense -->\n<!-- end -->\n", tmp_path)
+@pytest.mark.parametrize("kind, known", [("table", "hackathon"), ("figure", "ladder")])
+def test_an_unknown_name_is_an_error(kind, known, tmp_path):
+    (tmp_path / "h100").mkdir()
+    for name, said in (("nonsense", "nonsense"), ("nonsense@h100", "nonsense"), (f"{known}@", f"{known}@"), ("@h100", "''")):
+        with pytest.raises(KeyError, match=said):
+            tables.fill(f"<!-- {kind}: {name} -->\n<!-- end -->\n", tmp_path)
 
 
 def test_every_plot_has_a_description():
@@ -65,10 +75,97 @@ def test_every_plot_has_a_description():
 
 
 def test_what_is_not_measured_says_so(tmp_path):
+    for name in tables.TABLES:
+        assert tables.rendered(name, tmp_path) == tables.rendered(f"{name}@h100", tmp_path) == "*Not measured yet.*"
+        assert tables.rendered(name, tmp_path, True) == tables.rendered(f"{name}@h100", tmp_path, True) == "*尚未测量。*"
+    (tmp_path / "h100").mkdir()
     for name in set(tables.TABLES) - {"hackathon"}:
-        assert tables.rendered(name, tmp_path) == "*Not measured yet.*"
-        assert tables.rendered(name, tmp_path, True) == "*尚未测量。*"
-    assert tables.rendered("hackathon", tmp_path).count("not yet measured") == 8
+        assert tables.rendered(f"{name}@h100", tmp_path) == "*Not measured yet.*"
+    assert tables.rendered("hackathon@h100", tmp_path).count("not yet measured") == 8
+    assert tables.rendered("hackathon", tmp_path) == "*Not measured yet.*"
+
+
+def test_a_table_is_of_the_folder_that_its_marker_names(tmp_path):
+    """The hackathon's cases on two GPUs: the second has no sweep but of these, and none in fp32."""
+    def rows(batches, factor, **other):
+        times = (("clip_eager", False, 0.06), ("torch_compile_reduce_overhead", True, 0.033), ("clip_ttrt_plugin_range", True, 0.03 if factor == 1 else 0.02))
+        return [sweep_row("ViT-B/32", "image", backend, batch, graph, ms * batch * factor, **other) for batch in batches for backend, graph, ms in times]
+
+    write(tmp_path, "sweep.csv", rows((64, 768, 1024), 2, gpu="another GPU"))
+    (tmp_path / "h200").rename(tmp_path / "h100")
+    write(tmp_path, "sweep.csv", rows((64,), 1) + rows((1024,), 1, precision="fp32"))
+    names = ("hackathon@h100", "hackathon", "hackathon@h1000", "hackathon@h200")
+    lines = tables.fill("".join(f"<!-- table: {name} -->\nold\n<!-- end -->\n" for name in names), tmp_path).splitlines()
+    heading = ("| precision | batch | entry of 2022, A10 | original, eager | ours ms | against the original | strongest other | its ms "
+               "| against the strongest other |")
+    other, unmeasured = "torch.compile reduce-overhead", "| not yet measured |  |  | not yet measured |"
+    first = [
+        "| fp16 | 64 | 6.73 | 7.680 | 2.560 | 3.00 | " + other + " | 4.224 | 1.65 |",
+        "| fp16 | 768 | 2.35 | 92.160 | 30.720 | 3.00 | " + other + " | 50.688 | 1.65 |",
+        "| fp16 | 1024 | 2.18 | 122.880 | 40.960 | 3.00 | " + other + " | 67.584 | 1.65 |",
+        "| fp32 | 1024 | 0.82 |  |  " + unmeasured,
+    ]
+    second = [
+        "| fp16 | 64 | 6.73 | 3.840 | 1.920 | 2.00 | " + other + " | 2.112 | 1.10 |",
+        "| fp16 | 768 | 2.35 |  |  " + unmeasured,
+        "| fp16 | 1024 | 2.18 |  |  " + unmeasured,
+        "| fp32 | 1024 | 0.82 | 61.440 | 30.720 | 2.00 | " + other + " | 33.792 | 1.10 |",
+    ]
+    rule = "|" + " --- |" * 9
+    assert lines == ["<!-- table: hackathon@h100 -->", heading, rule, *first, "<!-- end -->",
+                     "<!-- table: hackathon -->", heading, rule, *second, "<!-- end -->",
+                     "<!-- table: hackathon@h1000 -->", "*Not measured yet.*", "<!-- end -->",
+                     "<!-- table: hackathon@h200 -->", heading, rule, *second, "<!-- end -->"]
+    for name in ("speed", "speed_short", "aims", "ladder"):  # no case of theirs is in the second GPU's sweep
+        assert tables.rendered(f"{name}@h100", tmp_path) == "*Not measured yet.*"
+
+
+@pytest.mark.parametrize("chinese", [False, True])
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_every_table_can_be_of_another_gpu(name, chinese, tmp_path):
+    (tmp_path / "h100").symlink_to(ROOT / "results" / "h200")
+    table = tables.rendered(f"{name}@h100", tmp_path, chinese)
+    assert table.startswith("| ") and table.count("\n") >= 2
+    assert table == tables.rendered(name, ROOT / "results", chinese)
+    assert tables.rendered(name, tmp_path, chinese) == tables.MISSING[chinese]
+
+
+def test_tables_without_floors_leave_their_columns_out(tmp_path):
+    write(tmp_path, "sweep.csv", sweep_rows(models=("ViT-B/32",), encoders=("image",)))
+    (tmp_path / "h200").rename(tmp_path / "h100")
+    write(tmp_path, "floor.csv", floor_rows())  # the floors of one GPU are none of the other's
+    heading, _, *lines = tables.rendered("speed@h100", tmp_path).splitlines()
+    assert len(lines) == 5 and "floor" not in heading and "| of the strongest other |" in heading
+    [first, *_] = tables.rendered("aims@h100", tmp_path).splitlines()[2:]
+    assert first.startswith("| ViT-B/32 | image | 1 | clip_ttrt, plugins | 0.319 | torch.compile reduce-overhead |")
+
+
+def test_documents_of_two_gpus_are_filled_and_checked(tmp_path, capsys):
+    write(tmp_path / "results", "ladder.csv", [{**row, "median_ms": 2 * row["median_ms"]} for row in ladder_rows()])
+    (tmp_path / "results" / "h200").rename(tmp_path / "results" / "h100")
+    write(tmp_path / "results", "ladder.csv", ladder_rows())
+    (tmp_path / "README.md").write_text("<!-- table: ladder -->\n<!-- end -->\n\n<!-- table: ladder@h100 -->\n<!-- end -->\n")
+    assert tables.main(["--check"], tmp_path) == 1 and tables.main([], tmp_path) == 0 and tables.main(["--check"], tmp_path) == 0
+    usual, other = (tmp_path / "README.md").read_text().split("\n\n")
+    assert "| plugins | 1.500 |" in usual and "| plugins | 3.000 |" not in usual
+    assert "| plugins | 3.000 |" in other and "| plugins | 1.500 |" not in other
+    write(tmp_path / "results" / "new", "ladder.csv", ladder_rows())
+    (tmp_path / "results" / "new" / "h200" / "ladder.csv").replace(tmp_path / "results" / "h100" / "ladder.csv")
+    capsys.readouterr()
+    assert tables.main(["--check"], tmp_path) == 1 and "README.md does not hold" in capsys.readouterr().err
+
+
+def test_a_plot_is_of_the_folder_that_its_marker_names(tmp_path):
+    document = "<!-- figure: ladder@h100 -->\n<!-- end -->\n"
+    (tmp_path / "ladder.png").touch()
+    assert "*Not measured yet.*" in tables.fill(document, tmp_path) and "*尚未测量。*" in tables.fill(document, tmp_path, True)
+    (tmp_path / "ladder-h100.png").touch()
+    shown = "![milliseconds after each step of the optimisation](results/ladder-h100.png)\n"
+    assert tables.fill(document, tmp_path) == document.replace("<!-- end", f"{shown}<!-- end")
+    assert "](../results/ladder-h100.png)" in tables.fill(document, tmp_path, True, "../")
+    for name in ("ladder", "ladder@h200"):
+        assert "](results/ladder.png)" in tables.fill(document.replace("ladder@h100", name), tmp_path)
+    assert "*Not measured yet.*" in tables.fill(document.replace("h100", "h1000"), tmp_path)
 
 
 def test_speed_marks_the_fastest_and_compares_with_the_strongest_other(tmp_path):
@@ -78,11 +175,11 @@ def test_speed_marks_the_fastest_and_compares_with_the_strongest_other(tmp_path)
             row["median_ms"], row["error"] = 0.01, "wrong: smallest cosine 0.0004"
     write(tmp_path, "sweep.csv", rows)
     write(tmp_path, "floor.csv", floor_rows())
-    line = tables.speed(tmp_path).set_index("batch").loc[32]
+    line = tables.speed(tmp_path / "h200").set_index("batch").loc[32]
     assert line["floor"] == "0.600" and line["original, eager"] == "6.240"  # 8 x 0.6 x 1.3: the original without a CUDA graph
     assert line["clip_ttrt, plugins"] == "**0.900**" and line["TensorRT through ONNX"] == "0.010†" and "ONNX Runtime" not in line
     assert line["times as fast as the original"] == "6.9" and line["of the strongest other"] == "0.75" and line["of the floor"] == "1.50"
-    assert set(tables.speed_short(tmp_path)["batch"]) == {1, 32, 128}
+    assert set(tables.speed_short(tmp_path / "h200")["batch"]) == {1, 32, 128}
 
 
 def test_aims_say_by_how_much(tmp_path):
@@ -91,7 +188,7 @@ def test_aims_say_by_how_much(tmp_path):
         if row["backend"] == "torch_compile_reduce_overhead" and row["batch"] == 1:
             row["median_ms"] = 0.1
     write(tmp_path, "sweep.csv", rows)
-    found = tables.aims(tmp_path)
+    found = tables.aims(tmp_path / "h200")
     assert list(zip(found["model"], found["batch"])) == [("ViT-B/32", 1), ("ViT-B/32", 32), ("ViT-B/32", 128), ("ViT-L/14", 32)]
     assert found["ours of the strongest"].tolist() == ["3.19", "0.75", "0.75", "0.75"]
     assert set(found["strongest other"]) == {"torch.compile reduce-overhead"}
@@ -102,14 +199,14 @@ def test_hackathon_puts_the_entry_beside_ours(tmp_path):
             for backend, graph, ms in (("clip_eager", False, 60.0), ("torch_compile_max_autotune", True, 33.0), ("clip_ttrt_plugin", True, 30.0))
             for precision, batch in (("fp16", 1024), ("fp32", 1024))]
     write(tmp_path, "sweep.csv", rows)
-    found = tables.hackathon(tmp_path).set_index(["precision", "batch"])
+    found = tables.hackathon(tmp_path / "h200").set_index(["precision", "batch"])
     assert found.loc[("fp16", 1024), ["entry of 2022, A10", "against the original", "against the strongest other"]].tolist() == ["2.18", "2.00", "1.10"]
     assert found.loc[("fp16", 64), "against the original"] == "not yet measured"
 
 
 def test_ladder_relates_each_step_to_the_one_before(tmp_path):
     write(tmp_path, "ladder.csv", ladder_rows())
-    found = tables.ladder(tmp_path).set_index("step")
+    found = tables.ladder(tmp_path / "h200").set_index("step")
     assert found["of the step before"].tolist() == ["", "0.50", "0.50", "0.83"]
     assert found["of the original"].tolist() == ["1.00", "0.50", "0.25", "0.21"]
     assert found.loc["one engine, stock", "remark"] == "wrong: cosine 0" and found["ms, CUDA graph"].iloc[0] == ""
@@ -120,30 +217,30 @@ def test_load_text_length_retrieval_and_jpeg(tmp_path):
     write(tmp_path, "text_length.csv", text_length_rows())
     write(tmp_path, "retrieval.csv", retrieval_rows())
     write(tmp_path, "jpeg.csv", jpeg_rows())
-    assert tables.load(tmp_path)["items a second"].tolist() == ["5,500", "7,778", "11,000", "15,556"]
-    found = tables.text_length(tmp_path)
+    assert tables.load(tmp_path / "h200")["items a second"].tolist() == ["5,500", "7,778", "11,000", "15,556"]
+    found = tables.text_length(tmp_path / "h200")
     assert found[found["tokens"] == "16"]["of 77 tokens"].tolist() == ["0.21", "0.21"] and set(found["prompts that fit"]) == {"95%", "100%"}
-    assert tables.retrieval(tmp_path)["top-1 %"].tolist() == ["99.50 / 99.25"]
-    assert tables.jpeg(tmp_path)["encode"].tolist() == ["10.0%"] * 4
+    assert tables.retrieval(tmp_path / "h200")["top-1 %"].tolist() == ["99.50 / 99.25"]
+    assert tables.jpeg(tmp_path / "h200")["encode"].tolist() == ["10.0%"] * 4
 
 
 def test_accuracy_short_keeps_the_worst(tmp_path):
     (tmp_path / "h200").mkdir()
     shutil.copy(ROOT / "results" / "h200" / "accuracy.csv", tmp_path / "h200")
-    short, full = tables.accuracy_short(tmp_path), tables.accuracy(tmp_path)
+    short, full = tables.accuracy_short(tmp_path / "h200"), tables.accuracy(tmp_path / "h200")
     for _, line in short.iterrows():
         rows = full[(full["model"] == line["model"]) & (full["encoder"] == line["encoder"]) & (full["precision"] == line["precision"])]
         assert len(rows) == line["configurations"]
         assert float(line["rel max"]) == max(map(float, rows["rel max"])) and float(line["cos min"]) == min(map(float, rows["cos min"]))
     shutil.copy(ROOT / "results" / "h200" / "accuracy_level_0.csv", tmp_path / "h200")
-    both = tables.accuracy_short(tmp_path)
-    assert both["configurations"].sum() == short["configurations"].sum() + (tables.accuracy_level_0(tmp_path)["encoder"] != "logits").sum()
+    both = tables.accuracy_short(tmp_path / "h200")
+    assert both["configurations"].sum() == short["configurations"].sum() + (tables.accuracy_level_0(tmp_path / "h200")["encoder"] != "logits").sum()
 
 
 def test_profile_and_attention_of_the_committed_csvs():
-    sums = tables.profile(ROOT / "results").set_index("kind of kernel").loc["sum"].astype(float)
+    sums = tables.profile(ROOT / "results" / "h200").set_index("kind of kernel").loc["sum"].astype(float)
     assert sums["native"] > sums["plugin"] > 0
-    assert len(tables.attention(ROOT / "results")) > 10
+    assert len(tables.attention(ROOT / "results" / "h200")) > 10
 
 
 def test_environment_names_gpu_and_versions(tmp_path):
@@ -152,3 +249,5 @@ def test_environment_names_gpu_and_versions(tmp_path):
         {"gpu": {"name": "GPU", "compute_capability": "9.0"}, "driver": "1", "processor": "CPU", "cores": 2, "kernel": "6", "python": "3.10", "versions": {"torch": "2.2.0"}, "commit": "0"}))
     assert "| GPU | GPU, compute capability 9.0 |" in tables.rendered("environment", tmp_path)
     assert "| 项目 | 内容 |" in tables.rendered("environment", tmp_path, True)
+    (tmp_path / "h200").rename(tmp_path / "h100")
+    assert "| GPU | GPU, compute capability 9.0 |" in tables.rendered("environment@h100", tmp_path)
