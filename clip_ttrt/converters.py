@@ -21,6 +21,7 @@ from clip_ttrt import linear, ops, plugin
 from clip_ttrt.errors import UserError
 from clip_ttrt.models import HEAD_DIM
 from clip_ttrt.options import BatchRange
+from clip_ttrt.recipe import Recipe
 
 # Added to a masked score.  exp() of it is exactly zero in fp16 and fp32, and unlike -inf it cannot
 # make a NaN on the way, nor overflow half's range when a score is added.
@@ -33,6 +34,7 @@ class Context(ConversionContext):
 
     attention: str = "native"  # or plugin
     batch: Optional[BatchRange] = None
+    recipe: Recipe = Recipe()
     linear_tables: dict[tuple, bytes] = field(default_factory=dict)  # measured in this build, by rows of a sample, weight's shape, bias
 
 
@@ -106,6 +108,10 @@ def by_plugin(ctx: ConversionContext) -> bool:
     return getattr(ctx, "attention", "native") == "plugin"
 
 
+def recipe_of(ctx: ConversionContext) -> Recipe:
+    return getattr(ctx, "recipe", Recipe())
+
+
 def plugin_attention(ctx: ConversionContext, qkv: trt.ITensor, tokens: int, heads: int, causal: bool, query_bias: Optional[np.ndarray],
                      name: str) -> trt.ITensor:
     """One layer of the fused-attention plugin."""
@@ -172,6 +178,23 @@ def native_attention(ctx: ConversionContext, qkv: trt.ITensor, tokens: int, head
     attended.name = f"{name}_attended"
     heads_last = shuffle(ctx, attended.get_output(0), f"{name}_heads_last", order=(0, 2, 1, 3))
     return shuffle(ctx, heads_last, f"{name}_rows", shape=(-1, heads * HEAD_DIM))
+
+
+@register(ops.quick_gelu)
+def convert_quick_gelu(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
+    """y = x·sigmoid(1.702·x) as the minimum of y and its row's maximum, which is y.
+
+    Where a size is not known, TensorRT 8.6's kernels for what treats every element alike take nearly twice as long as where it
+    is; those with a reduction over rows take as long as there.
+    """
+    x, last = args[0], len(args[0].shape) - 1
+    slope = constant(ctx, np.full((1,) * (last + 1), 1.702, dtype=np.float32), f"{name}_slope")
+    sigmoid = ctx.net.add_activation(elementwise(ctx, x, slope, trt.ElementWiseOperation.PROD, f"{name}_scaled"), trt.ActivationType.SIGMOID)
+    sigmoid.name = f"{name}_sigmoid"
+    product = elementwise(ctx, x, sigmoid.get_output(0), trt.ElementWiseOperation.PROD, f"{name}_product")
+    highest = ctx.net.add_reduce(product, trt.ReduceOperation.MAX, 1 << last, True)
+    highest.name = f"{name}_highest"
+    return elementwise(ctx, product, highest.get_output(0), trt.ElementWiseOperation.MIN, name)
 
 
 @register(ops.extract_patch_rows)
@@ -268,15 +291,20 @@ def convert_layer_norm(ctx: ConversionContext, target: Any, args: tuple, kwargs:
 
 @register(torch.ops.aten.select.int)
 def convert_select(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
-    """One index of the second of three axes, [B, T, W] -> [B, W], as a slice.
+    """One index of the second of three axes, [B, T, W] -> [B, W], as a slice or as a matrix product with a row of one 1.
 
     Torch-TensorRT 2.2 makes a gather of it, which TensorRT 8.6 fuses into the addition before it,
-    and badly where the batch is dynamic.
+    and badly where the batch is dynamic; a slice not quite as badly, a product not at all.
     """
     x, axis, index = args
     if len(x.shape) != 3 or axis != 1:
         raise NotImplementedError(f"select on axis {axis} of {len(x.shape)}: only the second of three is converted")
     width = x.shape[2]
+    if recipe_of(ctx).product_choice:
+        chooser = constant(ctx, np.eye(x.shape[1], dtype=np.float32)[index].reshape(1, 1, -1), f"{name}_chooser")
+        product = ctx.net.add_matrix_multiply(chooser, trt.MatrixOperation.NONE, x, trt.MatrixOperation.NONE)
+        product.name = name
+        return shuffle(ctx, product.get_output(0), f"{name}_squeezed", shape=(-1, width))
     layer = ctx.net.add_slice(x, (0, index, 0), (max(x.shape[0], 1), 1, width), (1, 1, 1))
     layer.name = name
     if x.shape[0] == -1:

@@ -18,12 +18,12 @@ from torch_tensorrt.dynamo._settings import CompilationSettings
 from torch_tensorrt.dynamo.conversion._TRTInterpreter import TRTInterpreter
 from torch_tensorrt.dynamo.runtime import TorchTensorRTModule
 
-from clip_ttrt import converters
+from clip_ttrt import converters, fusion, recipe
 from clip_ttrt.errors import UserError
 from clip_ttrt.options import BatchRange
+from clip_ttrt.recipe import Recipe
 
-# In fp16 TensorRT 8.6 computes a block that is optimised for some 800 to 1,000 rows wrongly.  Where it may choose cuBLAS's matrix
-# products beside its own, a static engine comes out right; one for a range does not (experiments/bugs/wrong_block_788_rows.py).
+# Where a recipe allows cuBLAS's matrix products.
 TACTIC_SOURCES = (trt.TacticSource.CUBLAS, trt.TacticSource.CUBLAS_LT, trt.TacticSource.EDGE_MASK_CONVOLUTIONS, trt.TacticSource.JIT_CONVOLUTIONS)
 
 OUT_OF_MEMORY = ("out of memory", "outofmemory", "insufficient memory", "cuda error 2", "cuda failure: 2", "memory allocation")
@@ -60,12 +60,13 @@ class Engine:
     output_name: str
     layers: int
     warnings: tuple[str, ...]
+    recipe: Recipe
 
 
 class Interpreter(TRTInterpreter):
     """Torch-TensorRT's graph walker with our logger, builder settings and timing cache."""
 
-    def __init__(self, module: fx.GraphModule, spec: torch_tensorrt.Input, attention: str, batch: BatchRange):
+    def __init__(self, module: fx.GraphModule, spec: torch_tensorrt.Input, attention: str, batch: BatchRange, recipe: Recipe):
         LOG.errors.clear()
         LOG.warnings.clear()
         builder = trt.Builder(LOG)  # before the base class makes one with a logger of its own
@@ -73,11 +74,11 @@ class Interpreter(TRTInterpreter):
         super().__init__(module, [spec], output_dtypes=[torch.float32], compilation_settings=settings)
         self.builder = builder
         network = self.builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))
-        self.ctx = converters.Context(network, settings, attention=attention, batch=batch)
+        self.ctx = converters.Context(network, settings, attention=attention, batch=batch, recipe=recipe)
         if self.optimization_profiles is not None:
             self.optimization_profiles = [self.builder.create_optimization_profile()]
 
-    def build(self, precision: str, optimization_level: int, timing_cache: Optional[Path], cublas: bool) -> Engine:
+    def build(self, precision: str, optimization_level: int, timing_cache: Optional[Path]) -> Engine:
         fx.Interpreter.run(self, enable_io_processing=False)
         torch.cuda.empty_cache()  # TensorRT's, now that the linear layers are measured
         config = self.builder.create_builder_config()
@@ -86,9 +87,11 @@ class Interpreter(TRTInterpreter):
         (config.clear_flag if precision == "fp32" else config.set_flag)(trt.BuilderFlag.TF32)
         if precision == "fp16":
             config.set_flag(trt.BuilderFlag.FP16)
-        if cublas:
+        if self.ctx.recipe.cublas:
             config.set_preview_feature(trt.PreviewFeature.DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805, False)
             config.set_tactic_sources(sum(1 << int(source) for source in TACTIC_SOURCES))
+        if self.ctx.recipe.powers:
+            config.set_preview_feature(trt.PreviewFeature.FASTER_DYNAMIC_SHAPES_0805, False)
         for profile in self.optimization_profiles or ():
             config.add_optimization_profile(profile)
         cache = config.create_timing_cache(timing_cache.read_bytes() if timing_cache and timing_cache.is_file() else b"")
@@ -100,7 +103,7 @@ class Interpreter(TRTInterpreter):
             if timing_cache.is_file():  # what other builds have found meanwhile
                 cache.combine(config.create_timing_cache(timing_cache.read_bytes()), ignore_mismatch=False)
             save_timing_cache(timing_cache, bytes(cache.serialize()))
-        return Engine(bytes(plan), self._input_names[0], self._output_names[0], self.ctx.net.num_layers, tuple(LOG.warnings))
+        return Engine(bytes(plan), self._input_names[0], self._output_names[0], self.ctx.net.num_layers, tuple(LOG.warnings), self.ctx.recipe)
 
 
 def raise_build_error(errors: list[str]) -> None:
@@ -133,13 +136,13 @@ def save_timing_cache(path: Path, content: bytes) -> None:
 
 
 def build_engine(module: fx.GraphModule, example: torch.Tensor, batch: BatchRange, precision: str, attention: str = "native",
-                 optimization_level: int = 3, cublas: Optional[bool] = None) -> Engine:
+                 optimization_level: int = 3, how: Optional[Recipe] = None) -> Engine:
     """Build one engine from a lowered graph.
 
     example: one input of any batch, whose other dimensions and dtype (float32 or int32) the engine
     takes.  batch: static or a range.  precision: fp32, tf32 or fp16.  attention: `native`, or
-    `plugin` after `plugin.load`.  optimization_level: of TensorRT's builder, 0 to 5.  cublas: whether TensorRT may choose
-    cuBLAS's matrix products beside its own; by default in fp16 without plugins for a static batch.
+    `plugin` after `plugin.load`.  optimization_level: of TensorRT's builder, 0 to 5.  how: by default what
+    `recipe.choose` says; the graph is changed where it asks for that.
     Raises UserError where the GPU's memory does not suffice or fp16 cannot hold a plugin's weight, EngineError for all else
     that TensorRT refuses.
     """
@@ -149,8 +152,10 @@ def build_engine(module: fx.GraphModule, example: torch.Tensor, batch: BatchRang
     else:
         spec = torch_tensorrt.Input(min_shape=(batch.minimum, *shape), opt_shape=(batch.optimal, *shape),
                                     max_shape=(batch.maximum, *shape), dtype=example.dtype)
-    cublas = precision == "fp16" and attention == "native" and batch.static if cublas is None else cublas
-    return Interpreter(module, spec, attention, batch).build(precision, optimization_level, timing_cache_path(), cublas)
+    how = recipe.choose(module, batch, precision, attention) if how is None else how
+    if how.row_maximum:
+        fusion.mark_quick_gelu(module)
+    return Interpreter(module, spec, attention, batch, how).build(precision, optimization_level, timing_cache_path())
 
 
 def to_torchscript(engine: Engine, example: torch.Tensor, name: str) -> torch.jit.ScriptModule:

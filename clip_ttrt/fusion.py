@@ -5,7 +5,7 @@ kernels are slower, and much slower where the batch is dynamic; a bias before a 
 is exact in real arithmetic, and on the CPU the graph still runs through the references.
 """
 import operator
-from typing import Callable, Optional
+from typing import Callable, Iterator, Optional
 
 import torch
 from torch import fx, nn
@@ -69,15 +69,34 @@ def fold_projection_biases(module: fx.GraphModule) -> int:
     return count
 
 
-def fuse_bias_quick_gelu(module: fx.GraphModule) -> int:
-    """linear with bias, then x·sigmoid(1.702·x): linear without bias, then bias_quick_gelu."""
-    count = 0
+def quick_gelus(module: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Each x·sigmoid(1.702·x) whose x nothing else reads: x, and the product."""
     for sigmoid in find_nodes(module, aten.sigmoid.default):
         scaled = sigmoid.args[0]
         if scaled.target is not aten.mul.Tensor or scaled.args[1] != QUICK_GELU_SLOPE or len(scaled.users) != 1 or len(sigmoid.users) != 1:
             continue
         x, [product] = scaled.args[0], sigmoid.users
-        if product.target is not aten.mul.Tensor or set(product.args) != {x, sigmoid} or set(x.users) != {scaled, product} or not is_biased_linear(x):
+        if product.target is aten.mul.Tensor and set(product.args) == {x, sigmoid} and set(x.users) == {scaled, product}:
+            yield x, product
+
+
+def mark_quick_gelu(module: fx.GraphModule) -> int:
+    """x·sigmoid(1.702·x) as one operation, for a converter that needs it whole; no part of `fuse`."""
+    count = 0
+    for x, product in quick_gelus(module):
+        with module.graph.inserting_before(product):
+            product.replace_all_uses_with(module.graph.call_function(ops.quick_gelu, (x,)))
+        count += 1
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return count
+
+
+def fuse_bias_quick_gelu(module: fx.GraphModule) -> int:
+    """linear with bias, then x·sigmoid(1.702·x): linear without bias, then bias_quick_gelu."""
+    count = 0
+    for x, product in quick_gelus(module):
+        if not is_biased_linear(x):
             continue
         bias = x.args[2]
         x.args = x.args[:2]

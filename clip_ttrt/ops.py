@@ -65,10 +65,14 @@ def _linear_rows_fake(x, weight, bias, rows):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+def quick_gelu_reference(x: torch.Tensor) -> torch.Tensor:
+    """x·sigmoid(1.702·x), elementwise: [..., N] -> [..., N]."""
+    return x * torch.sigmoid(1.702 * x)
+
+
 def bias_quick_gelu_reference(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """y·sigmoid(1.702·y) of y = x + bias: [..., N] and [N] -> [..., N]."""
-    y = x + bias
-    return y * torch.sigmoid(1.702 * y)
+    return quick_gelu_reference(x + bias)
 
 
 def _bias_quick_gelu_fake(x, bias):
@@ -164,6 +168,7 @@ extract_patch_rows = _register("extract_patch_rows(Tensor images, int size) -> T
 embed_image = _register("embed_image(Tensor patches, Tensor class_token, Tensor positions, Tensor scale_pre, Tensor shift_pre, float epsilon_pre, "
                         "Tensor scale_1, Tensor shift_1, float epsilon_1) -> (Tensor, Tensor)", embed_image_reference, _embed_image_fake)
 linear_rows = _register("linear_rows(Tensor x, Tensor weight, Tensor? bias, int rows) -> Tensor", linear_rows_reference, _linear_rows_fake)
+quick_gelu = _register("quick_gelu(Tensor x) -> Tensor", quick_gelu_reference, torch.empty_like)
 bias_quick_gelu = _register("bias_quick_gelu(Tensor x, Tensor bias) -> Tensor", bias_quick_gelu_reference, _bias_quick_gelu_fake)
 residual_layer_norm = _register("residual_layer_norm(Tensor x, Tensor delta, Tensor bias, Tensor scale, Tensor shift, float epsilon) -> (Tensor, Tensor)",
                                 residual_layer_norm_reference, _residual_layer_norm_fake)
@@ -184,6 +189,7 @@ REFERENCES = {
     extract_patch_rows: extract_patch_rows_reference,
     embed_image: embed_image_reference,
     linear_rows: linear_rows_reference,
+    quick_gelu: quick_gelu_reference,
     bias_quick_gelu: bias_quick_gelu_reference,
     residual_layer_norm: residual_layer_norm_reference,
 }

@@ -103,7 +103,7 @@ def build_tensorrt(encoder: str, checkpoint: Checkpoint, options: Options, atten
         built = engine.build_engine(graph, example, options.batch, options.precision, attention, options.optimization_level)
     whole_batch = example[:1].expand(options.batch.optimal, *example.shape[1:]).contiguous().cuda()
     module = engine.to_torchscript(built, whole_batch, encoder)
-    facts = {"rewrites": rewrites, "engines": 1, "engine_mib": round(len(built.plan) / 2**20, 2), "network_layers": built.layers, "warnings": list(built.warnings)}
+    facts = {"rewrites": rewrites, "engines": 1, "engine_mib": round(len(built.plan) / 2**20, 2), "network_layers": built.layers, "recipe": asdict(built.recipe), "warnings": list(built.warnings)}
     return module, facts, time["seconds"]
 
 

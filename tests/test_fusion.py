@@ -124,3 +124,28 @@ def test_odd_sizes_stay_and_biases_go_along():
     assert node.args[0] is stays and node.args[2] is not None and node.args[3] == 3
     x = torch.randn(4, 3, 8)
     assert torch.allclose(graph(x), module(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("encoder", ["image", "text"])
+def test_quick_gelu_becomes_one_operation(encoder):
+    torch.manual_seed(0)
+    plain, example = ENCODERS[encoder](load_checkpoint("demo", "random").state_dict), example_input(encoder, MODELS["demo"])
+    graph = lowering.capture(plain, example)
+    lowering.lower(graph)
+    rows = torch.randn(3, *example.shape[1:]) if example.is_floating_point() else torch.randint(0, 49408, (3, 77), dtype=torch.int32)
+    expected = graph(rows)
+    assert fusion.mark_quick_gelu(graph) == len(plain.blocks) == len(lowering.find_nodes(graph, ops.quick_gelu))
+    assert not lowering.find_nodes(graph, aten.sigmoid.default) and not lowering.find_nodes(graph, aten.mul.Tensor)
+    actual = graph(rows)
+    assert torch.equal(actual[0] if isinstance(actual, tuple) else actual, expected[0] if isinstance(expected, tuple) else expected)
+    assert fusion.mark_quick_gelu(graph) == 0
+
+
+def test_a_product_that_something_else_reads_is_no_quick_gelu():
+    class Scaled(nn.Module):
+        def forward(self, x):
+            scaled = 1.702 * x
+            return x * torch.sigmoid(scaled) + scaled
+
+    graph = lowering.capture(Scaled(), torch.randn(2, 4))
+    assert fusion.mark_quick_gelu(graph) == 0

@@ -57,11 +57,18 @@ def test_pool_end_of_text_takes_the_first_of_equal_highest_tokens():
     assert torch.equal(out, torch.stack([x[0, 2], x[1, 1], x[2, 1]]))
 
 
+def test_quick_gelu_and_that_with_a_bias():
+    x, bias = 4 * torch.randn(3, 7, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
+    expected = x / (1 + (-1.702 * x).exp())
+    assert torch.allclose(ops.quick_gelu(x), expected, atol=1e-14)
+    assert torch.allclose(ops.bias_quick_gelu(x - bias, bias), expected, atol=1e-13)
+
+
 def test_fakes_give_the_shapes_of_the_references():
     qkv, tokens = torch.randn(2, 5, 384), torch.zeros(2, 5, dtype=torch.int32)
     images = torch.randn(2, 3, 8, 8)
     calls = [(ops.attention, (qkv, 2, False)), (ops.attention_rows, (qkv.view(10, 384), 5, 2, False)), (ops.extract_patches, (images, 4)),
-             (ops.prepend_class_token, (qkv, torch.randn(384))), (ops.pool_end_of_text, (qkv, tokens))]
+             (ops.prepend_class_token, (qkv, torch.randn(384))), (ops.quick_gelu, (qkv,)), (ops.pool_end_of_text, (qkv, tokens))]
     for op, arguments in calls:
         real = op(*arguments)
         with FakeTensorMode() as mode:

@@ -1,0 +1,187 @@
+"""What was tried against the cost of a batch range with TensorRT's own kernels in fp16: OUT/native_range.csv.
+
+    python -m experiments.native_range --model ViT-B/32 --encoder image --out results/h100
+
+One engine for each recipe, each built in a process of its own; then all are measured in turns, as CUDA graphs, at several
+batches, and compared with our encoders in fp32.  With --engines FOLDER engines stay there and are taken from there, so that
+--build-only and a later run can be two steps.  Needs a GPU with TensorRT.
+"""
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+import torch
+
+from clip_ttrt import backends, lowering, pipeline
+from clip_ttrt.accuracy import exact_fp32
+from clip_ttrt.encoders import ENCODERS
+from clip_ttrt.models import dimensions_of
+from clip_ttrt.options import BatchRange
+from clip_ttrt.recipe import Recipe
+from experiments.baselines import Request, checkpoint_of, example
+from experiments.floor import turn
+from experiments.record import append_row, in_a_line, provenance
+from experiments.timing import graphed, median_ms
+
+BATCHES, ROUNDS = (1, 5, 8, 32, 64, 100, 128, 256), 3
+LAYER_NORM_PLUGIN = "TensorRT's layer norm plugin"  # ends the name of a recipe with it
+
+# Each name: whether it is static, and how it is built.
+RECIPES: dict[str, tuple[bool, Recipe]] = {
+    "static, TensorRT's products": (True, Recipe()),
+    "static": (True, Recipe(cublas=True)),
+    "range as it comes": (False, Recipe()),
+    "range, row maxima": (False, Recipe(row_maximum=True)),
+    "range, row maxima, class token by product": (False, Recipe(row_maximum=True, product_choice=True)),
+    "range, row maxima, class token by product, cuBLAS": (False, Recipe(row_maximum=True, product_choice=True, cublas=True)),
+    "range, powers of two": (False, Recipe(powers=True)),
+    "range, powers of two, cuBLAS": (False, Recipe(powers=True, cublas=True)),
+    f"range, cuBLAS, {LAYER_NORM_PLUGIN}": (False, Recipe(cublas=True)),
+}
+
+
+def convert_layer_norm_by_plugin() -> None:
+    """Register the layer norm of TensorRT's own plugin library, which cuts the part of its compiler into pieces."""
+    import tensorrt as trt
+
+    from clip_ttrt import converters, engine
+
+    trt.init_libnvinfer_plugins(engine.LOG, "")
+
+    @converters.register(torch.ops.aten.layer_norm.default)
+    def convert(ctx, target, args, kwargs, name):
+        x, _, scale, shift, epsilon = args
+        fields = [trt.PluginField("epsilon", np.array([epsilon], np.float32), trt.PluginFieldType.FLOAT32),
+                  trt.PluginField("axis", np.array([-1], np.int32), trt.PluginFieldType.INT32)]
+        made = trt.get_plugin_registry().get_plugin_creator("LayerNorm", "1", "").create_plugin(name, trt.PluginFieldCollection(fields))
+        rows = x if len(x.shape) == 3 else converters.shuffle(ctx, x, f"{name}_up", shape=(1, -1, x.shape[1]))
+        constants = [converters.constant(ctx, value, f"{name}_{which}") for which, value in (("scale", scale), ("shift", shift))]
+        layer = ctx.net.add_plugin_v2([rows, *constants], made)
+        layer.name = name
+        out = layer.get_output(0)
+        return out if len(x.shape) == 3 else converters.shuffle(ctx, out, f"{name}_down", shape=(-1, x.shape[1]))
+
+
+def load_tensorrt() -> None:
+    """Make `torch.jit.load` know TensorRT engines, and those its own plugins."""
+    import tensorrt as trt
+
+    backends.register_runtime()
+    trt.init_libnvinfer_plugins(None, "")
+
+
+def request_of(options: argparse.Namespace, batch: int) -> Request:
+    dims = dimensions_of(options.model)
+    tokens = dims.image_tokens if options.encoder == "image" else dims.context_length
+    return Request(options.model, "demo" if options.model == "demo" else "random", options.encoder, "fp16", batch, tokens, "cuda")
+
+
+def build(options: argparse.Namespace, name: str, target: Path) -> None:
+    """Build one recipe's engine and save it as TorchScript, with facts beside it."""
+    from clip_ttrt import engine
+
+    whole = BatchRange.parse(options.range)
+    static, how = RECIPES[name]
+    batch = BatchRange(whole.optimal, whole.optimal, whole.optimal) if static else whole
+    if name.endswith(LAYER_NORM_PLUGIN):
+        convert_layer_norm_by_plugin()
+    checkpoint = checkpoint_of(request_of(options, batch.optimal))
+    start = pipeline.example_input(options.encoder, checkpoint.dimensions)
+    graph = lowering.capture(ENCODERS[options.encoder](checkpoint.state_dict), start)
+    lowering.lower(graph)
+    began = time.perf_counter()
+    built = engine.build_engine(graph, start, batch, "fp16", "native", how=how)
+    seconds = time.perf_counter() - began
+    torch.jit.save(engine.to_torchscript(built, example(request_of(options, batch.optimal)), options.encoder), str(target))
+    target.with_suffix(".json").write_text(json.dumps({"build_s": round(seconds, 1), "engine_mib": round(len(built.plan) / 2**20, 1)}))
+
+
+def built_in_process(options: argparse.Namespace, name: str, target: Path) -> str:
+    """Build one recipe in a process of its own, unless it is there; returns the error, empty where there is none."""
+    if target.with_suffix(".json").exists():
+        return ""
+    with open(target.with_suffix(".log"), "w") as log:
+        code = subprocess.run([sys.executable, "-m", "experiments.native_range", "--model", options.model, "--encoder", options.encoder, "--range", options.range,
+                               "--build", name, str(target)], stdout=log, stderr=subprocess.STDOUT).returncode
+    print(f"{name}: {'built' if code == 0 else f'the build ended with {code}'}", flush=True)
+    said = target.with_suffix(".log").read_text().strip().splitlines()
+    return "" if code == 0 else f"the build ended with {code}: {said[-1][:200] if said else ''}"
+
+
+def measure(options: argparse.Namespace, made: dict[str, Path], errors: dict[str, str]) -> None:
+    """Measure all engines in turns and append their rows."""
+    whole = BatchRange.parse(options.range)
+    load_tensorrt()
+    modules, facts = {}, {}
+    for name, target in made.items():
+        try:
+            modules[name], facts[name] = torch.jit.load(str(target)), json.loads(target.with_suffix(".json").read_text())
+        except (RuntimeError, ValueError, OSError) as problem:
+            errors[name] = errors.get(name) or in_a_line(problem)
+    largest = example(request_of(options, whole.maximum))
+    with exact_fp32():
+        plain = ENCODERS[options.encoder](checkpoint_of(request_of(options, 1)).state_dict).cuda()
+        reference = torch.cat([plain(part) for part in largest.split(32)])
+    batches = [batch for batch in BATCHES if whole.minimum <= batch <= whole.maximum]
+    for batch in dict.fromkeys([whole.optimal, *batches]):
+        x = largest[:batch].contiguous()
+        calls = {name: graphed(lambda module=module: module(x)) for name, module in modules.items() if not RECIPES[name][0] or batch == whole.optimal}
+        cosines = {name: torch.cosine_similarity(modules[name](x).float(), reference[:batch]).min().item() for name in calls}
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        with turn():
+            for _ in range(ROUNDS):
+                for name, call in calls.items():
+                    times[name].append(median_ms(call))
+        medians = {name: statistics.median(rounds) for name, rounds in times.items()}
+        for name in calls:
+            append_row(options.out / "native_range.csv", row_of(options, name, batch) | {
+                "median_ms": f"{medians[name]:.4f}", "of_static": f"{medians[name] / medians['static']:.4f}" if "static" in medians else "",
+                "cos_min": f"{cosines[name]:.7f}", **facts[name], "error": "", **provenance()})
+    for name, error in errors.items():
+        append_row(options.out / "native_range.csv", row_of(options, name, whole.optimal) | {
+            **dict.fromkeys(("median_ms", "of_static", "cos_min", "build_s", "engine_mib"), ""), "error": error, **provenance()})
+
+
+def row_of(options: argparse.Namespace, name: str, batch: int) -> dict[str, object]:
+    """The columns that say what a row is of."""
+    return {"model": options.model, "encoder": options.encoder, "range": options.range, "recipe": name, "batch": batch}
+
+
+def main(arguments: Optional[list[str]] = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="ViT-B/32")
+    parser.add_argument("--encoder", choices=("image", "text"), default="image")
+    parser.add_argument("--range", default="1:32:256", metavar="MIN:OPT:MAX")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--jobs", type=int, default=1, help="builds at once")
+    parser.add_argument("--engines", type=Path, help="folder in which engines stay; default: a temporary one")
+    parser.add_argument("--build-only", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("results/h100"))
+    parser.add_argument("--build", nargs=2, metavar=("RECIPE", "FILE"), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    with torch.no_grad(), tempfile.TemporaryDirectory() as temporary:
+        if options.build:
+            build(options, options.build[0], Path(options.build[1]))
+            return 0
+        folder = options.engines or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        targets = {name: folder / f"{options.model.replace('/', '-')}-{options.encoder}-{options.range.replace(':', '_')}-{place}.ts"
+                   for place, name in enumerate(RECIPES) if name in options.recipes}
+        with ThreadPoolExecutor(options.jobs) as pool:
+            errors = dict(zip(targets, pool.map(lambda name: built_in_process(options, name, targets[name]), targets)))
+        errors = {name: error for name, error in errors.items() if error}
+        if not options.build_only:
+            measure(options, {name: target for name, target in targets.items() if name not in errors}, errors)
+        return 1 if errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
