@@ -108,6 +108,8 @@ def built_in_process(options: argparse.Namespace, name: str, target: Path) -> st
     """Build one recipe in a process of its own, unless it is there; returns the error, empty where there is none."""
     if target.with_suffix(".json").exists():
         return ""
+    if options.existing:
+        return "its engine is not there"
     with open(target.with_suffix(".log"), "w") as log:
         code = subprocess.run([sys.executable, "-m", "experiments.native_range", "--model", options.model, "--encoder", options.encoder, "--range", options.range,
                                "--build", name, str(target)], stdout=log, stderr=subprocess.STDOUT).returncode
@@ -164,6 +166,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="builds at once")
     parser.add_argument("--engines", type=Path, help="folder in which engines stay; default: a temporary one")
     parser.add_argument("--build-only", action="store_true")
+    parser.add_argument("--existing", action="store_true", help="build nothing: a recipe whose engine is not there is a row that says so")
     parser.add_argument("--out", type=Path, default=Path("results/h100"))
     parser.add_argument("--build", nargs=2, metavar=("RECIPE", "FILE"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
