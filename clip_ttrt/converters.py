@@ -108,10 +108,6 @@ def by_plugin(ctx: ConversionContext) -> bool:
     return getattr(ctx, "attention", "native") == "plugin"
 
 
-def recipe_of(ctx: ConversionContext) -> Recipe:
-    return getattr(ctx, "recipe", Recipe())
-
-
 def plugin_attention(ctx: ConversionContext, qkv: trt.ITensor, tokens: int, heads: int, causal: bool, query_bias: Optional[np.ndarray],
                      name: str) -> trt.ITensor:
     """One layer of the fused-attention plugin."""
@@ -291,20 +287,15 @@ def convert_layer_norm(ctx: ConversionContext, target: Any, args: tuple, kwargs:
 
 @register(torch.ops.aten.select.int)
 def convert_select(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
-    """One index of the second of three axes, [B, T, W] -> [B, W], as a slice or as a matrix product with a row of one 1.
+    """One index of the second of three axes, [B, T, W] -> [B, W], as a slice.
 
     Torch-TensorRT 2.2 makes a gather of it, which TensorRT 8.6 fuses into the addition before it,
-    and badly where the batch is dynamic; a slice not quite as badly, a product not at all.
+    and badly where the batch is dynamic.
     """
     x, axis, index = args
     if len(x.shape) != 3 or axis != 1:
         raise NotImplementedError(f"select on axis {axis} of {len(x.shape)}: only the second of three is converted")
     width = x.shape[2]
-    if recipe_of(ctx).product_choice:
-        chooser = constant(ctx, np.eye(x.shape[1], dtype=np.float32)[index].reshape(1, 1, -1), f"{name}_chooser")
-        product = ctx.net.add_matrix_multiply(chooser, trt.MatrixOperation.NONE, x, trt.MatrixOperation.NONE)
-        product.name = name
-        return shuffle(ctx, product.get_output(0), f"{name}_squeezed", shape=(-1, width))
     layer = ctx.net.add_slice(x, (0, index, 0), (max(x.shape[0], 1), 1, width), (1, 1, 1))
     layer.name = name
     if x.shape[0] == -1:

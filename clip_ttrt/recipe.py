@@ -1,8 +1,8 @@
 """How TensorRT is made to build an engine of its own kernels in fp16: what was measured to be fastest and right.
 
 TensorRT 8.6 hands a transformer to a compiler of its own.  For a static batch it does well.  For a range it makes one set of
-kernels for all sizes, of which those that treat every element alike are slow: QuickGELU of ViT-B/32 takes 15 us a layer
-instead of 8.  `experiments/native_range.py` measures every recipe here, and those that were no gain.
+kernels for all sizes, of which those that treat every element alike are slow.  `experiments/native_range.py` measures every
+recipe here, and some that were no gain (results/h100/native_range.csv).
 """
 from dataclasses import dataclass
 
@@ -20,7 +20,6 @@ class Recipe:
     cublas: bool = False  # TensorRT may choose cuBLAS's matrix products beside its own
     powers: bool = False  # of a range: compiled like a static engine for every power of two, in which smaller batches are padded
     row_maximum: bool = False  # of a range: QuickGELU with a maximum over each row, for which TensorRT has better kernels
-    product_choice: bool = False  # of a range: the class token's row chosen by a matrix product, which TensorRT fuses into nothing
 
 
 def is_causal(module: fx.GraphModule) -> bool:
@@ -32,10 +31,11 @@ def choose(module: fx.GraphModule, batch: BatchRange, precision: str, attention:
     """The recipe for a lowered graph; precision and attention as for `engine.build_engine`.
 
     A static batch needs cuBLAS's products to be right (experiments/bugs/wrong_block_788_rows.py).  A range of an encoder with
-    a causal mask is compiled for powers of two; one without is not, since TensorRT then no longer fuses attention.
+    a causal mask is compiled for powers of two, which takes several times as long to build; one without is not, since TensorRT
+    then no longer fuses attention.
     """
     if precision != "fp16" or attention != "native":
         return Recipe()
     if batch.static:
         return Recipe(cublas=True)
-    return Recipe(cublas=True, powers=True) if is_causal(module) else Recipe(row_maximum=True, product_choice=True)
+    return Recipe(cublas=True, powers=True) if is_causal(module) else Recipe(row_maximum=True)

@@ -32,7 +32,7 @@ from experiments.record import append_row, in_a_line, provenance
 from experiments.timing import graphed, median_ms
 
 BATCHES, ROUNDS = (1, 5, 8, 32, 64, 100, 128, 256), 3
-LAYER_NORM_PLUGIN = "TensorRT's layer norm plugin"  # ends the name of a recipe with it
+LAYER_NORM_PLUGIN, PRODUCT_CHOICE = "TensorRT's layer norm plugin", "class token by product"  # end the name of a recipe with it
 
 # Each name: whether it is static, and how it is built.
 RECIPES: dict[str, tuple[bool, Recipe]] = {
@@ -40,8 +40,8 @@ RECIPES: dict[str, tuple[bool, Recipe]] = {
     "static": (True, Recipe(cublas=True)),
     "range as it comes": (False, Recipe()),
     "range, row maxima": (False, Recipe(row_maximum=True)),
-    "range, row maxima, class token by product": (False, Recipe(row_maximum=True, product_choice=True)),
-    "range, row maxima, class token by product, cuBLAS": (False, Recipe(row_maximum=True, product_choice=True, cublas=True)),
+    f"range, row maxima, {PRODUCT_CHOICE}": (False, Recipe(row_maximum=True)),
+    "range, row maxima, cuBLAS": (False, Recipe(row_maximum=True, cublas=True)),
     "range, powers of two": (False, Recipe(powers=True)),
     "range, powers of two, cuBLAS": (False, Recipe(powers=True, cublas=True)),
     f"range, cuBLAS, {LAYER_NORM_PLUGIN}": (False, Recipe(cublas=True)),
@@ -70,6 +70,21 @@ def convert_layer_norm_by_plugin() -> None:
         return out if len(x.shape) == 3 else converters.shuffle(ctx, out, f"{name}_down", shape=(-1, x.shape[1]))
 
 
+def convert_choice_by_product() -> None:
+    """Register the choice of one row of each sample as a matrix product, which TensorRT does not fuse into the sum before it."""
+    import tensorrt as trt
+
+    from clip_ttrt import converters
+
+    @converters.register(torch.ops.aten.select.int)
+    def convert(ctx, target, args, kwargs, name):
+        x, _, index = args
+        chooser = converters.constant(ctx, np.eye(x.shape[1], dtype=np.float32)[index].reshape(1, 1, -1), f"{name}_chooser")
+        product = ctx.net.add_matrix_multiply(chooser, trt.MatrixOperation.NONE, x, trt.MatrixOperation.NONE)
+        product.name = name
+        return converters.shuffle(ctx, product.get_output(0), f"{name}_squeezed", shape=(-1, x.shape[2]))
+
+
 def load_tensorrt() -> None:
     """Make `torch.jit.load` know TensorRT engines, and those its own plugins."""
     import tensorrt as trt
@@ -91,8 +106,9 @@ def build(options: argparse.Namespace, name: str, target: Path) -> None:
     whole = BatchRange.parse(options.range)
     static, how = RECIPES[name]
     batch = BatchRange(whole.optimal, whole.optimal, whole.optimal) if static else whole
-    if name.endswith(LAYER_NORM_PLUGIN):
-        convert_layer_norm_by_plugin()
+    for ending, register in ((LAYER_NORM_PLUGIN, convert_layer_norm_by_plugin), (PRODUCT_CHOICE, convert_choice_by_product)):
+        if name.endswith(ending):
+            register()
     checkpoint = checkpoint_of(request_of(options, batch.optimal))
     start = pipeline.example_input(options.encoder, checkpoint.dimensions)
     graph = lowering.capture(ENCODERS[options.encoder](checkpoint.state_dict), start)

@@ -73,6 +73,9 @@ CHINESE = {
     "the original, eager": "原版, eager", "the original, CUDA graph": "原版, CUDA graph", "our encoders in PyTorch, CUDA graph": "我们的编码器, PyTorch, CUDA graph",
     "one engine of ours, TensorRT's kernels": "我们的一个引擎, TensorRT 自带核函数", "with the plugins": "加上插件", "stock Torch-TensorRT": "原装 Torch-TensorRT", "our converters, one engine": "我们的转换器, 一个引擎",
     "activations as rows": "激活按行存放", "attention plugin": "注意力插件", "fused elementwise kernels": "融合的逐元素核函数", "linear layers by cuBLASLt": "cuBLASLt 的线性层", "CUDA graph": "CUDA graph",
+    "recipe": "构建方式", "of static": "与静态引擎之比", **{f"ms at {batch}": f"批大小 {batch}, 毫秒" for batch in (1, 5, 8, 32, 64, 100, 128, 256)},
+    "static": "静态", "range as it comes": "一段批大小, 默认方式", "range, row maxima": "一段批大小, 逐行最大值", "range, powers of two, cuBLAS": "一段批大小, 按 2 的幂编译, cuBLAS",
+    "range, row maxima, class token by product": "一段批大小, 逐行最大值, 用矩阵乘取类别词元",
     "image": "图像", "text": "文本", "random": "随机", "demo": "demo", "yes": "是", "no": "否", "cannot run": "无法运行", "not yet measured": "尚未测量",
 }
 
@@ -233,7 +236,24 @@ def hackathon(folder: Path) -> pd.DataFrame:
                       "original, eager": "" if original is None else number(original["median_ms"], 3), "ours ms": "" if ours is None else number(ours["median_ms"], 3),
                       "against the original": "not yet measured" if ours is None or original is None else number(original["median_ms"] / ours["median_ms"]),
                       "strongest other": "" if other is None else NAMES[other["backend"]], "its ms": "" if other is None else number(other["median_ms"], 3),
-                      "against the strongest other": "not yet measured" if ours is None or other is None else number(other["median_ms"] / ours["median_ms"])})
+                      "against the strongest other": "not yet measured" if ours is None or other is None else number(other["median_ms"] / ours["median_ms"]),
+                      "of the floor": "" if ours is None else number(ours["median_ms"] / ours["floor_ms"])})
+    return pd.DataFrame(lines)
+
+
+def native_range(folder: Path) -> pd.DataFrame:
+    """What a range costs with TensorRT's own kernels in fp16, by recipe: milliseconds by batch, and at the range's optimum what it is of a static engine."""
+    rows = read(folder, "native_range.csv")
+    rows, lines = rows[rows["median_ms"].notna()], []
+    batches = sorted(set(rows["batch"]))
+    for (model, encoder, range_, recipe), part in rows.groupby(["model", "encoder", "range", "recipe"], sort=False):
+        times, first = part.set_index("batch")["median_ms"], part.iloc[0]
+        ratio = part["of_static"].dropna()
+        lines.append({"model": model, "encoder": encoder, "range": range_, "recipe": recipe, "of static": number(ratio.iloc[0], 3) if len(ratio) else "",
+                      **{f"ms at {batch}": number(times.get(batch), 3) for batch in batches}, "smallest cosine": f"{part['cos_min'].min():.7f}",
+                      "engine MiB": text(first["engine_mib"]), "build s": text(first["build_s"])})
+    if not lines:
+        raise NoData("native_range.csv has no row with a time")
     return pd.DataFrame(lines)
 
 
@@ -346,7 +366,7 @@ def environment(folder: Path) -> pd.DataFrame:
 
 
 TABLES: dict[str, Callable[[Path], pd.DataFrame]] = {table.__name__: table for table in (
-    accuracy, accuracy_level_0, accuracy_level_1, accuracy_short, dynamic_batch, speed, speed_short, speed_fp32, aims, hackathon, ladder, bugs, load, text_length, retrieval, jpeg, profile, attention, environment)}
+    accuracy, accuracy_level_0, accuracy_level_1, accuracy_short, dynamic_batch, native_range, speed, speed_short, speed_fp32, aims, hackathon, ladder, bugs, load, text_length, retrieval, jpeg, profile, attention, environment)}
 
 
 def in_chinese(frame: pd.DataFrame) -> pd.DataFrame:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments import plot, tables
-from experiments.results import gpus, read_csv
+from experiments.results import NoData, gpus, read_csv
 from made_up import bug_rows, floor_rows, jpeg_rows, ladder_rows, load_rows, retrieval_rows, sweep_row, sweep_rows, text_length_rows, write
 
 ROOT = Path(__file__).parent.parent
@@ -97,21 +97,21 @@ def test_a_table_is_of_the_folder_that_its_marker_names(tmp_path):
     names = ("hackathon@h100", "hackathon", "hackathon@h1000", "hackathon@h200")
     lines = tables.fill("".join(f"<!-- table: {name} -->\nold\n<!-- end -->\n" for name in names), tmp_path).splitlines()
     heading = ("| precision | batch | entry of 2022, A10 | original, eager | ours ms | against the original | strongest other | its ms "
-               "| against the strongest other |")
-    other, unmeasured = "torch.compile reduce-overhead", "| not yet measured |  |  | not yet measured |"
+               "| against the strongest other | of the floor |")
+    other, unmeasured = "torch.compile reduce-overhead", "| not yet measured |  |  | not yet measured |  |"
     first = [
-        "| fp16 | 64 | 6.73 | 7.680 | 2.560 | 3.00 | " + other + " | 4.224 | 1.65 |",
-        "| fp16 | 768 | 2.35 | 92.160 | 30.720 | 3.00 | " + other + " | 50.688 | 1.65 |",
-        "| fp16 | 1024 | 2.18 | 122.880 | 40.960 | 3.00 | " + other + " | 67.584 | 1.65 |",
+        "| fp16 | 64 | 6.73 | 7.680 | 2.560 | 3.00 | " + other + " | 4.224 | 1.65 |  |",
+        "| fp16 | 768 | 2.35 | 92.160 | 30.720 | 3.00 | " + other + " | 50.688 | 1.65 |  |",
+        "| fp16 | 1024 | 2.18 | 122.880 | 40.960 | 3.00 | " + other + " | 67.584 | 1.65 |  |",
         "| fp32 | 1024 | 0.82 |  |  " + unmeasured,
     ]
     second = [
-        "| fp16 | 64 | 6.73 | 3.840 | 1.920 | 2.00 | " + other + " | 2.112 | 1.10 |",
+        "| fp16 | 64 | 6.73 | 3.840 | 1.920 | 2.00 | " + other + " | 2.112 | 1.10 |  |",
         "| fp16 | 768 | 2.35 |  |  " + unmeasured,
         "| fp16 | 1024 | 2.18 |  |  " + unmeasured,
-        "| fp32 | 1024 | 0.82 | 61.440 | 30.720 | 2.00 | " + other + " | 33.792 | 1.10 |",
+        "| fp32 | 1024 | 0.82 | 61.440 | 30.720 | 2.00 | " + other + " | 33.792 | 1.10 |  |",
     ]
-    rule = "|" + " --- |" * 9
+    rule = "|" + " --- |" * 10
     assert lines == ["<!-- table: hackathon@h100 -->", heading, rule, *first, "<!-- end -->",
                      "<!-- table: hackathon -->", heading, rule, *second, "<!-- end -->",
                      "<!-- table: hackathon@h1000 -->", "*Not measured yet.*", "<!-- end -->",
@@ -123,10 +123,11 @@ def test_a_table_is_of_the_folder_that_its_marker_names(tmp_path):
 @pytest.mark.parametrize("chinese", [False, True])
 @pytest.mark.parametrize("name", tables.TABLES)
 def test_every_table_can_be_of_another_gpu(name, chinese, tmp_path):
-    (tmp_path / "h100").symlink_to(ROOT / "results" / "h200")
+    gpu = "h100" if name == "native_range" else "h200"  # where it was measured
+    (tmp_path / "h100").symlink_to(ROOT / "results" / gpu)
     table = tables.rendered(f"{name}@h100", tmp_path, chinese)
     assert table.startswith("| ") and table.count("\n") >= 2
-    assert table == tables.rendered(name, ROOT / "results", chinese)
+    assert table == tables.rendered(f"{name}@{gpu}", ROOT / "results", chinese)
     assert tables.rendered(name, tmp_path, chinese) == tables.MISSING[chinese]
 
 
@@ -199,9 +200,28 @@ def test_hackathon_puts_the_entry_beside_ours(tmp_path):
             for backend, graph, ms in (("clip_eager", False, 60.0), ("torch_compile_max_autotune", True, 33.0), ("clip_ttrt_plugin", True, 30.0))
             for precision, batch in (("fp16", 1024), ("fp32", 1024))]
     write(tmp_path, "sweep.csv", rows)
+    write(tmp_path, "floor.csv", [{"model": "ViT-B/32", "encoder": "image", "precision": "fp16", "batch": 1024, "tokens": 50, "floor_ms": 25.0}])
     found = tables.hackathon(tmp_path / "h200").set_index(["precision", "batch"])
+    assert found["of the floor"].tolist() == ["", "", "1.20", ""]
     assert found.loc[("fp16", 1024), ["entry of 2022, A10", "against the original", "against the strongest other"]].tolist() == ["2.18", "2.00", "1.10"]
     assert found.loc[("fp16", 64), "against the original"] == "not yet measured"
+
+
+def test_native_range_stands_beside_a_static_engine(tmp_path):
+    def row(recipe, batch, ms, ratio="", error="", **other):
+        return {"model": "ViT-B/32", "encoder": "image", "range": "1:32:256", "recipe": recipe, "batch": batch, "median_ms": ms, "of_static": ratio,
+                "cos_min": 0.99999 - batch / 1e8 if ms else "", "build_s": 50.5, "engine_mib": 168.4, "error": error, **other}
+
+    write(tmp_path, "native_range.csv", [row("static", 32, 1.0, 1.0), row("range as it comes", 32, 1.25, 1.25), row("range as it comes", 256, 8.0),
+                                         row("range, powers of two", 32, "", error="its engine is not there")])
+    found = tables.native_range(tmp_path / "h200").set_index("recipe")
+    assert list(found.index) == ["static", "range as it comes"]
+    assert found["of static"].tolist() == ["1.000", "1.250"]
+    assert found["ms at 32"].tolist() == ["1.000", "1.250"] and found["ms at 256"].tolist() == ["", "8.000"]
+    assert found["smallest cosine"].tolist() == ["0.9999897", "0.9999874"] and set(found["engine MiB"]) == {"168.4"}
+    write(tmp_path, "native_range.csv", [row("static", 32, "", error="its engine is not there")])
+    with pytest.raises(NoData):
+        tables.native_range(tmp_path / "h200")
 
 
 def test_ladder_relates_each_step_to_the_one_before(tmp_path):
