@@ -9,7 +9,8 @@
 Rows of one backend, model, encoder and precision run in one fresh process, which gives them row by row: a crash, a timeout
 or an exhausted GPU is a row with its `error`, after which the rest goes on in another process, and a missing backend is a
 row that says why.  Rows that are in the file already are skipped.  `--python NAME=PATH` runs one backend, or `floor`, with
-another interpreter, such as a newer PyTorch's.  The library floor of the same work is measured before a group's rows and
+another interpreter, such as a newer PyTorch's; PYTHONHOME, PYTHONPATH, LD_LIBRARY_PATH and the like are kept from it (a script
+that sets its own can stand for it).  The library floor of the same work is measured before a group's rows and
 kept in OUT/floor.csv.  `error` that starts with "wrong:" stands beside times of features that are wrong.
 
 With --hold the groups' processes start all at once, and each loads, compiles and captures what its rows need and waits.  Where
@@ -25,6 +26,7 @@ import itertools
 import json
 import os
 import queue
+import shutil
 import statistics
 import subprocess
 import sys
@@ -51,6 +53,9 @@ KEY = ("model", "encoder", "backend", "precision", "batch", "tokens", "cuda_grap
 ROW_SECONDS = 900
 RESULT = "sweep-row "  # marks the lines of a child's output that hold its rows
 READY = "sweep-ready"  # is the line by which a child says that it waits
+ROOT = Path(__file__).resolve().parent.parent
+# Where one interpreter has its parts: another one cannot start with them, or takes wrong packages; with PYTHONSAFEPATH it would not look into ROOT.
+INTERPRETERS_OWN = ("PYTHONHOME", "PYTHONPATH", "PYTHONPLATLIBDIR", "PYTHONEXECUTABLE", "PYTHONSAFEPATH", "LD_LIBRARY_PATH")
 HELD_ROW_SECONDS = 60  # of one row for which everything is prepared
 MEASURING_MS = 1500  # of one row on a GPU, where its calls take so long that fewer than REPEATS must do
 REPEATS, FEWEST = 200, 20
@@ -319,13 +324,25 @@ def command(python: str, rows: Sequence[Row], *arguments: str) -> list[str]:
     return [python, "-m", "experiments.sweep", "--group", json.dumps([asdict(row) for row in rows]), *arguments]
 
 
+def surroundings(python: str) -> dict[str, Any]:
+    """How `subprocess` shall start an interpreter: this process's own with everything that it has; another one without what only
+    this one needs, and in the repository's root, where it finds `-m experiments...` without PYTHONPATH."""
+    def place(path: str) -> tuple[str, str]:  # the folder counts: an environment's interpreter is a link to the one it was made with
+        return os.path.dirname(os.path.abspath(path)), os.path.realpath(path)
+
+    if place(python) == place(sys.executable):
+        return {}
+    return {"env": {name: value for name, value in os.environ.items() if name not in INTERPRETERS_OWN}, "cwd": ROOT}
+
+
 class Child:
-    """A process whose lines are read with a time limit."""
+    """A process of an interpreter, whose lines are read with a time limit."""
 
     def __init__(self, command: Sequence[str]):
         self.problem = ""
         self._said = tempfile.TemporaryFile(mode="w+", errors="replace")
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True, errors="replace")
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True, errors="replace",
+                                         **surroundings(command[0]))
         self._lines: queue.Queue = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -389,10 +406,10 @@ def floors(python: str, rows: Sequence[Row], path: Path, progress: Progress) -> 
     if missing:
         tokens = sorted({request.tokens for request in missing})
         command = [python, "-m", "experiments.floor", "--model", first.model, "--encoder", first.encoder, "--precision", first.precision, "--device", first.device,
-                   "--batches", *(str(batch) for batch in sorted({request.batch for request in missing})), "--out", str(path),
+                   "--batches", *(str(batch) for batch in sorted({request.batch for request in missing})), "--out", str(path.resolve()),
                    *([] if first.encoder == "image" else ["--tokens", *map(str, tokens)])]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=ROW_SECONDS)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=ROW_SECONDS, **surroundings(python))
         except subprocess.TimeoutExpired:
             progress.say(f"the floor took over {ROW_SECONDS} s")
         else:
@@ -432,7 +449,7 @@ def main() -> int:
         parser.error("--build-only needs --artifacts, where what it builds stays")
     if options.gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(options.gpu)  # for the children; this process computes nothing
-    interpreters = dict(pair.split("=", 1) for pair in options.python)
+    interpreters = {name: os.path.abspath(shutil.which(path) or path) for name, path in (pair.split("=", 1) for pair in options.python)}
     for name in [*(options.backends or ()), *interpreters]:
         if name not in BACKENDS and name != "floor":
             parser.error(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")

@@ -1,9 +1,12 @@
 """The sweep: its quick grid run whole, and that nothing which goes wrong in a row ends it."""
 import itertools
 import json
+import os
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,15 +24,23 @@ REQUEST = baselines.Request("demo", "demo", "text", "fp32", 1, 77, "cpu")
 ROW = sweep.Row("clip_eager", REQUEST, False)
 
 # Stands in for an interpreter: a child that ends itself whenever its first row is of batch 8, and else answers that row.
-DIES_AT_8 = """#!{python}
+DIES_AT_8 = """
 import json, os, sys
 rows = json.loads(sys.argv[-1])
 while rows:
     row = rows.pop(0)
     if row["request"]["batch"] == 8:
         os.abort()
-    print("sweep-row " + json.dumps({{"batch": row["request"]["batch"]}}), flush=True)
+    print("sweep-row " + json.dumps({"batch": row["request"]["batch"]}), flush=True)
 """
+
+
+def another_python(path, *arguments):
+    """An interpreter that is not sys.executable but does the same: a script, with which sys.executable has what it needs by now."""
+    needs = [f"{name}={os.environ[name]}" for name in sweep.INTERPRETERS_OWN if name in os.environ]
+    path.write_text(f'#!/bin/sh\nexec env {shlex.join([*needs, sys.executable, *arguments])} "$@"\n')
+    path.chmod(0o755)
+    return str(path)
 
 
 def quick(out, *arguments):
@@ -83,13 +94,52 @@ def test_a_row_that_takes_too_long_is_a_row():
 
 
 def test_a_crash_costs_its_own_row_only(tmp_path):
-    python = tmp_path / "python"
-    python.write_text(DIES_AT_8.format(python=sys.executable))
-    python.chmod(0o755)
+    (tmp_path / "dies.py").write_text(DIES_AT_8)
+    python = another_python(tmp_path / "python", str(tmp_path / "dies.py"))
     rows = [sweep.Row("clip_eager", replace(REQUEST, batch=batch), False) for batch in (1, 8, 32, 128)]
-    given = list(sweep.in_processes(str(python), rows, 60))
+    given = list(sweep.in_processes(python, rows, 60))
     assert [str(row["batch"]) for row in given] == ["1", "8", "32", "128"]
     assert [row.get("error", "") for row in given] == ["", "exit code -6: it said nothing", "", ""]
+
+
+@pytest.fixture
+def foreign(tmp_path, monkeypatch):
+    """Another interpreter, beside an environment in which only this one could run, outside the repository."""
+    python = another_python(tmp_path / "python")
+    for name in ("PYTHONHOME", "PYTHONPATH", "LD_LIBRARY_PATH"):
+        monkeypatch.setenv(name, str(tmp_path / "nowhere"))
+    monkeypatch.chdir(tmp_path)
+    return python
+
+
+def test_another_interpreter_measures_rows_and_floors_in_an_environment_of_its_own(foreign):
+    row = replace(ROW, backend="eager_sdpa")
+    sweep.run([row], {"eager_sdpa": foreign, "floor": foreign}, Path("sweep.csv"), Path("floor.csv"), float("inf"))
+    [measured], [floor_row] = read_rows(Path("sweep.csv")), read_rows(Path("floor.csv"))
+    assert not measured["error"] and float(measured["median_ms"]) > 0 and measured["attention"] == "sdpa"
+    assert measured["floor_ms"] == floor_row["floor_ms"] and float(floor_row["floor_ms"]) > 0
+
+
+def test_another_interpreter_holds_rows_and_builds_in_an_environment_of_its_own(foreign, capsys):
+    row = replace(ROW, backend="clip_ttrt_native", request=replace(REQUEST, artifacts=os.path.abspath("artifacts")))
+    assert sweep.build([row], {"clip_ttrt_native": foreign}) == 0 and "built in" in capsys.readouterr().err
+    assert len(list(Path("artifacts").glob("*/manifest.json"))) == 1
+    sweep.hold([row], {"clip_ttrt_native": foreign}, Path("ready"), float("inf"), ["held 60"])
+    [measured] = read_rows(Path("held/sweep.csv"))
+    assert not measured["error"] and float(measured["median_ms"]) > 0 and measured["attention"] == "native"
+
+
+def test_only_another_interpreter_gets_another_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "somewhere")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert sweep.surroundings(sys.executable) == {}
+    (tmp_path / "python").symlink_to(sys.executable)  # as a virtual environment has it
+    given = sweep.surroundings(str(tmp_path / "python"))
+    assert given["cwd"] == Path(sweep.__file__).parent.parent and given["env"]["CUDA_VISIBLE_DEVICES"] == "3"
+    assert set(os.environ) - set(given["env"]) == set(sweep.INTERPRETERS_OWN) & set(os.environ) >= {"PYTHONPATH"}
+    (tmp_path / "python3").symlink_to("python")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python3"))
+    assert sweep.surroundings(str(tmp_path / "python")) == {}  # two names of one
 
 
 def test_rows_of_one_group_stand_together_and_a_grid_can_be_taken_in_parts():
