@@ -66,7 +66,7 @@ class Engine:
 class Interpreter(TRTInterpreter):
     """Torch-TensorRT's graph walker with our logger, builder settings and timing cache."""
 
-    def __init__(self, module: fx.GraphModule, spec: torch_tensorrt.Input, attention: str, batch: BatchRange, recipe: Recipe):
+    def __init__(self, module: fx.GraphModule, spec: torch_tensorrt.Input, attention: str, batch: BatchRange, how: Recipe):
         LOG.errors.clear()
         LOG.warnings.clear()
         builder = trt.Builder(LOG)  # before the base class makes one with a logger of its own
@@ -74,7 +74,7 @@ class Interpreter(TRTInterpreter):
         super().__init__(module, [spec], output_dtypes=[torch.float32], compilation_settings=settings)
         self.builder = builder
         network = self.builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))
-        self.ctx = converters.Context(network, settings, attention=attention, batch=batch, recipe=recipe)
+        self.ctx = converters.Context(network, settings, attention=attention, batch=batch, recipe=how)
         if self.optimization_profiles is not None:
             self.optimization_profiles = [self.builder.create_optimization_profile()]
 
