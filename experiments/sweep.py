@@ -497,32 +497,32 @@ def hold(wanted: Sequence[Row], interpreters: Mapping[str, str], ready: Path, se
     with contextlib.ExitStack() as stack:
         groups = [[row for row in wanted if row.group == group] for group in dict.fromkeys(row.group for row in wanted)]
         children = [stack.enter_context(Child(command(interpreters.get(rows[0].backend, sys.executable), rows, "--hold"))) for rows in groups]
-        waiting = []
-        for rows, process in zip(groups, children):
-            if process.answer(READY, max(0.0, min(seconds, threading.TIMEOUT_MAX) - (time.perf_counter() - start))) is not None:
-                waiting.append((rows, process))
+        held = list(zip(groups, children))
+        for rows, process in held:
+            process.answer(READY, max(0.0, min(seconds, threading.TIMEOUT_MAX) - (time.perf_counter() - start)))
             progress.say(f"{time.perf_counter() - start:.0f} s: {rows[0].describe()}, {len(rows)} rows: {process.problem or 'ready'}")
         ready.parent.mkdir(parents=True, exist_ok=True)
         ready.touch()
         for order in orders:
             folder, limit = order.rsplit(maxsplit=1)
-            measure_held(waiting, Path(folder), float(limit), progress)
+            measure_held(held, Path(folder), float(limit), progress)
 
 
-def measure_held(waiting: Sequence[tuple[Sequence[Row], Child]], folder: Path, seconds: float, progress: Progress) -> None:
+def measure_held(held: Sequence[tuple[Sequence[Row], Child]], folder: Path, seconds: float, progress: Progress) -> None:
     """Measure the rows of groups that wait, all of one batch size after the other, as far as so many seconds reach, into
-    FOLDER/sweep.csv, and make FOLDER/done."""
+    FOLDER/sweep.csv, and make FOLDER/done.  Those of a group that could not be prepared, or has ended, are rows with its error."""
     start, path = time.perf_counter(), folder / "sweep.csv"
     done = {tuple(row[name] for name in KEY) for row in read_rows(path)}
-    to_do = [(row, index, process) for rows, process in waiting for index, row in enumerate(rows) if row.key not in done]
+    to_do = [(row, index, process) for rows, process in held for index, row in enumerate(rows) if row.key not in done]
     batches = list(dict.fromkeys(row.request.batch for row, _, _ in to_do))
     for row, index, process in sorted(to_do, key=lambda item: batches.index(item[0].request.batch)):
         if time.perf_counter() - start > seconds:
             break
+        result = None
         if not process.problem:
             process.say(str(index))
             result = process.answer(RESULT, HELD_ROW_SECONDS)
-            append_row(path, json.loads(result) if result else {**blank(row), "error": process.problem})
+        append_row(path, json.loads(result) if result else {**blank(row), "error": process.problem})
     progress.say(f"{folder}: {time.perf_counter() - start:.1f} s")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "done").touch()

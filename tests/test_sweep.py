@@ -270,11 +270,14 @@ def test_held_rows_are_measured_as_often_as_asked(tmp_path):
     assert not read_rows(tmp_path / "last" / "sweep.csv") and (tmp_path / "last" / "done").exists()
 
 
-def test_a_held_group_that_cannot_be_prepared_is_left_out_and_a_held_row_is_its_error(tmp_path):
+def test_a_held_row_or_group_that_cannot_be_prepared_is_its_error(tmp_path):
     broken = replace(ROW, request=replace(REQUEST, weights="nowhere.safetensors"))
-    sweep.hold([broken, replace(ROW, backend="eager_sdpa")], {"eager_sdpa": "/bin/false"}, tmp_path / "ready", float("inf"), [f"{tmp_path} 60"])
-    [row] = read_rows(tmp_path / "sweep.csv")
+    dead = [replace(ROW, backend="eager_sdpa", request=replace(REQUEST, batch=batch)) for batch in (REQUEST.batch, 2 * REQUEST.batch)]
+    sweep.hold([broken, *dead], {"eager_sdpa": "/bin/false"}, tmp_path / "ready", float("inf"), [f"{tmp_path} 60"])
+    row, *others = read_rows(tmp_path / "sweep.csv")
     assert row["backend"] == "clip_eager" and "nowhere.safetensors: no such file" in row["error"] and not row["median_ms"]
+    assert [(other["backend"], other["batch"], other["error"]) for other in others] == [
+        ("eager_sdpa", str(row.request.batch), "exit code 1: it said nothing") for row in dead]
 
 
 @pytest.mark.parametrize("script, expected", [
