@@ -359,7 +359,7 @@ def environment(folder: Path) -> pd.DataFrame:
     if not path.exists():
         raise NoData(f"there is no {path}")
     found = json.loads(path.read_text())
-    lines = [("GPU", f"{found['gpu'].get('name', '')}, compute capability {found['gpu'].get('compute_capability', '')}"), ("driver, memory, clock", found["driver"].splitlines()[0]),
+    lines = [("GPU", f"{found['gpu'].get('name', '')}, compute capability {found['gpu'].get('compute_capability', '')}"), ("driver, memory, clock", next(iter(found["driver"].splitlines()), "")),
              ("processor", f"{found['processor']}, {found['cores']} cores"), ("kernel", found["kernel"]), ("Python", found["python"]),
              *((name, version) for name, version in found["versions"].items() if name != "clip_ttrt")]
     return pd.DataFrame(lines, columns=["what", "value"])
@@ -400,7 +400,7 @@ def rendered(marked: str, results: Path, chinese: bool = False, root: str = "") 
 def pictured(marked: str, results: Path, chinese: bool = False, root: str = "") -> str:
     """One plot, NAME or NAME@GPU, as Markdown, or a line that says that it is not measured yet.  Raises KeyError for an unknown name."""
     name, gpu = name_and_gpu(marked)
-    told, file = FIGURES[name][chinese], picture(name, gpu)
+    told, file = FIGURES[name][chinese] + ("" if gpu == GPU else f", {gpu.upper()}"), picture(name, gpu)
     return f"![{told}]({root}results/{file})" if (results / file).exists() else MISSING[chinese]
 
 

@@ -161,7 +161,7 @@ def test_a_plot_is_of_the_folder_that_its_marker_names(tmp_path):
     (tmp_path / "ladder.png").touch()
     assert "*Not measured yet.*" in tables.fill(document, tmp_path) and "*尚未测量。*" in tables.fill(document, tmp_path, True)
     (tmp_path / "ladder-h100.png").touch()
-    shown = "![milliseconds after each step of the optimisation](results/ladder-h100.png)\n"
+    shown = "![milliseconds after each step of the optimisation, H100](results/ladder-h100.png)\n"
     assert tables.fill(document, tmp_path) == document.replace("<!-- end", f"{shown}<!-- end")
     assert "](../results/ladder-h100.png)" in tables.fill(document, tmp_path, True, "../")
     for name in ("ladder", "ladder@h200"):
@@ -222,6 +222,13 @@ def test_native_range_stands_beside_a_static_engine(tmp_path):
     write(tmp_path, "native_range.csv", [row("static", 32, "", error="its engine is not there")])
     with pytest.raises(NoData):
         tables.native_range(tmp_path / "h200")
+
+
+def test_an_environment_without_nvidia_smi(tmp_path):
+    (tmp_path / "environment.json").write_text(json.dumps({"gpu": {}, "driver": "", "processor": "made up", "cores": 2, "kernel": "6", "python": "3.11.7",
+                                                           "versions": {"clip_ttrt": "0.1.0", "torch": "2.2.0"}}))
+    found = tables.environment(tmp_path).set_index("what")["value"]
+    assert found["driver, memory, clock"] == "" and found["processor"] == "made up, 2 cores" and found["torch"] == "2.2.0" and "clip_ttrt" not in found
 
 
 def test_ladder_relates_each_step_to_the_one_before(tmp_path):
