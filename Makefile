@@ -1,4 +1,4 @@
-# make compile: environment, package, `python -m clip_ttrt.compile --precision fp16`
+# make compile: environment, package, the fused kernels where a GPU can use them, `python -m clip_ttrt.compile --precision fp16`
 # make test:    environment if it is missing, then the tests
 # PYTHON=...    the interpreter to use; by default the first that answers
 
@@ -12,7 +12,9 @@ ARTIFACT := artifacts/demo-fp16
 
 compile: $(ARTIFACT)/manifest.json
 
+# Without the fused kernels TensorRT's own serve: what goes wrong with them is said and no failure.
 $(ARTIFACT)/manifest.json: | $(VENV)/installed
+	-@$(BIN)/python -m kernels.build --if-possible
 	$(BIN)/python -m clip_ttrt.compile --precision fp16 --output $(ARTIFACT)
 
 test: $(VENV)/installed

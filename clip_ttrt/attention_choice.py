@@ -63,17 +63,16 @@ def choose(asked: str, backend: str, precision: str, dims: Dimensions, encoder: 
 
     asked: `auto`, `plugin` or `native`.  Raises UserError where the plugin is asked for and cannot be had.
     """
-    obstacle = None
+    if asked == "native":
+        return Choice("native", "as asked")
     if backend != "tensorrt":
         obstacle = "it needs the TensorRT backend"
     elif precision != "fp16":
         obstacle = f"it computes in fp16, and {precision} was asked for"
-    elif not plugin.available():
-        obstacle = f"{plugin.LIBRARY.name} is not built; {plugin.BUILD_IT}"
+    else:
+        obstacle = plugin.lacking()
     if asked == "plugin" and obstacle:
         raise UserError(f"--attention plugin cannot be used: {obstacle}; or use --attention native or auto")
-    if asked == "native":
-        return Choice("native", "as asked")
     if obstacle:
         return Choice("native", f"no plugins: {obstacle}")
     if asked == "plugin":

@@ -60,6 +60,17 @@ def available() -> bool:
     return LIBRARY.is_file()
 
 
+def lacking() -> Optional[str]:
+    """Why no engine can have the plugins here; None where one can."""
+    try:
+        loaded = library()
+    except UserError as problem:
+        return str(problem)
+    if not all(hasattr(loaded, name) for name in REGISTER):
+        return f"{LIBRARY.name} was built without the TensorRT plugin; {BUILD_IT} where TensorRT's headers are (TENSORRT_INCLUDE_DIR)"
+    return None
+
+
 def register() -> None:
     """Register the plugins, where they are built, for engines that plain `torch.jit.load` brings in; what cannot be loaded is a warning."""
     if available():
@@ -76,16 +87,14 @@ def load(version: Optional[str]) -> None:
     """
     if version is None:
         return
-    try:
-        loaded = library()
-    except UserError as problem:
-        raise UserError(f"this artifact needs our plugins, version {version}: {problem}") from problem
+    if problem := lacking():
+        raise UserError(f"this artifact needs our plugins, version {version}: {problem}")
     if version != VERSION:
         raise UserError(f"this artifact needs version {version} of our plugins, and this is version {VERSION}; compile again")
     import tensorrt  # noqa: F401  (loads libnvinfer, in which the creator registers)
 
-    if not all(hasattr(loaded, name) and getattr(loaded, name)() == 1 for name in REGISTER):
-        raise UserError(f"{LIBRARY.name} was built without the TensorRT plugin; {BUILD_IT} where TensorRT's headers are (TENSORRT_INCLUDE_DIR)")
+    if not all(getattr(library(), name)() == 1 for name in REGISTER):
+        raise UserError(f"TensorRT does not take the plugins of {LIBRARY.name}; {BUILD_IT}")
 
 
 def attention(qkv: torch.Tensor, heads: int, causal: bool, query_bias: Optional[torch.Tensor] = None) -> torch.Tensor:

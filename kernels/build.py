@@ -2,6 +2,8 @@
 
     python -m kernels.build                 every supported GPU: sm_80, sm_86, sm_89, sm_90a
     python -m kernels.build --arch 90a      one of them (faster, while developing)
+    python -m kernels.build --if-possible   what `make compile` does first: for the GPUs here, where TensorRT can use the library
+                                            and it is missing; what goes wrong is one line and no failure
 
 Needs nvcc (on PATH, or from `pip install nvidia-cuda-nvcc nvidia-cuda-cccl`) and a C++ compiler. The TensorRT plugin is
 part of the library where TensorRT's headers are found: in TENSORRT_INCLUDE_DIR, in the system's include
@@ -11,8 +13,10 @@ paths, or in a checkout of NVIDIA/TensorRT v8.6.1 that is fetched into build/ wh
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -33,10 +37,33 @@ SYSTEM_INCLUDES = ("/usr/include/x86_64-linux-gnu", "/usr/include", "/usr/local/
 
 NO_NVCC = "kernels.build: nvcc is missing; install the CUDA toolkit (nvcc on PATH) or run `pip install nvidia-cuda-nvcc nvidia-cuda-cccl`"
 NO_COMPILER = "kernels.build: a C++ compiler is missing; install g++ (Debian, Ubuntu: apt-get install g++)"
-NO_TENSORRT = (
-    "kernels.build: built without the TensorRT plugin, because TensorRT's headers are missing; set "
-    f"TENSORRT_INCLUDE_DIR to the directory `include` of a checkout of {TENSORRT_REPOSITORY} at {TENSORRT_TAG}"
-)
+SET_HEADERS = f"set TENSORRT_INCLUDE_DIR to the directory `include` of a checkout of {TENSORRT_REPOSITORY} at {TENSORRT_TAG}"
+NO_TENSORRT = f"kernels.build: built without the TensorRT plugin, because TensorRT's headers are missing; {SET_HEADERS}"
+NO_HEADERS = f"kernels.build: TensorRT's headers are missing and cannot be fetched; {SET_HEADERS}"
+NATIVE_SERVES = "for now TensorRT's own kernels serve, which are slower"
+
+TENSORRT_PACKAGES = ("tensorrt", "torch_tensorrt")  # as clip_ttrt.backends has them, whose import takes seconds
+TRY_OUT_SECONDS = 300
+TRY_OUT = """
+import pathlib, sys
+try:
+    import torch
+    from clip_ttrt import plugin
+    plugin.LIBRARY = pathlib.Path(sys.argv[1])
+    plugin.load(plugin.VERSION)
+    plugin.attention(torch.zeros(1, 50, 3 * 64, dtype=torch.half, device="cuda"), heads=1, causal=False)
+    torch.cuda.synchronize()
+except Exception as problem:
+    sys.exit(str(problem).strip().split(chr(10))[0])
+"""
+
+
+class CannotBuild(Exception):
+    """Why there is no library, in one line, and the exit code that it stands for."""
+
+    def __init__(self, why: str, code: int):
+        super().__init__(why)
+        self.code = code
 
 
 def find_nvcc() -> pathlib.Path | None:
@@ -120,34 +147,117 @@ def build_commands(
     return commands
 
 
-def build(architectures: list[str], fetch: bool = True, threads: int = 1, verbose: bool = False) -> int:
-    """Builds the library; returns the exit code, after one sentence on stderr where something is missing."""
+def find_tools(fetch: bool) -> tuple[pathlib.Path, pathlib.Path | None]:
+    """nvcc and the directory with TensorRT's headers, or None for these. Raises CannotBuild where something else is missing."""
     nvcc = find_nvcc()
     if nvcc is None:
-        print(NO_NVCC, file=sys.stderr)
-        return 2
+        raise CannotBuild(NO_NVCC, 2)
     if shutil.which("g++") is None:
-        print(NO_COMPILER, file=sys.stderr)
-        return 2
+        raise CannotBuild(NO_COMPILER, 2)
     try:
-        tensorrt = find_tensorrt(fetch)
+        return nvcc, find_tensorrt(fetch)
     except FileNotFoundError as error:
-        print(error, file=sys.stderr)
-        return 2
+        raise CannotBuild(str(error), 2) from error
+
+
+def compile_library(
+    nvcc: pathlib.Path, architectures: list[str], tensorrt: pathlib.Path | None, threads: int, verbose: bool = False, quiet: bool = False
+) -> pathlib.Path:
+    """The library as it lies in build/. Raises CannotBuild with the command that fails or, where it is quiet, the first error."""
     BUILD.mkdir(parents=True, exist_ok=True)
-    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
     for command in build_commands(nvcc, architectures, tensorrt, threads, verbose):
         if verbose:
             print(" ".join(command))
-        if subprocess.run(command, check=False).returncode != 0:
-            print(f"kernels.build: failed: {' '.join(command)}", file=sys.stderr)
-            return 1
-    os.replace(BUILD / OUTPUT.name, OUTPUT)
-    plugin = "with the TensorRT plugin" if tensorrt is not None else "without the TensorRT plugin"
-    print(f"kernels.build: {OUTPUT.relative_to(KERNELS.parent)} for {', '.join('sm_' + a for a in architectures)}, {plugin}")
+        answer = subprocess.run(command, check=False, capture_output=quiet, text=True, errors="replace")
+        if answer.returncode != 0:
+            raise CannotBuild(f"kernels.build: failed: {first_error(answer.stderr + answer.stdout) if quiet else ' '.join(command)}", 1)
+    return BUILD / OUTPUT.name
+
+
+def first_error(said: str) -> str:
+    """Of what a command said, the first line that speaks of an error, else the last."""
+    lines = said.strip().splitlines() or ["it said nothing"]
+    return next((line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)), lines[-1]).strip()[:200]
+
+
+def publish(library: pathlib.Path, architectures: list[str], plugin: bool) -> None:
+    """Move the library to where it is used, and say so."""
+    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(library, OUTPUT)
+    kind = "with the TensorRT plugin" if plugin else "without the TensorRT plugin"
+    print(f"kernels.build: {OUTPUT.relative_to(KERNELS.parent)} for {names(architectures)}, {kind}")
+
+
+def names(architectures: list[str]) -> str:
+    return ", ".join("sm_" + a for a in architectures)
+
+
+def build(architectures: list[str], fetch: bool = True, threads: int = 1, verbose: bool = False) -> int:
+    """Builds the library; returns the exit code, after one sentence on stderr where something is missing."""
+    try:
+        nvcc, tensorrt = find_tools(fetch)
+        library = compile_library(nvcc, architectures, tensorrt, threads, verbose)
+    except CannotBuild as problem:
+        print(problem, file=sys.stderr)
+        return problem.code
+    publish(library, architectures, tensorrt is not None)
     if tensorrt is None:
         print(NO_TENSORRT, file=sys.stderr)
     return 0
+
+
+def architectures_here() -> list[str] | None:
+    """Those of the GPUs here for which there are kernels, all where the driver does not tell them; None where no GPU answers."""
+    def said(*arguments: str) -> str:
+        try:
+            answer = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, errors="replace", timeout=60, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        return answer.stdout if answer.returncode == 0 else ""
+
+    if not said("-L").startswith("GPU"):
+        return None
+    capabilities = re.findall(r"^(\d+)\.(\d+)$", said("--query-gpu=compute_cap", "--format=csv,noheader"), re.MULTILINE)
+    here = {major + minor for major, minor in capabilities}
+    return [a for a in ARCHITECTURES if not here or a.rstrip("a") in here]
+
+
+def try_out(library: pathlib.Path) -> None:
+    """Raises CannotBuild where TensorRT does not take the library or its kernels do not run here, as with a driver older than nvcc's CUDA."""
+    trial = [sys.executable, "-c", TRY_OUT, str(library)]
+    try:
+        answer = subprocess.run(trial, cwd=KERNELS.parent, capture_output=True, text=True, errors="replace", timeout=TRY_OUT_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise CannotBuild(f"kernels.build: the kernels did not run within {TRY_OUT_SECONDS} s", 1) from None
+    if answer.returncode != 0:
+        said = (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
+        raise CannotBuild(f"kernels.build: the kernels do not run here: {said[:300]}", 1)
+
+
+def build_if_possible(fetch: bool = True) -> None:
+    """Builds the library for the GPUs here, with the plugin, where TensorRT can use it and there is none yet.
+
+    Silent where that is not so. What goes wrong is one line, and then there is no library, so that TensorRT's own kernels serve.
+    """
+    if OUTPUT.is_file() or any(importlib.util.find_spec(name) is None for name in TENSORRT_PACKAGES):
+        return
+    architectures = architectures_here()
+    if architectures is None:
+        return
+    try:
+        if not architectures:
+            raise CannotBuild(f"kernels.build: no GPU here is one of {names(list(ARCHITECTURES))}", 2)
+        nvcc, tensorrt = find_tools(fetch)
+        if tensorrt is None:
+            raise CannotBuild(NO_HEADERS, 2)
+        print(f"kernels.build: building the fused kernels for {names(architectures)}, a minute or less", flush=True)
+        library = compile_library(nvcc, architectures, tensorrt, threads=len(architectures), quiet=True)
+        try_out(library)
+        publish(library, architectures, plugin=True)
+    except CannotBuild as problem:
+        print(f"{problem}; {NATIVE_SERVES}", file=sys.stderr)
+    except OSError as problem:  # such as a folder that cannot be written to
+        print(f"kernels.build: {problem}; {NATIVE_SERVES}", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -156,7 +266,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-fetch", action="store_true", help="do not fetch TensorRT's headers")
     parser.add_argument("--threads", type=int, default=1, help="architectures compiled at the same time")
     parser.add_argument("--verbose", action="store_true", help="print the commands and the kernels' registers")
+    parser.add_argument("--if-possible", action="store_true", help="for the GPUs here, where the library is missing and of use; never fails")
     options = parser.parse_args(arguments)
+    if options.if_possible:
+        build_if_possible(not options.no_fetch)
+        return 0
     return build(options.arch or list(ARCHITECTURES), not options.no_fetch, options.threads, options.verbose)
 
 

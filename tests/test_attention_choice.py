@@ -1,5 +1,6 @@
 """`--attention auto` decides each encoder from measurements, and says from which."""
 import csv
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,13 +13,13 @@ from experiments import choose_attention
 
 B32, L14 = MODELS["ViT-B/32"], MODELS["ViT-L/14"]
 RANGE, STATIC = BatchRange(1, 32, 256), BatchRange(32, 32, 32)
-shipped = attention_choice.measurements  # before the fixture replaces it
+shipped, load_library = attention_choice.measurements, plugin.library  # before the fixture replaces them
 ROWS = [("12", "50", "0", "1:32:256", "1.2", "1.3"), ("12", "50", "0", "32", "1.1", "1.0"), ("12", "50", "0", "1", "0.3", "0.4"), ("8", "77", "1", "32", "1.3", "0.8")]
 
 
 @pytest.fixture(autouse=True)
 def measured(monkeypatch, tmp_path):
-    """A made-up table on a made-up GPU, and a library that is there."""
+    """A made-up table on a made-up GPU, and a library that is there with its plugins."""
     with open(tmp_path / "measured.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(attention_choice.COLUMNS)
@@ -26,7 +27,7 @@ def measured(monkeypatch, tmp_path):
     rows = attention_choice.measurements(tmp_path / "measured.csv")
     monkeypatch.setattr(attention_choice, "measurements", lambda: rows)
     monkeypatch.setattr("clip_ttrt.backends.gpu", lambda: {"name": "Some GPU"})
-    monkeypatch.setattr(plugin, "LIBRARY", tmp_path / "measured.csv")
+    monkeypatch.setattr(plugin, "library", lambda: SimpleNamespace(**dict.fromkeys(plugin.REGISTER)))
 
 
 @pytest.mark.parametrize("batch, expected, said", [(RANGE, "native", "1:32:256"), (STATIC, "plugin", "batch 32"), (BatchRange(2, 2, 2), "native", "batch 1:"),
@@ -59,6 +60,24 @@ def test_where_the_plugin_cannot_be(backend, precision, obstacle):
         choose("plugin", backend, precision, B32, "image", RANGE)
 
 
+def test_a_library_without_the_plugins_is_none(monkeypatch):
+    """As `python -m kernels.build` makes it without TensorRT's headers."""
+    monkeypatch.setattr(plugin, "library", lambda: SimpleNamespace(clip_attention_launch=None))
+    choice = choose("auto", "tensorrt", "fp16", B32, "text", RANGE)
+    assert choice.attention == "native" and "built without the TensorRT plugin" in choice.reason and "TENSORRT_INCLUDE_DIR" in choice.reason
+    for refused in (lambda: choose("plugin", "tensorrt", "fp16", B32, "text", RANGE), lambda: plugin.load(plugin.VERSION)):
+        with pytest.raises(UserError, match="built without the TensorRT plugin"):
+            refused()
+
+
+def test_a_library_that_cannot_be_loaded_is_none(monkeypatch, tmp_path):
+    monkeypatch.setattr(plugin, "LIBRARY", tmp_path / "measured.csv")
+    monkeypatch.setattr(plugin, "library", load_library)
+    load_library.cache_clear()
+    choice = choose("auto", "tensorrt", "fp16", B32, "text", RANGE)
+    assert choice.attention == "native" and "measured.csv cannot be loaded" in choice.reason
+
+
 def test_the_shipped_table_can_be_read():
     rows = shipped(attention_choice.MEASURED)
     assert rows
@@ -72,7 +91,8 @@ def test_a_library_that_cannot_be_loaded_is_a_warning_of_the_import(monkeypatch,
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"no library")
     monkeypatch.setattr(plugin, "LIBRARY", broken)
-    plugin.library.cache_clear()
+    monkeypatch.setattr(plugin, "library", load_library)
+    load_library.cache_clear()
     with pytest.warns(UserWarning, match="broken.so cannot be loaded"):
         plugin.register()
     monkeypatch.setattr(plugin, "LIBRARY", tmp_path / "absent.so")

@@ -69,6 +69,7 @@ def test_tensorrt_asked_for_and_absent(monkeypatch):
 
 def test_the_plugin_asked_for_without_its_library(monkeypatch, tmp_path):
     monkeypatch.setattr(plugin, "LIBRARY", tmp_path / "absent.so")
+    plugin.library.cache_clear()
     with pytest.raises(UserError, match="--attention plugin"):
         attention_choice.choose("plugin", "tensorrt", "fp16", MODELS["ViT-B/32"], "image", BatchRange(1, 32, 256))
     choice = attention_choice.choose("auto", "tensorrt", "fp16", MODELS["ViT-B/32"], "image", BatchRange(1, 32, 256))
