@@ -124,6 +124,6 @@ def test_make_compile_builds_the_kernels_first_and_goes_on_without_them(tmp_path
     # What builds the kernels ends with an error here, and what compiles makes the artifact.
     install(tmp_path / ".venv", "python", 'echo "$2 $3" >> log; [ "$2" = clip_ttrt.compile ] && mkdir -p "$6" && touch "$6/manifest.json"')
     for _ in range(2):  # the second time nothing is left to do
-        done = subprocess.run(["make", "compile"], cwd=tmp_path, env={**os.environ, "MAKEFLAGS": ""}, capture_output=True, text=True)
+        done = subprocess.run(["make", "--no-print-directory", "compile"], cwd=tmp_path, env={**os.environ, "MAKEFLAGS": ""}, capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout.count("\n") == 1, done.stderr
         assert (tmp_path / "log").read_text().splitlines() == ["kernels.build --if-possible", "clip_ttrt.compile --precision"]
