@@ -180,8 +180,8 @@ def native_attention(ctx: ConversionContext, qkv: trt.ITensor, tokens: int, head
 def convert_quick_gelu(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
     """y = x·sigmoid(1.702·x) as the minimum of y and its row's maximum, which is y.
 
-    Where a size is not known, TensorRT 8.6's kernels for what treats every element alike take nearly twice as long as where it
-    is; those with a reduction over rows take as long as there.
+    Where a size is not known, TensorRT 8.6's kernels for what treats every element alike take much longer than where it is;
+    those with a reduction over rows take as long as there.
     """
     x, last = args[0], len(args[0].shape) - 1
     slope = constant(ctx, np.full((1,) * (last + 1), 1.702, dtype=np.float32), f"{name}_slope")
