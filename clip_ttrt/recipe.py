@@ -31,11 +31,17 @@ def choose(module: fx.GraphModule, batch: BatchRange, precision: str, attention:
     """The recipe for a lowered graph; precision and attention as for `engine.build_engine`.
 
     A static batch needs cuBLAS's products to be right (experiments/bugs/wrong_block_788_rows.py).  A range of an encoder with
-    a causal mask is compiled for powers of two, which takes several times as long to build; one without is not, since TensorRT
-    then no longer fuses attention.
+    a causal mask is compiled for powers of two, which takes several times as long to build and pads what lies between them; so
+    only where the size that it is tuned for is one.  One without a mask is not, since TensorRT then no longer fuses attention.
     """
     if precision != "fp16" or attention != "native":
         return Recipe()
     if batch.static:
         return Recipe(cublas=True)
-    return Recipe(cublas=True, powers=True) if is_causal(module) else Recipe(row_maximum=True)
+    if not is_causal(module):
+        return Recipe(row_maximum=True)
+    return Recipe(cublas=True, powers=True) if is_power_of_two(batch.optimal) else Recipe()
+
+
+def is_power_of_two(number: int) -> bool:
+    return number & (number - 1) == 0

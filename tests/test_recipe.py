@@ -39,6 +39,12 @@ def test_a_range_is_built_by_whether_attention_is_causal(graphs):
     assert image.row_maximum and not image.powers  # with it TensorRT leaves attention in pieces
 
 
+@pytest.mark.parametrize("batch, powers", [("1:32:256", True), ("1:1:8", True), ("1:256:300", True), ("1:48:256", False), ("1:33:64", False), ("4:100:128", False)])
+def test_a_text_range_is_padded_nowhere_at_the_size_that_it_is_tuned_for(graphs, batch, powers):
+    assert recipe.choose(graphs["text"], BatchRange.parse(batch), "fp16", "native") == (Recipe(cublas=True, powers=True) if powers else Recipe())
+    assert recipe.choose(graphs["image"], BatchRange.parse(batch), "fp16", "native") == Recipe(row_maximum=True)
+
+
 @pytest.mark.parametrize("precision, attention", [("fp16", "plugin"), ("fp32", "native"), ("tf32", "native")])
 @pytest.mark.parametrize("batch", [STATIC, RANGE], ids=str)
 def test_all_else_is_built_as_tensorrt_comes(graphs, batch, precision, attention):
