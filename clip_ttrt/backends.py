@@ -51,16 +51,14 @@ def register_runtime() -> bool:
     """
     if missing_packages() or not torch.cuda.is_available():
         return False
+    import tensorrt  # its import loads libnvinfer, which the runtime links
+
     try:
         torch.classes.tensorrt.Engine
     except RuntimeError:  # not registered yet
-        pass
-    else:
-        return True
-    import tensorrt  # noqa: F401  (its import loads libnvinfer, which the runtime links)
-
-    package = importlib.util.find_spec("torch_tensorrt").submodule_search_locations[0]
-    torch.ops.load_library(f"{package}/lib/libtorchtrt.so")
+        package = importlib.util.find_spec("torch_tensorrt").submodule_search_locations[0]
+        torch.ops.load_library(f"{package}/lib/libtorchtrt.so")
+    tensorrt.init_libnvinfer_plugins(None, "")  # an engine for a range of images holds one of these
     return True
 
 

@@ -19,6 +19,7 @@ from torch_tensorrt.dynamo.conversion._ConverterRegistry import ConverterPriorit
 
 from clip_ttrt import linear, ops, plugin
 from clip_ttrt.errors import UserError
+from clip_ttrt.fusion import QUICK_GELU_SLOPE
 from clip_ttrt.models import HEAD_DIM
 from clip_ttrt.options import BatchRange
 from clip_ttrt.recipe import Recipe
@@ -176,21 +177,50 @@ def native_attention(ctx: ConversionContext, qkv: trt.ITensor, tokens: int, head
     return shuffle(ctx, heads_last, f"{name}_rows", shape=(-1, heads * HEAD_DIM))
 
 
-@register(ops.quick_gelu)
-def convert_quick_gelu(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
-    """y = x·sigmoid(1.702·x) as the minimum of y and its row's maximum, which is y.
+@register(ops.row_capped)
+def convert_row_capped(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
+    """x as the minimum of x and its row's maximum.
 
-    Where a size is not known, TensorRT 8.6's kernels for what treats every element alike take much longer than where it is;
-    those with a reduction over rows take as long as there.
+    Where a size is not known, TensorRT 8.6's kernels for what treats every element alike, a transposition among it, take much
+    longer than where it is; those with a reduction over rows take as long as there.
     """
     x, last = args[0], len(args[0].shape) - 1
-    slope = constant(ctx, np.full((1,) * (last + 1), 1.702, dtype=np.float32), f"{name}_slope")
+    highest = ctx.net.add_reduce(x, trt.ReduceOperation.MAX, 1 << last, True)
+    highest.name = f"{name}_highest"
+    return elementwise(ctx, x, highest.get_output(0), trt.ElementWiseOperation.MIN, name)
+
+
+@register(ops.quick_gelu)
+def convert_quick_gelu(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
+    """x·sigmoid(1.702·x), and an activation that TensorRT 8.6's transformer compiler does not take: y where y > -1, which is all of it.
+
+    With a plugin before the product that gives x, the product is then no part of what is handed to that compiler: it becomes a
+    convolution which has all of this in its epilogue.
+    """
+    x, one = args[0], (1,) * len(args[0].shape)
+    slope = constant(ctx, np.full(one, QUICK_GELU_SLOPE, dtype=np.float32), f"{name}_slope")
     sigmoid = ctx.net.add_activation(elementwise(ctx, x, slope, trt.ElementWiseOperation.PROD, f"{name}_scaled"), trt.ActivationType.SIGMOID)
     sigmoid.name = f"{name}_sigmoid"
-    product = elementwise(ctx, x, sigmoid.get_output(0), trt.ElementWiseOperation.PROD, f"{name}_product")
-    highest = ctx.net.add_reduce(product, trt.ReduceOperation.MAX, 1 << last, True)
-    highest.name = f"{name}_highest"
-    return elementwise(ctx, product, highest.get_output(0), trt.ElementWiseOperation.MIN, name)
+    barrier = ctx.net.add_activation(elementwise(ctx, x, sigmoid.get_output(0), trt.ElementWiseOperation.PROD, f"{name}_product"),
+                                     trt.ActivationType.THRESHOLDED_RELU)
+    barrier.name, barrier.alpha = name, -1.0
+    return barrier.get_output(0)
+
+
+@register(ops.layer_norm_apart)
+def convert_layer_norm_apart(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
+    """[M, W] -> [M, W] by the layer norm of TensorRT's own plugin library, which its transformer compiler does not take."""
+    x, scale, shift, epsilon = args
+    fields = [trt.PluginField("epsilon", np.array([epsilon], np.float32), trt.PluginFieldType.FLOAT32),
+              trt.PluginField("axis", np.array([-1], np.int32), trt.PluginFieldType.INT32)]
+    creator = trt.get_plugin_registry().get_plugin_creator("LayerNorm", "1", "")
+    made = creator and creator.create_plugin(name, trt.PluginFieldCollection(fields))
+    if not made:
+        raise RuntimeError("TensorRT's plugin library has no LayerNorm of version 1")
+    constants = [constant(ctx, value, f"{name}_{which}") for which, value in (("scale", scale), ("shift", shift))]
+    layer = ctx.net.add_plugin_v2([shuffle(ctx, x, f"{name}_up", shape=(1, -1, x.shape[1])), *constants], made)
+    layer.name = name
+    return shuffle(ctx, layer.get_output(0), f"{name}_down", shape=(-1, x.shape[1]))
 
 
 @register(ops.extract_patch_rows)

@@ -153,8 +153,11 @@ def build_engine(module: fx.GraphModule, example: torch.Tensor, batch: BatchRang
         spec = torch_tensorrt.Input(min_shape=(batch.minimum, *shape), opt_shape=(batch.optimal, *shape),
                                     max_shape=(batch.maximum, *shape), dtype=example.dtype)
     how = recipe.choose(module, batch, precision, attention) if how is None else how
-    if how.row_maximum:
-        fusion.mark_quick_gelu(module)
+    if how.separate_mlps:
+        trt.init_libnvinfer_plugins(LOG, "")
+        fusion.separate_mlps(module)
+    if how.row_maxima:
+        fusion.cap_rows(module)
     return Interpreter(module, spec, attention, batch, how).build(precision, optimization_level, timing_cache_path())
 
 

@@ -80,16 +80,54 @@ def quick_gelus(module: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:
             yield x, product
 
 
-def mark_quick_gelu(module: fx.GraphModule) -> int:
-    """x·sigmoid(1.702·x) as one operation, for a converter that needs it whole; no part of `fuse`."""
+def is_layer_norm_of_one(node: object, reader: fx.Node) -> bool:
+    """Whether a node is a layer norm that nothing else reads."""
+    return isinstance(node, fx.Node) and node.target is aten.layer_norm.default and set(node.users) == {reader}
+
+
+def set_apart(module: fx.GraphModule, norm: fx.Node) -> None:
+    """A layer norm becomes layer_norm_apart."""
+    with module.graph.inserting_before(norm):
+        norm.replace_all_uses_with(module.graph.call_function(ops.layer_norm_apart, (norm.args[0], *norm.args[2:5])))
+
+
+def separate_mlps(module: fx.GraphModule) -> int:
+    """Layer norm, linear with bias, QuickGELU: layer_norm_apart, the same linear, quick_gelu; no part of `fuse`.
+
+    Between the two TensorRT is left with one product and what follows it, as `recipe.Recipe` says.
+    """
     count = 0
     for x, product in quick_gelus(module):
+        if not is_biased_linear(x) or not is_layer_norm_of_one(x.args[0], x):
+            continue
+        set_apart(module, x.args[0])
         with module.graph.inserting_before(product):
             product.replace_all_uses_with(module.graph.call_function(ops.quick_gelu, (x,)))
         count += 1
     module.graph.eliminate_dead_code()
     module.recompile()
     return count
+
+
+def is_read_by_a_choice(total: fx.Node) -> bool:
+    """Whether rows are chosen from a node, each sample's class token or end of text."""
+    return any(view.target is aten.view.default and any(user.target in (aten.select.int, ops.pool_end_of_text) for user in view.users)
+               for view in total.users)
+
+
+def cap_rows(module: fx.GraphModule) -> int:
+    """row_capped behind what TensorRT's kernels for a range are slow at, as `recipe.Recipe` says; no part of `fuse`.
+
+    Those are QuickGELU (where it is in pieces), the patches, and a sum from which rows are chosen too.
+    """
+    slow = [product for _, product in quick_gelus(module)] + find_nodes(module, ops.extract_patches)
+    slow += [node for node in find_nodes(module, aten.add.Tensor) if is_biased_linear(node.args[1]) and is_read_by_a_choice(node)]
+    for node in slow:
+        with module.graph.inserting_after(node):
+            capped = module.graph.call_function(ops.row_capped, (node,))
+        node.replace_all_uses_with(capped, delete_user_cb=lambda user, capped=capped: user is not capped)
+    module.recompile()
+    return len(slow)
 
 
 def fuse_bias_quick_gelu(module: fx.GraphModule) -> int:

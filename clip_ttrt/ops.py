@@ -70,6 +70,20 @@ def quick_gelu_reference(x: torch.Tensor) -> torch.Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
+def row_capped_reference(x: torch.Tensor) -> torch.Tensor:
+    """The minimum of each value and its row's maximum, so x itself: [..., N] -> [..., N]."""
+    return x.clone()
+
+
+def layer_norm_apart_reference(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Layer norm over the last axis, which a backend leaves in a piece of its own: [M, W] and two [W] -> [M, W]."""
+    return F.layer_norm(x, x.shape[-1:], scale, shift, epsilon)
+
+
+def _layer_norm_apart_fake(x, scale, shift, epsilon):
+    return torch.empty_like(x)
+
+
 def bias_quick_gelu_reference(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """y·sigmoid(1.702·y) of y = x + bias: [..., N] and [N] -> [..., N]."""
     return quick_gelu_reference(x + bias)
@@ -169,6 +183,9 @@ embed_image = _register("embed_image(Tensor patches, Tensor class_token, Tensor 
                         "Tensor scale_1, Tensor shift_1, float epsilon_1) -> (Tensor, Tensor)", embed_image_reference, _embed_image_fake)
 linear_rows = _register("linear_rows(Tensor x, Tensor weight, Tensor? bias, int rows) -> Tensor", linear_rows_reference, _linear_rows_fake)
 quick_gelu = _register("quick_gelu(Tensor x) -> Tensor", quick_gelu_reference, torch.empty_like)
+row_capped = _register("row_capped(Tensor x) -> Tensor", row_capped_reference, torch.empty_like)
+layer_norm_apart = _register("layer_norm_apart(Tensor x, Tensor scale, Tensor shift, float epsilon) -> Tensor",
+                             layer_norm_apart_reference, _layer_norm_apart_fake)
 bias_quick_gelu = _register("bias_quick_gelu(Tensor x, Tensor bias) -> Tensor", bias_quick_gelu_reference, _bias_quick_gelu_fake)
 residual_layer_norm = _register("residual_layer_norm(Tensor x, Tensor delta, Tensor bias, Tensor scale, Tensor shift, float epsilon) -> (Tensor, Tensor)",
                                 residual_layer_norm_reference, _residual_layer_norm_fake)
@@ -190,6 +207,8 @@ REFERENCES = {
     embed_image: embed_image_reference,
     linear_rows: linear_rows_reference,
     quick_gelu: quick_gelu_reference,
+    row_capped: row_capped_reference,
+    layer_norm_apart: layer_norm_apart_reference,
     bias_quick_gelu: bias_quick_gelu_reference,
     residual_layer_norm: residual_layer_norm_reference,
 }

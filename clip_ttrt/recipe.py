@@ -1,8 +1,9 @@
-"""How TensorRT is made to build an engine of its own kernels in fp16: what was measured to be fastest and right.
+"""How TensorRT is made to build an engine of its own kernels: what was measured to be fastest and right.
 
 TensorRT 8.6 hands a transformer to a compiler of its own.  For a static batch it does well.  For a range it makes one set of
-kernels for all sizes, of which those that treat every element alike are slow.  `experiments/native_range.py` measures every
-recipe here, and some that were no gain (results/h100/native_range.csv).
+kernels for all sizes, of which those that treat every element alike are slow; and on Hopper it lets a static engine's kernels
+overlap with the product before them, those for a range not.  `experiments/native_range.py` measures every recipe here, and some
+that were no gain (results/h100/native_range.csv).
 """
 from dataclasses import dataclass
 
@@ -18,8 +19,9 @@ class Recipe:
     """What an engine is built with beyond its network."""
 
     cublas: bool = False  # TensorRT may choose cuBLAS's matrix products beside its own
+    row_maxima: bool = False  # of a range: what its kernels are slow at with a maximum over each row (`fusion.cap_rows`)
+    separate_mlps: bool = False  # of a range: the MLPs' first product with QuickGELU in its epilogue, as a convolution (`fusion.separate_mlps`)
     powers: bool = False  # of a range: compiled like a static engine for every power of two, in which smaller batches are padded
-    row_maximum: bool = False  # of a range: QuickGELU with a maximum over each row, for which TensorRT has better kernels
 
 
 def is_causal(module: fx.GraphModule) -> bool:
@@ -30,18 +32,14 @@ def is_causal(module: fx.GraphModule) -> bool:
 def choose(module: fx.GraphModule, batch: BatchRange, precision: str, attention: str) -> Recipe:
     """The recipe for a lowered graph; precision and attention as for `engine.build_engine`.
 
-    A static batch needs cuBLAS's products to be right (experiments/bugs/wrong_block_788_rows.py).  A range of an encoder with
-    a causal mask is compiled for powers of two, which takes several times as long to build and pads what lies between them; so
-    only where the size that it is tuned for is one.  One without a mask is not, since TensorRT then no longer fuses attention.
+    A static batch in fp16 needs cuBLAS's products to be right (experiments/bugs/wrong_block_788_rows.py).  In a range, attention
+    with a causal mask is three steps, whose products are faster with cuBLAS; without one it is one kernel, and cuBLAS's
+    products cost time at the size that the range is tuned for.
     """
-    if precision != "fp16" or attention != "native":
+    if attention != "native":
         return Recipe()
     if batch.static:
-        return Recipe(cublas=True)
-    if not is_causal(module):
-        return Recipe(row_maximum=True)
-    return Recipe(cublas=True, powers=True) if is_power_of_two(batch.optimal) else Recipe()
-
-
-def is_power_of_two(number: int) -> bool:
-    return number & (number - 1) == 0
+        return Recipe(cublas=precision == "fp16")
+    if precision != "fp16":
+        return Recipe(row_maxima=True)
+    return Recipe(cublas=True, row_maxima=True) if is_causal(module) else Recipe(row_maxima=True, separate_mlps=True)

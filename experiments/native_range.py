@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Optional
 
-import numpy as np
 import torch
 
 from clip_ttrt import backends, lowering, pipeline
@@ -32,65 +31,19 @@ from experiments.record import append_row, in_a_line, provenance
 from experiments.timing import graphed, median_ms
 
 BATCHES, ROUNDS = (1, 5, 8, 32, 33, 64, 100, 128, 129, 256), 3  # 33 and 129: where padding to a power of two costs most
-LAYER_NORM_PLUGIN, PRODUCT_CHOICE = "TensorRT's layer norm plugin", "class token by product"  # end the name of a recipe with it
 
-# Each name: whether it is static, and how it is built.
+# Each name: whether it is static, and how it is built.  Row maxima are of `fusion.cap_rows`, separate MLPs of `fusion.separate_mlps`.
 RECIPES: dict[str, tuple[bool, Recipe]] = {
     "static, TensorRT's products": (True, Recipe()),
     "static": (True, Recipe(cublas=True)),
     "range as it comes": (False, Recipe()),
-    "range, row maxima": (False, Recipe(row_maximum=True)),
-    f"range, row maxima, {PRODUCT_CHOICE}": (False, Recipe(row_maximum=True)),
-    "range, row maxima, cuBLAS": (False, Recipe(row_maximum=True, cublas=True)),
+    "range, row maxima": (False, Recipe(row_maxima=True)),
+    "range, row maxima, cuBLAS": (False, Recipe(row_maxima=True, cublas=True)),
+    "range, row maxima, separate MLPs": (False, Recipe(row_maxima=True, separate_mlps=True)),
+    "range, row maxima, separate MLPs, cuBLAS": (False, Recipe(row_maxima=True, separate_mlps=True, cublas=True)),
     "range, powers of two": (False, Recipe(powers=True)),
     "range, powers of two, cuBLAS": (False, Recipe(powers=True, cublas=True)),
-    f"range, cuBLAS, {LAYER_NORM_PLUGIN}": (False, Recipe(cublas=True)),
 }
-
-
-def convert_layer_norm_by_plugin() -> None:
-    """Register the layer norm of TensorRT's own plugin library, which cuts the part of its compiler into pieces."""
-    import tensorrt as trt
-
-    from clip_ttrt import converters, engine
-
-    trt.init_libnvinfer_plugins(engine.LOG, "")
-
-    @converters.register(torch.ops.aten.layer_norm.default)
-    def convert(ctx, target, args, kwargs, name):
-        x, _, scale, shift, epsilon = args
-        fields = [trt.PluginField("epsilon", np.array([epsilon], np.float32), trt.PluginFieldType.FLOAT32),
-                  trt.PluginField("axis", np.array([-1], np.int32), trt.PluginFieldType.INT32)]
-        made = trt.get_plugin_registry().get_plugin_creator("LayerNorm", "1", "").create_plugin(name, trt.PluginFieldCollection(fields))
-        rows = x if len(x.shape) == 3 else converters.shuffle(ctx, x, f"{name}_up", shape=(1, -1, x.shape[1]))
-        constants = [converters.constant(ctx, value, f"{name}_{which}") for which, value in (("scale", scale), ("shift", shift))]
-        layer = ctx.net.add_plugin_v2([rows, *constants], made)
-        layer.name = name
-        out = layer.get_output(0)
-        return out if len(x.shape) == 3 else converters.shuffle(ctx, out, f"{name}_down", shape=(-1, x.shape[1]))
-
-
-def convert_choice_by_product() -> None:
-    """Register the choice of one row of each sample as a matrix product, which TensorRT does not fuse into the sum before it."""
-    import tensorrt as trt
-
-    from clip_ttrt import converters
-
-    @converters.register(torch.ops.aten.select.int)
-    def convert(ctx, target, args, kwargs, name):
-        x, _, index = args
-        chooser = converters.constant(ctx, np.eye(x.shape[1], dtype=np.float32)[index].reshape(1, 1, -1), f"{name}_chooser")
-        product = ctx.net.add_matrix_multiply(chooser, trt.MatrixOperation.NONE, x, trt.MatrixOperation.NONE)
-        product.name = name
-        return converters.shuffle(ctx, product.get_output(0), f"{name}_squeezed", shape=(-1, x.shape[2]))
-
-
-def load_tensorrt() -> None:
-    """Make `torch.jit.load` know TensorRT engines, and those its own plugins."""
-    import tensorrt as trt
-
-    backends.register_runtime()
-    trt.init_libnvinfer_plugins(None, "")
 
 
 def request_of(options: argparse.Namespace, batch: int) -> Request:
@@ -106,9 +59,6 @@ def build(options: argparse.Namespace, name: str, target: Path) -> None:
     whole = BatchRange.parse(options.range)
     static, how = RECIPES[name]
     batch = BatchRange(whole.optimal, whole.optimal, whole.optimal) if static else whole
-    for ending, register in ((LAYER_NORM_PLUGIN, convert_layer_norm_by_plugin), (PRODUCT_CHOICE, convert_choice_by_product)):
-        if name.endswith(ending):
-            register()
     checkpoint = checkpoint_of(request_of(options, batch.optimal))
     start = pipeline.example_input(options.encoder, checkpoint.dimensions)
     graph = lowering.capture(ENCODERS[options.encoder](checkpoint.state_dict), start)
@@ -137,7 +87,7 @@ def built_in_process(options: argparse.Namespace, name: str, target: Path) -> st
 def measure(options: argparse.Namespace, made: dict[str, Path], errors: dict[str, str]) -> None:
     """Measure all engines in turns and append their rows."""
     whole = BatchRange.parse(options.range)
-    load_tensorrt()
+    backends.register_runtime()
     modules, facts = {}, {}
     for name, target in made.items():
         try:

@@ -75,7 +75,7 @@ CHINESE = {
     "activations as rows": "激活按行存放", "attention plugin": "注意力插件", "fused elementwise kernels": "融合的逐元素核函数", "linear layers by cuBLASLt": "cuBLASLt 的线性层", "CUDA graph": "CUDA graph",
     "recipe": "构建方式", "of static": "与静态引擎之比", **{f"ms at {batch}": f"批大小 {batch}, 毫秒" for batch in (1, 5, 8, 32, 33, 64, 100, 128, 129, 256)},
     "static": "静态", "range as it comes": "一段批大小, 默认方式", "range, row maxima": "一段批大小, 逐行最大值", "range, powers of two, cuBLAS": "一段批大小, 按 2 的幂编译, cuBLAS",
-    "range, row maxima, class token by product": "一段批大小, 逐行最大值, 用矩阵乘取类别词元",
+    "range, row maxima, cuBLAS": "一段批大小, 逐行最大值, cuBLAS", "range, row maxima, separate MLPs": "一段批大小, 逐行最大值, MLP 独立",
     "image": "图像", "text": "文本", "random": "随机", "demo": "demo", "yes": "是", "no": "否", "cannot run": "无法运行", "not yet measured": "尚未测量",
 }
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from clip_ttrt import fusion, lowering, ops
 from clip_ttrt.checkpoint import load_checkpoint
-from clip_ttrt.encoders import ENCODERS
+from clip_ttrt.encoders import ENCODERS, quick_gelu
 from clip_ttrt.models import MODELS
 from clip_ttrt.pipeline import example_input
 
@@ -126,19 +126,63 @@ def test_odd_sizes_stay_and_biases_go_along():
     assert torch.allclose(graph(x), module(x), atol=1e-6)
 
 
-@pytest.mark.parametrize("encoder", ["image", "text"])
-def test_quick_gelu_becomes_one_operation(encoder):
+@pytest.fixture(params=["image", "text"])
+def lowered(request):
+    """An encoder of the demo model, its lowered graph, inputs, and what the graph makes of them."""
     torch.manual_seed(0)
-    plain, example = ENCODERS[encoder](load_checkpoint("demo", "random").state_dict), example_input(encoder, MODELS["demo"])
+    plain, example = ENCODERS[request.param](load_checkpoint("demo", "random").state_dict), example_input(request.param, MODELS["demo"])
     graph = lowering.capture(plain, example)
     lowering.lower(graph)
     rows = torch.randn(3, *example.shape[1:]) if example.is_floating_point() else torch.randint(0, 49408, (3, 77), dtype=torch.int32)
-    expected = graph(rows)
-    assert fusion.mark_quick_gelu(graph) == len(plain.blocks) == len(lowering.find_nodes(graph, ops.quick_gelu))
+    return plain, graph, rows, graph(rows)
+
+
+def test_an_mlp_is_separated_by_its_layer_norm_and_its_activation(lowered):
+    plain, graph, rows, expected = lowered
+    norms = len(lowering.find_nodes(graph, aten.layer_norm.default))
+    assert fusion.separate_mlps(graph) == len(plain.blocks)
+    apart, products = lowering.find_nodes(graph, ops.layer_norm_apart), lowering.find_nodes(graph, ops.quick_gelu)
+    assert len(apart) == len(products) == len(plain.blocks) == norms - len(lowering.find_nodes(graph, aten.layer_norm.default))
+    assert all(product.args[0].target is aten.linear.default and product.args[0].args[0] is norm for norm, product in zip(apart, products))
     assert not lowering.find_nodes(graph, aten.sigmoid.default) and not lowering.find_nodes(graph, aten.mul.Tensor)
-    actual = graph(rows)
-    assert torch.equal(actual[0] if isinstance(actual, tuple) else actual, expected[0] if isinstance(expected, tuple) else expected)
-    assert fusion.mark_quick_gelu(graph) == 0
+    assert torch.equal(graph(rows), expected)
+    assert fusion.separate_mlps(graph) == 0
+
+
+def test_a_layer_norm_that_something_else_reads_stays():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.up = nn.LayerNorm(8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            normed = self.norm(x)
+            return quick_gelu(self.up(normed)) + normed
+
+    graph = lowering.capture(Twice().requires_grad_(False), torch.randn(2, 8))
+    lowering.lower(graph)
+    assert fusion.separate_mlps(graph) == 0 and lowering.find_nodes(graph, aten.layer_norm.default)
+
+
+def test_rows_are_capped_where_a_range_is_slow(lowered):
+    plain, graph, rows, expected = lowered
+    images = len(lowering.find_nodes(graph, ops.extract_patches))
+    assert fusion.cap_rows(graph) == len(plain.blocks) + images + 1
+    capped = [node.args[0] for node in lowering.find_nodes(graph, ops.row_capped)]
+    assert all(set(node.users) == {user for user in node.users if user.target is ops.row_capped} for node in capped)
+    assert [node.target for node in capped].count(aten.mul.Tensor) == len(plain.blocks)
+    assert [node.target for node in capped].count(ops.extract_patches) == images
+    [total] = [node for node in capped if node.target is aten.add.Tensor]
+    [cap] = total.users
+    assert {user.target for user in cap.users} >= {aten.view.default, aten.layer_norm.default}  # the choice and the last block
+    assert torch.equal(graph(rows), expected)
+
+
+def test_separate_mlps_are_not_capped(lowered):
+    plain, graph, rows, expected = lowered
+    fusion.separate_mlps(graph)
+    assert fusion.cap_rows(graph) == 1 + len(lowering.find_nodes(graph, ops.extract_patches))
+    assert torch.equal(graph(rows), expected)
 
 
 def test_a_product_that_something_else_reads_is_no_quick_gelu():
@@ -148,4 +192,4 @@ def test_a_product_that_something_else_reads_is_no_quick_gelu():
             return x * torch.sigmoid(scaled) + scaled
 
     graph = lowering.capture(Scaled(), torch.randn(2, 4))
-    assert fusion.mark_quick_gelu(graph) == 0
+    assert not list(fusion.quick_gelus(graph))

@@ -64,11 +64,19 @@ def test_quick_gelu_and_that_with_a_bias():
     assert torch.allclose(ops.bias_quick_gelu(x - bias, bias), expected, atol=1e-13)
 
 
+def test_what_is_only_a_mark_changes_nothing():
+    x, scale, shift = torch.randn(3, 8), torch.randn(8), torch.randn(8)
+    capped = ops.row_capped(x)
+    assert torch.equal(capped, x) and capped.data_ptr() != x.data_ptr()  # an operation may not return its input
+    assert torch.equal(ops.layer_norm_apart(x, scale, shift, 1e-3), torch.nn.functional.layer_norm(x, (8,), scale, shift, 1e-3))
+
+
 def test_fakes_give_the_shapes_of_the_references():
     qkv, tokens = torch.randn(2, 5, 384), torch.zeros(2, 5, dtype=torch.int32)
     images = torch.randn(2, 3, 8, 8)
     calls = [(ops.attention, (qkv, 2, False)), (ops.attention_rows, (qkv.view(10, 384), 5, 2, False)), (ops.extract_patches, (images, 4)),
-             (ops.prepend_class_token, (qkv, torch.randn(384))), (ops.quick_gelu, (qkv,)), (ops.pool_end_of_text, (qkv, tokens))]
+             (ops.prepend_class_token, (qkv, torch.randn(384))), (ops.quick_gelu, (qkv,)), (ops.row_capped, (qkv,)),
+             (ops.layer_norm_apart, (qkv, torch.randn(384), torch.randn(384), 1e-5)), (ops.pool_end_of_text, (qkv, tokens))]
     for op, arguments in calls:
         real = op(*arguments)
         with FakeTensorMode() as mode:

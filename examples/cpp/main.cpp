@@ -92,6 +92,12 @@ void load_library(const std::string& path) {
   if (!path.empty() && !dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL)) throw std::runtime_error(dlerror());
 }
 
+// The runtime links TensorRT's own plugins, which an engine for a range of images may hold; they register on being asked to.
+void register_tensorrt_plugins() {
+  using Register = bool (*)(void* logger, const char* library_namespace);
+  if (const auto ask = reinterpret_cast<Register>(dlsym(RTLD_DEFAULT, "initLibNvInferPlugins"))) ask(nullptr, "");
+}
+
 c10::Dict<c10::IValue, c10::IValue> read_tensors(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
@@ -132,6 +138,7 @@ void run(const Options& options) {
   if (options.device.is_cuda() && !at::hasCUDA()) throw std::runtime_error("--device cuda: no CUDA GPU answers");
   load_library(options.runtime);
   load_library(options.plugin);
+  register_tensorrt_plugins();
   const auto inputs = naming(options.inputs, [&] { return read_tensors(options.inputs); });
   c10::Dict<std::string, torch::Tensor> outputs;
   for (const auto& encoder : kEncoders) {

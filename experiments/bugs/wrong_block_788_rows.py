@@ -36,7 +36,8 @@ from experiments.bugs.stock import cosine, require_tensorrt
 
 LEVEL, BOUND = 1, 0.9999
 PLAIN, CUBLAS = Recipe(), Recipe(cublas=True)
-RECIPES = {PLAIN: "", CUBLAS: " with cuBLAS", Recipe(cublas=True, powers=True): " with cuBLAS for powers of two", Recipe(row_maximum=True): " with row maxima"}
+RECIPES = {PLAIN: "", CUBLAS: " with cuBLAS", Recipe(row_maxima=True): " with row maxima",
+           Recipe(row_maxima=True, separate_mlps=True): " with row maxima and separate MLPs"}
 CASES = (  # model, what is compiled for, the batch that is run, how it is built
     ("ViT-B/16", "4", 4, PLAIN), ("ViT-B/16", "1:4:16", 8, PLAIN), ("ViT-B/16", "1:8:16", 4, PLAIN), ("ViT-L/14", "1:4:16", 4, PLAIN),
     ("ViT-B/16", "4", 4, CUBLAS), ("ViT-B/16", "1:4:16", 8, CUBLAS), ("ViT-L/14", "1:4:16", 4, CUBLAS),

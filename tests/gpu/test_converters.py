@@ -6,6 +6,7 @@ from torch import nn
 from clip_ttrt import fusion, lowering, ops, plugin
 from clip_ttrt.encoders import Block, FusedOps, quick_gelu
 from clip_ttrt.options import BatchRange
+from clip_ttrt.recipe import Recipe
 
 pytestmark = pytest.mark.gpu
 
@@ -95,6 +96,19 @@ def run_in_engine(module, example, batch, precision, count, attention="native"):
         return compiled(rows.cuda()).cpu(), rows
 
 
+def engine_with(how, module, example, count=5):
+    """What an engine for a range gives, built by a recipe, for fresh rows of that count, and what the module gives in double."""
+    from clip_ttrt import engine
+
+    graph = lowering.capture(module.eval().requires_grad_(False), example)
+    lowering.lower(graph)
+    built = engine.build_engine(graph, example, DYNAMIC, "fp16", "native", how=how)
+    rows = fresh_rows(example, count)
+    compiled = engine.to_torchscript(built, fresh_rows(example, DYNAMIC.optimal).cuda(), "test")
+    with torch.no_grad():
+        return compiled(rows.cuda()).cpu(), module.double()(rows.double())
+
+
 def fresh_rows(example, count):
     if example.is_floating_point():
         return torch.randn(count, *example.shape[1:])
@@ -154,6 +168,25 @@ def test_quick_gelu_keeps_its_tails_in_half(batch):
     torch.manual_seed(0)
     actual, rows = run_in_engine(QuickGelu(), torch.zeros(2, 50, 768), batch, "fp16", 4)
     assert (actual - quick_gelu(rows.double())).abs().max() < HALF_ERROR
+
+
+@pytest.mark.parametrize("width", [128, 768, 1024])
+def test_an_mlp_of_a_range_is_right(width):
+    """Layer norm by TensorRT's plugin, the product with QuickGELU in its epilogue; large inputs, so that QuickGELU's tails count."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), QuickGelu(), nn.Linear(4 * width, width))
+    nn.init.normal_(module[0].weight, 0, 4)
+    rows, expected = engine_with(Recipe(separate_mlps=True), module, torch.zeros(2, 50, width))
+    assert ((rows - expected).norm() / expected.norm()) < HALF_ERROR
+
+
+def test_rows_capped_at_their_maximum_are_themselves():
+    class Capped(nn.Module):
+        def forward(self, x):
+            return ops.row_capped(ops.extract_patches(x, 4))
+
+    actual, rows = run_in_engine(Capped(), torch.zeros(2, 3, 16, 16), DYNAMIC, "fp32", 8)
+    assert torch.equal(actual, ops.extract_patches_reference(rows, 4))
 
 
 needs_kernels = pytest.mark.skipif(not plugin.available(), reason="the kernels are not built")
