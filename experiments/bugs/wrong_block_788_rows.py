@@ -13,9 +13,9 @@ fp32 PyTorch.
 
 Expected: a cosine of at least 0.9999 in all, or a build error.
 
-With cuBLAS's products the static engine is right, those for a range stay wrong.  The last cases, built for powers of two and with
-row maxima (clip_ttrt/recipe.py), have not been run to their end yet; a block like ViT-B/16's and one like ViT-L/14's for 1:4:8 stayed
-wrong with row maxima (tests/gpu/test_converters.py).
+With cuBLAS's products the static engine is right, those for a range stay wrong.  The last cases, built with row maxima and with
+separate MLPs (clip_ttrt/recipe.py), have not been run yet; a block like ViT-B/16's and one like ViT-L/14's for 1:4:8 stayed
+wrong with the row maxima of QuickGELU alone.
 
 Our way round it: the plugins, which leave TensorRT no products at all; without them TensorRT may choose cuBLAS's (clip_ttrt/recipe.py,
 choose), for a static batch; and `compile` verifies every artifact at many batch sizes against the original model, and
