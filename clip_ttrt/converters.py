@@ -19,7 +19,6 @@ from torch_tensorrt.dynamo.conversion._ConverterRegistry import ConverterPriorit
 
 from clip_ttrt import linear, ops, plugin
 from clip_ttrt.errors import UserError
-from clip_ttrt.fusion import QUICK_GELU_SLOPE
 from clip_ttrt.models import HEAD_DIM
 from clip_ttrt.options import BatchRange
 from clip_ttrt.recipe import Recipe
@@ -80,15 +79,17 @@ def gather_index(ctx: ConversionContext, x: trt.ITensor, axis: int, index: int, 
     return layer.get_output(0)
 
 
-def plugin_layer(ctx: ConversionContext, plugin_name: str, inputs: Sequence[trt.ITensor], fields: dict[str, Any], name: str) -> trt.ILayer:
-    """One layer of a plugin of ours, which `plugin.load` has registered; a field's type is its value's, int32, float32 or several int8."""
+def plugin_layer(ctx: ConversionContext, plugin_name: str, inputs: Sequence[trt.ITensor], fields: dict[str, Any], name: str,
+                 version: str = plugin.VERSION) -> trt.ILayer:
+    """One layer of a plugin, of ours, which `plugin.load` has registered, or of another version; a field's type is its value's, int32,
+    float32 or several int8."""
     kinds = {np.dtype(np.int32): trt.PluginFieldType.INT32, np.dtype(np.float32): trt.PluginFieldType.FLOAT32, np.dtype(np.int8): trt.PluginFieldType.INT8}
     values = {key: np.atleast_1d(value) for key, value in fields.items()}
     given = [trt.PluginField(key, value, kinds[value.dtype]) for key, value in values.items()]
-    creator = trt.get_plugin_registry().get_plugin_creator(plugin_name, plugin.VERSION, "")
+    creator = trt.get_plugin_registry().get_plugin_creator(plugin_name, version, "")
     made = creator and creator.create_plugin(name, trt.PluginFieldCollection(given))
     if not made:
-        raise RuntimeError(f"{plugin_name} {plugin.VERSION} cannot be created with {fields}")
+        raise RuntimeError(f"{plugin_name} {version} cannot be created with {fields}")
     layer = ctx.net.add_plugin_v2(list(inputs), made)
     layer.name = name
     return layer
@@ -198,7 +199,7 @@ def convert_quick_gelu(ctx: ConversionContext, target: Any, args: tuple, kwargs:
     convolution which has all of this in its epilogue.
     """
     x, one = args[0], (1,) * len(args[0].shape)
-    slope = constant(ctx, np.full(one, QUICK_GELU_SLOPE, dtype=np.float32), f"{name}_slope")
+    slope = constant(ctx, np.full(one, ops.QUICK_GELU_SLOPE, dtype=np.float32), f"{name}_slope")
     sigmoid = ctx.net.add_activation(elementwise(ctx, x, slope, trt.ElementWiseOperation.PROD, f"{name}_scaled"), trt.ActivationType.SIGMOID)
     sigmoid.name = f"{name}_sigmoid"
     barrier = ctx.net.add_activation(elementwise(ctx, x, sigmoid.get_output(0), trt.ElementWiseOperation.PROD, f"{name}_product"),
@@ -211,15 +212,9 @@ def convert_quick_gelu(ctx: ConversionContext, target: Any, args: tuple, kwargs:
 def convert_layer_norm_apart(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
     """[M, W] -> [M, W] by the layer norm of TensorRT's own plugin library, which its transformer compiler does not take."""
     x, scale, shift, epsilon = args
-    fields = [trt.PluginField("epsilon", np.array([epsilon], np.float32), trt.PluginFieldType.FLOAT32),
-              trt.PluginField("axis", np.array([-1], np.int32), trt.PluginFieldType.INT32)]
-    creator = trt.get_plugin_registry().get_plugin_creator("LayerNorm", "1", "")
-    made = creator and creator.create_plugin(name, trt.PluginFieldCollection(fields))
-    if not made:
-        raise RuntimeError("TensorRT's plugin library has no LayerNorm of version 1")
-    constants = [constant(ctx, value, f"{name}_{which}") for which, value in (("scale", scale), ("shift", shift))]
-    layer = ctx.net.add_plugin_v2([shuffle(ctx, x, f"{name}_up", shape=(1, -1, x.shape[1])), *constants], made)
-    layer.name = name
+    inputs = [shuffle(ctx, x, f"{name}_up", shape=(1, -1, x.shape[1])),
+              *(constant(ctx, value, f"{name}_{which}") for which, value in (("scale", scale), ("shift", shift)))]
+    layer = plugin_layer(ctx, "LayerNorm", inputs, {"epsilon": np.float32(epsilon), "axis": np.int32(-1)}, name, version="1")
     return shuffle(ctx, layer.get_output(0), f"{name}_down", shape=(-1, x.shape[1]))
 
 

@@ -27,11 +27,6 @@ class FusedOps(NamedTuple):
 DIFFERENTIABLE = FusedOps(ops.attention_reference, ops.extract_patches_reference, ops.prepend_class_token_reference, ops.pool_end_of_text_reference)
 
 
-def quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """OpenAI's approximation of GELU, x·sigmoid(1.702·x), elementwise."""
-    return x * torch.sigmoid(1.702 * x)
-
-
 class Block(nn.Module):
     """One pre-norm transformer block: [B, T, W] -> [B, T, W], or [B, W] where `pool` picks a row."""
 
@@ -50,7 +45,7 @@ class Block(nn.Module):
         if pool is not None:
             x, attended = pool(x), pool(attended)
         x = x + self.out(attended)
-        return x + self.down(quick_gelu(self.up(self.norm_2(x))))
+        return x + self.down(ops.quick_gelu_reference(self.up(self.norm_2(x))))
 
 
 class ImageEncoder(nn.Module):

@@ -154,7 +154,6 @@ def build_engine(module: fx.GraphModule, example: torch.Tensor, batch: BatchRang
                                     max_shape=(batch.maximum, *shape), dtype=example.dtype)
     how = recipe.choose(module, batch, precision, attention) if how is None else how
     if how.separate_mlps:
-        trt.init_libnvinfer_plugins(LOG, "")
         fusion.separate_mlps(module)
     if how.row_maxima:
         fusion.cap_rows(module)

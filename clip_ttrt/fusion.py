@@ -16,8 +16,6 @@ from clip_ttrt.lowering import find_nodes, getattr_nested
 
 aten = torch.ops.aten
 
-QUICK_GELU_SLOPE = 1.702
-
 
 def add_parameter(module: fx.GraphModule, name: str, value: torch.Tensor) -> fx.Node:
     """Register a parameter and return its node, at the graph's beginning."""
@@ -73,22 +71,11 @@ def quick_gelus(module: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Each x·sigmoid(1.702·x) whose x nothing else reads: x, and the product."""
     for sigmoid in find_nodes(module, aten.sigmoid.default):
         scaled = sigmoid.args[0]
-        if scaled.target is not aten.mul.Tensor or scaled.args[1] != QUICK_GELU_SLOPE or len(scaled.users) != 1 or len(sigmoid.users) != 1:
+        if scaled.target is not aten.mul.Tensor or scaled.args[1] != ops.QUICK_GELU_SLOPE or len(scaled.users) != 1 or len(sigmoid.users) != 1:
             continue
         x, [product] = scaled.args[0], sigmoid.users
         if product.target is aten.mul.Tensor and set(product.args) == {x, sigmoid} and set(x.users) == {scaled, product}:
             yield x, product
-
-
-def is_layer_norm_of_one(node: object, reader: fx.Node) -> bool:
-    """Whether a node is a layer norm that nothing else reads."""
-    return isinstance(node, fx.Node) and node.target is aten.layer_norm.default and set(node.users) == {reader}
-
-
-def set_apart(module: fx.GraphModule, norm: fx.Node) -> None:
-    """A layer norm becomes layer_norm_apart."""
-    with module.graph.inserting_before(norm):
-        norm.replace_all_uses_with(module.graph.call_function(ops.layer_norm_apart, (norm.args[0], *norm.args[2:5])))
 
 
 def separate_mlps(module: fx.GraphModule) -> int:
@@ -98,9 +85,13 @@ def separate_mlps(module: fx.GraphModule) -> int:
     """
     count = 0
     for x, product in quick_gelus(module):
-        if not is_biased_linear(x) or not is_layer_norm_of_one(x.args[0], x):
+        if not is_biased_linear(x):
             continue
-        set_apart(module, x.args[0])
+        norm = x.args[0]
+        if norm.target is not aten.layer_norm.default or only_user(norm, aten.linear.default) is not x:
+            continue
+        with module.graph.inserting_before(norm):
+            norm.replace_all_uses_with(module.graph.call_function(ops.layer_norm_apart, (norm.args[0], *norm.args[2:5])))
         with module.graph.inserting_before(product):
             product.replace_all_uses_with(module.graph.call_function(ops.quick_gelu, (x,)))
         count += 1

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from clip_ttrt import plugin
 from clip_ttrt.models import HEAD_DIM
 
+QUICK_GELU_SLOPE = 1.702
+
 _library = torch.library.Library("clip_ttrt", "DEF")
 
 
@@ -66,8 +68,8 @@ def _linear_rows_fake(x, weight, bias, rows):
 
 
 def quick_gelu_reference(x: torch.Tensor) -> torch.Tensor:
-    """x·sigmoid(1.702·x), elementwise: [..., N] -> [..., N]."""
-    return x * torch.sigmoid(1.702 * x)
+    """OpenAI's approximation of GELU, x·sigmoid(1.702·x), elementwise: [..., N] -> [..., N]."""
+    return x * torch.sigmoid(QUICK_GELU_SLOPE * x)
 
 
 def row_capped_reference(x: torch.Tensor) -> torch.Tensor:

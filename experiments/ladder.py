@@ -14,8 +14,6 @@ waits for the turn that CLIP_TTRT_TURN names (experiments.floor).  Weights are r
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +30,7 @@ from clip_ttrt.encoders import DIFFERENTIABLE, ENCODERS
 from clip_ttrt.errors import UserError
 from clip_ttrt.models import dimensions_of
 from clip_ttrt.options import BatchRange
+from experiments import builds
 from experiments.baselines import Request, Subject, checkpoint_of, clip_eager, eager_sdpa, example, existing, load_encoder, wrong
 from experiments.bugs.stock import compile_stock, engines
 from experiments.floor import turn
@@ -132,16 +131,10 @@ def artifact_of(step: str, request: Request, root: Optional[Path]) -> Optional[P
 
 def built_in_process(step: str, options: argparse.Namespace, request: Request, target: Path) -> str:
     """Build one step in a process of its own, unless it is there; returns the error, empty where there is none."""
-    if target.with_suffix(".json").exists() or artifact_of(step, request, options.artifacts):
+    if artifact_of(step, request, options.artifacts):
         return ""
-    if options.existing:
-        return "its engine is not there"
-    with open(target.with_suffix(".log"), "w") as log:
-        code = subprocess.run([sys.executable, "-m", "experiments.ladder", "--model", options.model, "--encoder", options.encoder, "--batch", str(options.batch),
-                               "--build", step, str(target)], stdout=log, stderr=subprocess.STDOUT).returncode
-    print(f"{step}: {'built' if code == 0 else f'the build ended with {code}'}", flush=True)
-    lines = target.with_suffix(".log").read_text().strip().splitlines()
-    return "" if code == 0 else f"the build ended with {code}: {lines[-1][:200] if lines else ''}"
+    arguments = ["--model", options.model, "--encoder", options.encoder, "--batch", str(options.batch)]
+    return builds.built_in_process("experiments.ladder", arguments, step, target, options.existing)
 
 
 def subject_of(step: str, request: Request, target: Path, artifacts: Optional[Path]) -> tuple[Subject, dict[str, Any]]:
@@ -194,13 +187,9 @@ def main(arguments: Optional[list[str]] = None) -> None:
     parser.add_argument("--model", default="ViT-B/32")
     parser.add_argument("--encoder", choices=("image", "text"), default="image")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--jobs", type=int, default=1, help="builds at once")
-    parser.add_argument("--engines", type=Path, help="folder in which engines stay; default: a temporary one")
     parser.add_argument("--artifacts", type=Path, help="folder of artifacts, under the names that experiments.accuracy or experiments.sweep gives")
-    parser.add_argument("--build-only", action="store_true")
-    parser.add_argument("--existing", action="store_true", help="build nothing: a step whose engine is not there is a row that says so")
     parser.add_argument("--out", type=Path, default=Path("results/h200/ladder.csv"))
-    parser.add_argument("--build", nargs=2, metavar=("STEP", "FILE"), help=argparse.SUPPRESS)
+    builds.add_options(parser, "step")
     options = parser.parse_args(arguments)
     dims = dimensions_of(options.model)
     tokens = dims.image_tokens if options.encoder == "image" else dims.context_length

@@ -9,7 +9,6 @@ batches, and compared with our encoders in fp32.  With --engines FOLDER engines 
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,12 +18,13 @@ from typing import Optional
 
 import torch
 
-from clip_ttrt import backends, lowering, pipeline
+from clip_ttrt import lowering, pipeline
 from clip_ttrt.accuracy import exact_fp32
 from clip_ttrt.encoders import ENCODERS
 from clip_ttrt.models import dimensions_of
 from clip_ttrt.options import BatchRange
 from clip_ttrt.recipe import Recipe
+from experiments import builds
 from experiments.baselines import Request, checkpoint_of, example
 from experiments.floor import turn
 from experiments.record import append_row, in_a_line, provenance
@@ -70,24 +70,9 @@ def build(options: argparse.Namespace, name: str, target: Path) -> None:
     target.with_suffix(".json").write_text(json.dumps({"build_s": round(seconds, 1), "engine_mib": round(len(built.plan) / 2**20, 1)}))
 
 
-def built_in_process(options: argparse.Namespace, name: str, target: Path) -> str:
-    """Build one recipe in a process of its own, unless it is there; returns the error, empty where there is none."""
-    if target.with_suffix(".json").exists():
-        return ""
-    if options.existing:
-        return "its engine is not there"
-    with open(target.with_suffix(".log"), "w") as log:
-        code = subprocess.run([sys.executable, "-m", "experiments.native_range", "--model", options.model, "--encoder", options.encoder, "--range", options.range,
-                               "--build", name, str(target)], stdout=log, stderr=subprocess.STDOUT).returncode
-    print(f"{name}: {'built' if code == 0 else f'the build ended with {code}'}", flush=True)
-    said = target.with_suffix(".log").read_text().strip().splitlines()
-    return "" if code == 0 else f"the build ended with {code}: {said[-1][:200] if said else ''}"
-
-
 def measure(options: argparse.Namespace, made: dict[str, Path], errors: dict[str, str]) -> None:
     """Measure all engines in turns and append their rows."""
     whole = BatchRange.parse(options.range)
-    backends.register_runtime()
     modules, facts = {}, {}
     for name, target in made.items():
         try:
@@ -129,12 +114,8 @@ def main(arguments: Optional[list[str]] = None) -> int:
     parser.add_argument("--encoder", choices=("image", "text"), default="image")
     parser.add_argument("--range", default="1:32:256", metavar="MIN:OPT:MAX")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--jobs", type=int, default=1, help="builds at once")
-    parser.add_argument("--engines", type=Path, help="folder in which engines stay; default: a temporary one")
-    parser.add_argument("--build-only", action="store_true")
-    parser.add_argument("--existing", action="store_true", help="build nothing: a recipe whose engine is not there is a row that says so")
     parser.add_argument("--out", type=Path, default=Path("results/h100"))
-    parser.add_argument("--build", nargs=2, metavar=("RECIPE", "FILE"), help=argparse.SUPPRESS)
+    builds.add_options(parser, "recipe")
     options = parser.parse_args(arguments)
     with torch.no_grad(), tempfile.TemporaryDirectory() as temporary:
         if options.build:
@@ -142,10 +123,11 @@ def main(arguments: Optional[list[str]] = None) -> int:
             return 0
         folder = options.engines or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
+        arguments = ["--model", options.model, "--encoder", options.encoder, "--range", options.range]
         targets = {name: folder / f"{options.model.replace('/', '-')}-{options.encoder}-{options.range.replace(':', '_')}-{place}.ts"
                    for place, name in enumerate(RECIPES) if name in options.recipes}
         with ThreadPoolExecutor(options.jobs) as pool:
-            errors = dict(zip(targets, pool.map(lambda name: built_in_process(options, name, targets[name]), targets)))
+            errors = dict(zip(targets, pool.map(lambda name: builds.built_in_process("experiments.native_range", arguments, name, targets[name], options.existing), targets)))
         errors = {name: error for name, error in errors.items() if error}
         if not options.build_only:
             measure(options, {name: target for name, target in targets.items() if name not in errors}, errors)

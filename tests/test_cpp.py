@@ -54,7 +54,7 @@ def artifact(tmp_path_factory):
     return compiled(tmp_path_factory, "torchscript")
 
 
-@pytest.fixture(scope="session", params=["native", pytest.param("plugin", marks=pytest.mark.skipif(not plugin.available(), reason="the kernels are not built"))])
+@pytest.fixture(scope="session", params=["native", pytest.param("plugin", marks=pytest.mark.skipif(not plugin.available(), reason="the library is not built: python -m kernels.build"))])
 def engines(tmp_path_factory, request):
     return compiled(tmp_path_factory, "tensorrt", request.param)
 

@@ -8,7 +8,7 @@ import torch
 
 from clip_ttrt import fusion, lowering, ops
 from clip_ttrt.encoders import DIFFERENTIABLE, ENCODERS
-from experiments import ladder
+from experiments import builds, ladder
 from experiments.baselines import Request, checkpoint_of, example
 
 TOKENS = {"image": 50, "text": 77}
@@ -51,7 +51,7 @@ def test_rows_come_in_order_and_a_failed_build_is_one(tmp_path, monkeypatch):
 def test_an_engine_that_is_there_is_not_built_again(tmp_path):
     target = tmp_path / "engine.ts"
     target.with_suffix(".json").write_text(json.dumps({"engines": 1, "build_s": 1}))
-    options, request = SimpleNamespace(artifacts=None, existing=True), Request("demo", "demo", "image", "fp16", 2, 50, "cpu")
+    options, request = SimpleNamespace(model="demo", encoder="image", batch=2, artifacts=None, existing=True), Request("demo", "demo", "image", "fp16", 2, 50, "cpu")
     assert ladder.built_in_process("activations as rows", options, request, tmp_path / "other.ts") == "its engine is not there"
     assert ladder.built_in_process("activations as rows", options, request, target) == ""
     assert ladder.artifact_of("activations as rows", request, None) is None and ladder.artifact_of("activations as rows", request, tmp_path) is None
@@ -79,7 +79,7 @@ def test_engines_of_a_build_that_was_cut_are_measured_without_those_it_lost(tmp_
         assert step in ladder.EAGER or ladder.artifact_of(step, request, artifacts) or torch.jit.load(str(target))(torch.ones(1)) == 1
         return None, {}
 
-    monkeypatch.setattr(ladder, "subprocess", SimpleNamespace(run=child, STDOUT=None))
+    monkeypatch.setattr(builds, "subprocess", SimpleNamespace(run=child, STDOUT=None))
     monkeypatch.setattr(ladder, "subject_of", subject_of)
     monkeypatch.setattr(ladder, "measured", lambda step, subject, facts: {"median_ms": "1.0", "graph_ms": "0.5", "engines": 1, "build_s": 0, "error": ""})
     arguments = ["--model", "demo", "--batch", "2", "--engines", str(tmp_path / "engines"), "--out", str(tmp_path / "ladder.csv")]
@@ -88,7 +88,7 @@ def test_engines_of_a_build_that_was_cut_are_measured_without_those_it_lost(tmp_
     damaged = tmp_path / "artifacts" / "demo-fp16-2-native" / "manifest.json"
     damaged.parent.mkdir(parents=True)
     damaged.write_text("{")
-    monkeypatch.setattr(ladder, "subprocess", None)  # nothing is built now
+    monkeypatch.setattr(builds, "subprocess", None)  # nothing is built now
     ladder.main([*arguments, "--existing", "--artifacts", str(tmp_path / "artifacts")])
     with open(tmp_path / "ladder.csv", newline="") as file:
         rows = {row["step"]: row for row in csv.DictReader(file)}

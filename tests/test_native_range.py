@@ -4,7 +4,7 @@ import json
 import pytest
 
 from clip_ttrt.recipe import Recipe
-from experiments import native_range
+from experiments import builds, native_range
 
 
 def test_what_is_compared_differs():
@@ -13,7 +13,7 @@ def test_what_is_compared_differs():
 
 
 def test_existing_builds_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(native_range.subprocess, "run", lambda *_, **__: pytest.fail("it started a build"))
+    monkeypatch.setattr(builds.subprocess, "run", lambda *_, **__: pytest.fail("it started a build"))
     assert native_range.main(["--existing", "--build-only", "--engines", str(tmp_path), "--recipes", "static"]) == 1
     assert list(tmp_path.iterdir()) == []
     place = list(native_range.RECIPES).index("static")

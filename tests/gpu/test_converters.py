@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from clip_ttrt import fusion, lowering, ops, plugin
-from clip_ttrt.encoders import Block, FusedOps, quick_gelu
+from clip_ttrt.encoders import Block, FusedOps
 from clip_ttrt.options import BatchRange
 from clip_ttrt.recipe import Recipe
 
@@ -77,11 +77,11 @@ class Blocks(nn.Module):
 
 class QuickGelu(nn.Module):
     def forward(self, x):
-        return quick_gelu(x)
+        return ops.quick_gelu_reference(x)
 
 
-def run_in_engine(module, example, batch, precision, count, attention="native"):
-    """Export, lower, build and run; returns what the engine gives for `count` fresh rows, and the rows."""
+def run_in_engine(module, example, batch, precision, count, attention="native", how=None):
+    """Export, lower, build, by default as `recipe.choose` says, and run; returns what the engine gives for `count` fresh rows, and the rows."""
     from clip_ttrt import engine
 
     graph = lowering.capture(module.eval().requires_grad_(False), example)
@@ -89,24 +89,11 @@ def run_in_engine(module, example, batch, precision, count, attention="native"):
     if attention == "plugin":
         plugin.load(plugin.VERSION)
         assert sum(fusion.fuse(graph).values()) > 0
-    built = engine.build_engine(graph, example, batch, precision, attention)
+    built = engine.build_engine(graph, example, batch, precision, attention, how=how)
     rows = fresh_rows(example, count)
     compiled = engine.to_torchscript(built, fresh_rows(example, batch.optimal).cuda(), "test")
     with torch.no_grad():
         return compiled(rows.cuda()).cpu(), rows
-
-
-def engine_with(how, module, example, count=5):
-    """What an engine for a range gives, built by a recipe, for fresh rows of that count, and what the module gives in double."""
-    from clip_ttrt import engine
-
-    graph = lowering.capture(module.eval().requires_grad_(False), example)
-    lowering.lower(graph)
-    built = engine.build_engine(graph, example, DYNAMIC, "fp16", "native", how=how)
-    rows = fresh_rows(example, count)
-    compiled = engine.to_torchscript(built, fresh_rows(example, DYNAMIC.optimal).cuda(), "test")
-    with torch.no_grad():
-        return compiled(rows.cuda()).cpu(), module.double()(rows.double())
 
 
 def fresh_rows(example, count):
@@ -167,7 +154,7 @@ def test_layer_norm_does_not_overflow_in_half(rank, batch):
 def test_quick_gelu_keeps_its_tails_in_half(batch):
     torch.manual_seed(0)
     actual, rows = run_in_engine(QuickGelu(), torch.zeros(2, 50, 768), batch, "fp16", 4)
-    assert (actual - quick_gelu(rows.double())).abs().max() < HALF_ERROR
+    assert (actual - ops.quick_gelu_reference(rows.double())).abs().max() < HALF_ERROR
 
 
 @pytest.mark.parametrize("width", [128, 768, 1024])
@@ -176,16 +163,17 @@ def test_an_mlp_of_a_range_is_right(width):
     torch.manual_seed(0)
     module = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), QuickGelu(), nn.Linear(4 * width, width))
     nn.init.normal_(module[0].weight, 0, 4)
-    rows, expected = engine_with(Recipe(separate_mlps=True), module, torch.zeros(2, 50, width))
-    assert ((rows - expected).norm() / expected.norm()) < HALF_ERROR
+    actual, rows = run_in_engine(module, torch.zeros(2, 50, width), DYNAMIC, "fp16", 5, how=Recipe(separate_mlps=True))
+    expected = module.double()(rows.double())
+    assert ((actual - expected).norm() / expected.norm()) < HALF_ERROR
 
 
 def test_patches_capped_at_their_rows_maxima_are_themselves():
-    actual, expected = engine_with(Recipe(row_maxima=True), Patches(), torch.zeros(2, 3, 16, 16), 8)
-    assert (actual - expected).abs().max() < HALF_ERROR
+    actual, rows = run_in_engine(Patches(), torch.zeros(2, 3, 16, 16), DYNAMIC, "fp32", 8, how=Recipe(row_maxima=True))
+    assert torch.equal(actual, ops.extract_patches_reference(rows, 4))
 
 
-needs_kernels = pytest.mark.skipif(not plugin.available(), reason="the kernels are not built")
+needs_kernels = pytest.mark.skipif(not plugin.available(), reason="the library is not built: python -m kernels.build")
 
 
 @pytest.mark.parametrize("attention", ["native", pytest.param("plugin", marks=needs_kernels)])
@@ -203,8 +191,7 @@ def test_two_blocks(tokens, causal, batch, attention):
     assert ((actual - expected).norm() / expected.norm()) < HALF_ERROR
 
 
-# Wrong whenever it ran; it has not run since the MLPs of a range are apart, so being right is no failure yet.
-KNOWN_WRONG = pytest.mark.xfail(strict=False, raises=AssertionError, reason="TensorRT 8.6 computes such a range wrongly: experiments/bugs/wrong_block_788_rows.py")
+KNOWN_WRONG = pytest.mark.xfail(strict=True, raises=AssertionError, reason="TensorRT 8.6 computes such a range wrongly: experiments/bugs/wrong_block_788_rows.py")
 
 
 @pytest.mark.parametrize("attention, batch", [

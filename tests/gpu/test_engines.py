@@ -23,7 +23,7 @@ pytestmark = pytest.mark.gpu
 
 STATIC, DYNAMIC = "32", "1:32:256"
 FEW, FEW_DYNAMIC = "4", "1:4:8"  # the demo model, where a batch beyond the range is part of the test
-needs_kernels = pytest.mark.skipif(not plugin.available(), reason="the kernels are not built")
+needs_kernels = pytest.mark.skipif(not plugin.available(), reason="the library is not built: python -m kernels.build")
 ATTENTIONS = ["native", pytest.param("plugin", marks=needs_kernels)]
 SAME_TEXT = ("ViT-B/16", "ViT-L/14@336px")  # their text encoders are ViT-B/32's and ViT-L/14's, size for size
 
