@@ -37,6 +37,7 @@ RECIPES: dict[str, tuple[bool, Recipe]] = {
     "static, TensorRT's products": (True, Recipe()),
     "static": (True, Recipe(cublas=True)),
     "range as it comes": (False, Recipe()),
+    "range, cuBLAS": (False, Recipe(cublas=True)),
     "range, row maxima": (False, Recipe(row_maxima=True)),
     "range, row maxima, cuBLAS": (False, Recipe(row_maxima=True, cublas=True)),
     "range, row maxima, separate MLPs": (False, Recipe(row_maxima=True, separate_mlps=True)),
@@ -83,7 +84,7 @@ def measure(options: argparse.Namespace, made: dict[str, Path], errors: dict[str
     with exact_fp32():
         plain = ENCODERS[options.encoder](checkpoint_of(request_of(options, 1)).state_dict).cuda()
         reference = torch.cat([plain(part) for part in largest.split(32)])
-    batches = [batch for batch in BATCHES if whole.minimum <= batch <= whole.maximum]
+    batches = [batch for batch in options.batches if whole.minimum <= batch <= whole.maximum]
     for batch in dict.fromkeys([whole.optimal, *batches]):
         x = largest[:batch].contiguous()
         calls = {name: graphed(lambda module=module: module(x)) for name, module in modules.items() if not RECIPES[name][0] or batch == whole.optimal}
@@ -113,6 +114,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
     parser.add_argument("--model", default="ViT-B/32")
     parser.add_argument("--encoder", choices=("image", "text"), default="image")
     parser.add_argument("--range", default="1:32:256", metavar="MIN:OPT:MAX")
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, help="measure at these, and at OPT in any case")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--out", type=Path, default=Path("results/h100"))
     builds.add_options(parser, "recipe")

@@ -76,6 +76,7 @@ CHINESE = {
     "recipe": "构建方式", "of static": "与静态引擎之比", **{f"ms at {batch}": f"批大小 {batch}, 毫秒" for batch in (1, 5, 8, 32, 33, 64, 100, 128, 129, 256)},
     "static": "静态", "range as it comes": "一段批大小, 默认方式", "range, row maxima": "一段批大小, 逐行最大值", "range, powers of two, cuBLAS": "一段批大小, 按 2 的幂编译, cuBLAS",
     "range, row maxima, cuBLAS": "一段批大小, 逐行最大值, cuBLAS", "range, row maxima, separate MLPs": "一段批大小, 逐行最大值, MLP 独立",
+    "range, row maxima, separate MLPs, cuBLAS": "一段批大小, 逐行最大值, MLP 独立, cuBLAS", "range, cuBLAS": "一段批大小, cuBLAS",
     "image": "图像", "text": "文本", "random": "随机", "demo": "demo", "yes": "是", "no": "否", "cannot run": "无法运行", "not yet measured": "尚未测量",
 }
 
