@@ -11,7 +11,12 @@ from torch import fx
 
 from clip_ttrt import ops
 from clip_ttrt.lowering import find_nodes
+from clip_ttrt.models import HEAD_DIM
 from clip_ttrt.options import BatchRange
+
+# Where separate MLPs were measured to be faster: without a mask below WIDE, and for few rows, near which TensorRT's own products
+# are wrong besides; with a mask from MEDIUM on.
+MEDIUM, WIDE, FEW_ROWS = 768, 1024, 4096
 
 
 @dataclass(frozen=True)
@@ -24,17 +29,14 @@ class Recipe:
     powers: bool = False  # of a range: compiled like a static engine for every power of two, in which smaller batches are padded
 
 
-def is_causal(module: fx.GraphModule) -> bool:
-    """Whether a lowered graph's attention is causal."""
-    return any(node.args[3] for node in find_nodes(module, ops.attention_rows))
-
-
 def choose(module: fx.GraphModule, batch: BatchRange, precision: str, attention: str) -> Recipe:
     """The recipe for a lowered graph; precision and attention as for `engine.build_engine`.
 
     A static batch in fp16 needs cuBLAS's products to be right (experiments/bugs/wrong_block_788_rows.py).  In a range, attention
-    with a causal mask is three steps, whose products are faster with cuBLAS; without one it is one kernel, and cuBLAS's
-    products cost time at the size that the range is tuned for.
+    with a causal mask is three steps, whose products are faster with cuBLAS, and such an encoder is compiled for powers of two,
+    which takes several times as long to build and pads what lies between them: so only where the size that the range is tuned
+    for is one.  Without a mask attention is one kernel, which compiling for powers of two would take apart, and cuBLAS's products
+    cost time at the size that the range is tuned for.
     """
     if attention != "native":
         return Recipe()
@@ -42,4 +44,15 @@ def choose(module: fx.GraphModule, batch: BatchRange, precision: str, attention:
         return Recipe(cublas=precision == "fp16")
     if precision != "fp16":
         return Recipe(row_maxima=True)
-    return Recipe(cublas=True, row_maxima=True) if is_causal(module) else Recipe(row_maxima=True, separate_mlps=True)
+    attentions = find_nodes(module, ops.attention_rows)
+    tokens, heads, causal = attentions[0].args[1:4] if attentions else (0, 0, False)
+    width, rows = heads * HEAD_DIM, batch.optimal * tokens
+    if not causal:
+        return Recipe(row_maxima=True, separate_mlps=width < WIDE or rows <= FEW_ROWS)
+    if is_power_of_two(batch.optimal):
+        return Recipe(cublas=True, powers=True)
+    return Recipe(cublas=True, row_maxima=True, separate_mlps=width >= MEDIUM)
+
+
+def is_power_of_two(number: int) -> bool:
+    return number & (number - 1) == 0

@@ -1,7 +1,8 @@
 """How engines of TensorRT's own kernels are built, by what the graph holds."""
 import pytest
+import torch
 
-from clip_ttrt import lowering, recipe
+from clip_ttrt import lowering, ops, recipe
 from clip_ttrt.checkpoint import load_checkpoint
 from clip_ttrt.encoders import ENCODERS
 from clip_ttrt.models import MODELS
@@ -14,6 +15,17 @@ pytestmark = pytest.mark.skipif(not lowering.can_export(), reason="torch.export 
 STATIC, RANGE = BatchRange.parse(32), BatchRange.parse("1:32:256")
 
 
+class Attention(torch.nn.Module):
+    """Nothing but the op of which a recipe reads the sizes."""
+
+    def __init__(self, heads: int, causal: bool):
+        super().__init__()
+        self.heads, self.causal = heads, causal
+
+    def forward(self, qkv):
+        return ops.attention(qkv, self.heads, self.causal)
+
+
 @pytest.fixture(scope="module")
 def graphs():
     """The lowered graph of each encoder of the demo model."""
@@ -24,20 +36,39 @@ def graphs():
     return made
 
 
-def test_only_texts_are_causal(graphs):
-    assert recipe.is_causal(graphs["text"]) and not recipe.is_causal(graphs["image"])
-
-
 @pytest.mark.parametrize("encoder", ["image", "text"])
 def test_a_static_batch_may_use_cublas(graphs, encoder):
     assert recipe.choose(graphs[encoder], STATIC, "fp16", "native") == Recipe(cublas=True)
 
 
 @pytest.mark.parametrize("batch", ["1:32:256", "1:1:8", "1:48:256", "4:100:128"])
-def test_a_range_is_built_by_whether_attention_is_causal(graphs, batch):
-    batch = BatchRange.parse(batch)
-    assert recipe.choose(graphs["text"], batch, "fp16", "native") == Recipe(cublas=True, row_maxima=True)
-    assert recipe.choose(graphs["image"], batch, "fp16", "native") == Recipe(row_maxima=True, separate_mlps=True)
+def test_a_range_of_images_has_separate_mlps(graphs, batch):
+    assert recipe.choose(graphs["image"], BatchRange.parse(batch), "fp16", "native") == Recipe(row_maxima=True, separate_mlps=True)
+
+
+@pytest.mark.parametrize("batch", ["1:32:256", "1:1:8", "3:64:100"])
+def test_a_range_of_texts_is_compiled_for_powers_of_two_where_it_is_tuned_for_one(graphs, batch):
+    assert recipe.choose(graphs["text"], BatchRange.parse(batch), "fp16", "native") == Recipe(cublas=True, powers=True)
+
+
+@pytest.mark.parametrize("batch", ["1:48:256", "4:100:128"])
+def test_another_range_of_texts_has_row_maxima(graphs, batch):
+    assert recipe.choose(graphs["text"], BatchRange.parse(batch), "fp16", "native") == Recipe(cublas=True, row_maxima=True)
+
+
+@pytest.mark.parametrize("tokens, width, causal, batch, separate", [
+    (257, 1024, False, "1:4:16", True), (257, 1024, False, "1:32:256", False), (577, 1024, False, "1:32:256", False), (197, 768, False, "1:32:256", True),
+    (77, 512, True, "1:48:256", False), (77, 768, True, "1:12:256", True)])
+def test_mlps_are_separate_by_width_and_rows(tokens, width, causal, batch, separate):
+    graph = lowering.capture(Attention(width // 64, causal), torch.zeros(2, tokens, 3 * width))
+    lowering.lower(graph)
+    assert recipe.choose(graph, BatchRange.parse(batch), "fp16", "native").separate_mlps == separate
+
+
+def test_a_graph_without_attention_has_a_recipe_too():
+    graph = lowering.capture(torch.nn.Linear(64, 64), torch.zeros(2, 64))
+    lowering.lower(graph)
+    assert recipe.choose(graph, RANGE, "fp16", "native") == Recipe(row_maxima=True, separate_mlps=True)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])
