@@ -6,14 +6,15 @@
     python -m experiments.sweep --grid hackathon        the batches of a 2022 hackathon entry
     python -m experiments.sweep --grid h200 --hold      prepare everything first, then measure as often as standard input says
 
-Rows of one backend, model, encoder and precision run in one fresh process, which gives them row by row: a crash, a timeout
-or an exhausted GPU is a row with its `error`, after which the rest goes on in another process, and a missing backend is a
-row that says why.  Rows that are in the file already are skipped.  `--python NAME=PATH` runs one backend, or `floor`, with
+What is measured of a backend on one model, encoder, precision, batch and length runs in a fresh process, with and without a CUDA
+graph: a crash, a timeout or an exhausted GPU is a row with its `error`, and a missing backend is a row that says why.  With
+--together one process serves all batches and lengths, which saves starts; after a crash the rest goes on in another one.  Rows
+that are in the file already are skipped.  `--python NAME=PATH` runs one backend, or `floor`, with
 another interpreter, such as a newer PyTorch's; PYTHONHOME, PYTHONPATH, LD_LIBRARY_PATH and the like are kept from it (a script
 that sets its own can stand for it).  The library floor of the same work is measured before a group's rows and
 kept in OUT/floor.csv.  `error` that starts with "wrong:" stands beside times of features that are wrong.
 
-With --hold the groups' processes start all at once, and each loads, compiles and captures what its rows need and waits.  Where
+With --hold the processes start all at once, as with --together, and each loads, compiles and captures what its rows need and waits.  Where
 all have, or --seconds are over, OUT/ready appears.  From then on each line of standard input, a folder and a number of seconds,
 measures the rows one after the other into FOLDER/sweep.csv until these seconds are over, and then FOLDER/done appears.  So
 what measures finds the processor's cores idle, and several rounds cost one start.  No floor is measured then, and
@@ -105,7 +106,7 @@ class Row:
 
     @property
     def group(self) -> tuple[str, ...]:
-        """What one process can measure."""
+        """What one process can measure, and shares a floor's run."""
         return self.backend, self.request.model, self.request.encoder, self.request.precision, self.request.batches
 
     def describe(self) -> str:
@@ -295,9 +296,9 @@ def child(specification: str, build_only: bool, hold: bool = False) -> None:
             print(RESULT + json.dumps(result), flush=True)
 
 
-def in_processes(python: str, rows: Sequence[Row], seconds: float, *arguments: str) -> Iterator[dict[str, Any]]:
-    """The CSV rows of one group, from a process of their own; what goes wrong there is the error of the row it was at, and the rest
-    goes on in another process, until two rows one after the other have ended in the same words.
+def in_processes(python: str, rows: Sequence[Row], seconds: float, *arguments: str, together: bool = True) -> Iterator[dict[str, Any]]:
+    """The CSV rows of one group, from a process of their own, or not together from one for each request; what goes wrong there is the
+    error of the row it was at, and the rest goes on in another process, until two rows one after the other have ended in the same words.
 
     seconds: how long one row may take.  arguments: more of them for the process, which ends with the iterator.
     """
@@ -306,8 +307,10 @@ def in_processes(python: str, rows: Sequence[Row], seconds: float, *arguments: s
         if len(problems) > 1 and problems[-1] == problems[-2]:
             yield {**blank(rows.pop(0)), "error": f"not tried, after two others: {problems[-1]}"}
             continue
-        with Child(command(python, rows, *arguments)) as process:
-            while rows:
+        share = rows if together else list(itertools.takewhile(lambda row: row.request == rows[0].request, rows))
+        last = len(rows) - len(share)
+        with Child(command(python, share, *arguments)) as process:
+            while len(rows) > last:
                 line = process.line(seconds)
                 if line is None:
                     problems.append(process.problem)
@@ -437,6 +440,7 @@ def main() -> int:
         parser.add_argument(f"--{name}", nargs="+", type=int if name in ("batches", "lengths") else str, help=f"only these of the grid's {name}" + (" (of texts)" if name == "lengths" else ""))
     parser.add_argument("--graphs-only", action="store_true", help="only rows with CUDA graphs, and the others of the original model")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="end after so many seconds; the next run goes on")
+    parser.add_argument("--together", action="store_true", help="one process for all batches and lengths of a backend, model, encoder and precision")
     parser.add_argument("--existing", action="store_true", help="leave out rows whose artifact is not in --artifacts yet")
     parser.add_argument("--hold", action="store_true", help="prepare all rows at once, and measure them for each line of standard input: FOLDER SECONDS")
     parser.add_argument("--build-only", action="store_true", help="build the engines of the rows into --artifacts, and measure and write nothing")
@@ -453,7 +457,13 @@ def main() -> int:
     for name in [*(options.backends or ()), *interpreters]:
         if name not in BACKENDS and name != "floor":
             parser.error(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
-    fixed = {"level": options.optimization_level, "artifacts": str(options.artifacts.resolve()) if options.artifacts else ""}
+    with tempfile.TemporaryDirectory() as temporary:
+        return sweep(options, options.artifacts or Path(temporary), interpreters)
+
+
+def sweep(options: argparse.Namespace, artifacts: Path, interpreters: Mapping[str, str]) -> int:
+    """Measure, hold or build what the command line asks for; artifacts: the folder from which all processes take them and in which new ones stay."""
+    fixed = {"level": options.optimization_level, "artifacts": str(artifacts.resolve())}
     if options.range:
         fixed["batches"] = str(BatchRange.parse(options.range))
 
@@ -475,7 +485,7 @@ def main() -> int:
     if options.hold:
         hold(wanted, interpreters, options.out / "ready", options.seconds, sys.stdin)
     else:
-        run(wanted, interpreters, path, options.out / "floor.csv", options.seconds)
+        run(wanted, interpreters, path, options.out / "floor.csv", options.seconds, options.together)
     return 0
 
 
@@ -528,8 +538,8 @@ def measure_held(held: Sequence[tuple[Sequence[Row], Child]], folder: Path, seco
     (folder / "done").touch()
 
 
-def run(wanted: Sequence[Row], interpreters: Mapping[str, str], path: Path, floor_path: Path, seconds: float) -> None:
-    """Measure rows and append them to a CSV; after so many seconds the rest is left for another run."""
+def run(wanted: Sequence[Row], interpreters: Mapping[str, str], path: Path, floor_path: Path, seconds: float, together: bool = False) -> None:
+    """Measure rows and append them to a CSV; after so many seconds the rest is left for another run.  together: as for `in_processes`."""
     progress, start, finished = Progress(), time.perf_counter(), 0
     for _, group in itertools.groupby(wanted, key=lambda row: row.group):
         rows = list(group)
@@ -538,7 +548,7 @@ def run(wanted: Sequence[Row], interpreters: Mapping[str, str], path: Path, floo
         have = floors(interpreters.get("floor", sys.executable), rows, floor_path, progress)
         left = f", about {(time.perf_counter() - start) / finished * (len(wanted) - finished):.0f} s left" if finished else ""
         progress.say(f"[{finished + 1}/{len(wanted)}{left}] {rows[0].describe()}, {len(rows)} rows")
-        for row, result in zip(rows, in_processes(interpreters.get(rows[0].backend, sys.executable), rows, ROW_SECONDS)):
+        for row, result in zip(rows, in_processes(interpreters.get(rows[0].backend, sys.executable), rows, ROW_SECONDS, together=together)):
             append_row(path, {**result, "floor_ms": have.get(floor_key(row.request), "") if result["median_ms"] else ""})
             finished += 1
             if time.perf_counter() - start > seconds:

@@ -102,6 +102,17 @@ def test_a_crash_costs_its_own_row_only(tmp_path):
     assert [row.get("error", "") for row in given] == ["", "exit code -6: it said nothing", "", ""]
 
 
+def test_each_request_has_a_process_of_its_own_unless_together(tmp_path):
+    (tmp_path / "tells.py").write_text("import json, os, sys\n"
+                                       "for row in json.loads(sys.argv[-1]): print('sweep-row ' + json.dumps({'process': os.getpid()}), flush=True)\n")
+    python = another_python(tmp_path / "python", str(tmp_path / "tells.py"))
+    rows = [sweep.Row("clip_eager", replace(REQUEST, batch=batch), graph) for batch in (1, 8) for graph in (True, False)]
+    processes = {together: [row["process"] for row in sweep.in_processes(python, rows, 60, together=together)] for together in (True, False)}
+    assert len(processes[True]) == 4 and len(set(processes[True])) == 1
+    first, second, third, fourth = processes[False]
+    assert first == second != third == fourth
+
+
 @pytest.fixture
 def foreign(tmp_path, monkeypatch):
     """Another interpreter, beside an environment in which only this one could run, outside the repository."""
@@ -176,6 +187,15 @@ def test_rows_of_one_range_share_an_artifact(tmp_path):
     assert [row["attention"] for row in rows[:2]] == ["native 2:2:4"] * 2 and not rows[0]["error"] and not rows[1]["error"]
     assert rows[2]["error"] == "skipped: batch 5 is outside the range 2:2:4"
     assert [path.name for path in tmp_path.iterdir()] == ["demo-fp32-2_2_4-native-text"]
+
+
+def test_processes_share_artifacts_without_a_folder_for_them(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(sweep, "run", lambda wanted, *_: given.extend((row.request.artifacts, Path(row.request.artifacts).is_dir()) for row in wanted))
+    monkeypatch.setattr(sys, "argv", ["sweep", "--grid", "quick", "--device", "cpu", "--out", str(tmp_path)])
+    assert sweep.main() == 0
+    [(folder, there)] = set(given)
+    assert len(given) == 16 and there and not Path(folder).exists()
 
 
 def test_engines_can_be_built_first_and_measured_later(tmp_path):
