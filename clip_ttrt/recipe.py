@@ -3,7 +3,7 @@
 TensorRT 8.6 hands a transformer to a compiler of its own.  For a static batch it does well.  For a range it makes one set of
 kernels for all sizes, of which those that treat every element alike are slow; and on Hopper it lets a static engine's kernels
 overlap with the product before them, those for a range not.  `experiments/native_range.py` measures every recipe here, and some
-that were no gain (results/h100/native_range.csv).
+that were no gain (native_range.csv of results/h100 and results/h200).
 """
 from dataclasses import dataclass
 

@@ -9,16 +9,15 @@ block of ViT-L/14 (1,028 rows) is as wrong; of ViT-B/32 it is right.  Inside, Te
 
 Steps: build one block with random weights in fp16 at level 1 for 788 rows; for a range of batches that is optimised for 788, for
 1,576 and for 1,028 rows; and where that was wrong again, with cuBLAS's matrix products allowed beside TensorRT's own.  Compare with
-fp32 PyTorch.
+fp32 PyTorch.  The last cases are built with row maxima and with separate MLPs (clip_ttrt/recipe.py).
 
 Expected: a cosine of at least 0.9999 in all, or a build error.
 
-With cuBLAS's products the static engine is right, those for a range stay wrong.  The last cases, built with row maxima and with
-separate MLPs (clip_ttrt/recipe.py), have not been run yet; a block like ViT-B/16's and one like ViT-L/14's for 1:4:8 stayed
-wrong with the row maxima of QuickGELU alone.
+With cuBLAS's products the static engine is right, those for a range stay wrong, with row maxima too; with separate MLPs, whose
+first product is a convolution outside of TensorRT's transformer compiler, they are right.
 
-Our way round it: the plugins, which leave TensorRT no products at all; without them TensorRT may choose cuBLAS's (clip_ttrt/recipe.py,
-choose), for a static batch; and `compile` verifies every artifact at many batch sizes against the original model, and
+Our way round it: the plugins, which leave TensorRT no products at all; without them TensorRT may choose cuBLAS's for a static batch, and
+a range of so few rows has separate MLPs (clip_ttrt/recipe.py, choose); and `compile` verifies every artifact at many batch sizes against the original model, and
 `load` refuses one that failed (clip_ttrt/accuracy.py, failures).
 """
 import sys
