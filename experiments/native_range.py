@@ -44,7 +44,6 @@ RECIPES: dict[str, tuple[bool, Recipe]] = {
     "range, row maxima, separate MLPs, cuBLAS": (False, Recipe(row_maxima=True, separate_mlps=True, cublas=True)),
     "range, powers of two": (False, Recipe(powers=True)),
     "range, powers of two, cuBLAS": (False, Recipe(powers=True, cublas=True)),
-    "range, powers of two, row maxima, cuBLAS": (False, Recipe(powers=True, row_maxima=True, cublas=True)),
 }
 
 
