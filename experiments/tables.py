@@ -73,7 +73,7 @@ CHINESE = {
     "the original, eager": "原版, eager", "the original, CUDA graph": "原版, CUDA graph", "our encoders in PyTorch, CUDA graph": "我们的编码器, PyTorch, CUDA graph",
     "one engine of ours, TensorRT's kernels": "我们的一个引擎, TensorRT 自带核函数", "with the plugins": "加上插件", "stock Torch-TensorRT": "原装 Torch-TensorRT", "our converters, one engine": "我们的转换器, 一个引擎",
     "activations as rows": "激活按行存放", "attention plugin": "注意力插件", "fused elementwise kernels": "融合的逐元素核函数", "linear layers by cuBLASLt": "cuBLASLt 的线性层", "CUDA graph": "CUDA graph",
-    "recipe": "构建方式", "of static": "与静态引擎之比", **{f"ms at {batch}": f"批大小 {batch}, 毫秒" for batch in (1, 5, 8, 32, 33, 64, 100, 128, 129, 256)},
+    "recipe": "构建方式", "commit": "提交", "of static": "与静态引擎之比", **{f"ms at {batch}": f"批大小 {batch}, 毫秒" for batch in (1, 5, 8, 32, 33, 64, 100, 128, 129, 256)},
     "static": "静态", "range as it comes": "一段批大小, 默认方式", "range, row maxima": "一段批大小, 逐行最大值", "range, powers of two, cuBLAS": "一段批大小, 按 2 的幂编译, cuBLAS",
     "range, row maxima, cuBLAS": "一段批大小, 逐行最大值, cuBLAS", "range, row maxima, separate MLPs": "一段批大小, 逐行最大值, MLP 独立",
     "range, row maxima, separate MLPs, cuBLAS": "一段批大小, 逐行最大值, MLP 独立, cuBLAS", "range, cuBLAS": "一段批大小, cuBLAS",
@@ -247,12 +247,12 @@ def native_range(folder: Path) -> pd.DataFrame:
     rows = read(folder, "native_range.csv")
     rows, lines = rows[rows["median_ms"].notna()], []
     batches = sorted(set(rows["batch"]))
-    for (model, encoder, range_, recipe), part in rows.groupby(["model", "encoder", "range", "recipe"], sort=False):
+    for (model, encoder, range_, recipe, commit), part in rows.groupby(["model", "encoder", "range", "recipe", "commit"], sort=False):
         times, first = part.set_index("batch")["median_ms"], part.iloc[0]
         ratio = part["of_static"].dropna()
         lines.append({"model": model, "encoder": encoder, "range": range_, "recipe": recipe, "of static": number(ratio.iloc[0], 3) if len(ratio) else "",
                       **{f"ms at {batch}": number(times.get(batch), 3) for batch in batches}, "smallest cosine": f"{part['cos_min'].min():.7f}",
-                      "engine MiB": text(first["engine_mib"]), "build s": text(first["build_s"])})
+                      "engine MiB": text(first["engine_mib"]), "build s": text(first["build_s"]), "commit": commit})
     if not lines:
         raise NoData("native_range.csv has no row with a time")
     return pd.DataFrame(lines)

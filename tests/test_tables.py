@@ -208,17 +208,18 @@ def test_hackathon_puts_the_entry_beside_ours(tmp_path):
 
 
 def test_native_range_stands_beside_a_static_engine(tmp_path):
-    def row(recipe, batch, ms, ratio="", error="", **other):
+    def row(recipe, batch, ms, ratio="", error="", commit="0123456789"):
         return {"model": "ViT-B/32", "encoder": "image", "range": "1:32:256", "recipe": recipe, "batch": batch, "median_ms": ms, "of_static": ratio,
-                "cos_min": 0.99999 - batch / 1e8 if ms else "", "build_s": 50.5, "engine_mib": 168.4, "error": error, **other}
+                "cos_min": 0.99999 - batch / 1e8 if ms else "", "build_s": 50.5, "engine_mib": 168.4, "error": error, "commit": commit}
 
     write(tmp_path, "native_range.csv", [row("static", 32, 1.0, 1.0), row("range as it comes", 32, 1.25, 1.25), row("range as it comes", 256, 8.0),
-                                         row("range, powers of two", 32, "", error="its engine is not there")])
+                                         row("range, powers of two", 32, "", error="its engine is not there"),
+                                         row("range as it comes", 32, 1.5, 1.2, commit="another")])
     found = tables.native_range(tmp_path / "h200").set_index("recipe")
-    assert list(found.index) == ["static", "range as it comes"]
-    assert found["of static"].tolist() == ["1.000", "1.250"]
-    assert found["ms at 32"].tolist() == ["1.000", "1.250"] and found["ms at 256"].tolist() == ["", "8.000"]
-    assert found["smallest cosine"].tolist() == ["0.9999897", "0.9999874"] and set(found["engine MiB"]) == {"168.4"}
+    assert list(found.index) == ["static", "range as it comes", "range as it comes"] and found["commit"].tolist() == ["0123456789"] * 2 + ["another"]
+    assert found["of static"].tolist() == ["1.000", "1.250", "1.200"]
+    assert found["ms at 32"].tolist() == ["1.000", "1.250", "1.500"] and found["ms at 256"].tolist() == ["", "8.000", ""]
+    assert found["smallest cosine"].tolist() == ["0.9999897", "0.9999874", "0.9999897"] and set(found["engine MiB"]) == {"168.4"}
     write(tmp_path, "native_range.csv", [row("static", 32, "", error="its engine is not there")])
     with pytest.raises(NoData):
         tables.native_range(tmp_path / "h200")
