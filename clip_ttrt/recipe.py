@@ -14,8 +14,8 @@ from clip_ttrt.lowering import find_nodes
 from clip_ttrt.models import HEAD_DIM
 from clip_ttrt.options import BatchRange
 
-# Where separate MLPs were measured to be faster: without a mask below WIDE, and for few rows, near which TensorRT's own products
-# are wrong besides; with a mask from MEDIUM on.
+# Widths of a transformer, and rows at the size that a range is tuned for, between which it was measured how MLPs are fastest.  Without
+# separate ones TensorRT's products are wrong at some 800 to 1,000 rows, so those of few rows have them in any case.
 MEDIUM, WIDE, FEW_ROWS = 768, 1024, 4096
 
 
