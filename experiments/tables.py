@@ -68,7 +68,7 @@ CHINESE = {
     "of 77 tokens": "与 77 词元之比", "largest error": "最大误差", "smallest cosine": "最小余弦", "images": "图像数", "texts": "文本数",
     "top-1 %": "top-1 %", "image to text %": "图到文 recall@1 %", "text to image %": "文到图 recall@1 %", "agreement %": "一致率 %", "workers": "工作线程",
     "images a second": "每秒图像", "decode": "解码", "resize": "缩放", "normalise": "归一化", "copy": "拷贝", "encode": "编码",
-    "range": "批范围", "static ms": "静态引擎 毫秒", "dynamic ms": "动态引擎 毫秒", "ratio": "比值", "eager fp16 ms": "原版 eager fp16 毫秒",
+    "range": "批范围", "builds": "构建次数", "static ms": "静态引擎 毫秒", "dynamic ms": "动态引擎 毫秒", "ratio": "比值", "eager fp16 ms": "原版 eager fp16 毫秒",
     "clip_ttrt, plugins, batch range": "clip_ttrt, 插件, 批范围", "clip_ttrt, native, batch range": "clip_ttrt, 无插件, 批范围", "what": "项目", "kind of kernel": "核函数类别", "sum": "合计", "matrix product": "矩阵乘", "copy and transpose": "拷贝与转置", "activation": "激活", "layer norm": "层归一化", "bias": "偏置", "other": "其他", "us": "微秒", "heads": "头数", "causal": "因果", "bytes at full bandwidth, us": "按满带宽读写, 微秒", "fastest library": "最快的库", "its us": "其微秒", "value": "内容", "median ms": "中位 毫秒", "a second": "每秒", "torch": "torch",
     "the original, eager": "原版, eager", "the original, CUDA graph": "原版, CUDA graph", "our encoders in PyTorch, CUDA graph": "我们的编码器, PyTorch, CUDA graph",
     "one engine of ours, TensorRT's kernels": "我们的一个引擎, TensorRT 自带核函数", "with the plugins": "加上插件", "stock Torch-TensorRT": "原装 Torch-TensorRT", "our converters, one engine": "我们的转换器, 一个引擎",
@@ -144,11 +144,13 @@ def accuracy_short(folder: Path) -> pd.DataFrame:
 
 
 def dynamic_batch(folder: Path) -> pd.DataFrame:
-    """What a batch range costs at the size it is tuned for."""
+    """What a batch range costs at the size it is tuned for: medians over the builds of each engine, in brackets the fastest and the slowest build."""
     rows = read(folder, "dynamic_batch.csv")
-    out = columns(rows, model="model", encoder="encoder", precision="precision", attention="attention", batch="batch", range="range")
-    for heading, column in (("static ms", "static_ms"), ("dynamic ms", "dynamic_ms"), ("ratio", "ratio")):
-        out[heading] = rows[column].map(lambda value: number(value, 3))
+    out = columns(rows, model="model", encoder="encoder", precision="precision", attention="attention", batch="batch", range="range", builds="builds")
+    for kind in ("static", "dynamic"):
+        out[f"{kind} ms"] = [number(row[f"{kind}_ms"], 3) + (f" ({number(row[f'{kind}_least_ms'], 3)} to {number(row[f'{kind}_most_ms'], 3)})" if row["builds"] > 1 else "")
+                             for _, row in rows.iterrows()]
+    out["ratio"] = rows["ratio"].map(lambda value: number(value, 3))
     return out
 
 
