@@ -72,6 +72,12 @@ def folder_name(model: str, precision: str, batch: str, attention: str) -> str:
     return f"{model.replace('/', '-')}-{precision}-{batch.replace(':', '_')}-{attention}"
 
 
+def compile_command(model: str, weights: str | None, precision: str, batch: str, attention: str, backend: str, output: Path) -> list[str]:
+    """One compile as a process of its own, which replaces what is in the folder; weights: None for the model's default."""
+    return [sys.executable, "-m", "clip_ttrt.compile", "--model", model, *(["--weights", weights] if weights else []), "--precision", precision,
+            "--batch", batch, "--attention", attention, "--backend", backend, "--output", str(output), "--force"]
+
+
 def compiled(root: Path, model: str, weights: str | None, precision: str, batch: str, attention: str, **options: Any) -> Artifact:
     """The artifact of one compile with TensorRT under a root folder: the one that is there, else made and verified now."""
     folder = root / folder_name(model, precision, batch, attention)
@@ -110,10 +116,7 @@ def main() -> int:
             if (model, precision, batch, options.attention) in done(options.out / options.csv):
                 continue
             folder = (options.artifacts or Path(temporary)) / folder_name(model, precision, batch, options.attention)
-            command = [sys.executable, "-m", "clip_ttrt.compile", "--model", model, "--precision", precision, "--batch", batch, "--backend", options.backend,
-                       "--attention", options.attention, "--output", str(folder), "--force",
-                       *([] if model == "demo" else ["--weights", options.weights])]
-            code = subprocess.run(command).returncode
+            code = subprocess.run(compile_command(model, None if model == "demo" else options.weights, precision, batch, options.attention, options.backend, folder)).returncode
             if not (folder / MANIFEST).is_file():
                 print(json.dumps({"failed": model, "precision": precision, "batch": batch, "exit code": code}), flush=True)
                 failed += 1

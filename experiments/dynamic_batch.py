@@ -14,7 +14,6 @@ import argparse
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 
 from clip_ttrt.artifact import MANIFEST, Artifact, load_modules, read_artifact
 from clip_ttrt.models import dimensions_of
-from experiments.accuracy import folder_name
+from experiments.accuracy import compile_command, folder_name
 from experiments.baselines import Request, clip_eager
 from experiments.floor import turn
 from experiments.record import append_row, provenance
@@ -40,11 +39,9 @@ def artifact_of(options: argparse.Namespace, root: Path, batch: str, number: int
     name = folder_name(options.model, options.precision, batch, options.attention)
     folder = root / (name if number == 0 else f"{name}-build-{number}")
     if not (folder / MANIFEST).is_file():
-        command = [sys.executable, "-m", "clip_ttrt.compile", "--model", options.model, *(["--weights", options.weights] if options.weights else []),
-                   "--precision", options.precision, "--batch", batch, "--attention", options.attention, "--encoder", options.encoder,
-                   "--backend", "tensorrt", "--output", str(folder)]
+        command = compile_command(options.model, options.weights, options.precision, batch, options.attention, "tensorrt", folder)
         with tempfile.TemporaryDirectory() as cache:
-            done = subprocess.run(command, env={**os.environ, "XDG_CACHE_HOME": cache}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            done = subprocess.run([*command, "--encoder", options.encoder], env={**os.environ, "XDG_CACHE_HOME": cache}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
             raise RuntimeError(f"{folder.name} was not compiled: {(done.stdout.strip().splitlines() or [''])[-1]}")
         print(f"{folder.name} is compiled", flush=True)
@@ -72,10 +69,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         with ThreadPoolExecutor(options.jobs) as pool:
             made = list(pool.map(lambda one: artifact_of(options, options.artifacts or Path(temporary), *one[1:]), wanted))
+        encoders = made[0].encoders if options.encoder == "both" else (options.encoder,)
+        if lacking := [artifact.folder.name for artifact in made if not set(encoders) <= set(artifact.encoders)]:
+            parser.error(f"no {' and '.join(encoders)} encoder in {', '.join(lacking)}")
         modules = {(kind, number): load_modules(artifact) for (kind, _, number), artifact in zip(wanted, made)}
-    for encoder in made[0].encoders:
-        if options.encoder not in ("both", encoder):
-            continue
+    for encoder in encoders:
         tokens = dims.image_tokens if encoder == "image" else dims.context_length
         original = clip_eager(Request(options.model, weights, encoder, "fp16", batch, tokens, "cuda"))
         example = original.x

@@ -1,12 +1,14 @@
 """The experiment on what a batch range costs, as far as it needs no GPU."""
 import argparse
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from experiments import dynamic_batch, tables
-from experiments.record import append_row
+from experiments.record import append_row, read_rows
 
+ROOT = Path(__file__).parent.parent
 OPTIONS = argparse.Namespace(model="demo", weights=None, precision="fp16", attention="native", encoder="both")
 CASE = {"model": "demo", "encoder": "image", "precision": "fp16", "attention": "native", "weights": "demo", "batch": 32, "range": "1:32:256"}
 
@@ -54,3 +56,32 @@ def test_no_builds_are_refused(monkeypatch):
     monkeypatch.setattr("sys.argv", ["dynamic_batch", "--builds", "0"])
     with pytest.raises(SystemExit):
         dynamic_batch.main()
+
+
+@pytest.mark.parametrize("asked, held, said", [("text", (("image",), ("image", "text")), "no text encoder in static"),
+                                               ("both", (("image", "text"), ("image",)), "no image and text encoder in dynamic")])
+def test_artifacts_without_the_encoder_are_refused(asked, held, said, tmp_path, monkeypatch, capsys):
+    made = {number: argparse.Namespace(folder=Path(name), encoders=encoders) for number, (name, encoders) in enumerate(zip(("static", "dynamic"), held))}
+    monkeypatch.setattr(dynamic_batch, "artifact_of", lambda options, root, batch, number: made[int(":" in batch)])
+    monkeypatch.setattr("sys.argv", ["dynamic_batch", "--encoder", asked, "--artifacts", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        dynamic_batch.main()
+    assert f"{said}\n" in capsys.readouterr().err
+
+
+def test_rows_go_into_the_files_that_are_there(tmp_path, monkeypatch):
+    """All but the GPU: two builds of each kind, and a row an encoder with the columns of the committed files."""
+    out = tmp_path / "dynamic_batch.csv"
+    out.write_bytes((ROOT / "results" / "h100" / "dynamic_batch.csv").read_bytes())
+    before = len(read_rows(out))
+    made = SimpleNamespace(folder=tmp_path, encoders=("image", "text"), origin=SimpleNamespace(kind="demo"))
+    monkeypatch.setattr(dynamic_batch, "artifact_of", lambda options, root, batch, number: made)
+    monkeypatch.setattr(dynamic_batch, "load_modules", lambda artifact: {"image": lambda x: x, "text": lambda x: x})
+    monkeypatch.setattr(dynamic_batch, "clip_eager", lambda request: SimpleNamespace(x=request.tokens, call=lambda: None))
+    monkeypatch.setattr(dynamic_batch, "graphed", lambda call: call)
+    monkeypatch.setattr(dynamic_batch, "median_ms", lambda call: 1.0 if call() is None else 0.5)
+    monkeypatch.setattr("sys.argv", ["dynamic_batch", "--builds", "2", "--out", str(out)])
+    dynamic_batch.main()
+    rows = read_rows(out)[before:]
+    assert [(row["encoder"], row["builds"], row["static_ms"], row["ratio"], row["eager_fp16_ms"]) for row in rows] == [
+        ("image", "2", "0.5000", "1.0000", "1.0000"), ("text", "2", "0.5000", "1.0000", "1.0000")]
