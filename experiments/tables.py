@@ -151,6 +151,7 @@ def dynamic_batch(folder: Path) -> pd.DataFrame:
         out[f"{kind} ms"] = [number(row[f"{kind}_ms"], 3) + (f" ({number(row[f'{kind}_least_ms'], 3)} to {number(row[f'{kind}_most_ms'], 3)})" if row["builds"] > 1 else "")
                              for _, row in rows.iterrows()]
     out["ratio"] = rows["ratio"].map(lambda value: number(value, 3))
+    out["commit"] = rows["commit"]
     return out
 
 

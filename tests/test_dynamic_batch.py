@@ -10,7 +10,7 @@ from experiments.record import append_row, read_rows
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = argparse.Namespace(model="demo", weights=None, precision="fp16", attention="native", encoder="both")
-CASE = {"model": "demo", "encoder": "image", "precision": "fp16", "attention": "native", "weights": "demo", "batch": 32, "range": "1:32:256"}
+CASE = {"model": "demo", "encoder": "image", "precision": "fp16", "attention": "native", "weights": "demo", "batch": 32, "range": "1:32:256", "commit": "0123456789"}
 
 
 def test_a_build_is_its_median_round_and_an_engine_the_median_of_its_builds():
@@ -28,6 +28,7 @@ def test_the_table_names_the_builds_and_how_far_they_lie_apart(tmp_path):
     table = tables.dynamic_batch(tmp_path)
     assert list(table["builds"]) == ["1", "2"] and list(table["ratio"]) == ["1.100", "1.095"]
     assert list(table["static ms"]) == ["1.000", "1.050 (1.000 to 1.100)"] and list(table["dynamic ms"]) == ["1.100", "1.150 (1.100 to 1.200)"]
+    assert set(table["commit"]) == {"0123456789"}
 
 
 def test_each_build_has_a_timing_cache_of_its_own(tmp_path, monkeypatch):
