@@ -180,6 +180,11 @@ def test_speed_marks_the_fastest_and_compares_with_the_strongest_other(tmp_path)
     assert line["clip_ttrt, plugins"] == "**0.900**" and line["TensorRT through ONNX"] == "0.010†" and "ONNX Runtime" not in line
     assert line["times as fast as the original"] == "6.9" and line["of the strongest other"] == "0.75" and line["of the floor"] == "1.50"
     assert set(tables.speed_short(tmp_path / "h200")["batch"]) == {1, 32, 128}
+    with pytest.raises(tables.NoData):  # none of its batches
+        tables.speed_hackathon(tmp_path / "h200")
+    write(tmp_path, "sweep.csv", [sweep_row("ViT-B/32", "image", "clip_ttrt_plugin", 768, True, 9.0), sweep_row("ViT-L/14", "image", "clip_ttrt_plugin", 768, True, 9.0), *sweep_rows()])
+    found = tables.speed_hackathon(tmp_path / "h200")
+    assert list(zip(found["model"], found["batch"])) == [("ViT-B/32", 768)]
 
 
 def test_aims_say_by_how_much(tmp_path):
