@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.ticker import NullLocator
 
-from experiments.results import BATCHES, MODELS, NoData, best, full_length, gpus, picture, present, read, read_accuracy, read_ladder, read_sweep
+from experiments.results import BATCHES, MODELS, NoData, best, full_length, gpus, percent, picture, present, read, read_accuracy, read_ladder, read_sweep
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
@@ -248,7 +248,7 @@ def text_length(folder: Path) -> plt.Figure:
         axes.set_title(f"{model} text, batch {batch}", fontsize=9)
         lengths = sorted(part["tokens"].unique())
         shares = part.dropna(subset=["fit_share"]).drop_duplicates("tokens").set_index("tokens")["fit_share"]
-        axes.set_xticks(lengths, [f"{tokens}\n{float(shares[tokens]):.0%}" if tokens in shares.index else str(tokens) for tokens in lengths])
+        axes.set_xticks(lengths, [f"{tokens}\n{percent(float(shares[tokens]))}" if tokens in shares.index else str(tokens) for tokens in lengths])
         axes.set_xlabel("tokens; share of the prompts that fit", fontsize=8)
         axes.set_ylim(0, 1.08 * part["median_ms"].max())
     panels[0][0].set_ylabel("milliseconds", fontsize=8)

@@ -52,7 +52,7 @@ def read_sweep(folder: Path) -> pd.DataFrame:
     """All rows of the folder's sweep*.csv with a time, and `wrong` where the features were; of what was measured more than once the fastest.
 
     The original `clip` model is `clip_eager` as it is used, eager, and `clip_graph` where its CUDA graph is replayed.
-    `floor_ms` is that of floor.csv, missing where it does not stand there.
+    `floor_ms` is the row's own, of its run; that of floor.csv, the last there, for a row without one; missing where neither is known.
     """
     paths = sorted(folder.glob("sweep*.csv"))
     if not paths:
@@ -67,7 +67,8 @@ def read_sweep(folder: Path) -> pd.DataFrame:
     rows.loc[(rows["backend"] == "clip_eager") & (rows["cuda_graph"].astype(str) == "True"), "backend"] = "clip_graph"
     path = folder / "floor.csv"
     floors = read_csv(path).drop_duplicates(FLOOR_KEY, keep="last").set_index(FLOOR_KEY)["floor_ms"] if path.exists() else {}
-    rows["floor_ms"] = [floors.get(key, float("nan")) for key in zip(*(rows[name] for name in FLOOR_KEY))]
+    known = pd.Series([floors.get(key, float("nan")) for key in zip(*(rows[name] for name in FLOOR_KEY))], index=rows.index, dtype=float)
+    rows["floor_ms"] = rows["floor_ms"].fillna(known) if "floor_ms" in rows else known
     return rows
 
 
@@ -95,6 +96,11 @@ def read_ladder(folder: Path) -> pd.DataFrame:
     if not found:
         raise NoData("neither ladder.csv nor the sweep has steps")
     return pd.DataFrame(found)
+
+
+def percent(value: float) -> str:
+    """A share in percent, never rounded to the whole: 100 % is all of it."""
+    return f"{value:.0%}" if value in (0, 1) or f"{value:.0%}" not in ("0%", "100%") else f"{value:.1%}"
 
 
 def full_length(rows: pd.DataFrame) -> pd.DataFrame:

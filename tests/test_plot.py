@@ -155,12 +155,16 @@ def test_floor_gives_the_ratio_of_our_best_rows(tmp_path):
     assert title_of(plot.against_floor(tmp_path / "h200")) == "clip_ttrt takes 1.50 to 1.50 times the floor, 1.50 in the median"
 
 
-def test_floors_come_from_their_own_file_alone(tmp_path):
-    write(tmp_path, "sweep.csv", sweep_rows())
+def test_a_row_has_the_floor_of_its_run_and_without_one_that_of_the_file(tmp_path):
+    write(tmp_path, "sweep.csv", [{**row, "floor_ms": 0.7 if row["backend"] == "clip_ttrt_plugin" else ""} for row in sweep_rows()])
     write(tmp_path, "floor.csv", [{**floor_rows()[2], "floor_ms": floor} for floor in (9, 0.3)])
     rows = read_sweep(tmp_path / "h200")
+    own = rows["backend"] == "clip_ttrt_plugin"
     case = (rows["model"] == "ViT-B/32") & (rows["encoder"] == "image") & (rows["batch"] == 32)
-    assert set(rows[case]["floor_ms"]) == {0.3} and rows[~case]["floor_ms"].isna().all()
+    assert set(rows[own]["floor_ms"]) == {0.7} and set(rows[case & ~own]["floor_ms"]) == {0.3} and rows[~case & ~own]["floor_ms"].isna().all()
+    (tmp_path / "h200" / "floor.csv").unlink()
+    rows = read_sweep(tmp_path / "h200")
+    assert set(rows[own]["floor_ms"]) == {0.7} and rows[~own]["floor_ms"].isna().all()
 
 
 def test_without_its_own_file_the_ladder_is_what_the_sweep_knows(tmp_path):

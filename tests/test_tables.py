@@ -89,7 +89,7 @@ def test_a_table_is_of_the_folder_that_its_marker_names(tmp_path):
     """The hackathon's cases on two GPUs: the second has no sweep but of these, and none in fp32."""
     def rows(batches, factor, **other):
         times = (("clip_eager", False, 0.06), ("torch_compile_reduce_overhead", True, 0.033), ("clip_ttrt_plugin_range", True, 0.03 if factor == 1 else 0.02))
-        return [sweep_row("ViT-B/32", "image", backend, batch, graph, ms * batch * factor, **other) for batch in batches for backend, graph, ms in times]
+        return [sweep_row("ViT-B/32", "image", backend, batch, graph, ms * batch * factor, floor_ms="", **other) for batch in batches for backend, graph, ms in times]
 
     write(tmp_path, "sweep.csv", rows((64, 768, 1024), 2, gpu="another GPU"))
     (tmp_path / "h200").rename(tmp_path / "h100")
@@ -97,21 +97,21 @@ def test_a_table_is_of_the_folder_that_its_marker_names(tmp_path):
     names = ("hackathon@h100", "hackathon", "hackathon@h1000", "hackathon@h200")
     lines = tables.fill("".join(f"<!-- table: {name} -->\nold\n<!-- end -->\n" for name in names), tmp_path).splitlines()
     heading = ("| precision | batch | entry of 2022, A10 | original, eager | ours ms | against the original | strongest other | its ms "
-               "| against the strongest other | of the floor |")
-    other, unmeasured = "torch.compile reduce-overhead", "| not yet measured |  |  | not yet measured |  |"
+               "| against the strongest other | of the floor | error of the entry | our largest error |")
+    other, unmeasured = "torch.compile reduce-overhead", "| not yet measured |  |  | not yet measured |  | "
     first = [
-        "| fp16 | 64 | 6.73 | 7.680 | 2.560 | 3.00 | " + other + " | 4.224 | 1.65 |  |",
-        "| fp16 | 768 | 2.35 | 92.160 | 30.720 | 3.00 | " + other + " | 50.688 | 1.65 |  |",
-        "| fp16 | 1024 | 2.18 | 122.880 | 40.960 | 3.00 | " + other + " | 67.584 | 1.65 |  |",
-        "| fp32 | 1024 | 0.82 |  |  " + unmeasured,
+        "| fp16 | 64 | 6.73 | 7.680 | 2.560 | 3.00 | " + other + " | 4.224 | 1.65 |  | 1e-2 |  |",
+        "| fp16 | 768 | 2.35 | 92.160 | 30.720 | 3.00 | " + other + " | 50.688 | 1.65 |  | 1e-2 |  |",
+        "| fp16 | 1024 | 2.18 | 122.880 | 40.960 | 3.00 | " + other + " | 67.584 | 1.65 |  | 1e-2 |  |",
+        "| fp32 | 1024 | 0.82 |  |  " + unmeasured + "6e-4 |  |",
     ]
     second = [
-        "| fp16 | 64 | 6.73 | 3.840 | 1.920 | 2.00 | " + other + " | 2.112 | 1.10 |  |",
-        "| fp16 | 768 | 2.35 |  |  " + unmeasured,
-        "| fp16 | 1024 | 2.18 |  |  " + unmeasured,
-        "| fp32 | 1024 | 0.82 | 61.440 | 30.720 | 2.00 | " + other + " | 33.792 | 1.10 |  |",
+        "| fp16 | 64 | 6.73 | 3.840 | 1.920 | 2.00 | " + other + " | 2.112 | 1.10 |  | 1e-2 |  |",
+        "| fp16 | 768 | 2.35 |  |  " + unmeasured + "1e-2 |  |",
+        "| fp16 | 1024 | 2.18 |  |  " + unmeasured + "1e-2 |  |",
+        "| fp32 | 1024 | 0.82 | 61.440 | 30.720 | 2.00 | " + other + " | 33.792 | 1.10 |  | 6e-4 |  |",
     ]
-    rule = "|" + " --- |" * 10
+    rule = "|" + " --- |" * 12
     assert lines == ["<!-- table: hackathon@h100 -->", heading, rule, *first, "<!-- end -->",
                      "<!-- table: hackathon -->", heading, rule, *second, "<!-- end -->",
                      "<!-- table: hackathon@h1000 -->", "*Not measured yet.*", "<!-- end -->",
@@ -131,7 +131,7 @@ def test_every_table_can_be_of_another_gpu(name, chinese, tmp_path):
 
 
 def test_tables_without_floors_leave_their_columns_out(tmp_path):
-    write(tmp_path, "sweep.csv", sweep_rows(models=("ViT-B/32",), encoders=("image",)))
+    write(tmp_path, "sweep.csv", [{**row, "floor_ms": ""} for row in sweep_rows(models=("ViT-B/32",), encoders=("image",))])
     (tmp_path / "h200").rename(tmp_path / "h100")
     write(tmp_path, "floor.csv", floor_rows())  # the floors of one GPU are none of the other's
     heading, _, *lines = tables.rendered("speed@h100", tmp_path).splitlines()
@@ -200,13 +200,20 @@ def test_aims_say_by_how_much(tmp_path):
 
 
 def test_hackathon_puts_the_entry_beside_ours(tmp_path):
-    rows = [sweep_row("ViT-B/32", "image", backend, batch, graph, ms, precision=precision)
-            for backend, graph, ms in (("clip_eager", False, 60.0), ("torch_compile_max_autotune", True, 33.0), ("clip_ttrt_plugin", True, 30.0))
+    rows = [sweep_row("ViT-B/32", "image", backend, batch, graph, ms, precision=precision, attention=attention if precision == "fp16" else "native", floor_ms="")
+            for backend, graph, ms, attention in (("clip_eager", False, 60.0, ""), ("torch_compile_max_autotune", True, 33.0, "sdpa"), ("clip_ttrt_plugin", True, 30.0, "plugin 64:1024:1024"))
             for precision, batch in (("fp16", 1024), ("fp32", 1024))]
+    rows.append(sweep_row("ViT-B/32", "image", "clip_eager", 64, False, 9.0))  # beside nothing of ours
     write(tmp_path, "sweep.csv", rows)
+    write(tmp_path, "accuracy.csv", [{"model": "ViT-B/32", "encoder": encoder, "attention": attention, "precision": precision, "batch": batch, "abs_max": error}
+                                     for encoder, attention, precision, batch, error in (
+                                         ("image", "plugin", "fp16", "64:1024:1024", 0.0038), ("image", "plugin", "fp16", "1024", 0.1), ("text", "plugin", "fp16", "64:1024:1024", 0.2),
+                                         ("image", "native", "fp32", "1024", 0.0000012))])
     write(tmp_path, "floor.csv", [{"model": "ViT-B/32", "encoder": "image", "precision": "fp16", "batch": 1024, "tokens": 50, "floor_ms": 25.0}])
     found = tables.hackathon(tmp_path / "h200").set_index(["precision", "batch"])
     assert found["of the floor"].tolist() == ["", "", "1.20", ""]
+    assert found["error of the entry"].tolist() == ["1e-2", "1e-2", "1e-2", "6e-4"] and found["our largest error"].tolist() == ["", "", "3.8e-03", "1.2e-06"]
+    assert found.loc[("fp16", 64), "original, eager"] == found.loc[("fp16", 64), "strongest other"] == ""
     assert found.loc[("fp16", 1024), ["entry of 2022, A10", "against the original", "against the strongest other"]].tolist() == ["2.18", "2.00", "1.10"]
     assert found.loc[("fp16", 64), "against the original"] == "not yet measured"
 
