@@ -4,7 +4,7 @@ results/speedup.png           every backend against the original in eager fp16, 
 results/floor.png             milliseconds against the sum of the fastest library kernels
 results/load.png              throughput and p99 latency over the number of threads
 results/text_length.png       milliseconds over the length to which texts are trimmed
-results/errors.png            errors of all compiled encoders, by precision
+results/errors.png            errors of the compiled encoders (builder levels 3 and 0), by precision
 results/stages.png            where the time from JPEG files to features goes
 results/ladder.png            milliseconds after each step of the optimisation
 results/attention_ratio.png   the attention kernel against the fastest library, over the sequence length
@@ -25,6 +25,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.colors import to_rgb
 from matplotlib.ticker import NullLocator
 
 from experiments.results import BATCHES, MODELS, NoData, best, full_length, gpus, percent, picture, present, read, read_accuracy, read_ladder, read_sweep
@@ -61,7 +62,7 @@ def stamp(figure: plt.Figure, rows: pd.DataFrame) -> None:
         return sorted({str(value) for value in rows[column].dropna()} - {""}) if column in rows else []
 
     commits = values("commit")
-    parts = values("gpu") + [f"{name} {' and '.join(values(name))}" for name in ("torch", "tensorrt") if values(name)]
+    parts = values("gpu") + [f"{name} {' and '.join(values(name))}" for name in ("torch", "cudnn", "tensorrt") if values(name)]
     parts.append(f"commit {', '.join(commits)}" if len(commits) <= 3 else f"{len(commits)} commits, see the CSV")
     figure.text(0.995, 0.004, ", ".join(parts), ha="right", va="bottom", fontsize=7, color="#666666")
 
@@ -69,6 +70,12 @@ def stamp(figure: plt.Figure, rows: pd.DataFrame) -> None:
 def headline(figure: plt.Figure, text: str) -> None:
     """The finding above all panels, in as many lines as the width asks for."""
     figure.suptitle(textwrap.fill(text, int(10.5 * figure.get_figwidth())), fontsize=11)
+
+
+def readable_on(colour: str) -> str:
+    """Black or white, whichever is told apart better from a bar of this colour."""
+    red, green, blue = to_rgb(colour)
+    return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
 
 
 def lay_out(figure: plt.Figure, columns: int) -> None:
@@ -97,9 +104,9 @@ def one_two_five(low: float, high: float) -> list[float]:
 
 
 def draw(axes: plt.Axes, rows: pd.DataFrame, x: str, y: str, backend: str) -> None:
-    """One line; hollow markers where the features were wrong."""
+    """One line, a single point above lines; hollow markers where the features were wrong."""
     rows = rows.sort_values(x)
-    axes.plot(rows[x], rows[y], **look(backend))
+    axes.plot(rows[x], rows[y], **look(backend), zorder=2 if len(rows) > 1 else 3)
     if "wrong" in rows and rows["wrong"].any():
         style = look(backend)
         wrong = rows[rows["wrong"]]
@@ -107,7 +114,10 @@ def draw(axes: plt.Axes, rows: pd.DataFrame, x: str, y: str, backend: str) -> No
 
 
 def speedup(folder: Path) -> plt.Figure:
-    """Times as fast as the original in eager fp16, by batch: one panel a model and encoder, one line a backend."""
+    """Times as fast as the original in eager fp16, by batch: one panel a model and encoder, one line a backend.
+
+    Where a single batch was measured its backends stand side by side, the slowest first.
+    """
     rows = full_length(read_sweep(folder))
     rows = rows[(rows["precision"] == "fp16") & rows["batch"].isin(BATCHES)]
     case = ["model", "encoder", "batch"]
@@ -118,22 +128,32 @@ def speedup(folder: Path) -> plt.Figure:
     everything, rows = rows, rows[rows["times"].notna()]
     if rows.empty:
         raise NoData("sweep.csv has no fp16 rows beside clip_eager's")
-    models, encoders = present(rows, MODELS, "model"), present(rows, ("image", "text"), "encoder")
-    figure, panels = plt.subplots(len(encoders), len(models), figsize=(max(7.5, 3.1 * len(models)), 2.6 * len(encoders) + 1.6), squeeze=False)
-    for line, encoder in zip(panels, encoders):
-        for axes, model in zip(line, models):
-            part = rows[(rows["model"] == model) & (rows["encoder"] == encoder)]
-            axes.set_visible(not part.empty)
-            for backend in reversed(present(part, BACKENDS, "backend")):
+    parts = [(f"{model} {encoder}", rows[(rows["model"] == model) & (rows["encoder"] == encoder)])
+             for model in present(rows, MODELS, "model") for encoder in present(rows[rows["model"] == model], ("image", "text"), "encoder")]
+    columns = min(3, len(parts))
+    figure, panels = plt.subplots(-(-len(parts) // columns), columns, figsize=(max(7.5, 3.1 * columns), 2.7 * -(-len(parts) // columns) + 1.6), squeeze=False)
+    for axes in panels.flat[len(parts):]:
+        axes.set_visible(False)
+    for axes, (title, part) in zip(panels.flat, parts):
+        backends = present(part, BACKENDS, "backend")
+        if part["batch"].nunique() > 1:
+            for backend in reversed(backends):
                 draw(axes, part[part["backend"] == backend], "batch", "times", backend)
-            axes.axhline(1, color=GREY, linewidth=1, linestyle=":")
-            axes.set_title(f"{model} {encoder}", fontsize=9)
             batch_axis(axes, BATCHES)
-            axes.set_ylim(0, 1.08 * max(1, part["times"].max()) if len(part) else 1)
-            axes.tick_params(labelsize=8)
-        line[0].set_ylabel("times as fast as the original", fontsize=8)
-    for axes in panels[-1]:
-        axes.set_xlabel("batch", fontsize=8)
+            axes.set_xlabel("batch", fontsize=8)
+        else:
+            order = part.sort_values("times", kind="stable")["backend"].tolist()
+            for backend in reversed(backends):
+                draw(axes, part[part["backend"] == backend].assign(place=order.index(backend)), "place", "times", backend)
+            axes.set_xlim(-1, len(order))
+            axes.set_xticks([])
+            axes.set_xlabel(f"batch {part['batch'].iloc[0]}", fontsize=8)
+        axes.axhline(1, color=GREY, linewidth=1, linestyle=":")
+        axes.set_title(title, fontsize=9)
+        axes.set_ylim(0, 1.08 * max(1, part["times"].max()))
+        axes.tick_params(labelsize=8)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("times as fast as the original", fontsize=8)
     headline(figure, fastest_title(everything, case))
     lay_out(figure, 3)
     stamp(figure, rows)
@@ -211,12 +231,15 @@ def under_load(folder: Path) -> plt.Figure:
         lower.set_xlabel("threads, one request each at a time", fontsize=8)
         lower.set_xticks(sorted(rows["threads"].unique()))
         upper.set_ylim(0, 1.08 * part["items_per_second"].max())
-        lower.set_ylim(0, 1.08 * part["p99_ms"].max())
+        lower.set_yscale("log")
+        lower.set_yticks(ticks := one_two_five(part["p99_ms"].min(), part["p99_ms"].max()), [f"{tick:g}" for tick in ticks])
+        lower.yaxis.set_minor_locator(NullLocator())
     panels[0][0].set_ylabel("images or texts a second", fontsize=8)
     panels[1][0].set_ylabel("p99 latency, ms", fontsize=8)
-    model, encoder, batch = cases[0]
-    ours = rows[(rows["model"] == model) & (rows["encoder"] == encoder) & (rows["batch"] == batch) & rows["backend"].str.startswith("clip_ttrt")]
-    headline(figure, load_title(ours, f"{model} {encoder}, requests of {batch}") if len(ours) else "Throughput and latency under load")
+    ours = rows[rows["backend"].str.startswith("clip_ttrt")]
+    found = [load_title(part, f"{model} {encoder}, requests of {batch}") for model, encoder, batch in cases
+             if len(part := ours[(ours["model"] == model) & (ours["encoder"] == encoder) & (ours["batch"] == batch)])]
+    headline(figure, ". ".join(found) or "Throughput and latency under load")
     lay_out(figure, 3)
     stamp(figure, rows)
     return figure
@@ -264,7 +287,7 @@ def text_length(folder: Path) -> plt.Figure:
 
 
 def errors(folder: Path) -> plt.Figure:
-    """Largest, mean and median relative error of every compiled encoder, by precision, with trained and random weights told apart."""
+    """Largest, mean and median relative error of every encoder built at the builder's usual level or at 0, by precision, with trained and random weights told apart."""
     rows = read_accuracy(folder)
     rows = rows[rows["encoder"].isin(("image", "text"))]
     precisions = present(rows, ("fp32", "tf32", "fp16"), "precision")
@@ -303,7 +326,7 @@ def stages(folder: Path) -> plt.Figure:
         axes.barh(names, share, left=left, color=colour, label=stage, height=0.62)
         for index in rows.index:
             if share[index] > 0.06:
-                axes.text(left[index] + share[index] / 2, names[index], f"{share[index]:.0%}", ha="center", va="center", fontsize=8)
+                axes.text(left[index] + share[index] / 2, names[index], f"{share[index]:.0%}", ha="center", va="center", fontsize=8, color=readable_on(colour))
         left += share
     axes.set_xlim(0, 1)
     axes.set_xlabel("share of the work on an image")
@@ -339,12 +362,13 @@ def ladder(folder: Path) -> plt.Figure:
 
 
 def attention_ratio(folder: Path) -> plt.Figure:
-    """Time of the fused kernel over that of the fastest library kernel, by sequence length, one line a batch size."""
+    """Time of the fused kernel over that of the fastest library kernel, by sequence length: a point for each number of heads, a line through their means for each batch."""
     rows = read(folder, "attention.csv")
     figure, axes = plt.subplots(figsize=(7.5, 4.2))
     for colour, (batch, group) in zip(COLOURS, rows.groupby("batch")):
-        group = group.sort_values(["tokens", "heads"])
-        axes.plot(group["tokens"], group["ratio"], "o-", color=colour, label=f"batch {batch}", markersize=5, linewidth=1.2)
+        means = group.groupby("tokens")["ratio"].mean()
+        axes.plot(means.index, means, color=colour, linewidth=1.2)
+        axes.plot(group["tokens"], group["ratio"], "o", color=colour, label=f"batch {batch}", markersize=5)
     axes.axhline(1, color=GREY, linewidth=1, linestyle="--")
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(rows["tokens"].unique()), [str(tokens) + ("\ncausal" if tokens == 77 else "") for tokens in sorted(rows["tokens"].unique())])
@@ -372,7 +396,7 @@ def kernel_profile(folder: Path) -> plt.Figure:
         axes.barh(totals.index, totals[kind], left=left, color=colour, label=kind)
         for attention in totals.index:
             if totals.loc[attention, kind] > 0.6:
-                axes.text(left[attention] + totals.loc[attention, kind] / 2, attention, f"{totals.loc[attention, kind]:.1f}", ha="center", va="center", fontsize=8)
+                axes.text(left[attention] + totals.loc[attention, kind] / 2, attention, f"{totals.loc[attention, kind]:.1f}", ha="center", va="center", fontsize=8, color=readable_on(colour))
         left += totals[kind]
     row, sums = rows.iloc[0], totals.sum(axis=1)
     axes.set_xlabel("milliseconds of kernels in one call")

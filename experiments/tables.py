@@ -9,6 +9,7 @@ it is not there yet, a line says so.  NAME alone is of results/h200/, NAME@GPU o
 headings.  `--check` changes nothing and fails where a document is not what the files give.
 """
 import argparse
+import contextlib
 import json
 import re
 import sys
@@ -70,7 +71,7 @@ CHINESE = {
     "top-1 %": "top-1 %", "image to text %": "图到文 recall@1 %", "text to image %": "文到图 recall@1 %", "agreement %": "一致率 %", "workers": "工作线程",
     "images a second": "每秒图像", "decode": "解码", "resize": "缩放", "normalise": "归一化", "copy": "拷贝", "encode": "编码",
     "range": "批范围", "builds": "构建次数", "static ms": "静态引擎 毫秒", "dynamic ms": "动态引擎 毫秒", "ratio": "比值", "eager fp16 ms": "原版 eager fp16 毫秒",
-    "clip_ttrt, plugins, batch range": "clip_ttrt, 插件, 批范围", "clip_ttrt, native, batch range": "clip_ttrt, 无插件, 批范围", "what": "项目", "kind of kernel": "核函数类别", "sum": "合计", "matrix product": "矩阵乘", "copy and transpose": "拷贝与转置", "activation": "激活", "layer norm": "层归一化", "bias": "偏置", "other": "其他", "us": "微秒", "heads": "头数", "causal": "因果", "bytes at full bandwidth, us": "按满带宽读写, 微秒", "fastest library": "最快的库", "its us": "其微秒", "value": "内容", "median ms": "中位 毫秒", "a second": "每秒", "torch": "torch",
+    "clip_ttrt, plugins, batch range": "clip_ttrt, 插件, 批范围", "clip_ttrt, native, batch range": "clip_ttrt, 无插件, 批范围", "what": "项目", "torch of other backends": "其他后端的 torch", "kind of kernel": "核函数类别", "sum": "合计", "matrix product": "矩阵乘", "copy and transpose": "拷贝与转置", "activation": "激活", "layer norm": "层归一化", "bias": "偏置", "other": "其他", "us": "微秒", "heads": "头数", "causal": "因果", "bytes at full bandwidth, us": "按满带宽读写, 微秒", "fastest library": "最快的库", "its us": "其微秒", "value": "内容", "median ms": "中位 毫秒", "a second": "每秒", "torch": "torch",
     "the original, eager": "原版, eager", "the original, CUDA graph": "原版, CUDA graph", "our encoders in PyTorch, CUDA graph": "我们的编码器, PyTorch, CUDA graph",
     "one engine of ours, TensorRT's kernels": "我们的一个引擎, TensorRT 自带核函数", "with the plugins": "加上插件", "stock Torch-TensorRT": "原装 Torch-TensorRT", "our converters, one engine": "我们的转换器, 一个引擎",
     "activations as rows": "激活按行存放", "attention plugin": "注意力插件", "fused elementwise kernels": "融合的逐元素核函数", "linear layers by cuBLASLt": "cuBLASLt 的线性层", "CUDA graph": "CUDA graph",
@@ -376,7 +377,7 @@ def attention(folder: Path) -> pd.DataFrame:
 
 
 def environment(folder: Path) -> pd.DataFrame:
-    """Hardware and software of the measurements."""
+    """Hardware and software of the measurements: of environment.json, and what the sweep's rows say of backends that ran in another environment."""
     path = folder / "environment.json"
     if not path.exists():
         raise NoData(f"there is no {path}")
@@ -384,6 +385,12 @@ def environment(folder: Path) -> pd.DataFrame:
     lines = [("GPU", f"{found['gpu'].get('name', '')}, compute capability {found['gpu'].get('compute_capability', '')}"), ("driver, memory, clock", next(iter(found["driver"].splitlines()), "")),
              ("processor", f"{found['processor']}, {found['cores']} cores"), ("kernel", found["kernel"]), ("Python", found["python"]),
              *((name, version) for name, version in found["versions"].items() if name != "clip_ttrt")]
+    with contextlib.suppress(NoData):
+        rows = read_sweep(folder)
+        if newer := sorted(set(rows["torch"].dropna().astype(str)) - {found["versions"].get("torch")}):
+            lines.append(("torch of other backends", ", ".join(newer)))
+        if runtimes := sorted(set(rows.loc[rows["backend"] == "onnxruntime", "attention"].dropna().astype(str).str.removeprefix("onnxruntime "))):
+            lines.append(("onnxruntime", ", ".join(runtimes)))
     return pd.DataFrame(lines, columns=["what", "value"])
 
 

@@ -117,6 +117,16 @@ def test_speedup_divides_the_eager_original_by_the_best_row(tmp_path):
     assert "the original, eager" not in lines
 
 
+def test_speedup_of_a_single_batch_puts_its_backends_side_by_side(tmp_path):
+    write(tmp_path, "sweep.csv", [row for row in sweep_rows() if row["model"] == "ViT-B/32" or (row["batch"] == 32 and row["encoder"] == "image")])
+    panels = {axes.get_title(): axes for axes in plot.speedup(tmp_path / "h200").axes if axes.get_visible()}
+    assert list(panels) == ["ViT-B/32 image", "ViT-B/32 text", "ViT-L/14 image"]
+    points = {line.get_label(): (line.get_xdata()[0], line.get_ydata()[0]) for line in panels["ViT-L/14 image"].get_lines() if len(line.get_xdata()) == 1}
+    assert len(points) == 6 and sorted(points.values()) == sorted(points.values(), key=lambda point: point[1])  # the further right the faster
+    assert [place for place, _ in sorted(points.values())] == list(range(6))
+    assert panels["ViT-L/14 image"].get_xlabel() == "batch 32" and panels["ViT-B/32 text"].get_xlabel() == "batch"
+
+
 def test_speedup_counts_where_another_backend_is_faster(tmp_path):
     rows = sweep_rows(models=("ViT-B/32",), encoders=("image",))
     for row in rows:
@@ -186,6 +196,10 @@ def test_load_takes_the_better_of_graph_and_no_graph(tmp_path):
     write(tmp_path, "load.csv", load_rows())
     figure = plot.under_load(tmp_path / "h200")
     assert title_of(figure) == "ViT-B/32 image, requests of 8: 5,500 a second from 1 thread, 15,556 from 8; p99 from 1.5 to 12 ms"
+    write(tmp_path, "load.csv", [{**row, "batch": batch, "items_per_second": row["items_per_second"] * batch} for row in load_rows() for batch in (1, 2)])
+    assert title_of(plot.under_load(tmp_path / "h200")) == (
+        "ViT-B/32 image, requests of 1: 5,500 a second from 1 thread, 15,556 from 8; p99 from 1.5 to 12 ms. "
+        "ViT-B/32 image, requests of 2: 11,000 a second from 1 thread, 31,113 from 8; p99 from 1.5 to 12 ms")
 
 
 def test_errors_tells_trained_from_random_weights(tmp_path):
@@ -196,6 +210,10 @@ def test_errors_tells_trained_from_random_weights(tmp_path):
     for line in figure.axes[0].get_lines():
         points[line.get_marker()] += len(line.get_xdata())
     assert points == {"o": 18, "*": 18}  # 3 precisions x 2 encoders x 3 statistics; logits are left out
+
+
+def test_words_on_bars_are_white_on_dark_and_black_on_light():
+    assert [plot.readable_on(colour) for colour in ("#000000", "#0072B2", "#E69F00", "#56B4E9", "#FFFFFF")] == ["white", "white", "black", "black", "black"]
 
 
 def test_stages_stacks_to_one(tmp_path):

@@ -1,12 +1,14 @@
 """The documents' tables: what they hold for made-up CSVs, and that the committed documents hold what the committed CSVs give."""
 import json
+import platform
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from experiments import plot, tables
+from experiments import environment, plot, tables
 from experiments.results import NoData, gpus, read_csv
 from made_up import bug_rows, floor_rows, jpeg_rows, ladder_rows, load_rows, retrieval_rows, sweep_row, sweep_rows, text_length_rows, write
 
@@ -288,5 +290,17 @@ def test_environment_names_gpu_and_versions(tmp_path):
         {"gpu": {"name": "GPU", "compute_capability": "9.0"}, "driver": "1", "processor": "CPU", "cores": 2, "kernel": "6", "python": "3.10", "versions": {"torch": "2.2.0"}, "commit": "0"}))
     assert "| GPU | GPU, compute capability 9.0 |" in tables.rendered("environment", tmp_path)
     assert "| 项目 | 内容 |" in tables.rendered("environment", tmp_path, True)
+    write(tmp_path, "sweep.csv", [sweep_row("ViT-B/32", "image", "onnxruntime", 1, True, 1.0, attention="onnxruntime 1.31.1", torch="2.11.0"),
+                                  sweep_row("ViT-B/32", "image", "clip_ttrt_plugin", 1, True, 1.0, attention="plugin")])
+    found = tables.environment(tmp_path / "h200").set_index("what")["value"]
+    assert found["torch"] == "2.2.0" and found["torch of other backends"] == "2.11.0" and found["onnxruntime"] == "1.31.1"
     (tmp_path / "h200").rename(tmp_path / "h100")
     assert "| GPU | GPU, compute capability 9.0 |" in tables.rendered("environment@h100", tmp_path)
+
+
+def test_the_environment_is_written_by_a_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["environment", "--out", str(tmp_path / "h200")])
+    assert environment.main() == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "h200" / "environment.json").read_text())
+    found = tables.environment(tmp_path / "h200").set_index("what")["value"]
+    assert found["torch"] == torch.__version__.split("+")[0] and found["Python"] == platform.python_version()
