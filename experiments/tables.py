@@ -49,7 +49,7 @@ FIGURES = {
     "floor": ("milliseconds against the sum of the fastest library kernels", "耗时与最快库核函数之和（下限）的对比"),
     "load": ("throughput and p99 latency over the number of threads", "吞吐与 p99 延迟随线程数的变化"),
     "text_length": ("milliseconds over the text length", "耗时随文本长度的变化"),
-    "errors": ("errors of all compiled encoders, by precision", "所有编译后编码器的误差，按精度"),
+    "errors": ("errors of the compiled encoders, by precision", "编译后编码器的误差，按精度"),
     "stages": ("where the time from JPEG files to features goes", "从 JPEG 文件到特征，各阶段的耗时占比"),
     "ladder": ("milliseconds after each step of the optimisation", "每一步优化之后的耗时"),
     "attention_ratio": ("time of the fused attention kernel over that of the fastest library", "融合注意力核函数与最快库的耗时之比"),
