@@ -62,7 +62,7 @@ def stamp(figure: plt.Figure, rows: pd.DataFrame) -> None:
         return sorted({str(value) for value in rows[column].dropna()} - {""}) if column in rows else []
 
     commits = values("commit")
-    parts = values("gpu") + [f"{name} {' and '.join(values(name))}" for name in ("torch", "cudnn", "tensorrt") if values(name)]
+    parts = values("gpu") + [f"{name} {' and '.join(values(name))}" for name in ("torch", "tensorrt") if values(name)]
     parts.append(f"commit {', '.join(commits)}" if len(commits) <= 3 else f"{len(commits)} commits, see the CSV")
     figure.text(0.995, 0.004, ", ".join(parts), ha="right", va="bottom", fontsize=7, color="#666666")
 

@@ -61,7 +61,7 @@ CHINESE = {
     "abs max": "绝对误差 最大", "abs mean": "绝对误差 平均", "abs median": "绝对误差 中位", "rel max": "相对误差 最大", "rel mean": "相对误差 平均",
     "rel median": "相对误差 中位", "cos min": "最小余弦", "top-1 % original / compiled": "top-1 % 原版 / 编译后", "engine MiB": "引擎 MiB", "build s": "构建 秒",
     "configurations": "配置数", "step": "步骤", "ms": "毫秒", "ms, CUDA graph": "毫秒, CUDA graph", "of the step before": "与上一步之比", "of the original": "与原版之比",
-    "engines": "引擎数", "remark": "备注", "bug": "问题", "seen": "是否重现", "what was seen": "实际现象", "on": "环境", "floor": "下限", "original, eager": "原版, eager", "error of the entry": "参赛作品误差", "our largest error": "我们的最大误差",
+    "engines": "引擎数", "remark": "备注", "bug": "问题", "seen": "是否重现", "what was seen": "实际现象", "on": "环境", "floor": "下限", "original, eager": "原版, eager", "error of the entry": "参赛作品误差", "our abs max": "我们的绝对误差 最大",
     "original, CUDA graph": "原版, CUDA graph", "our encoders, PyTorch": "我们的编码器, PyTorch", "our encoders, eager": "我们的编码器, eager", "TensorRT through ONNX": "TensorRT (经 ONNX)", "clip_ttrt, native": "clip_ttrt, 无插件",
     "clip_ttrt, plugins": "clip_ttrt, 插件", "one engine for a range": "一个引擎, 一段批大小", "times as fast as the original": "相对原版加速比",
     "of the strongest other": "与最强对手之比", "of the floor": "与下限之比", "strongest other": "最强对手", "its ms": "对手毫秒", "ours ms": "我们的毫秒",
@@ -259,7 +259,7 @@ def hackathon(folder: Path) -> pd.DataFrame:
                       "strongest other": "" if other is None else NAMES[other["backend"]], "its ms": "" if other is None else number(other["median_ms"], 3),
                       "against the strongest other": "not yet measured" if ours is None or other is None else number(other["median_ms"] / ours["median_ms"]),
                       "of the floor": "" if ours is None else number(ours["median_ms"] / ours["floor_ms"]),
-                      "error of the entry": HACKATHON_ERRORS[precision], "our largest error": "" if pd.isna(error) else f"{error:.1e}"})
+                      "error of the entry": HACKATHON_ERRORS[precision], "our abs max": "" if pd.isna(error) else f"{error:.1e}"})
     return pd.DataFrame(lines)
 
 

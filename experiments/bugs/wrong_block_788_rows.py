@@ -2,10 +2,11 @@
 
 TensorRT 8.6.0 through Torch-TensorRT 2.2.0, our converters, no plugin.  ViT-B/16's image encoder in fp16 at batch 4 gives features
 that have little to do with fp32 PyTorch's (results/h200/accuracy_level_1.csv).  One block is enough: built for 4 x 197 = 788 rows
-nearly every row is wrong; so it was, in trials that this script does not repeat, whatever the builder's level, with its layer norms
-taken apart, its residual additions in fp32 or an inner tensor made an output, while each part of the block alone was right.  What is wrong is what was chosen for that many rows: an
-engine for 1 to 16 images, optimised for 4, was wrong at every batch but 1 (the script runs one), and one optimised for 8 right at each.  A
-block of ViT-L/14 (1,028 rows) is as wrong; of ViT-B/32 it is right.  Inside, TensorRT shows one layer.
+nearly every row is wrong.  So it was, in trials that this script does not repeat, whatever the builder's level, with its layer norms
+taken apart, its residual additions in fp32 or an inner tensor made an output, while each part of the block alone was right.  What
+is wrong is what was chosen for that many rows: an engine for 1 to 16 images, optimised for 4, was wrong at every batch but 1 (the
+script runs one), and one optimised for 8 right at each.  A block of ViT-L/14 (1,028 rows) is as wrong; of ViT-B/32 it was right.
+Inside, TensorRT shows one layer.
 
 Steps: build one block with random weights in fp16 at level 1 for 788 rows; for a range of batches that is optimised for 788, for
 1,576 and for 1,028 rows; and where that was wrong again, with cuBLAS's matrix products allowed beside TensorRT's own.  Compare with
