@@ -4,7 +4,7 @@
 
 The documents are README.md, README.zh-CN.md and docs/*.md.  Each table stands between `<!-- table: NAME -->` and
 `<!-- end -->`, each plot (`python -m experiments.plot` draws them) between `<!-- figure: NAME -->` and `<!-- end -->`; where
-it is not there yet, a line says so.  NAME alone is of results/h200/, NAME@GPU of results/GPU/: `<!-- table: hackathon@h100 -->` and
+it is not there yet, a line says so.  NAME alone is of results/h200/, NAME@GPU of results/GPU/ (or a folder in it): `<!-- table: hackathon@h100 -->` and
 `<!-- figure: ladder@h100 -->`.  No table or figure has rows of two GPUs.  Documents whose name ends in .zh-CN.md get Chinese
 headings.  `--check` changes nothing and fails where a document is not what the files give.
 """
