@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from clip_ttrt import lowering
 from clip_ttrt.models import dimensions_of
 from clip_ttrt.options import BatchRange
 from experiments.bugs import __main__ as driver
 from experiments.bugs import dropped_mask, export_python_312, finding, text_encoder_argmax, wrong_block_788_rows
 from experiments.bugs.finding import CANNOT_RUN, FAILED, NOT_SEEN, SEEN, CannotRun, Finding, show
 from experiments.bugs.stock import said, where
+import needs
 
 ROOT = Path(__file__).parent.parent
 HAS_TORCH_TENSORRT = importlib.util.find_spec("torch_tensorrt") is not None
@@ -87,7 +87,7 @@ def test_texts_end_where_argmax_finds_it_and_half_does_not():
     assert tokens.float().argmax(-1).tolist() == [5, 16, 27, 38]
 
 
-@pytest.mark.skipif(not lowering.can_export(), reason="torch.export of PyTorch 2.2 needs Python 3.11 or older")
+@needs.export
 def test_the_block_that_is_built_is_the_block():
     torch.manual_seed(0)
     module, x = wrong_block_788_rows.OneBlock(128, 2).eval().requires_grad_(False), torch.randn(3, 17, 128)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import clip_ttrt
-from clip_ttrt import plugin
+import needs
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cpp"
 BINARY = "CLIP_TTRT_CPP_BINARY"  # a binary built elsewhere, for machines without a compiler or Torch's headers
@@ -54,7 +54,7 @@ def artifact(tmp_path_factory):
     return compiled(tmp_path_factory, "torchscript")
 
 
-@pytest.fixture(scope="session", params=["native", pytest.param("plugin", marks=pytest.mark.skipif(not plugin.available(), reason="the library is not built: python -m kernels.build"))])
+@pytest.fixture(scope="session", params=["native", pytest.param("plugin", marks=needs.built)])
 def engines(tmp_path_factory, request):
     return compiled(tmp_path_factory, "tensorrt", request.param)
 
@@ -129,7 +129,6 @@ def test_cuda_asked_for_and_absent_is_one_sentence(binary, artifact, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available() or bool(clip_ttrt.backends.missing_packages()), reason="needs an NVIDIA GPU and the TensorRT packages")
 def test_engines_give_pythons_features(binary, engines, tmp_path):
     for batch in (1, 4, 8):
         assert max(example.compare(engines, binary, "cuda", batch).values()) <= example.TOLERANCE

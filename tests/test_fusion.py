@@ -10,8 +10,9 @@ from clip_ttrt.checkpoint import load_checkpoint
 from clip_ttrt.encoders import ENCODERS
 from clip_ttrt.models import MODELS
 from clip_ttrt.pipeline import example_input
+import needs
 
-pytestmark = pytest.mark.skipif(not lowering.can_export(), reason="torch.export of PyTorch 2.2 needs Python 3.11 or older")
+pytestmark = needs.export
 aten = torch.ops.aten
 
 

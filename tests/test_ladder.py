@@ -6,15 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from clip_ttrt import fusion, lowering, ops
+from clip_ttrt import fusion, ops
 from clip_ttrt.encoders import DIFFERENTIABLE, ENCODERS
 from experiments import builds, ladder
 from experiments.baselines import Request, checkpoint_of, example
+import needs
 
 TOKENS = {"image": 50, "text": 77}
 
 
-@pytest.mark.skipif(not lowering.can_export(), reason="torch.export of PyTorch 2.2 needs Python 3.11 or older")
+@needs.export
 @pytest.mark.parametrize("encoder", ["image", "text"])
 @pytest.mark.parametrize("rows, fusions", [(False, ()), (True, ()), (True, fusion.PASSES)])
 def test_every_graph_computes_the_encoder(encoder, rows, fusions):

@@ -10,9 +10,9 @@ from clip_ttrt.encoders import ENCODERS
 from clip_ttrt.models import MODELS
 from clip_ttrt.pipeline import build_torchscript, example_input
 from clip_ttrt.progress import Progress
+import needs
 
 
-needs_export = pytest.mark.skipif(not lowering.can_export(), reason="torch.export of PyTorch 2.2 needs Python 3.11 or older")
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def state_dict():
     return load_checkpoint("demo", "random").state_dict
 
 
-@needs_export
+@needs.export
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_every_rewrite_is_made_and_nothing_else_is_left(encoder, state_dict):
     plain, example = ENCODERS[encoder](state_dict), example_input(encoder, MODELS["demo"])
@@ -35,7 +35,7 @@ def test_every_rewrite_is_made_and_nothing_else_is_left(encoder, state_dict):
     assert not any(isinstance(node.meta.get("val"), torch.SymInt) for node in graph.graph.nodes)
 
 
-@needs_export
+@needs.export
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_activations_flow_as_rows(encoder, state_dict):
     """Between tokens that are joined or positioned and the two poolings, nothing sees three dimensions."""
@@ -56,7 +56,7 @@ def test_activations_flow_as_rows(encoder, state_dict):
     assert all(shapes[node].dim() == 2 for node in graph.graph.nodes if node.target is torch.ops.aten.linear.default)
 
 
-@needs_export
+@needs.export
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_lowered_and_traced_graphs_serve_other_batches(encoder, state_dict):
     torch.manual_seed(0)
@@ -72,7 +72,7 @@ def test_lowered_and_traced_graphs_serve_other_batches(encoder, state_dict):
         assert torch.allclose(traced(rows[:1]), expected[:1], atol=1e-5)
 
 
-@needs_export
+@needs.export
 def test_text_of_another_length_folds_its_positions(state_dict):
     plain = ENCODERS["text"](state_dict)
     graph = lowering.capture(plain, torch.zeros(2, 20, dtype=torch.int32))
@@ -82,7 +82,7 @@ def test_text_of_another_length_folds_its_positions(state_dict):
         assert torch.allclose(graph(rows), plain(rows), atol=1e-6)
 
 
-@needs_export
+@needs.export
 def test_an_operation_without_an_implementation_is_named():
     class Unsupported(nn.Module):
         def forward(self, x):
@@ -92,7 +92,7 @@ def test_an_operation_without_an_implementation_is_named():
         lowering.lower(lowering.capture(Unsupported(), torch.zeros(2, 4)))
 
 
-@needs_export
+@needs.export
 def test_a_size_that_stays_is_an_error_and_not_a_graph_break():
     class UsesBatch(nn.Module):
         def forward(self, x):

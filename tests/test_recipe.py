@@ -9,8 +9,9 @@ from clip_ttrt.models import MODELS
 from clip_ttrt.options import BatchRange
 from clip_ttrt.pipeline import example_input
 from clip_ttrt.recipe import Recipe
+import needs
 
-pytestmark = pytest.mark.skipif(not lowering.can_export(), reason="torch.export of PyTorch 2.2 needs Python 3.11 or older")
+pytestmark = needs.export
 
 STATIC, RANGE = BatchRange.parse(32), BatchRange.parse("1:32:256")
 

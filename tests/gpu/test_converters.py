@@ -7,6 +7,7 @@ from clip_ttrt import fusion, lowering, ops, plugin
 from clip_ttrt.encoders import Block, FusedOps
 from clip_ttrt.options import BatchRange
 from clip_ttrt.recipe import Recipe
+import needs
 
 pytestmark = pytest.mark.gpu
 
@@ -173,10 +174,7 @@ def test_patches_capped_at_their_rows_maxima_are_themselves():
     assert torch.equal(actual, ops.extract_patches_reference(rows, 4))
 
 
-needs_kernels = pytest.mark.skipif(not plugin.available(), reason="the library is not built: python -m kernels.build")
-
-
-@pytest.mark.parametrize("attention", ["native", pytest.param("plugin", marks=needs_kernels)])
+@pytest.mark.parametrize("attention", ["native", pytest.param("plugin", marks=needs.built)])
 @pytest.mark.parametrize("batch", [STATIC, DYNAMIC], ids=str)
 @pytest.mark.parametrize("tokens, causal", [(50, False), (77, True), (197, False), (257, False), (577, False)])
 def test_two_blocks(tokens, causal, batch, attention):
@@ -193,7 +191,7 @@ def test_two_blocks(tokens, causal, batch, attention):
 
 @pytest.mark.parametrize("attention, batch", [
     pytest.param("native", STATIC, id="native-static"), pytest.param("native", DYNAMIC, id="native-range"),
-    pytest.param("plugin", STATIC, id="plugin-static", marks=needs_kernels), pytest.param("plugin", DYNAMIC, id="plugin-range", marks=needs_kernels),
+    pytest.param("plugin", STATIC, id="plugin-static", marks=needs.built), pytest.param("plugin", DYNAMIC, id="plugin-range", marks=needs.built),
 ])
 @pytest.mark.parametrize("tokens, width", [(197, 768), (257, 1024)])
 def test_a_block_optimised_for_a_thousand_rows(tokens, width, attention, batch):

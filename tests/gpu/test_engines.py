@@ -18,13 +18,13 @@ from clip_ttrt.accuracy import COSINE_BOUND
 from clip_ttrt.models import MODELS
 from experiments.accuracy import compiled
 from experiments.timing import graphed
+import needs
 
 pytestmark = pytest.mark.gpu
 
 STATIC, DYNAMIC = "32", "1:32:256"
 FEW, FEW_DYNAMIC = "4", "1:4:8"  # the demo model, where a batch beyond the range is part of the test
-needs_kernels = pytest.mark.skipif(not plugin.available(), reason="the library is not built: python -m kernels.build")
-ATTENTIONS = ["native", pytest.param("plugin", marks=needs_kernels)]
+ATTENTIONS = ["native", pytest.param("plugin", marks=needs.built)]
 SAME_TEXT = ("ViT-B/16", "ViT-L/14@336px")  # their text encoders are ViT-B/32's and ViT-L/14's, size for size
 
 
@@ -47,7 +47,7 @@ def cases():
     for model in MODELS:
         for batch in (STATIC, DYNAMIC):
             yield model, "fp16", batch, "native"
-            yield pytest.param(model, "fp16", batch, "plugin", marks=needs_kernels)
+            yield pytest.param(model, "fp16", batch, "plugin", marks=needs.built)
             yield model, "fp32", batch, "native"
             if model in ("demo", "ViT-B/32"):
                 yield model, "tf32", batch, "native"
@@ -123,7 +123,7 @@ def test_two_models_on_two_streams_do_not_disturb_each_other(artifact_of):
         assert all(torch.equal(features, right) for features in found)
 
 
-@needs_kernels
+@needs.built
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("tokens", [50, 77, 197, 257, 577])
 def test_the_op_on_a_gpu_runs_the_fused_kernel(tokens, causal):

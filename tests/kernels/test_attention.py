@@ -11,20 +11,12 @@ import pytest
 from clip_ttrt import plugin
 from experiments import attention_bench
 from kernels import build
+import needs
 
 ROOT = pathlib.Path(__file__).parents[2]
 HEADER = ROOT / "kernels" / "attention" / "attention.h"
 HOPPER, AMPERE, TURING = (9, 0), (8, 6), (7, 5)
 
-built = pytest.mark.skipif(not build.OUTPUT.is_file(), reason="the library is not built: python -m kernels.build")
-
-
-def has_gpu() -> bool:
-    try:
-        import torch
-    except ImportError:
-        return False
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 # The build command
@@ -88,7 +80,7 @@ def test_ctypes_struct_agrees_with_the_header():
     assert attention_bench.Params._fields_ == plugin.AttentionParams._fields_  # the bench runs without our package
 
 
-@built
+@needs.built
 def test_library_states_the_size_of_the_struct(library):
     # Three pointers, an int64 and four int32, without padding.
     assert library._library.clip_attention_params_size() == ctypes.sizeof(attention_bench.Params) == 3 * 8 + 8 + 4 * 4
@@ -114,7 +106,7 @@ def library():
     return attention_bench.Library(build.OUTPUT)
 
 
-@built
+@needs.built
 def test_every_length_has_a_variant_on_every_supported_gpu(library):
     for capability in (HOPPER, AMPERE):
         for tokens in range(1, 1025):
@@ -124,7 +116,7 @@ def test_every_length_has_a_variant_on_every_supported_gpu(library):
                     assert library.serves(chosen, tokens, causal, capability), (capability, tokens, causal)
 
 
-@built
+@needs.built
 def test_variants_stay_on_their_gpus(library):
     for variant, name in library.variants.items():
         on_ampere = any(library.serves(variant, t, c, AMPERE) for t in (1, 50, 77, 257, 577) for c in (False, True))
@@ -132,7 +124,7 @@ def test_variants_stay_on_their_gpus(library):
         assert not library.serves(variant, 50, False, TURING)
 
 
-@built
+@needs.built
 @pytest.mark.parametrize("tokens, tail", [(50, 56), (197, 8), (257, 72), (577, 8)])
 def test_clip_lengths_are_padded_by_less_than_eight_keys(library, tokens, tail):
     """The last chunk of keys is cut to size: 50 <= 56, 197 = 2 * 96 + 5, 257 = 2 * 96 + 65, 577 = 6 * 96 + 1."""
@@ -141,7 +133,7 @@ def test_clip_lengths_are_padded_by_less_than_eight_keys(library, tokens, tail):
     assert int(last) == tail and 0 <= tail - tokens % int(chunk) < 8
 
 
-@built
+@needs.built
 def test_batch_and_length_choose_the_kernel(library):
     def name(batch, heads, tokens, causal=False):
         return library.variants[library.choose(batch, heads, tokens, causal, HOPPER, 132)]
@@ -152,7 +144,7 @@ def test_batch_and_length_choose_the_kernel(library):
     assert name(1, 16, 257) == "hopper 128/8x1" and name(32, 16, 257) == "hopper 96/72x4"
 
 
-@built
+@needs.built
 def test_short_kernel_serves_heads_that_fit_with_a_warp_for_each_tile(library):
     for variant, name in library.variants.items():
         if not name.startswith("short"):
@@ -162,7 +154,7 @@ def test_short_kernel_serves_heads_that_fit_with_a_warp_for_each_tile(library):
         assert served == [t for t in range(1, rows + 1) if -(-t // 16) <= warps]
 
 
-@built
+@needs.built
 def test_every_warpgroup_uses_every_filling_of_the_stages_it_waits_on(library):
     """A barrier knows its phases by parity alone, so waiting for filling n is only safe after using n - 1."""
     ring_stages = library._library.clip_attention_ring_stages
@@ -185,7 +177,7 @@ def test_every_warpgroup_uses_every_filling_of_the_stages_it_waits_on(library):
     assert fitted > 1000
 
 
-@built
+@needs.built
 @pytest.mark.parametrize(
     "changed", [{"heads": 0}, {"heads": 41}, {"tokens": 0}, {"tokens": 1025}, {"batch": 0}, {"head_dim": 80}, {"major": 7}]
 )  # fmt: skip
@@ -208,9 +200,9 @@ def test_a_bias_of_another_kind_is_refused(bias):
 # The numbers
 
 
-@built
+@needs.built
 @pytest.mark.gpu
-@pytest.mark.skipif(not has_gpu(), reason="needs a GPU of compute capability 8.0 or newer, and PyTorch")
+@needs.ampere
 @pytest.mark.parametrize("tokens", attention_bench.CHECK_TOKENS)
 def test_error_is_at_most_twice_that_of_pytorch(library, tokens, tmp_path):
     """With and without a query bias. Also: every element written, nothing beside them, the same bits twice."""
@@ -222,9 +214,9 @@ def test_error_is_at_most_twice_that_of_pytorch(library, tokens, tmp_path):
     assert attention_bench.check(torch, library, cases, [0], table, seconds=600) == {0: 0}
 
 
-@built
+@needs.built
 @pytest.mark.gpu
-@pytest.mark.skipif(not has_gpu(), reason="needs a GPU of compute capability 8.0 or newer, and PyTorch")
+@needs.ampere
 @pytest.mark.parametrize("tokens", [1, 17, 50, 77, 197, 257, 577, 1024])
 def test_portable_kernel_on_any_gpu(library, tokens, tmp_path):
     import torch
@@ -235,9 +227,9 @@ def test_portable_kernel_on_any_gpu(library, tokens, tmp_path):
     assert set(attention_bench.check(torch, library, cases, portable, table, seconds=600).values()) == {0}
 
 
-@built
+@needs.built
 @pytest.mark.gpu
-@pytest.mark.skipif(not has_gpu(), reason="needs a GPU of compute capability 8.0 or newer, and PyTorch")
+@needs.ampere
 def test_batches_beyond_the_grid_limits_of_y_and_z(library, tmp_path):
     import torch
 
@@ -246,9 +238,9 @@ def test_batches_beyond_the_grid_limits_of_y_and_z(library, tmp_path):
     assert attention_bench.check(torch, library, cases, [0], table, seconds=600) == {0: 0}
 
 
-@built
+@needs.built
 @pytest.mark.gpu
-@pytest.mark.skipif(not has_gpu(), reason="needs a GPU of compute capability 8.0 or newer, and PyTorch")
+@needs.ampere
 @pytest.mark.parametrize("tokens", attention_bench.SKIPPING_TOKENS)
 def test_many_heads_with_fewer_tiles_than_workers(library, tokens, tmp_path):
     """Warps and warpgroups then skip heads: the ring of copies must not confuse two fillings of a stage."""

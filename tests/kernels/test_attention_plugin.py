@@ -6,6 +6,7 @@ import struct
 import pytest
 
 from kernels import build
+import needs
 
 trt = pytest.importorskip("tensorrt", reason="TensorRT is not installed")
 np = pytest.importorskip("numpy")
@@ -17,7 +18,7 @@ FIELDS = {"heads": HEADS, "tokens": TOKENS, "causal": CAUSAL, "query_bias": BIAS
 @pytest.fixture(scope="module")
 def creator():
     if not build.OUTPUT.is_file():
-        pytest.skip("the library is not built: python -m kernels.build")
+        pytest.skip(needs.NOT_BUILT)
     library = ctypes.CDLL(str(build.OUTPUT), mode=ctypes.RTLD_GLOBAL)
     if not hasattr(library, "clip_attention_register_plugin"):
         pytest.skip("the library was built without TensorRT's headers")
@@ -89,17 +90,6 @@ def test_data_of_another_version_is_refused(creator, data, capfd):
 # Engines of the plugin alone
 
 
-def has_gpu() -> bool:
-    try:
-        import torch
-    except ImportError:
-        return False
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-
-
-needs_gpu = pytest.mark.skipif(not has_gpu(), reason="needs a GPU of compute capability 8.0 or newer, and PyTorch")
-
-
 def build_engine(plugin, inputs):
     """An fp16 engine of one plugin layer on inputs of (name, dtype, shape); None where TensorRT refuses."""
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
@@ -116,7 +106,7 @@ def build_engine(plugin, inputs):
 
 
 @pytest.mark.gpu
-@needs_gpu
+@needs.ampere
 @pytest.mark.parametrize("bias", [0, 1])
 @pytest.mark.parametrize("flat", [False, True])
 def test_engine_gives_the_bits_of_the_launcher(creator, bias, flat):
@@ -144,7 +134,7 @@ def test_engine_gives_the_bits_of_the_launcher(creator, bias, flat):
 
 
 @pytest.mark.gpu
-@needs_gpu
+@needs.ampere
 @pytest.mark.parametrize(
     "bias, inputs",
     [

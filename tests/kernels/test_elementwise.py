@@ -12,6 +12,7 @@ from clip_ttrt import elementwise, ops
 from clip_ttrt.errors import UserError
 from experiments import elementwise_bench as bench
 from kernels import build
+import needs
 
 ROOT = pathlib.Path(__file__).parents[2]
 HEADER = (ROOT / "kernels" / "elementwise" / "elementwise.h").read_text()
@@ -21,11 +22,6 @@ TYPES = {
     "float": ctypes.c_float,
 }  # fmt: skip
 
-built = pytest.mark.skipif(not build.OUTPUT.is_file(), reason="the library is not built: python -m kernels.build")
-on_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
-    reason="needs a GPU of compute capability 8.0 or newer",
-)
 
 
 @pytest.fixture(scope="module")
@@ -126,14 +122,14 @@ def outside_the_contract():
                     yield name, {field: None}
 
 
-@built
+@needs.built
 @pytest.mark.parametrize("name, changed", list(outside_the_contract()))
 def test_what_is_outside_the_contract_is_refused(library, name, changed):
     """Before any call to the driver, so also where there is no GPU."""
     assert library.launch(name, None, **(VALID[name] | changed)) == INVALID_VALUE
 
 
-@built
+@needs.built
 @pytest.mark.parametrize("name", VALID)
 def test_no_rows_are_no_work(library, name):
     nothing = {"rows": 0} if "rows" in VALID[name] else {"batch": 0}
@@ -144,9 +140,9 @@ def test_no_rows_are_no_work(library, name):
 # The numbers
 
 
-@built
+@needs.built
 @pytest.mark.gpu
-@on_gpu
+@needs.ampere
 @pytest.mark.parametrize("kernel", bench.KERNELS)
 def test_error_is_rounding(library, kernel, tmp_path):
     """Also: every element written, nothing beside them, the same bits twice."""
@@ -155,16 +151,16 @@ def test_error_is_rounding(library, kernel, tmp_path):
     assert bench.check(torch, library, cases, bench.Table(tmp_path / "check.csv", bench.CHECK_COLUMNS), seconds=600) == 0
 
 
-@built
+@needs.built
 @pytest.mark.gpu
-@on_gpu
+@needs.ampere
 def test_quick_gelu_of_every_half(library, tmp_path):
     assert bench.check_every_half(torch, library, bench.Table(tmp_path / "check.csv", bench.CHECK_COLUMNS)) == 0
 
 
-@built
+@needs.built
 @pytest.mark.gpu
-@on_gpu
+@needs.ampere
 @pytest.mark.parametrize(
     "shape",
     [
@@ -199,9 +195,9 @@ def part_of(work, first: int, rows: int):
     return part
 
 
-@built
+@needs.built
 @pytest.mark.gpu
-@on_gpu
+@needs.ampere
 def test_layer_norm_far_from_zero_and_of_equal_values(library):
     """The variance is that of centred values: the mean does not eat its digits."""
     work = bench.work_for(torch, bench.Shape("residual_layer_norm", 33, 768), 1.0, 0)
@@ -216,9 +212,9 @@ def test_layer_norm_far_from_zero_and_of_equal_values(library):
 # The wrappers
 
 
-@built
+@needs.built
 @pytest.mark.gpu
-@on_gpu
+@needs.ampere
 def test_wrappers_match_float64_and_torch_layer_norm():
     generator = torch.Generator("cuda").manual_seed(0)
 
@@ -243,9 +239,9 @@ def test_wrappers_match_float64_and_torch_layer_norm():
     assert elementwise.bias_quick_gelu(x[:0], bias).shape == (0, 50, 768)
 
 
-@built
+@needs.built
 @pytest.mark.gpu
-@on_gpu
+@needs.ampere
 @pytest.mark.parametrize("dtype", [torch.float32, torch.half])
 @pytest.mark.parametrize("size", [32, 16, 14])
 def test_extract_patches_is_its_reference(size, dtype):
@@ -256,9 +252,9 @@ def test_extract_patches_is_its_reference(size, dtype):
     assert torch.equal(elementwise.extract_patches(turned, size), elementwise.extract_patches(turned.contiguous(), size))
 
 
-@built
+@needs.built
 @pytest.mark.gpu
-@on_gpu
+@needs.ampere
 def test_embed_image_is_its_parts():
     patches, token, positions = (torch.randn(size, device="cuda") for size in ((3 * 49, 768), (768,), (50, 768)))
     scale_pre, shift_pre, scale_1, shift_1 = torch.randn(4, 768, device="cuda")
@@ -270,9 +266,9 @@ def test_embed_image_is_its_parts():
     torch.testing.assert_close(y.double(), exact, rtol=1e-3, atol=1e-5)
 
 
-@built
+@needs.built
 @pytest.mark.gpu
-@on_gpu
+@needs.ampere
 def test_wrappers_refuse_other_tensors():
     x, constant = torch.zeros(2, 64, device="cuda").half(), torch.zeros(64, device="cuda")
     with pytest.raises(ValueError, match="bias must be fp32"):
@@ -291,9 +287,9 @@ def test_wrappers_refuse_other_tensors():
         elementwise.embed_image(x, constant, torch.zeros(4, 64, device="cuda"), *[constant] * 4, 1e-5, 1e-5)
 
 
-@built
+@needs.built
 @pytest.mark.gpu
-@on_gpu
+@needs.ampere
 def test_graph_capture_replays_on_new_inputs():
     x, constant = torch.zeros(50, 768, device="cuda").half(), torch.ones(768, device="cuda")
     elementwise.residual_layer_norm(x, x, constant, constant, constant, 1e-5)

@@ -6,6 +6,7 @@ import struct
 import pytest
 
 from kernels import build
+import needs
 
 trt = pytest.importorskip("tensorrt", reason="TensorRT is not installed")
 np = pytest.importorskip("numpy")
@@ -22,7 +23,7 @@ FIELDS = {
 @pytest.fixture(scope="module")
 def creators():
     if not build.OUTPUT.is_file():
-        pytest.skip("the library is not built: python -m kernels.build")
+        pytest.skip(needs.NOT_BUILT)
     library = ctypes.CDLL(str(build.OUTPUT), mode=ctypes.RTLD_GLOBAL)
     if not hasattr(library, "clip_elementwise_register_plugins"):
         pytest.skip("the library was built without TensorRT's headers")

@@ -16,7 +16,7 @@ import torch
 from clip_ttrt import linear, plugin
 from clip_ttrt.errors import UserError
 from clip_ttrt.options import BatchRange
-from kernels import build
+import needs
 
 FOLDER = pathlib.Path(__file__).parents[2] / "kernels" / "linear"
 HEADER, DECLARED = (FOLDER / "linear.h").read_text(), (FOLDER / "cublaslt.h").read_text()
@@ -31,8 +31,6 @@ STRUCTS = {"ClipLinearParams": linear.LinearParams, "ClipLinearTuneParams": line
 WEIGHTS = [(768, 3072), (2304, 768), (768, 768), (3072, 768), (512, 768), (1536, 512), (512, 2048), (1024, 588), (4096, 1024)]
 ROWS = [1, 2, 7, 50, 77, 788, 1600, 8224]
 
-built = pytest.mark.skipif(not build.OUTPUT.is_file(), reason="the library is not built: python -m kernels.build")
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 # The interface
@@ -178,20 +176,20 @@ def version_with(folder, version, functions=FUNCTIONS, name=plugin.CUBLASLT, var
     return int(ran.stdout) if ran.returncode == 0 else ran.stderr
 
 
-@built
+@needs.built
 def test_the_extra_comes_first(tmp_path):
     """Before what PyTorch has loaded and what the system finds, whichever those are."""
     assert version_with(tmp_path, 120999) == 120999
 
 
-@built
+@needs.built
 def test_what_the_system_finds_serves_too(tmp_path):
     if plugin.cublaslt():
         pytest.skip("the extra is installed here")
     assert version_with(tmp_path, 120999, name="libcublasLt.so.13", variable="LD_LIBRARY_PATH") == 120999
 
 
-@built
+@needs.built
 @pytest.mark.parametrize("functions", [FUNCTIONS[:-1], ["other"]])
 def test_a_library_without_the_functions_is_passed_over(tmp_path, functions):
     """For another one, or else with an error that names them."""
@@ -199,9 +197,8 @@ def test_a_library_without_the_functions_is_passed_over(tmp_path, functions):
     assert isinstance(found, int) and found not in (0, 120999) or "linear layers need cuBLASLt" in found
 
 
-@built
+@needs.built
 @pytest.mark.gpu
-@on_gpu
 def test_cublaslt_of_a_later_cuda_than_the_drivers_is_passed_over(tmp_path):
     assert version_with(tmp_path, 990000) not in (0, 990000)
 
@@ -214,7 +211,7 @@ def library():
     return linear._library()
 
 
-@built
+@needs.built
 def test_tables_that_the_library_refuses(library):
     def wrong(**fields):
         about = linear.Table.from_buffer_copy(linear.pack(64, 64, False))
@@ -240,7 +237,7 @@ def outside_the_contract():
     yield from ({"rows": -1}, {"rows": 2**31}, {"layer": None})
 
 
-@built
+@needs.built
 @pytest.mark.parametrize("changed", list(outside_the_contract()))
 def test_what_is_outside_the_contract_is_refused(library, changed):
     """Before any call to the driver, so also where there is no GPU."""
@@ -248,7 +245,7 @@ def test_what_is_outside_the_contract_is_refused(library, changed):
     assert library.clip_linear_launch(ctypes.byref(linear.LinearParams(**(values | changed))), None) == INVALID_VALUE
 
 
-@built
+@needs.built
 def test_a_bias_that_the_layer_has_not_is_refused_and_no_rows_are_no_work(library):
     values = {"layer": linear._layer(linear.pack(64, 64, False)), **dict.fromkeys(("x", "weight", "bias", "out", "workspace"), POINTER)}
     assert library.clip_linear_launch(ctypes.byref(linear.LinearParams(**values, rows=3)), None) == INVALID_VALUE
@@ -258,7 +255,7 @@ def test_a_bias_that_the_layer_has_not_is_refused_and_no_rows_are_no_work(librar
 TUNE = {**dict.fromkeys(("x", "weight", "out", "workspace"), POINTER), "rows": 3, "inputs": 64, "outputs": 64, "weights": 1, "milliseconds": 1.0}
 
 
-@built
+@needs.built
 @pytest.mark.parametrize(
     "changed",
     [
@@ -328,9 +325,8 @@ def test_the_check_finds_what_loses_digits():
         check(added + bias, x, weight, bias)
 
 
-@built
+@needs.built
 @pytest.mark.gpu
-@on_gpu
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("outputs, inputs", WEIGHTS)
 def test_error_is_rounding(library, outputs, inputs, bias):
@@ -343,9 +339,8 @@ def test_error_is_rounding(library, outputs, inputs, bias):
         assert torch.equal(actual, poisoned(library, table, x, weight, b))
 
 
-@built
+@needs.built
 @pytest.mark.gpu
-@on_gpu
 @pytest.mark.parametrize("outputs, inputs, bias", [(768, 3072, False), (2304, 768, False), (512, 768, True), (1024, 588, False)])
 def test_measured_algorithms_serve_all_rows(library, outputs, inputs, bias):
     """A table for 1 and 1600 rows, for each number of rows: the nearest entry's algorithm, or cuBLASLt's where that cannot."""
@@ -360,18 +355,16 @@ def test_measured_algorithms_serve_all_rows(library, outputs, inputs, bias):
         assert torch.equal(actual, linear.linear(x, weight, b, table))
 
 
-@built
+@needs.built
 @pytest.mark.gpu
-@on_gpu
 def test_table_of_another_cublaslt_is_not_used(library):
     x, weight, _ = tensors(50, 768, 768, False)
     nonsense = linear.pack(768, 768, False, [entry(50, 2**64 - 1)], linear.version() + 1)
     assert torch.equal(linear.linear(x, weight, table=nonsense), linear.linear(x, weight))
 
 
-@built
+@needs.built
 @pytest.mark.gpu
-@on_gpu
 def test_measured_time_is_one_of_a_launch(library):
     found, microseconds = linear.measure(50, (768, 768), False)
     assert found.rows == 50 and 1 < microseconds < 1000
@@ -380,9 +373,8 @@ def test_measured_time_is_one_of_a_launch(library):
 # The wrapper
 
 
-@built
+@needs.built
 @pytest.mark.gpu
-@on_gpu
 def test_wrapper_takes_any_shape_and_layout():
     x, weight, bias = tensors(24, 64, 128, True)
     expected = linear.linear(x, weight, bias)
@@ -394,9 +386,8 @@ def test_wrapper_takes_any_shape_and_layout():
     assert linear.linear(x[0], weight, bias).shape == (64,)
 
 
-@built
+@needs.built
 @pytest.mark.gpu
-@on_gpu
 def test_wrapper_refuses_other_tensors():
     x, weight, bias = tensors(3, 64, 128, True)
     with pytest.raises(ValueError, match="x must be fp16"):
@@ -413,9 +404,8 @@ def test_wrapper_refuses_other_tensors():
         linear.linear(x, weight, bias, b"table")
 
 
-@built
+@needs.built
 @pytest.mark.gpu
-@on_gpu
 def test_graph_capture_replays_on_new_inputs():
     x, weight, bias = tensors(50, 768, 768, True)
     kept = x.clone()
@@ -431,9 +421,8 @@ def test_graph_capture_replays_on_new_inputs():
     assert torch.equal(captured, expected)
 
 
-@built
+@needs.built
 @pytest.mark.gpu
-@on_gpu
 def test_threads_share_a_layer():
     x, weight, bias = tensors(320, 768, 768, True)
     table = linear.pack(768, 768, True)

@@ -7,6 +7,7 @@ import pytest
 
 from clip_ttrt import linear
 from kernels import build
+import needs
 
 trt = pytest.importorskip("tensorrt", reason="TensorRT is not installed")
 np = pytest.importorskip("numpy")
@@ -19,7 +20,7 @@ OUTPUTS, INPUTS = 64, 128
 @pytest.fixture(scope="module")
 def creator():
     if not build.OUTPUT.is_file():
-        pytest.skip("the library is not built: python -m kernels.build")
+        pytest.skip(needs.NOT_BUILT)
     library = ctypes.CDLL(str(build.OUTPUT), mode=ctypes.RTLD_GLOBAL)
     if not hasattr(library, "clip_linear_register_plugins"):
         pytest.skip("the library was built without TensorRT's headers")
@@ -129,7 +130,6 @@ def run_engine(plan, x):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("bias", [False, True])
 def test_engine_runs_what_the_wrapper_runs(creator, bias):
     """fp32 in and out, as an encoder's projection is; measured for 1 and 64 rows, run for others too."""
