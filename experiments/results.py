@@ -8,7 +8,6 @@ GPU = "h200"  # the folder of results/ that is meant where none is named; those 
 MODELS = ("ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px", "demo")
 BATCHES = (1, 8, 32, 128, 512)
 SWEEP_KEY = ["model", "encoder", "backend", "precision", "batch", "tokens", "cuda_graph"]
-FLOOR_KEY = ["model", "encoder", "precision", "batch", "tokens"]
 WRONG = "wrong:"  # begins the error of a row whose times are good and features are not
 TEXT = ("torch", "tensorrt", "gpu", "commit", "error")  # columns that are names, even where they look like numbers
 
@@ -52,7 +51,7 @@ def read_sweep(folder: Path) -> pd.DataFrame:
     """All rows of the folder's sweep*.csv with a time, and `wrong` where the features were; of what was measured more than once the fastest.
 
     The original `clip` model is `clip_eager` as it is used, eager, and `clip_graph` where its CUDA graph is replayed.
-    `floor_ms` is the row's own, of its run; that of floor.csv, the last there, for a row without one; missing where neither is known.
+    `floor_ms` is that of the row's own run, and missing where none was measured there.
     """
     paths = sorted(folder.glob("sweep*.csv"))
     if not paths:
@@ -65,10 +64,6 @@ def read_sweep(folder: Path) -> pd.DataFrame:
         raise NoData("sweep.csv has no row with a time")
     rows = rows.sort_values("median_ms", kind="stable").drop_duplicates(SWEEP_KEY).sort_index()
     rows.loc[(rows["backend"] == "clip_eager") & (rows["cuda_graph"].astype(str) == "True"), "backend"] = "clip_graph"
-    path = folder / "floor.csv"
-    floors = read_csv(path).drop_duplicates(FLOOR_KEY, keep="last").set_index(FLOOR_KEY)["floor_ms"] if path.exists() else {}
-    known = pd.Series([floors.get(key, float("nan")) for key in zip(*(rows[name] for name in FLOOR_KEY))], index=rows.index, dtype=float)
-    rows["floor_ms"] = rows["floor_ms"].fillna(known) if "floor_ms" in rows else known
     return rows
 
 

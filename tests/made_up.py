@@ -34,12 +34,6 @@ def sweep_rows(models=("ViT-B/32", "ViT-L/14"), encoders=("image", "text")):
             for model, encoder, (backend, factor), batch, graph in itertools.product(models, encoders, SPEED.items(), BATCHES, (True, False))]
 
 
-def floor_rows():
-    """The floors that `sweep_row` writes too."""
-    return [{"model": model, "encoder": encoder, "precision": "fp16", "batch": batch, "tokens": 50 if encoder == "image" else 77, "floor_ms": 0.4 * batch / 32 + 0.2}
-            for model, encoder, batch in itertools.product(("ViT-B/32", "ViT-L/14"), ("image", "text"), BATCHES)]
-
-
 def load_rows():
     return [{"model": "ViT-B/32", "encoder": "image", "backend": backend, "attention": "", "precision": "fp16", "batch": 8, "threads": threads, "cuda_graph": graph,
              "items_per_second": rate * threads ** 0.5 * (1.1 if graph else 1), "p50_ms": 1.0 * threads, "p95_ms": 1.2 * threads, "p99_ms": 1.5 * threads, **PROVENANCE, "error": ""}
