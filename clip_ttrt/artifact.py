@@ -12,7 +12,7 @@ from typing import Any, Mapping, Optional, Union
 
 import torch
 
-from clip_ttrt import backends, linear, plugin
+from clip_ttrt import backends, linear, kernels, stack
 from clip_ttrt.checkpoint import Origin, sha256_of_file
 from clip_ttrt.errors import UserError
 from clip_ttrt.models import Dimensions
@@ -104,10 +104,10 @@ def check_runs_here(artifact: Artifact, device: Optional[str] = None) -> None:
         return
     if missing := backends.missing_packages():
         raise UserError(f"{artifact.folder} holds TensorRT engines, and not installed here: {', '.join(missing)}")
-    here, there = backends.gpu()["compute_capability"], manifest["gpu"]["compute_capability"]
+    here, there = stack.gpu()["compute_capability"], manifest["gpu"]["compute_capability"]
     if here != there:
         raise UserError(f"{artifact.folder} was compiled for compute capability {there} ({manifest['gpu']['name']}), and this GPU has {here}; compile again on it")
-    mine, theirs = backends.versions()["tensorrt"], manifest["versions"]["tensorrt"]
+    mine, theirs = stack.versions()["tensorrt"], manifest["versions"]["tensorrt"]
     if mine != theirs:
         raise UserError(f"{artifact.folder} was compiled with TensorRT {theirs}, and {mine} is installed; compile again")
 
@@ -124,7 +124,7 @@ def load_modules(artifact: Artifact) -> dict[str, torch.jit.ScriptModule]:
             raise UserError(f"{path} is missing; compile again")
         if sha256_of_file(path) != entry["sha256"]:
             raise UserError(f"{path} is truncated or altered: its SHA-256 is not the manifest's; compile again")
-    plugin.load(artifact.manifest["plugin_version"])
+    kernels.load(artifact.manifest["plugin_version"])
     if artifact.manifest["plugin_version"] is not None:
         warn_of_another_cublaslt(artifact)
     backends.register_runtime()

@@ -60,24 +60,3 @@ def register_runtime() -> bool:
         torch.ops.load_library(f"{package}/lib/libtorchtrt.so")
     tensorrt.init_libnvinfer_plugins(None, "")  # an engine for a range of images holds one of these
     return True
-
-
-def versions() -> dict[str, str]:
-    """Versions of what compiled or runs an artifact, for its manifest."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("clip_ttrt", "torch", "torch-tensorrt", "tensorrt", "clip-anytorch", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def gpu() -> dict[str, str]:
-    """Name and compute capability of the current GPU; empty without one."""
-    if not torch.cuda.is_available():
-        return {}
-    major, minor = torch.cuda.get_device_capability()
-    return {"name": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor}"}

@@ -17,7 +17,7 @@ import torch
 from torch_tensorrt.dynamo.conversion._ConversionContext import ConversionContext
 from torch_tensorrt.dynamo.conversion._ConverterRegistry import ConverterPriority, dynamo_tensorrt_converter
 
-from clip_ttrt import linear, ops, plugin
+from clip_ttrt import linear, ops, kernels
 from clip_ttrt.errors import UserError
 from clip_ttrt.models import HEAD_DIM
 from clip_ttrt.options import BatchRange
@@ -80,8 +80,8 @@ def gather_index(ctx: ConversionContext, x: trt.ITensor, axis: int, index: int, 
 
 
 def plugin_layer(ctx: ConversionContext, plugin_name: str, inputs: Sequence[trt.ITensor], fields: dict[str, Any], name: str,
-                 version: str = plugin.VERSION) -> trt.ILayer:
-    """One layer of a plugin, of ours, which `plugin.load` has registered, or of another version; a field's type is its value's, int32,
+                 version: str = kernels.VERSION) -> trt.ILayer:
+    """One layer of a plugin, of ours, which `kernels.load` has registered, or of another version; a field's type is its value's, int32,
     float32 or several int8."""
     kinds = {np.dtype(np.int32): trt.PluginFieldType.INT32, np.dtype(np.float32): trt.PluginFieldType.FLOAT32, np.dtype(np.int8): trt.PluginFieldType.INT8}
     values = {key: np.atleast_1d(value) for key, value in fields.items()}
@@ -115,7 +115,7 @@ def plugin_attention(ctx: ConversionContext, qkv: trt.ITensor, tokens: int, head
     """One layer of the fused-attention plugin."""
     inputs = [qkv] if query_bias is None else [qkv, constant(ctx, query_bias, f"{name}_query_bias")]
     fields = {"tokens": np.int32(tokens), "heads": np.int32(heads), "causal": np.int32(causal), "query_bias": np.int32(len(inputs) - 1)}
-    return plugin_layer(ctx, plugin.ATTENTION, inputs, fields, name).get_output(0)
+    return plugin_layer(ctx, kernels.ATTENTION, inputs, fields, name).get_output(0)
 
 
 @register(ops.linear_rows)
@@ -126,7 +126,7 @@ def convert_linear_rows(ctx: Context, target: Any, args: tuple, kwargs: dict, na
     if sizes not in ctx.linear_tables:
         ctx.linear_tables[sizes] = linear.tune([rows * batch for batch in linear.measured_batches(ctx.batch)], *sizes[1:])
     constants = [constant(ctx, as_half(value, f"{name}_{which}"), f"{name}_{which}") for value, which in ((weight, "weight"), (bias, "bias")) if value is not None]
-    return plugin_layer(ctx, plugin.LINEAR, [x, *constants], {"table": np.frombuffer(ctx.linear_tables[sizes], np.int8)}, name).get_output(0)
+    return plugin_layer(ctx, kernels.LINEAR, [x, *constants], {"table": np.frombuffer(ctx.linear_tables[sizes], np.int8)}, name).get_output(0)
 
 
 def as_half(value: np.ndarray, name: str) -> np.ndarray:
@@ -141,7 +141,7 @@ def as_half(value: np.ndarray, name: str) -> np.ndarray:
 def convert_bias_quick_gelu(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
     """[M, N] and [N] -> [M, N], a plugin."""
     x, bias = args
-    return plugin_layer(ctx, plugin.BIAS_QUICK_GELU, [x, constant(ctx, bias, f"{name}_bias")], {}, name).get_output(0)
+    return plugin_layer(ctx, kernels.BIAS_QUICK_GELU, [x, constant(ctx, bias, f"{name}_bias")], {}, name).get_output(0)
 
 
 @register(ops.residual_layer_norm)
@@ -149,7 +149,7 @@ def convert_residual_layer_norm(ctx: ConversionContext, target: Any, args: tuple
     """Two [M, W] and three [W] -> two [M, W], a plugin."""
     x, delta, bias, scale, shift, epsilon = args
     constants = [constant(ctx, value, f"{name}_{which}") for which, value in (("bias", bias), ("scale", scale), ("shift", shift))]
-    layer = plugin_layer(ctx, plugin.RESIDUAL_LAYER_NORM, [x, delta, *constants], {"residual": np.int32(1), "epsilon": np.float32(epsilon)}, name)
+    layer = plugin_layer(ctx, kernels.RESIDUAL_LAYER_NORM, [x, delta, *constants], {"residual": np.int32(1), "epsilon": np.float32(epsilon)}, name)
     return layer.get_output(0), layer.get_output(1)
 
 
@@ -222,7 +222,7 @@ def convert_layer_norm_apart(ctx: ConversionContext, target: Any, args: tuple, k
 def convert_extract_patch_rows(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
     """[B, C, R, R] -> [B·(R/size)², C·size²], a plugin."""
     images, size = args
-    return plugin_layer(ctx, plugin.EXTRACT_PATCHES, [images], {"patch_size": np.int32(size)}, name).get_output(0)
+    return plugin_layer(ctx, kernels.EXTRACT_PATCHES, [images], {"patch_size": np.int32(size)}, name).get_output(0)
 
 
 @register(ops.embed_image)
@@ -232,7 +232,7 @@ def convert_embed_image(ctx: ConversionContext, target: Any, args: tuple, kwargs
     constants = [constant(ctx, value, f"{name}_{which}") for which, value in (
         ("class_token", class_token), ("positions", positions), ("scale_pre", scale_pre), ("shift_pre", shift_pre), ("scale_1", scale_1), ("shift_1", shift_1))]
     fields = {"tokens": np.int32(positions.shape[0]), "epsilon_pre": np.float32(epsilon_pre), "epsilon_1": np.float32(epsilon_1)}
-    layer = plugin_layer(ctx, plugin.EMBED_IMAGE, [patches, *constants], fields, name)
+    layer = plugin_layer(ctx, kernels.EMBED_IMAGE, [patches, *constants], fields, name)
     return layer.get_output(0), layer.get_output(1)
 
 
@@ -302,7 +302,7 @@ def convert_layer_norm(ctx: ConversionContext, target: Any, args: tuple, kwargs:
     if by_plugin(ctx):
         constants = [constant(ctx, value, f"{name}_{which}") for which, value in (("scale", scale), ("shift", bias))]
         fields = {"residual": np.int32(0), "epsilon": np.float32(epsilon)}
-        return plugin_layer(ctx, plugin.RESIDUAL_LAYER_NORM, [x, *constants], fields, name).get_output(0)
+        return plugin_layer(ctx, kernels.RESIDUAL_LAYER_NORM, [x, *constants], fields, name).get_output(0)
     rank = len(x.shape)
     layer = ctx.net.add_normalization(x, constant(ctx, with_rank(scale, rank), f"{name}_scale"),
                                       constant(ctx, with_rank(bias, rank), f"{name}_bias"), 1 << (rank - 1))

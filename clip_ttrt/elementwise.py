@@ -5,7 +5,7 @@ from typing import Optional
 
 import torch
 
-from clip_ttrt import plugin
+from clip_ttrt import kernels
 from clip_ttrt.errors import UserError
 
 # As kernels/elementwise/elementwise.h: widths are multiples of 8 up to these.
@@ -50,7 +50,7 @@ PARAMS = {"bias_quick_gelu": GeluParams, "residual_layer_norm": LayerNormParams,
 @functools.cache
 def _library() -> ctypes.CDLL:
     """The library with these kernels' signatures.  Raises UserError where it is not built or another version."""
-    loaded = plugin.library()
+    loaded = kernels.library()
     try:
         for name, params in PARAMS.items():
             launch, size = getattr(loaded, f"clip_{name}_launch"), getattr(loaded, f"clip_{name}_params_size")
@@ -58,7 +58,7 @@ def _library() -> ctypes.CDLL:
             if size() != ctypes.sizeof(params):
                 raise AttributeError(name)
     except AttributeError as problem:
-        raise UserError(f"{plugin.LIBRARY.name} belongs to another version of clip_ttrt; {plugin.BUILD_IT}") from problem
+        raise UserError(f"{kernels.LIBRARY.name} belongs to another version of clip_ttrt; {kernels.BUILD_IT}") from problem
     return loaded
 
 
@@ -66,7 +66,7 @@ def serves(x: torch.Tensor, most: int = LAYER_NORM_WIDTHS) -> bool:
     """Whether the kernels can take rows like these: built, CUDA, fp16, of a width that is a multiple of 8 and at most `most`, a GPU they run on."""
     if not (x.is_cuda and x.dtype == torch.half and x.dim() >= 1 and 0 < x.shape[-1] <= most and x.shape[-1] % WIDTH_STEP == 0):
         return False
-    return plugin.available() and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return kernels.available() and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def _rows(x: torch.Tensor, name: str, like: Optional[torch.Tensor] = None) -> torch.Tensor:

@@ -141,7 +141,7 @@ def build_engine(module: fx.GraphModule, example: torch.Tensor, batch: BatchRang
 
     example: one input of any batch, whose other dimensions and dtype (float32 or int32) the engine
     takes.  batch: static or a range.  precision: fp32, tf32 or fp16.  attention: `native`, or
-    `plugin` after `plugin.load`.  optimization_level: of TensorRT's builder, 0 to 5.  how: by default what
+    `plugin` after `kernels.load`.  optimization_level: of TensorRT's builder, 0 to 5.  how: by default what
     `recipe.choose` says; the graph is changed where it asks for that.
     Raises UserError where the GPU's memory does not suffice or fp16 cannot hold a plugin's weight, EngineError for all else
     that TensorRT refuses.

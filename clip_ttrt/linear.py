@@ -5,7 +5,7 @@ from typing import Optional, Sequence
 
 import torch
 
-from clip_ttrt import plugin
+from clip_ttrt import kernels
 from clip_ttrt.errors import UserError
 from clip_ttrt.options import BatchRange
 
@@ -49,7 +49,7 @@ STRUCTS = {"params": LinearParams, "tune_params": TuneParams, "table": Table, "e
 @functools.cache
 def _library() -> ctypes.CDLL:
     """The library with these functions' signatures.  Raises UserError where it is not built or another version."""
-    loaded = plugin.library()
+    loaded = kernels.library()
     try:
         for name, kind in STRUCTS.items():
             if getattr(loaded, f"clip_linear_{name}_size")() != ctypes.sizeof(kind):
@@ -59,7 +59,7 @@ def _library() -> ctypes.CDLL:
         loaded.clip_linear_tune.argtypes = [ctypes.POINTER(TuneParams), ctypes.POINTER(Entry), ctypes.POINTER(ctypes.c_float)]
         loaded.clip_linear_version.restype = ctypes.c_uint64
     except AttributeError as problem:
-        raise UserError(f"{plugin.LIBRARY.name} belongs to another version of clip_ttrt; {plugin.BUILD_IT}") from problem
+        raise UserError(f"{kernels.LIBRARY.name} belongs to another version of clip_ttrt; {kernels.BUILD_IT}") from problem
     return loaded
 
 

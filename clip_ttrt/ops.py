@@ -12,7 +12,7 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 
-from clip_ttrt import plugin
+from clip_ttrt import kernels
 from clip_ttrt.models import HEAD_DIM
 
 QUICK_GELU_SLOPE = 1.702
@@ -194,7 +194,7 @@ residual_layer_norm = _register("residual_layer_norm(Tensor x, Tensor delta, Ten
 
 def _attention_cuda(qkv, heads, causal):
     """On a GPU the op runs the plugin's kernel where it is built and serves the tensor, so that engine and eager agree."""
-    return plugin.attention(qkv, heads, causal) if plugin.serves(qkv, heads) else attention_reference(qkv, heads, causal)
+    return kernels.attention(qkv, heads, causal) if kernels.serves(qkv, heads) else attention_reference(qkv, heads, causal)
 
 
 _library.impl("attention", _attention_cuda, "CUDA")

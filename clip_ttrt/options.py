@@ -6,10 +6,10 @@ from typing import Optional, Union
 from clip_ttrt.errors import UserError
 from clip_ttrt.models import dimensions_of
 
-PRECISIONS = ("fp32", "tf32", "fp16")
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
 ENCODER_CHOICES = ("image", "text", "both")
-BACKENDS = ("auto", "tensorrt", "torchscript")
-ATTENTIONS = ("auto", "plugin", "native")
+BACKENDS = ("auto", "tensorrt", "rtx", "torchscript")
+KERNELS = ("auto", "fused", "tensorrt")
 LARGEST_BATCH = 65536
 
 
@@ -54,8 +54,9 @@ class Options:
     batch: BatchRange = BatchRange(1, 32, 256)
     encoder: str = "both"
     backend: str = "auto"
-    attention: str = "auto"
+    kernels: str = "auto"
     optimization_level: int = 3  # of TensorRT's builder, 0 to 5: lower builds faster, the engine may be slower
+    timing_cache: Optional[str] = None  # a file, or `none`; by default one per GPU and TensorRT version in the user's cache folder
     output: Optional[Path] = None  # artifacts/MODEL-PRECISION
     verify: bool = True
     force: bool = False
@@ -65,7 +66,7 @@ class Options:
     def __post_init__(self):
         dimensions_of(self.model)
         for value, choices, what in ((self.precision, PRECISIONS, "precision"), (self.encoder, ENCODER_CHOICES, "encoder"),
-                                     (self.backend, BACKENDS, "backend"), (self.attention, ATTENTIONS, "attention")):
+                                     (self.backend, BACKENDS, "backend"), (self.kernels, KERNELS, "kernels")):
             if value not in choices:
                 raise UserError(f"unknown {what} {value!r}; choices: {', '.join(choices)}")
         if self.optimization_level not in range(6):

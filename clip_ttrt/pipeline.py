@@ -5,7 +5,7 @@ from typing import Any, Mapping, Optional
 import torch
 from torch import fx, nn
 
-from clip_ttrt import accuracy, attention_choice, backends, fusion, guard, linear, lowering, plugin, torchscript
+from clip_ttrt import accuracy, attention_choice, backends, fusion, guard, linear, lowering, kernels, torchscript, stack
 from clip_ttrt.artifact import Artifact, draft
 from clip_ttrt.attention_choice import Choice
 from clip_ttrt.backends import Backend
@@ -44,7 +44,7 @@ def compile_with(options: Options, progress: Progress) -> Artifact:
         progress.say(f"note: {options.precision} was asked for, and this backend computes in {backend.computes_in}")
     for encoder, choice in choices.items():
         progress.say(f"attention of the {encoder} encoder: {choice.attention} ({choice.reason})")
-    plugin.load(needed_plugin(choices))
+    kernels.load(needed_plugin(choices))
     with draft(options.folder, options.force) as writing:
         with progress.stage(f"read weights of {options.model}"):
             checkpoint = load_checkpoint(options.model, options.weights, options.seed, options.trust_weights)
@@ -123,13 +123,13 @@ def example_input(encoder: str, dims: Dimensions) -> torch.Tensor:
 
 def needed_plugin(choices: Mapping[str, Choice]) -> Optional[str]:
     """The version of the plugins that the encoders need; None where none does."""
-    return plugin.VERSION if any(choice.attention == "plugin" for choice in choices.values()) else None
+    return kernels.VERSION if any(choice.attention == "plugin" for choice in choices.values()) else None
 
 
 def describe(options: Options, backend: Backend, choices: Mapping[str, Choice], checkpoint: Checkpoint) -> dict[str, Any]:
     """The manifest's facts about a compile."""
     plugin_version = needed_plugin(choices)
-    versions = backends.versions() if plugin_version is None else {**backends.versions(), "cublaslt": linear.version_text()}
+    versions = stack.versions() if plugin_version is None else {**stack.versions(), "cublaslt": linear.version_text()}
     return {
         "model": options.model,
         "dimensions": asdict(checkpoint.dimensions),
@@ -145,5 +145,5 @@ def describe(options: Options, backend: Backend, choices: Mapping[str, Choice], 
         "optimization_level": options.optimization_level,
         "plugin_version": plugin_version,
         "versions": versions,
-        "gpu": backends.gpu() if backend.device == "cuda" else {},
+        "gpu": stack.gpu() if backend.device == "cuda" else {},
     }

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from clip_ttrt import backends
+from clip_ttrt import stack
 
 
 def commit() -> str:
@@ -24,8 +24,8 @@ def commit() -> str:
 
 def provenance() -> dict[str, str]:
     """The columns torch, tensorrt, gpu and commit of every row."""
-    versions = backends.versions()
-    return {"torch": versions["torch"], "tensorrt": versions.get("tensorrt", ""), "gpu": backends.gpu().get("name", ""), "commit": commit()}
+    versions = stack.versions()
+    return {"torch": versions["torch"], "tensorrt": versions.get("tensorrt", ""), "gpu": stack.gpu().get("name", ""), "commit": commit()}
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
@@ -72,12 +72,12 @@ def write_environment(path: Path) -> None:
     processor = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({
-        "gpu": backends.gpu(),
+        "gpu": stack.gpu(),
         "driver": said("nvidia-smi", "--query-gpu=driver_version,memory.total,clocks.max.sm", "--format=csv,noheader"),
         "processor": processor[0] if processor else "",
         "cores": os.cpu_count(),
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "versions": backends.versions(),
+        "versions": stack.versions(),
         "commit": commit(),
     }, indent=2) + "\n")

@@ -18,7 +18,7 @@ from typing import Callable, Optional
 
 import torch
 
-from clip_ttrt import pipeline, plugin
+from clip_ttrt import pipeline, kernels
 from clip_ttrt.accuracy import errors
 from clip_ttrt.artifact import MANIFEST, read_artifact
 from clip_ttrt.backends import Backend
@@ -80,7 +80,7 @@ def encoder_of(backend: str, checkpoint: Checkpoint, precision: str, batch: int,
     if device == "cpu":
         module, _, seconds = pipeline.build_torchscript("text", checkpoint, Backend("torchscript", "cpu", "fp32", "as asked"), example, Progress(quiet=True))
         return module, attention, seconds
-    plugin.load(plugin.VERSION if attention == "plugin" else None)
+    kernels.load(kernels.VERSION if attention == "plugin" else None)
     kept = None
     if artifacts is not None:
         folder = artifacts / folder_name(checkpoint.model, precision, str(batch), attention)

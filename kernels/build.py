@@ -48,10 +48,10 @@ TRY_OUT = """
 import pathlib, sys
 try:
     import torch
-    from clip_ttrt import plugin
-    plugin.LIBRARY = pathlib.Path(sys.argv[1])
-    plugin.load(plugin.VERSION)
-    plugin.attention(torch.zeros(1, 50, 3 * 64, dtype=torch.half, device="cuda"), heads=1, causal=False)
+    from clip_ttrt import kernels
+    kernels.LIBRARY = pathlib.Path(sys.argv[1])
+    kernels.load(kernels.VERSION)
+    kernels.attention(torch.zeros(1, 50, 3 * 64, dtype=torch.half, device="cuda"), heads=1, causal=False)
     torch.cuda.synchronize()
 except Exception as problem:
     sys.exit(str(problem).strip().split(chr(10))[0])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import clip_ttrt
-from clip_ttrt import backends, plugin
+from clip_ttrt import backends, kernels
 
 
 def pytest_collection_modifyitems(items):
@@ -30,5 +30,5 @@ def demo_artifact(tmp_path_factory):
 @pytest.fixture(scope="session")
 def demo_engines(tmp_path_factory):
     """The same, as TensorRT engines in fp16, with the plugins where they are built."""
-    return clip_ttrt.compile(model="demo", precision="fp16", batch="2:4:8", backend="tensorrt", attention="plugin" if plugin.available() else "native",
+    return clip_ttrt.compile(model="demo", precision="fp16", batch="2:4:8", backend="tensorrt", attention="plugin" if kernels.available() else "native",
                              output=tmp_path_factory.mktemp("engines") / "demo")

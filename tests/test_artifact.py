@@ -229,7 +229,7 @@ def test_engines_without_a_gpu(copy, monkeypatch):
 
 @pytest.mark.parametrize("there, warns", [("13.1.0", True), ("12.1.3", False), (None, False)])
 def test_linear_layers_of_another_cublaslt_are_a_warning(copy, monkeypatch, recwarn, there, warns):
-    monkeypatch.setattr("clip_ttrt.plugin.load", lambda version: None)
+    monkeypatch.setattr("clip_ttrt.kernels.load", lambda version: None)
     monkeypatch.setattr("clip_ttrt.linear.version_text", lambda: "12.1.3")
     spoil(copy, plugin_version="3", versions={"cublaslt": there} if there else {})
     clip_ttrt.load(copy)

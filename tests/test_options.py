@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_ttrt import attention_choice, plugin
+from clip_ttrt import attention_choice, kernels
 from clip_ttrt.backends import choose
 from clip_ttrt.errors import UserError
 from clip_ttrt.models import MODELS, RESNETS
@@ -69,10 +69,10 @@ def test_tensorrt_asked_for_and_absent(monkeypatch):
 
 def test_the_plugin_asked_for_without_its_library(monkeypatch, tmp_path):
     monkeypatch.setattr(plugin, "LIBRARY", tmp_path / "absent.so")
-    plugin.library.cache_clear()
+    kernels.library.cache_clear()
     with pytest.raises(UserError, match="--attention plugin"):
         attention_choice.choose("plugin", "tensorrt", "fp16", MODELS["ViT-B/32"], "image", BatchRange(1, 32, 256))
     choice = attention_choice.choose("auto", "tensorrt", "fp16", MODELS["ViT-B/32"], "image", BatchRange(1, 32, 256))
     assert choice.attention == "native" and "absent.so is not built" in choice.reason
     with pytest.raises(UserError, match="version 1"):
-        plugin.load("1")
+        kernels.load("1")

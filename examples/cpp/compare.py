@@ -17,7 +17,7 @@ import clip
 import torch
 
 import clip_ttrt  # its import makes plain torch.jit.load able to read TensorRT engines
-from clip_ttrt import plugin
+from clip_ttrt import kernels
 from clip_ttrt.artifact import Artifact, check_runs_here, read_artifact
 
 TOLERANCE = 1e-6  # of the features' norm: same modules, same libraries, same device
@@ -49,7 +49,7 @@ def library_path() -> str:
     torch_folder = package("torch")
     folders = [torch_folder / "lib", torch_folder.parent / "nvidia" / "cudnn" / "lib"]
     folders += [package(name) / sub for name, sub in (("tensorrt", ""), ("torch_tensorrt", "lib")) if find_spec(name)]
-    folders += [path.parent for path in [plugin.cublaslt()] if path]
+    folders += [path.parent for path in [kernels.cublaslt()] if path]
     inherited = os.environ.get("LD_LIBRARY_PATH")
     return ":".join([str(folder) for folder in folders if folder.is_dir()] + ([inherited] if inherited else []))
 
@@ -60,7 +60,7 @@ def run_binary(binary: Path, artifact: Artifact, inputs: Path, output: Path, dev
     if artifact.manifest["backend"] == "tensorrt":
         command += ["--runtime", str(package("torch_tensorrt") / "lib" / "libtorchtrt_runtime.so")]
     if artifact.manifest["plugin_version"] is not None:
-        command += ["--plugin", str(plugin.LIBRARY)]
+        command += ["--plugin", str(kernels.LIBRARY)]
     # Sums are split by threads: as many there as here.
     environment = {**os.environ, "LD_LIBRARY_PATH": library_path(), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.run(command, env=environment, text=True, capture_output=True)
@@ -68,7 +68,7 @@ def run_binary(binary: Path, artifact: Artifact, inputs: Path, output: Path, dev
 
 def python_features(artifact: Artifact, inputs: dict[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:
     """The same modules through plain torch.jit.load: encoder -> features float32 [batch, embed_dim] on the CPU."""
-    plugin.load(artifact.manifest["plugin_version"])
+    kernels.load(artifact.manifest["plugin_version"])
     features = {}
     for encoder in artifact.encoders:
         module = torch.jit.load(str(artifact.path(encoder)), map_location=device).eval()

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable
 
-from clip_ttrt import backends
+from clip_ttrt import stack
 
 SEEN, NOT_SEEN, CANNOT_RUN, FAILED = range(4)  # exit codes
 
@@ -27,7 +27,7 @@ class CannotRun(RuntimeError):
 
 def environment() -> dict[str, str]:
     """What a bug report names: Python, the packages' versions, the GPU."""
-    return {"python": platform.python_version(), **backends.versions(), "gpu": backends.gpu().get("name", "")}
+    return {"python": platform.python_version(), **stack.versions(), "gpu": stack.gpu().get("name", "")}
 
 
 def show(document: str, reproduce: Callable[[], Finding], arguments=None) -> int:

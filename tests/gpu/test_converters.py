@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from clip_ttrt import fusion, lowering, ops, plugin
+from clip_ttrt import fusion, lowering, ops, kernels
 from clip_ttrt.encoders import Block, FusedOps
 from clip_ttrt.options import BatchRange
 from clip_ttrt.recipe import Recipe
@@ -88,7 +88,7 @@ def run_in_engine(module, example, batch, precision, count, attention="native", 
     graph = lowering.capture(module.eval().requires_grad_(False), example)
     lowering.lower(graph)
     if attention == "plugin":
-        plugin.load(plugin.VERSION)
+        kernels.load(kernels.VERSION)
         assert sum(fusion.fuse(graph).values()) > 0
     built = engine.build_engine(graph, example, batch, precision, attention, how=how)
     rows = fresh_rows(example, count)

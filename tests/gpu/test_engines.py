@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import clip_ttrt
-from clip_ttrt import pipeline, plugin
+from clip_ttrt import pipeline, kernels
 from clip_ttrt.accuracy import COSINE_BOUND
 from clip_ttrt.models import MODELS
 from experiments.accuracy import compiled
@@ -130,7 +130,7 @@ def test_the_op_on_a_gpu_runs_the_fused_kernel(tokens, causal):
     torch.manual_seed(0)
     qkv = torch.randn(3, tokens, 3 * 12 * 64, device="cuda", dtype=torch.half)
     actual = torch.ops.clip_ttrt.attention(qkv, 12, causal)
-    assert torch.equal(actual, plugin.attention(qkv, 12, causal))
+    assert torch.equal(actual, kernels.attention(qkv, 12, causal))
     exact = clip_ttrt.ops.attention_reference(qkv.double(), 12, causal)
     library = clip_ttrt.ops.attention_reference(qkv, 12, causal)
     assert (actual - exact).abs().max() <= 2 * (library - exact).abs().max()

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from clip_ttrt import plugin
+from clip_ttrt import kernels
 from experiments import attention_bench
 from kernels import build
 import needs
@@ -77,7 +77,7 @@ def test_ctypes_struct_agrees_with_the_header():
         "int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32,
     }  # fmt: skip
     assert [(name, types[kind]) for kind, name in fields] == list(attention_bench.Params._fields_)
-    assert attention_bench.Params._fields_ == plugin.AttentionParams._fields_  # the bench runs without our package
+    assert attention_bench.Params._fields_ == kernels.AttentionParams._fields_  # the bench runs without our package
 
 
 @needs.built
@@ -194,7 +194,7 @@ def test_a_bias_of_another_kind_is_refused(bias):
     torch = pytest.importorskip("torch")
     kind, size = bias
     with pytest.raises(ValueError, match=r"fp32 \[64\]"):
-        plugin.attention(torch.zeros(1, 2, 192).half(), 1, False, torch.zeros(size, dtype=getattr(torch, kind)))
+        kernels.attention(torch.zeros(1, 2, 192).half(), 1, False, torch.zeros(size, dtype=getattr(torch, kind)))
 
 
 # The numbers

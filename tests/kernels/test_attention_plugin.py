@@ -45,7 +45,7 @@ def test_creator_is_registered_with_its_fields(creator):
 @pytest.mark.parametrize("bias", [0, 1])
 def test_plugin_survives_serialisation(creator, bias):
     plugin = create(creator, query_bias=bias)
-    data = bytes(plugin.serialize())
+    data = bytes(kernels.serialize())
     assert data == struct.pack("<iiiii", LAYOUT, HEADS, TOKENS, CAUSAL, bias)
     again = creator.deserialize_plugin("a", data)
     assert bytes(again.serialize()) == data
@@ -112,7 +112,7 @@ def build_engine(plugin, inputs):
 def test_engine_gives_the_bits_of_the_launcher(creator, bias, flat):
     import torch
 
-    from clip_ttrt import plugin
+    from clip_ttrt import kernels
 
     batch, width = 5, HEADS * 64
     shape = (batch * TOKENS, 3 * width) if flat else (batch, TOKENS, 3 * width)
@@ -129,7 +129,7 @@ def test_engine_gives_the_bits_of_the_launcher(creator, bias, flat):
         context.set_tensor_address(name, tensor.data_ptr())
     assert context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
     torch.cuda.synchronize()
-    expected = plugin.attention(qkv.view(batch, TOKENS, 3 * width), HEADS, bool(CAUSAL), query_bias)
+    expected = kernels.attention(qkv.view(batch, TOKENS, 3 * width), HEADS, bool(CAUSAL), query_bias)
     assert torch.equal(out.view_as(expected), expected)
 
 

@@ -60,9 +60,9 @@ def test_creator_is_registered_with_its_fields(creators, name):
 )  # fmt: skip
 def test_plugin_survives_serialisation_and_copying(creators, name, fields, expected, outputs):
     plugin = creators[name].create_plugin("a", collection(*fields))
-    data = bytes(plugin.serialize())
+    data = bytes(kernels.serialize())
     assert data == expected
-    for again in (creators[name].deserialize_plugin("a", data), plugin.clone()):
+    for again in (creators[name].deserialize_plugin("a", data), kernels.clone()):
         assert bytes(again.serialize()) == data
         assert (again.num_outputs, again.plugin_type, again.plugin_version) == (outputs, name, "3")
 

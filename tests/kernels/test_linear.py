@@ -13,7 +13,7 @@ import threading
 import pytest
 import torch
 
-from clip_ttrt import linear, plugin
+from clip_ttrt import linear, kernels
 from clip_ttrt.errors import UserError
 from clip_ttrt.options import BatchRange
 import needs
@@ -151,18 +151,18 @@ def test_version_in_words(monkeypatch):
 
 def test_the_extra_is_found_among_the_packages(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(tmp_path / "empty"), str(tmp_path)])
-    assert plugin.cublaslt() is None
-    file = tmp_path / plugin.CUBLASLT
+    assert kernels.cublaslt() is None
+    file = tmp_path / kernels.CUBLASLT
     file.parent.mkdir(parents=True)
     file.touch()
-    assert plugin.cublaslt() == file
+    assert kernels.cublaslt() == file
 
 
 FUNCTIONS = re.findall(r"\(\*(cublasLt\w+)\)", DECLARED)
 VERSION_HERE = "from clip_ttrt import linear; print(linear.version())"
 
 
-def version_with(folder, version, functions=FUNCTIONS, name=plugin.CUBLASLT, variable="PYTHONPATH"):
+def version_with(folder, version, functions=FUNCTIONS, name=kernels.CUBLASLT, variable="PYTHONPATH"):
     """linear.version() in a new process, among whose packages (or libraries) is a cuBLASLt that can only tell its version."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
@@ -184,7 +184,7 @@ def test_the_extra_comes_first(tmp_path):
 
 @needs.built
 def test_what_the_system_finds_serves_too(tmp_path):
-    if plugin.cublaslt():
+    if kernels.cublaslt():
         pytest.skip("the extra is installed here")
     assert version_with(tmp_path, 120999, name="libcublasLt.so.13", variable="LD_LIBRARY_PATH") == 120999
 
