@@ -12,14 +12,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 ARTIFACT := artifacts/demo-fp16
-comma := ,
 
 # One stamp for each combination of extras, which its name lists.  Without a GPU all is from PyPI,
 # and TensorRT-RTX, where it has wheels, builds real plans in the tests.
 COMPILE_STAMP := $(VENV)/installed$(if $(GPU),-tensorrt)
 TEST_STAMP := $(VENV)/installed-test$(if $(GPU),-tensorrt,-rtx)
 # What the library of kernels is built of: newer sources build it and the artifact anew.
-KERNELS := $(if $(GPU),$(shell find kernels clip_ttrt -name '*.cu' -o -name '*.cpp' -o -name '*.h'))
+KERNELS := $(if $(GPU),$(shell find kernels clip_ttrt -name '*.cu' -o -name '*.cpp' -o -name '*.h' \
+             2>/dev/null))
 
 .PHONY: compile test clean
 

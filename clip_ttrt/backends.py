@@ -126,7 +126,7 @@ def first_possible(option: str, asked: str, best_first: tuple[str, ...],
 
 
 def refuse_both_wheels(installed: dict[str, str]) -> None:
-    """Raises UserError where both Torch-TensorRT wheels are installed, which pip does not notice."""
+    """Raises UserError where both Torch-TensorRT wheels are installed: pip does not notice."""
     wheels = [wheel for wheel, _ in PACKAGES.values() if wheel in installed]
     if len(wheels) > 1:
         both = " and ".join(f"{wheel} {installed[wheel]}" for wheel in wheels)
@@ -136,7 +136,7 @@ def refuse_both_wheels(installed: dict[str, str]) -> None:
 
 
 def not_installed(name: str, installed: dict[str, str]) -> Optional[str]:
-    """What is missing or does not fit among a backend's packages, with the remedy; None: nothing."""
+    """What is missing or does not fit among a backend's packages, and the remedy; None: nothing."""
     wheel, runtime = PACKAGES[name]
     torch_version = installed.get("torch", torch.__version__)
     minor = stack.minor(torch_version)
