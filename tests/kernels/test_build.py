@@ -1,8 +1,4 @@
 """`python -m kernels.build --if-possible`, with which `make compile` begins: programs that pretend a GPU, nvcc and g++, and none of them."""
-import os
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -113,17 +109,3 @@ def test_a_build_that_was_asked_for_still_fails(machine, capsys):
     assert build.main([]) == 1 and "kernels.build: failed: " in capsys.readouterr().err
     (machine / "bin" / "g++").unlink()
     assert build.main([]) == 2 and "C++ compiler is missing" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-def test_make_compile_builds_the_kernels_first_and_goes_on_without_them(tmp_path):
-    shutil.copy(Path(__file__).parents[2] / "Makefile", tmp_path)
-    (tmp_path / ".venv").mkdir()
-    for name in ("pyproject.toml", ".venv/installed"):
-        (tmp_path / name).touch()
-    # What builds the kernels ends with an error here, and what compiles makes the artifact.
-    install(tmp_path / ".venv", "python", 'echo "$2 $3" >> log; [ "$2" = clip_ttrt.compile ] && mkdir -p "$6" && touch "$6/manifest.json"')
-    for _ in range(2):  # the second time nothing is left to do
-        done = subprocess.run(["make", "--no-print-directory", "compile"], cwd=tmp_path, env={**os.environ, "MAKEFLAGS": ""}, capture_output=True, text=True)
-        assert done.returncode == 0 and done.stdout.count("\n") == 1, done.stderr
-        assert (tmp_path / "log").read_text().splitlines() == ["kernels.build --if-possible", "clip_ttrt.compile --precision"]
