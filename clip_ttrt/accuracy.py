@@ -7,7 +7,7 @@ from typing import Any, Callable
 
 import torch
 
-from clip_ttrt import pictures
+from clip_ttrt import deprecations, pictures
 from clip_ttrt.artifact import Artifact, load_modules
 from clip_ttrt.checkpoint import Checkpoint, original_with_weights
 from clip_ttrt.demo import scenes
@@ -63,15 +63,13 @@ def errors(actual: torch.Tensor, reference: torch.Tensor) -> Errors:
 
 def inputs_for(model: str, resolution: int) -> Inputs:
     """Meaningful inputs: held-out scenes for the demo model, eight photographs for the others."""
-    from clip import clip
-
     if model == "demo":
         images, labels = scenes.held_out_set()
         captions = scenes.held_out_classes()
-        return Inputs(scenes.to_input(images), clip.tokenize(captions), labels,
+        return Inputs(scenes.to_input(images), deprecations.clip().tokenize(captions), labels,
                       f"{len(images)} scenes of {len(captions)} combinations held out from training")
     images, captions = pictures.load(resolution)
-    return Inputs(images, clip.tokenize(captions), torch.arange(len(images)), f"{len(images)} pictures and their captions")
+    return Inputs(images, deprecations.clip().tokenize(captions), torch.arange(len(images)), f"{len(images)} pictures and their captions")
 
 
 @contextmanager

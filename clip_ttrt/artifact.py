@@ -13,7 +13,7 @@ from typing import Any, Mapping, Optional, Union
 
 import torch
 
-from clip_ttrt import kernels, linear, stack, trt
+from clip_ttrt import deprecations, kernels, linear, stack, trt
 from clip_ttrt.checkpoint import Origin, sha256_of_file
 from clip_ttrt.errors import UserError
 from clip_ttrt.models import Dimensions
@@ -150,7 +150,8 @@ def load_modules(artifact: Artifact) -> dict[str, torch.jit.ScriptModule]:
     kernels.load(artifact.manifest["kernels_version"])
     if artifact.manifest["kernels_version"] is not None:
         warn_of_another_cublaslt(artifact)
-    return {encoder: torch.jit.load(str(artifact.path(encoder)), map_location=artifact.device).eval() for encoder in artifact.encoders}
+    with deprecations.hidden():
+        return {encoder: torch.jit.load(str(artifact.path(encoder)), map_location=artifact.device).eval() for encoder in artifact.encoders}
 
 
 def warn_of_another_cublaslt(artifact: Artifact) -> None:
@@ -171,7 +172,8 @@ class Draft:
     def add(self, encoder: str, module: torch.jit.ScriptModule, **facts: Any) -> None:
         """Save one encoder's module; the facts go into the manifest beside its SHA-256."""
         path = self.folder / f"{encoder}.ts"
-        torch.jit.save(module, str(path))
+        with deprecations.hidden():
+            torch.jit.save(module, str(path))
         self.modules[encoder] = {"file": path.name, "sha256": sha256_of_file(path), "mib": round(path.stat().st_size / 2**20, 2), **facts}
 
     def write_manifest(self, **facts: Any) -> Artifact:

@@ -5,7 +5,7 @@ For machines without TensorRT, on the CPU or a GPU.
 import torch
 from torch import fx
 
-from clip_ttrt import ops
+from clip_ttrt import deprecations, ops
 
 
 def inline_references(module: fx.GraphModule) -> int:
@@ -25,5 +25,5 @@ def build(module: fx.GraphModule, example: torch.Tensor) -> torch.jit.ScriptModu
     example: one input, batch >= 2, on the device and in the dtype to run in.
     """
     inline_references(module)
-    with torch.no_grad():
+    with torch.no_grad(), deprecations.hidden():
         return torch.jit.trace(module, (example,), check_trace=False)

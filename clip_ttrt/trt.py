@@ -25,7 +25,7 @@ from typing import Any, Callable, Iterator, Optional
 import torch
 from torch import fx
 
-from clip_ttrt import stack
+from clip_ttrt import deprecations, stack
 from clip_ttrt.errors import UserError
 from clip_ttrt.options import BatchRange
 
@@ -351,7 +351,7 @@ def usable_timing_cache(content: bytes) -> bool:
 
 def to_torchscript(engine: Engine, example: torch.Tensor) -> torch.jit.ScriptModule:
     """An engine as a TorchScript module, in which it is embedded; example: a CUDA input within its batch range."""
-    with torch.no_grad():
+    with torch.no_grad(), deprecations.hidden():
         return torch.jit.trace(engine.module, (example,), check_trace=False)
 
 
