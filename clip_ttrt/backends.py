@@ -73,7 +73,10 @@ def choose(asked: str, precision: str) -> Backend:
         return no_gpu or not_installed(name, installed) or REFUSED.get((name, precision))
 
     name, why = first_possible("backend", asked, BACKENDS_BEST_FIRST, obstacle)
-    place = "the CPU" if no_gpu else torch.cuda.get_device_name()
+    if no_gpu:  # which `why` tells of auto
+        place = "the CPU" if asked == "auto" else f"the CPU, since {no_gpu}"
+    else:
+        place = torch.cuda.get_device_name()
     if name != "torchscript":
         version = installed[PACKAGES[name][1]]
         return Backend(name, "cuda", precision, f"{TITLES[name]} {version} on {place}{why}")

@@ -70,8 +70,9 @@ def library() -> dict[str, Any]:
 
 def nvcc() -> Optional[dict[str, str]]:
     """Path and version of the compiler that the kernels would be built with."""
-    path = build_kernels.find_nvcc()
-    if path is None:
+    try:
+        path = build_kernels.find_nvcc()
+    except build_kernels.CannotBuild:
         return None
     answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60)
     release = re.search(r"release ([\d.]+)", answer.stdout)
@@ -146,8 +147,10 @@ def about_library(found: Any) -> list[str]:
     lines = []
     if "path" in found:
         state = "current" if found["current"] else f"stale: the sources are {found['expected']}"
-        lines = [found["path"], f"version {found['version']} ({state}), for TensorRT "
-                 f"{found['tensorrt_major']}, {', '.join(found['architectures'])}"]
+        major = found["tensorrt_major"]  # 0: built without TensorRT's headers
+        plugins = f"for TensorRT {major}" if major else "without plugins"
+        lines = [found["path"], f"version {found['version']} ({state}), {plugins}, "
+                                f"{', '.join(found['architectures'])}"]
     else:
         lines = ["not built"]
     return lines + ([found["obstacle"]] if found["obstacle"] else [])

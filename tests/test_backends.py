@@ -122,6 +122,7 @@ def test_a_gpu_that_pytorch_lost_is_named_in_the_reason(machine, monkeypatch):
     reason = choose("auto", "fp16").reason
     assert "nvidia-smi sees NVIDIA A10 and PyTorch does not" in reason
     assert "built without CUDA" in reason
+    assert "nvidia-smi sees NVIDIA A10" in choose("torchscript", "fp16").reason
     with pytest.raises(UserError, match="nvidia-smi sees NVIDIA A10"):
         choose("tensorrt", "fp16")
 

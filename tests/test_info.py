@@ -68,9 +68,13 @@ def test_a_machine_with_everything(machine, tell):
     assert (facts["compile"]["backend"], facts["compile"]["kernels"]) == ("tensorrt", "fused")
 
 
+def no_nvcc():
+    raise build_kernels.CannotBuild("nvcc is missing; install it", 2)
+
+
 def test_a_machine_with_nothing(machine, tell, monkeypatch):
     machine(pytorch=False, nvidia_smi=(), installed={"torch": "2.14.1"}, library=None)
-    monkeypatch.setattr(build_kernels, "find_nvcc", lambda: None)
+    monkeypatch.setattr(build_kernels, "find_nvcc", no_nvcc)
     text, facts = tell()
     assert "WARNING" not in text  # there is no GPU to lose
     for told in ("does not answer, or is not there", "none that PyTorch sees", "not installed",
