@@ -1,6 +1,6 @@
-"""Errors of compiled encoders against the original model, a row an encoder and its logits.
+"""Errors of compiled encoders against the original model, a row an encoder and logits: results/accuracy.csv
 
-    python -m experiments.accuracy --models demo ViT-B/32 --precisions fp16 --out results/accuracy.csv
+    python -m experiments.accuracy --models demo ViT-B/32 --precisions fp16 bf16
 
 Each model, precision and batch is compiled and verified in a process of its own, so that a crash
 costs its rows and not the run.  OpenAI's models get random weights unless `--weights` says
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
     parser.add_argument("--weights", default="random", help="of all models but demo")
     parser.add_argument("--out", type=Path, default=Path("results/accuracy.csv"))
-    parser.add_argument("--artifacts", type=Path, metavar="DIR", help="keep artifacts there, and reuse them")
+    parser.add_argument("--artifacts", type=Path, metavar="DIR", help="keep and reuse them there")
     options = parser.parse_args(arguments)
     failed = 0
     with tempfile.TemporaryDirectory() as temporary:

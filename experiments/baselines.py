@@ -1,4 +1,4 @@
-"""What is measured beside our artifacts: the plain encoder, eager or compiled by PyTorch, and OpenAI's model.
+"""What is measured beside our artifacts: the plain encoder, eager or compiled, and OpenAI's model.
 
 All have the same weights, in the precision that is asked for, and inputs that lie on the GPU in
 that precision: `example`.  `plain` is clip_ttrt's own encoder of scaled_dot_product_attention

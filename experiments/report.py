@@ -70,10 +70,10 @@ def plot(rows: Sequence[Mapping[str, str]]) -> plt.Figure:
     for axes in panels.flat[len(parts):]:
         axes.set_visible(False)
     handles = {}
-    for axes, (title, part) in zip(panels.flat, parts.items()):
+    for axes, (title, part) in zip(panels.flat, parts.items(), strict=False):
         for look, points in groups(part, "backend", "kernels", "how").items():
             points = sorted((int(row["batch"]), float(row["median_ms"])) for row in points)
-            [line] = axes.plot(*zip(*points), **style(*look))
+            [line] = axes.plot(*zip(*points, strict=True), **style(*look))
             handles.setdefault(line.get_label(), line)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -101,13 +101,13 @@ def stamp(rows: Sequence[Mapping[str, str]]) -> str:
         return ", ".join(sorted({row[name] for row in rows} - {""}))
 
     return "; ".join([
-        values("gpu") or "CPU", f"torch {values('torch')}", f"TensorRT {values('tensorrt') or 'none'}",
-        f"commit {values('commit')}", values("date"),
+        values("gpu") or "CPU", f"torch {values('torch')}",
+        f"TensorRT {values('tensorrt') or 'none'}", f"commit {values('commit')}", values("date"),
     ])  # fmt: skip
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Milliseconds in Markdown: a line a model, encoder, precision and batch, a column a backend."""
+    """Milliseconds in Markdown: a line a model, encoder, precision and batch."""
     columns = list(groups(rows, "backend", "kernels", "how"))
     names = [" ".join(filter(None, column)) for column in columns]
     lines = [f"| encoder, batch | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]

@@ -195,7 +195,8 @@ def artifact_for(options: argparse.Namespace, model: str, batch: str, kernels: s
 def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
     """What is to be measured, in order, each artifact compiled before its jobs."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    hows = ("call", "graph", *(["queue"] if options.queue else [])) if device == "cuda" else ("call",)
+    on_gpu = ("call", "graph", "queue") if options.queue else ("call", "graph")
+    hows = on_gpu if device == "cuda" else ("call",)
     ranges = [] if options.range == "none" else [BatchRange.parse(options.range)]
     engines = [*ranges, *(BatchRange.parse(size) for size in options.static)]
     for model, backend in itertools.product(options.models, options.backends):
@@ -216,7 +217,8 @@ def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
                 print(problem, file=sys.stderr, flush=True)
                 continue
             for encoder in options.encoders:
-                yield Job(model, encoder, backend=backend, batches=batches, artifact=str(folder), **facts)
+                facts["artifact"] = str(folder)
+                yield Job(model, encoder, backend=backend, batches=batches, **facts)
 
 
 def ratios(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -232,7 +234,8 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> str:
         if row["backend"].startswith("clip_ttrt") and place in peers:
             ours, peer = float(row["median_ms"]), peers[place]
             name = f"{row['backend']} {row['kernels']}".strip()
-            lines.append(f"| {' '.join(place)} | {name} | {ours:.3f} | {peer:.3f} | {ours / peer:.3f} |")
+            cells = (" ".join(place), name, f"{ours:.3f}", f"{peer:.3f}", f"{ours / peer:.3f}")
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

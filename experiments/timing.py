@@ -23,14 +23,14 @@ def gpu_times_ms(
     )
     if not queued:
         torch.cuda.synchronize()
-    for start, end in zip(starts, ends):
+    for start, end in zip(starts, ends, strict=True):
         start.record()
         call()
         end.record()
         if not queued:
             end.synchronize()
     torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in zip(starts, ends)]
+    return [start.elapsed_time(end) for start, end in zip(starts, ends, strict=True)]
 
 
 def wall_times_ms(
