@@ -1,4 +1,4 @@
-"""Errors of compiled encoders against the original model, a row an encoder and logits: results/accuracy.csv
+"""Errors of compiled encoders against the original model: results/accuracy.csv
 
     python -m experiments.accuracy --models demo ViT-B/32 --precisions fp16 bf16
 

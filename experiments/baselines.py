@@ -36,7 +36,7 @@ def example(model: str, encoder: str, batch: int, dtype: torch.dtype, device: st
         return images.to(device, dtype)
     length = dims.context_length
     tokens = torch.randint(1, START, (batch, length), generator=generator, dtype=torch.int32)
-    ends, place = 8 + 23 * torch.arange(batch) % (length - 8), torch.arange(length)
+    ends, place = 8 + 29 * torch.arange(batch) % (length - 8), torch.arange(length)
     tokens[place > ends[:, None]] = 0
     tokens[place == ends[:, None]] = END
     tokens[:, 0] = START

@@ -96,8 +96,8 @@ def calls_of(job: Job) -> tuple[dict[str, Callable], dict[str, str]]:
     if "call" in job.hows:
         model, _ = clip_ttrt.load(job.artifact)
         calls["call"] = model.encode_image if job.encoder == "image" else model.encode_text
-    if set(job.hows) - {"call"}:
-        calls |= dict.fromkeys(job.hows[1:], load_modules(artifact)[job.encoder])
+    if graphs := [how for how in job.hows if how != "call"]:
+        calls |= dict.fromkeys(graphs, load_modules(artifact)[job.encoder])
     columns = {"backend": label(artifact), "kernels": manifest["kernels"] or ""}
     return calls, {**columns, **provenance(manifest["versions"])}
 

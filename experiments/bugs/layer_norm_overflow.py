@@ -35,7 +35,9 @@ def reproduce() -> Finding:
         rows = rows.half()
         with torch.no_grad():
             exact = nn.functional.layer_norm(rows.double(), (768,))
-            error, own = ((run(rows).double() - exact).abs().max().item() for run in (compiled, norm))
+            error, own = (
+                (run(rows).double() - exact).abs().max().item() for run in (compiled, norm)
+            )
         seen |= not error < TIMES * own + ROUNDING
         told.append(f"deviation {name}: largest error {error:.1e}, PyTorch's {own:.1e}")
     return Finding(seen, "errors as PyTorch's", "; ".join(told))

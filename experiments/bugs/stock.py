@@ -79,7 +79,8 @@ def compile_stock(
         batch = torch.export.Dim("batch", min=batches[0], max=batches[2])
         exported = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
         names = ("min_shape", "opt_shape", "max_shape")
-        shapes = {name: (size, *example.shape[1:]) for name, size in zip(names, batches, strict=True)}
+        sizes = [(size, *example.shape[1:]) for size in batches]
+        shapes = dict(zip(names, sizes, strict=True))
         spec = torch_tensorrt.Input(**shapes, dtype=example.dtype)
     has_attention = hasattr(tensorrt.INetworkDefinition, "add_attention")
     options = {"use_explicit_typing": True, "decompose_attention": not has_attention, **more}
@@ -92,7 +93,8 @@ def compile_stock(
 
 def engines(compiled: Compiled) -> int:
     """How many engines a compiled module holds."""
-    return sum("TorchTensorRTModule" in type(child).__name__ for child in compiled.inner.children())
+    kinds = [type(child).__name__ for child in compiled.inner.children()]
+    return sum("TorchTensorRTModule" in kind for kind in kinds)
 
 
 def left_in_pytorch(compiled: Compiled) -> list[str]:

@@ -55,7 +55,8 @@ def reproduce() -> Finding:
             found = compile_stock(Position(), tokens, **more)(tokens)
             missed.append((found != tokens.argmax(dim=-1)).sum().item())
         seen |= any(missed)
-        pairs = ", ".join(f"{wrong} of {count}" for wrong, count in zip(missed, COUNTS, strict=True))
+        counts = zip(missed, COUNTS, strict=True)
+        pairs = ", ".join(f"{wrong} of {count}" for wrong, count in counts)
         told.append(f"{name}: {pairs} positions wrong")
     return Finding(seen, "all positions right", "; ".join(told))
 
