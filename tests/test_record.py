@@ -1,4 +1,5 @@
 """Rows: their provenance, their file, and those of an artifact's errors."""
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -44,3 +45,16 @@ def test_an_artifact_s_rows_are_its_verification_s(demo_artifact):
     unverified = {**demo_artifact.manifest, "verification": None}
     with pytest.raises(UserError, match="never verified"):
         list(accuracy.rows_of(replace(demo_artifact, manifest=unverified)))
+
+
+def test_artifacts_are_reused_and_failures_told(demo_artifact, tmp_path, monkeypatch):
+    folder = tmp_path / accuracy.folder_name("demo", "fp16", "2:4:8", "auto")
+    shutil.copytree(demo_artifact.folder, folder)
+    options = ["--models", "demo", "--batch", "2:4:8", "--artifacts", str(tmp_path)]
+    options += ["--out", str(tmp_path / "accuracy.csv")]
+    assert accuracy.main(options) == 0
+    rows = record.read_rows(tmp_path / "accuracy.csv")
+    assert [row["encoder"] for row in rows] == ["image", "text", "logits"]
+    monkeypatch.setattr(accuracy, "compile_in_process", lambda *_, **__: 2)
+    assert accuracy.main([*options, "--precisions", "bf16"]) == 1
+    assert record.read_rows(tmp_path / "accuracy.csv") == rows
