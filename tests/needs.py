@@ -1,4 +1,7 @@
-"""What a test needs beside a GPU and may not find: marks that skip it and say why.  Whether a GPU answers decides conftest, for every test marked `gpu`."""
+"""What a test needs beside a GPU and may not find: marks that skip it and say why.
+
+Whether a GPU answers decides conftest, for every test marked `gpu`.
+"""
 import pytest
 import torch
 
