@@ -10,13 +10,13 @@
 #include <NvInferRuntime.h>
 #include <cuda_runtime_api.h>
 
-#include <array>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <exception>
+#include <set>
 #include <string>
-#include <variant>
+#include <tuple>
 #include <vector>
 
 #include "library.h"
@@ -33,7 +33,6 @@ std::vector<IPluginCreatorV3One*> linear_creators();
 // Shapes. A size below 0 is not known yet, and agrees with everything.
 inline bool agrees(int64_t a, int64_t b) { return a < 0 || b < 0 || a == b; }
 inline bool multiple(int64_t size, int64_t of) { return size < 0 || size % of == 0; }
-
 // Of the first `axes` axes.
 inline int64_t volume(const Dims& dims, int32_t axes) {
   int64_t count = 1;
@@ -44,22 +43,21 @@ inline int64_t volume(const Dims& dims, int32_t axes) {
   return count;
 }
 inline int64_t volume(const Dims& dims) { return volume(dims, dims.nbDims); }
-
-// [.., width], rank 1 or more
 inline int64_t width_of(const Dims& dims) { return dims.d[dims.nbDims - 1]; }
 inline int64_t rows_of(const Dims& dims) { return volume(dims, dims.nbDims - 1); }
-
 // For the launchers' int32 sizes: what is beyond them stays beyond their limits.
 inline int32_t narrow(int64_t n) { return n > INT32_MAX ? INT32_MAX : static_cast<int32_t>(n); }
 
 // Fields: one int32, one float32, or int8, one or more
 using Bytes = std::vector<int8_t>;
 
-template <class Data>
+template <class Data, class Value>
 struct Field {
   const char* name;
-  std::variant<int32_t Data::*, float Data::*, Bytes Data::*> member;
+  Value Data::*member;
 };
+template <class Data, class Value>
+Field(const char*, Value Data::*) -> Field<Data, Value>;
 
 inline PluginField to_field(const char* name, const int32_t& value) {
   return {name, &value, PluginFieldType::kINT32, 1};
@@ -71,28 +69,29 @@ inline PluginField to_field(const char* name, const Bytes& value) {
   return {name, value.data(), PluginFieldType::kINT8, static_cast<int32_t>(value.size())};
 }
 
-// Whether the field is such a value, which it then becomes.
+// Null where the field is such a value, which it then becomes, else what it should be.
 template <class Value>
-bool from_field(const PluginField& field, Value& value) {
-  if (field.type != to_field("", value).type || field.length != 1 || field.data == nullptr)
-    return false;
+const char* from_field(const PluginField& field, Value& value) {
+  const PluginFieldType wanted = to_field("", value).type;
+  if (field.type != wanted || field.length != 1 || field.data == nullptr)
+    return wanted == PluginFieldType::kINT32 ? "one int32" : "one float32";
   std::memcpy(&value, field.data, sizeof(value));
-  return true;
+  return nullptr;
 }
-inline bool from_field(const PluginField& field, Bytes& value) {
+inline const char* from_field(const PluginField& field, Bytes& value) {
   if (field.type != PluginFieldType::kINT8 || field.length < 1 || field.data == nullptr)
-    return false;
+    return "int8, one or more";
   const auto* bytes = static_cast<const int8_t*>(field.data);
   value.assign(bytes, bytes + field.length);
-  return true;
+  return nullptr;
 }
 
 template <class Made>
 std::vector<PluginField> to_fields(const typename Made::Data& data) {
-  std::vector<PluginField> all;
-  for (const auto& [name, member] : Made::kFields)
-    all.push_back(std::visit([&, name = name](auto m) { return to_field(name, data.*m); }, member));
-  return all;
+  const auto all = [&data](const auto&... field) {
+    return std::vector<PluginField>{to_field(field.name, data.*field.member)...};
+  };
+  return std::apply(all, Made::kFields);
 }
 
 // Fills data in with what was given. Returns what is wrong with that: nothing where it is each
@@ -101,25 +100,29 @@ template <class Made>
 std::string from_fields(const PluginFieldCollection* given, typename Made::Data& data) {
   const int32_t count = given == nullptr ? 0 : given->nbFields;
   if (count < 0 || (count > 0 && given->fields == nullptr)) return "the collection has no fields";
-  std::array<bool, Made::kFields.size() + 1> found = {};  // one more: there are arrays of none
+  const auto for_each = [](const auto& f) {
+    std::apply([&f](const auto&... field) { (f(field), ...); }, Made::kFields);
+  };
+  std::set<std::string> names;
   for (int32_t i = 0; i < count; ++i) {
-    const PluginField& field = given->fields[i];
-    if (field.name == nullptr) return "a field has no name";
-    const std::string name = field.name;
-    size_t at = 0;
-    while (at < Made::kFields.size() && name != Made::kFields[at].name) ++at;
-    if (at == Made::kFields.size()) return "there is no field " + name;
-    if (found[at]) return "the field " + name + " is given twice";
-    const auto read = [&](auto member) { return from_field(field, data.*member); };
-    if (!std::visit(read, Made::kFields[at].member)) {
-      const char* kinds[] = {"one int32", "one float32", "int8, one or more"};
-      return "the field " + name + " is not " + kinds[Made::kFields[at].member.index()];
-    }
-    found[at] = true;
+    const PluginField& one = given->fields[i];
+    if (one.name == nullptr) return "a field has no name";
+    const std::string name = one.name;
+    if (!names.insert(name).second) return "the field " + name + " is given twice";
+    std::string wrong = "there is no field " + name;
+    for_each([&](const auto& field) {
+      if (name != field.name) return;
+      const char* wanted = from_field(one, data.*field.member);
+      wrong = wanted == nullptr ? "" : "the field " + name + " is not " + wanted;
+    });
+    if (!wrong.empty()) return wrong;
   }
-  for (size_t at = 0; at < Made::kFields.size(); ++at)
-    if (!found[at]) return std::string("the field ") + Made::kFields[at].name + " is missing";
-  return "";
+  std::string wrong;
+  for_each([&](const auto& field) {
+    if (wrong.empty() && names.count(field.name) == 0)
+      wrong = std::string("the field ") + field.name + " is missing";
+  });
+  return wrong;
 }
 
 inline void report(const char* plugin, const std::string& what) {
@@ -138,7 +141,7 @@ struct Call {
 
 // Derived has
 //   static constexpr char kName[]
-//   static constexpr std::array<Field<Data>, n> kFields
+//   static constexpr std::tuple kFields     of Field
 //   static const char* complete(Data&)   what is wrong, or null; fills in what is no field
 //   int32_t inputs() const, outputs() const
 //   int32_t halves() const               so many inputs, the first, are fp16, the others fp32
@@ -154,15 +157,6 @@ class Plugin : public IPluginV3,
   using Data = DataOfDerived;
 
   explicit Plugin(const Data& data) : data_(data), fields_(to_fields<Derived>(data_)) {}
-
-  static IPluginV3* create(const Data& data) noexcept {
-    try {
-      return new Derived(data);
-    } catch (const std::exception& error) {
-      report(Derived::kName, error.what());
-      return nullptr;
-    }
-  }
 
   // What a plugin may have otherwise. shape: of the outputs, where it is not that of input 0.
   // prepare: for an execution context, ahead of launches that a CUDA graph may capture.
@@ -183,7 +177,14 @@ class Plugin : public IPluginV3,
     if (type == PluginCapabilityType::kRUNTIME) return static_cast<IPluginV3OneRuntime*>(this);
     return nullptr;
   }
-  IPluginV3* clone() noexcept override { return create(data_); }
+  IPluginV3* clone() noexcept override {
+    try {
+      return new Derived(data_);
+    } catch (const std::exception& error) {
+      report(Derived::kName, error.what());
+      return nullptr;
+    }
+  }
   const char* getPluginName() const noexcept override { return Derived::kName; }
   const char* getPluginVersion() const noexcept override { return clip_ttrt_version(); }
   const char* getPluginNamespace() const noexcept override { return ""; }
@@ -300,7 +301,7 @@ class Creator final : public IPluginCreatorV3One {
       std::string wrong = from_fields<Made>(given, data);
       const char* of_values = wrong.empty() ? Made::complete(data) : nullptr;
       if (of_values != nullptr) wrong = of_values;
-      if (wrong.empty()) return Made::create(data);
+      if (wrong.empty()) return new Made(data);
       report(Made::kName, wrong);
     } catch (const std::exception& error) {
       report(Made::kName, error.what());

@@ -23,10 +23,9 @@ class Attention final : public Plugin<Attention, AttentionData> {
  public:
   using Plugin::Plugin;
   static constexpr char kName[] = "ClipAttention";
-  static constexpr std::array<Field<Data>, 4> kFields = {{{"heads", &Data::heads},
-                                                          {"tokens", &Data::tokens},
-                                                          {"causal", &Data::causal},
-                                                          {"query_bias", &Data::query_bias}}};
+  static constexpr std::tuple kFields{Field{"heads", &Data::heads}, Field{"tokens", &Data::tokens},
+                                      Field{"causal", &Data::causal},
+                                      Field{"query_bias", &Data::query_bias}};
 
   static const char* complete(Data& data) {
     const bool valid = data.heads >= 1 && data.heads <= kClipAttentionMaxHeads &&

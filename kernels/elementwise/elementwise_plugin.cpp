@@ -39,7 +39,7 @@ class Gelu final : public Plugin<Gelu, GeluData> {
  public:
   using Plugin::Plugin;
   static constexpr char kName[] = "ClipBiasQuickGelu";
-  static constexpr std::array<Field<Data>, 0> kFields = {};
+  static constexpr std::tuple<> kFields{};
 
   static const char* complete(Data&) { return nullptr; }
   int32_t inputs() const { return 2; }
@@ -66,8 +66,8 @@ class LayerNorm final : public Plugin<LayerNorm, LayerNormData> {
  public:
   using Plugin::Plugin;
   static constexpr char kName[] = "ClipResidualLayerNorm";
-  static constexpr std::array<Field<Data>, 2> kFields = {
-      {{"residual", &Data::residual}, {"epsilon", &Data::epsilon}}};
+  static constexpr std::tuple kFields{Field{"residual", &Data::residual},
+                                      Field{"epsilon", &Data::epsilon}};
 
   static const char* complete(Data& data) {
     const bool valid = (data.residual | 1) == 1 && positive(data.epsilon);
@@ -114,7 +114,7 @@ class Patches final : public Plugin<Patches, PatchesData> {
  public:
   using Plugin::Plugin;
   static constexpr char kName[] = "ClipExtractPatches";
-  static constexpr std::array<Field<Data>, 1> kFields = {{{"patch_size", &Data::patch_size}}};
+  static constexpr std::tuple kFields{Field{"patch_size", &Data::patch_size}};
 
   static const char* complete(Data& data) {
     const bool valid =
@@ -162,9 +162,9 @@ class Embed final : public Plugin<Embed, EmbedData> {
  public:
   using Plugin::Plugin;
   static constexpr char kName[] = "ClipEmbedImage";
-  static constexpr std::array<Field<Data>, 3> kFields = {{{"tokens", &Data::tokens},
-                                                          {"epsilon_pre", &Data::epsilon_pre},
-                                                          {"epsilon_1", &Data::epsilon_1}}};
+  static constexpr std::tuple kFields{Field{"tokens", &Data::tokens},
+                                      Field{"epsilon_pre", &Data::epsilon_pre},
+                                      Field{"epsilon_1", &Data::epsilon_1}};
 
   static const char* complete(Data& data) {
     const bool valid = data.tokens >= 2 && positive(data.epsilon_pre) && positive(data.epsilon_1);

@@ -31,7 +31,7 @@ class Linear final : public Plugin<Linear, LinearData> {
  public:
   using Plugin::Plugin;
   static constexpr char kName[] = "ClipLinear";
-  static constexpr std::array<Field<Data>, 1> kFields = {{{"table", &Data::table}}};
+  static constexpr std::tuple kFields{Field{"table", &Data::table}};
 
   static const char* complete(Data& data) {
     ClipLinear* made = nullptr;
