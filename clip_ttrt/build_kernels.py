@@ -189,6 +189,13 @@ def architecture_flags(architectures: list[str]) -> list[str]:
     return [f"-gencode=arch=compute_{name},code={code}" for name, code in codes.items()]
 
 
+def compiled_sources(plugins: bool = True) -> list[str]:
+    """What is compiled, by its name in the sources' folder."""
+    names = [path.relative_to(kernels.sources()).as_posix() for path in kernels.source_files()]
+    compiled = [name for name in names if name.endswith((".cu", ".cpp"))]
+    return [name for name in compiled if plugins or not name.endswith("_plugin.cpp")]
+
+
 def build_commands(
     nvcc: Path,
     architectures: list[str],
@@ -209,14 +216,11 @@ def build_commands(
     device += [f"--threads={threads}", *(["-Xptxas", "-v"] if verbose else [])]
     host = [] if tensorrt is None else ["-isystem", str(tensorrt), "-DCLIP_TTRT_PLUGINS"]
     commands, objects = [], []
-    for source in kernels.source_files():
-        plugin = source.stem.endswith("_plugin")
-        if source.suffix not in (".cu", ".cpp") or (plugin and tensorrt is None):
-            continue
-        name = source.relative_to(kernels.sources()).as_posix().replace("/", "_")
-        objects.append(str(folder / f"{name}.o"))
-        own = device if source.suffix == ".cu" else [*host, *about]
-        commands.append([str(nvcc), *flags, *own, "-c", "-o", objects[-1], str(source)])
+    for source in compiled_sources(plugins=tensorrt is not None):
+        objects.append(str(folder / f"{source.replace('/', '_')}.o"))
+        own = device if source.endswith(".cu") else [*host, *about]
+        path = str(kernels.sources() / source)
+        commands.append([str(nvcc), *flags, *own, "-c", "-o", objects[-1], path])
     link = [
         # The CUDA runtime is linked statically and kept to ourselves: PyTorch has its own.
         *("-cudart", "static", "-Xlinker", "--exclude-libs=ALL", "-Xlinker", "-Bsymbolic"),
