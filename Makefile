@@ -14,7 +14,7 @@ compile: $(ARTIFACT)/manifest.json
 
 # Without the fused kernels TensorRT's own serve: what goes wrong with them is said and no failure.
 $(ARTIFACT)/manifest.json: | $(VENV)/installed
-	-@$(BIN)/python -m kernels.build --if-possible
+	-@$(BIN)/python -m clip_ttrt.build_kernels --if-possible
 	$(BIN)/python -m clip_ttrt.compile --precision fp16 --output $(ARTIFACT)
 
 test: $(VENV)/installed

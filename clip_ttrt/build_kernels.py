@@ -45,10 +45,12 @@ TRY_OUT = """
 import pathlib, sys
 try:
     import torch
-    from clip_ttrt import kernels, trt
+    from clip_ttrt import kernels
     kernels.find = lambda: kernels.read(pathlib.Path(sys.argv[1]))
-    trt.load_runtime()
     kernels.library.cache_clear()
+    kernels.library()
+    from clip_ttrt import trt
+    trt.load_runtime()
     kernels.load(kernels.version())
     qkv = torch.zeros(1, 50, 3 * 64, dtype=torch.half, device="cuda")
     kernels.attention(qkv, heads=1, causal=False)
