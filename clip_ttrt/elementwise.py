@@ -58,7 +58,7 @@ def _library() -> ctypes.CDLL:
             if size() != ctypes.sizeof(params):
                 raise AttributeError(name)
     except AttributeError as problem:
-        raise UserError(f"{kernels.LIBRARY.name} belongs to another version of clip_ttrt; {kernels.BUILD_IT}") from problem
+        raise UserError(f"the library of kernels belongs to another version of clip_ttrt; {kernels.BUILD_IT}") from problem
     return loaded
 
 
@@ -66,7 +66,7 @@ def serves(x: torch.Tensor, most: int = LAYER_NORM_WIDTHS) -> bool:
     """Whether the kernels can take rows like these: built, CUDA, fp16, of a width that is a multiple of 8 and at most `most`, a GPU they run on."""
     if not (x.is_cuda and x.dtype == torch.half and x.dim() >= 1 and 0 < x.shape[-1] <= most and x.shape[-1] % WIDTH_STEP == 0):
         return False
-    return kernels.available() and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return kernels.serves_on(x.device)
 
 
 def _rows(x: torch.Tensor, name: str, like: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -75,7 +75,7 @@ def _rows(x: torch.Tensor, name: str, like: Optional[torch.Tensor] = None) -> to
         raise ValueError(f"{name} must be fp16 [.., width] on a GPU, not {x.dtype} {list(x.shape)} on {x.device}")
     if like is not None and (x.shape != like.shape or x.device != like.device):
         raise ValueError(f"{name} must be {list(like.shape)} on {like.device}, not {list(x.shape)} on {x.device}")
-    return _aligned(x)
+    return kernels.aligned(x)
 
 
 def _constant(value: Optional[torch.Tensor], name: str, x: torch.Tensor, shape: Optional[tuple[int, ...]] = None) -> Optional[torch.Tensor]:
@@ -85,12 +85,7 @@ def _constant(value: Optional[torch.Tensor], name: str, x: torch.Tensor, shape: 
         return None
     if value.dtype != torch.float32 or value.shape != shape or value.device != x.device:
         raise ValueError(f"{name} must be fp32 {list(shape)} on {x.device}, not {value.dtype} {list(value.shape)} on {value.device}")
-    return _aligned(value)
-
-
-def _aligned(x: torch.Tensor) -> torch.Tensor:
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
+    return kernels.aligned(value)
 
 
 def _launch(name: str, like: torch.Tensor, /, **fields) -> None:
@@ -159,7 +154,7 @@ def extract_patches(images: torch.Tensor, size: int) -> torch.Tensor:
     batch, _, height, width = images.shape
     if height != width or height > MAX_RESOLUTION or size < 2 or size % 2 or height == 0 or height % size:
         raise ValueError(f"images of {height} x {width} cannot be cut into patches of {size}: the size must be even and divide the resolution")
-    images = _aligned(images)
+    images = kernels.aligned(images)
     out = torch.empty((batch * (height // size) ** 2, 3 * size * size), dtype=torch.half, device=images.device)
     _launch("extract_patches", images, images=images, out=out, batch=batch, resolution=height, patch_size=size, half=int(images.dtype == torch.half))
     return out

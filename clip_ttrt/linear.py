@@ -1,6 +1,7 @@
 """Linear layers of the library (`kernels/linear/`) for PyTorch and for the compiler: cuBLASLt, with algorithms measured for the rows to come."""
 import ctypes
 import functools
+import weakref
 from typing import Optional, Sequence
 
 import torch
@@ -11,6 +12,7 @@ from clip_ttrt.options import BatchRange
 
 # As kernels/linear/linear.h.
 INPUTS_STEP, OUTPUTS_STEP, MAX_WIDTH, MAX_ROWS, MAX_ENTRIES, WORKSPACE_BYTES, NO_LIBRARY = 4, 8, 65536, 2**31 - 1, 64, 32 << 20, -1000
+INVALID_VALUE = 1  # cudaErrorInvalidValue
 LARGEST_HALF = torch.finfo(torch.half).max
 
 # Weights that launches being measured take in turns: beyond any L2 cache, as the layers of a network together are.
@@ -55,11 +57,11 @@ def _library() -> ctypes.CDLL:
             if getattr(loaded, f"clip_linear_{name}_size")() != ctypes.sizeof(kind):
                 raise AttributeError(name)
         loaded.clip_linear_create.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.POINTER(ctypes.c_void_p)]
+        loaded.clip_linear_destroy.argtypes, loaded.clip_linear_destroy.restype = [ctypes.c_void_p], None
         loaded.clip_linear_launch.argtypes = [ctypes.POINTER(LinearParams), ctypes.c_void_p]
         loaded.clip_linear_tune.argtypes = [ctypes.POINTER(TuneParams), ctypes.POINTER(Entry), ctypes.POINTER(ctypes.c_float)]
-        loaded.clip_linear_version.restype = ctypes.c_uint64
     except AttributeError as problem:
-        raise UserError(f"{kernels.LIBRARY.name} belongs to another version of clip_ttrt; {kernels.BUILD_IT}") from problem
+        raise UserError(f"the library of kernels belongs to another version of clip_ttrt; {kernels.BUILD_IT}") from problem
     return loaded
 
 
@@ -67,7 +69,7 @@ def version() -> int:
     """cuBLASLt's version, such as 130100.  Raises UserError where there is none, or no library of kernels."""
     found = _library().clip_linear_version()
     if found == 0:
-        raise UserError("linear layers need cuBLASLt, and neither libcublasLt.so.13 nor libcublasLt.so.12 is found; the extra `kernels` installs one")
+        raise UserError("linear layers need cuBLASLt, and libcublasLt.so.13 is not found; install PyTorch's wheel of CUDA 13, which brings it")
     return found
 
 
@@ -114,23 +116,29 @@ def unpack(table: bytes) -> tuple[Table, list[Entry]]:
     return about, [Entry.from_buffer_copy(table, ctypes.sizeof(Table) + i * ctypes.sizeof(Entry)) for i in range(about.count)]
 
 
+class _Layer:
+    """A layer of the library for a table, destroyed with this object.  Raises ValueError for bytes that are no table."""
+
+    def __init__(self, table: bytes):
+        self.pointer = ctypes.c_void_p()
+        status = _library().clip_linear_create(table, len(table), ctypes.byref(self.pointer))
+        if status == INVALID_VALUE:
+            raise ValueError(f"these {len(table)} bytes are no table of a linear layer")
+        _check(status, "making a linear layer")
+        weakref.finalize(self, _library().clip_linear_destroy, self.pointer).atexit = False
+
+
 @functools.lru_cache(maxsize=256)
-def _layer(table: bytes) -> ctypes.c_void_p:
-    """A layer of the library for a table, kept while the process lives.  Raises ValueError for bytes that are no table."""
-    made = ctypes.c_void_p()
-    status = _library().clip_linear_create(table, len(table), ctypes.byref(made))
-    if status > 0:
-        raise ValueError(f"these {len(table)} bytes are no table of a linear layer")
-    _check(status, "making a linear layer")
-    return made
+def _layer(table: bytes) -> _Layer:
+    """The layer of a table, with the algorithms that it remembers.  One that makes room for others lives on until its last launch returns."""
+    return _Layer(table)
 
 
 def _half(x: torch.Tensor, name: str, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """A contiguous, aligned tensor.  Raises ValueError for anything but fp16 of this shape on this device, a GPU."""
     if device.type != "cuda" or x.device != device or x.dtype != torch.half or tuple(x.shape) != shape:
         raise ValueError(f"{name} must be fp16 {list(shape)} on a GPU beside the weight, not {x.dtype} {list(x.shape)} on {x.device}")
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
+    return kernels.aligned(x)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None, table: Optional[bytes] = None) -> torch.Tensor:
@@ -154,7 +162,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] =
             raise ValueError(f"the table is of a weight [{about.outputs}, {about.inputs}] {'with' if about.bias else 'without'} bias, not of this layer")
     out = x.new_empty((*x.shape[:-1], outputs))
     workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=x.device)
-    params = LinearParams(_layer(table), x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
+    layer = _layer(table)
+    params = LinearParams(layer.pointer, x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
                           workspace.data_ptr(), out.numel() // outputs)
     with torch.cuda.device(x.device):
         status = _library().clip_linear_launch(ctypes.byref(params), torch.cuda.current_stream().cuda_stream)

@@ -13,7 +13,9 @@ The column `backend`:
     floor                  the sum of the fastest single library kernels (experiments.floor)
 The column `kernels` is an artifact's: fused, tensorrt, or nothing where it has no engine.
 
-The column `how`, of single calls on random rows that lie on the device in the precision asked for:
+The column `how`, of single calls on random rows that lie on the device: images in fp32 for
+clip_ttrt, as `preprocess` gives them, and for its peers in the precision asked for, which spares
+them a cast:
     call   by the clock, one call at a time, synchronised after each: `encode_image` or
            `encode_text` of `clip_ttrt.load(...)` at default settings, the compiled function of
            torch.compile, the encoder itself of eager and clip
@@ -104,7 +106,8 @@ def calls_of(job: Job) -> tuple[dict[str, Callable], dict[str, str]]:
 
 def measure(job: Job, batch: int, how: str, run: Callable) -> list[float]:
     """Milliseconds of single calls."""
-    x = example(job.model, job.encoder, batch, DTYPES[job.precision], job.device)
+    dtype = torch.float if job.backend == "clip_ttrt" else DTYPES[job.precision]
+    x = example(job.model, job.encoder, batch, dtype, job.device)
     warm_up = max(3, job.repeats // 5)
     with torch.no_grad():
         if how == "call":

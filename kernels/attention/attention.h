@@ -61,11 +61,6 @@ const char* clip_attention_variant(int32_t index, int32_t* id);
 int32_t clip_attention_variant_serves(int32_t variant, int32_t tokens, int32_t causal,
                                       int32_t sm_major, int32_t sm_minor);
 
-// Only in a library that was built with TensorRT's headers: registers the plugin (attention_plugin.cpp) if
-// libnvinfer is loaded in this process. 1: TensorRT knows the plugin now, also if it did before. Loading
-// the library calls it too, so only a program that loads TensorRT later needs to.
-int32_t clip_attention_register_plugin(void);
-
 // For tests: how many of `most` stages the Hopper kernel's ring uses (attention.cu, ring_stages).
 int32_t clip_attention_ring_stages(int32_t most, int32_t chunks, int32_t groups, int32_t tiles_per_unit);
 

@@ -91,11 +91,6 @@ typedef struct ClipEmbedImageParams {
 
 cudaError_t clip_embed_image_launch(const ClipEmbedImageParams* params, cudaStream_t stream);
 
-// Only in a library that was built with TensorRT's headers: registers the plugins (elementwise_plugin.cpp) if
-// libnvinfer is loaded in this process. 1: TensorRT knows all of them now, also if it did before. Loading the
-// library calls it too, so only a program that loads TensorRT later needs to.
-int32_t clip_elementwise_register_plugins(void);
-
 // sizeof the structs: lets a caller in another language check that its copies agree.
 int32_t clip_bias_quick_gelu_params_size(void);
 int32_t clip_residual_layer_norm_params_size(void);

@@ -1,9 +1,8 @@
 // The part of cuBLASLt's C interface that linear.cpp uses, found at run time: the library is never linked, and what nvcc
 // comes with need not include cublasLt.h.
 //
-// Names, values and layouts are those of cublasLt.h and cublas_api.h of 12.1.3 and of 13.1.0, which agree in all of it:
-// cublasLtMatmulAlgo_t is 64 opaque bytes and cublasLtMatmulHeuristicResult_t the same fields in both. Descriptors, whose
-// sizes differ (cublasLtMatmulDescOpaque_t: 184 and 256 bytes), are made by the library and held by pointer.
+// Names, values and layouts are those of cublasLt.h and cublas_api.h of 13.1. Descriptors are made by the library and
+// held by pointer.
 // tests/kernels/test_linear.py compares this file with the header of PyTorch's cuBLAS wheel.
 #ifndef CLIP_TTRT_CUBLASLT_H_
 #define CLIP_TTRT_CUBLASLT_H_

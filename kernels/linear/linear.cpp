@@ -63,37 +63,18 @@ bool find_all(void* library, Functions& f) {
 #undef FIND
 }
 
-// Whether the driver is of an earlier CUDA than a cuBLASLt, which then does not run. Without a driver nothing does.
-bool too_new(uint64_t version) {
-  int driver = 0;
-  cudaDriverGetVersion(&driver);
-  return driver > 0 && version / 10000 > static_cast<uint64_t>(driver) / 1000;
-}
-
-struct Library {
-  std::mutex mutex;
-  std::string preferred;
-  Functions functions = {};
-  bool found = false;
-};
-
-Library& the_library() {
-  static Library library;
-  return library;
-}
-
-// The functions, or null. RTLD_LOCAL: PyTorch's cuBLASLt, which may be another, has functions of the same names.
+// The functions, or null; once for a process where it is there. RTLD_LOCAL: nobody else is to find them by these names.
 const Functions* library() {
-  Library& lt = the_library();
-  const std::lock_guard<std::mutex> lock(lt.mutex);
-  for (const char* name : {lt.preferred.c_str(), "libcublasLt.so.13", "libcublasLt.so.12"}) {
-    if (lt.found) break;
-    void* opened = *name == 0 ? nullptr : dlopen(name, RTLD_LAZY | RTLD_LOCAL);
-    if (opened == nullptr) continue;
-    lt.found = find_all(opened, lt.functions) && !too_new(lt.functions.cublasLtGetVersion());
-    if (!lt.found) dlclose(opened);
+  static std::mutex mutex;
+  static Functions functions = {};
+  static bool found = false;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (!found) {
+    void* opened = dlopen("libcublasLt.so.13", RTLD_LAZY | RTLD_LOCAL);
+    found = opened != nullptr && find_all(opened, functions);
+    if (opened != nullptr && !found) dlclose(opened);
   }
-  return lt.found ? &lt.functions : nullptr;
+  return found ? &functions : nullptr;
 }
 
 // The one handle of a device, made when it is first asked for; threads may share it.
@@ -479,16 +460,6 @@ extern "C" int32_t clip_linear_tune(const ClipLinearTuneParams* params, ClipLine
   const int32_t status = guarded([&] { return tune(*params, *best, us); });
   if (microseconds != nullptr) *microseconds = us;
   return status;
-}
-
-extern "C" int32_t clip_linear_prefer_library(const char* path) {
-  if (path == nullptr) return kInvalid;
-  return guarded([&] {
-    Library& lt = the_library();
-    const std::lock_guard<std::mutex> lock(lt.mutex);
-    lt.preferred = path;
-    return 0;
-  });
 }
 
 extern "C" uint64_t clip_linear_version(void) {

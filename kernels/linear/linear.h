@@ -2,9 +2,8 @@
 // PyTorch, the benchmark) and the launcher. Pointers, sizes and a stream only: neither Torch nor TensorRT.
 //
 // out[rows, outputs] = x[rows, inputs] weight[outputs, inputs]^T + bias[outputs], all fp16, contiguous, in device memory
-// and 16-byte aligned; out and workspace overlap nothing. Sums are fp32. Nothing is linked: cuBLASLt is, once for a
-// process, the first of these that is there and not of a later CUDA than the driver: the file of
-// clip_linear_prefer_library, libcublasLt.so.13, libcublasLt.so.12, each as dlopen has or finds it.
+// and 16-byte aligned; out and workspace overlap nothing. Sums are fp32. cuBLASLt is not linked: it is PyTorch's, the
+// libcublasLt.so.13 that the process has loaded, or else the one that dlopen finds.
 //
 // Every function that returns int32_t returns 0, a cudaError_t (above 0; cudaErrorInvalidValue: outside the contract,
 // found before any call to the driver), minus a cublasStatus_t, or kClipLinearNoLibrary. None throws.
@@ -87,16 +86,8 @@ typedef struct ClipLinearTuneParams {
 // Waits for its own work, on a stream of its own; the inputs must be complete. microseconds: of a launch; may be NULL.
 int32_t clip_linear_tune(const ClipLinearTuneParams* params, ClipLinearEntry* best, float* microseconds);
 
-// The file of a cuBLASLt to try before any other. It is only opened when a function here first needs one, and once there
-// is one, nothing changes. cudaErrorInvalidValue: NULL.
-int32_t clip_linear_prefer_library(const char* path);
-
 // cublasLtGetVersion(), such as 130100; 0 where there is no cuBLASLt.
 uint64_t clip_linear_version(void);
-
-// Only in a library that was built with TensorRT's headers: registers the plugin (linear_plugin.cpp) if libnvinfer is
-// loaded in this process. 1: TensorRT knows it now, also if it did before. Loading the library calls it too.
-int32_t clip_linear_register_plugins(void);
 
 // sizeof the structs: lets a caller in another language check that its copies agree.
 int32_t clip_linear_params_size(void);

@@ -1,31 +1,32 @@
-"""`python -m kernels.build --if-possible`, with which `make compile` begins: programs that pretend a GPU, nvcc and g++, and none of them."""
+"""`python -m clip_ttrt.build_kernels`: with programs that pretend a GPU, nvcc and g++, with none of
+them, and with the compilers where they are."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
+import toolchain
 
-from kernels import build
+from clip_ttrt import build_kernels, kernels, stack
 
 H100 = 'case "$1" in -L) echo "GPU 0: NVIDIA H100" ;; *) echo 9.0 ;; esac'
-# Writes down its arguments and makes the file behind -o.
-NVCC = 'echo "$@" >> "$LOG"; while [ "$1" != -o ]; do shift; done; echo library > "$2"'
-
-
-@pytest.fixture
-def machine(tmp_path, monkeypatch):
-    """A copy's folders, a PATH with nothing but what `install` puts there, TensorRT's packages and headers, and kernels that run."""
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    monkeypatch.setenv("LOG", str(tmp_path / "log"))
-    monkeypatch.setenv("TENSORRT_INCLUDE_DIR", str(tmp_path / "include"))
-    monkeypatch.setattr(build, "KERNELS", tmp_path / "kernels")
-    monkeypatch.setattr(build, "BUILD", tmp_path / "build" / "kernels")
-    monkeypatch.setattr(build, "OUTPUT", tmp_path / "clip_ttrt" / "lib" / build.OUTPUT.name)
-    monkeypatch.setattr(build, "TENSORRT_PACKAGES", ("json",))
-    monkeypatch.setattr(build.sysconfig, "get_paths", lambda: {"purelib": str(tmp_path)})
-    monkeypatch.setattr(build, "try_out", lambda library: None)
-    (tmp_path / "include").mkdir()
-    (tmp_path / "include" / build.TENSORRT_HEADER).touch()
-    for name, script in (("nvidia-smi", H100), ("nvcc", NVCC), ("g++", "exit 0")):
-        install(tmp_path, name, script)
-    return tmp_path
+# Writes down its arguments and makes the file behind -o, with what it is told of a library.
+NVCC = """echo "$@" >> "$LOG"
+for a in "$@"; do case "$a" in
+  -DCLIP_TTRT_VERSION=*) version=${a#*=} ;;
+  -DCLIP_TTRT_ARCHITECTURES=*) architectures=${a#*=} ;;
+  -DCLIP_TTRT_PLUGINS) major=$MAJOR ;; esac; done
+if [ -n "$version" ]; then
+  echo "clip_ttrt kernels: version=$version architectures=$architectures tensorrt=${major:-0};" |
+    tr -d '"' > "$LOG.about"
+fi
+while [ "$1" != -o ]; do shift; done
+cp "$LOG.about" "$2" 2>/dev/null || echo object > "$2"
+"""
+INSTALLED = {"tensorrt": "10.15.1", "torch-tensorrt": "2.11.0"}
+LIBRARY = "libclip_ttrt_kernels-trt10.so"
 
 
 def install(folder, name, script):
@@ -35,77 +36,318 @@ def install(folder, name, script):
     path.chmod(0o755)
 
 
-def test_it_builds_once_with_the_plugin_and_for_the_gpu_that_is_there(machine, capsys):
-    assert build.main(["--if-possible"]) == 0
-    commands = (machine / "log").read_text().splitlines()
-    assert len(commands) == len(build.KERNEL_SOURCES) + len(build.PLUGIN_SOURCES) + 1
-    assert "code=sm_90a" in commands[0] and not any("sm_80" in command for command in commands)
-    assert build.OUTPUT.read_text() == "library\n"
-    first, last = capsys.readouterr().out.splitlines()
-    assert "building" in first and "sm_90a" in first and last.endswith("libclip_ttrt_kernels.so for sm_90a, with the TensorRT plugin")
-    assert build.main(["--if-possible"]) == 0
-    assert (machine / "log").read_text().splitlines() == commands and capsys.readouterr() == ("", "")
+def write_headers(folder, version=(10, 15)):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / build_kernels.HEADER).touch()
+    major = f"#define TRT_MAJOR_ENTERPRISE {version[0]}\n"
+    (folder / "NvInferVersion.h").write_text(
+        major + "#define NV_TENSORRT_MAJOR TRT_MAJOR_ENTERPRISE //!< TensorRT major version.\n"
+    )
 
 
-@pytest.mark.parametrize("lacking", ["nvidia-smi", "a GPU", "TensorRT"])
-def test_where_the_kernels_are_of_no_use_it_does_and_says_nothing(lacking, machine, monkeypatch, capsys):
-    if lacking == "nvidia-smi":
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A checkout's folders, a PATH with what `install` puts there alone, TensorRT 10.15 with its
+    headers, and kernels that run."""
+    checkout = tmp_path / "checkout"
+    (checkout / "clip_ttrt").mkdir(parents=True)
+    shutil.copytree(
+        kernels.sources(), checkout / "kernels", ignore=shutil.ignore_patterns("*.csv", "*.md")
+    )
+    monkeypatch.setenv("LOG", str(tmp_path / "log"))
+    monkeypatch.setenv("MAJOR", "10")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TENSORRT_INCLUDE_DIR", str(tmp_path / "include"))
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(kernels, "PACKAGE", checkout / "clip_ttrt")
+    monkeypatch.setattr(build_kernels, "TOOLKITS", ())
+    monkeypatch.setattr(build_kernels, "try_out", lambda library: None)
+    monkeypatch.setattr(build_kernels.sysconfig, "get_paths", dict(purelib="", platlib="").copy)
+    monkeypatch.setattr(stack, "versions", INSTALLED.copy)
+    kernels.version.cache_clear()
+    kernels._asked_once.cache_clear()
+    for name in ("cat", "cp", "tr", "sh"):  # what the scripts below call
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    write_headers(tmp_path / "include")
+    for name, script in (("nvidia-smi", H100), ("nvcc", NVCC), ("g++", "exit 0")):
+        install(tmp_path, name, script)
+    yield tmp_path
+    kernels.version.cache_clear()
+    kernels._asked_once.cache_clear()
+
+
+def built(machine):
+    return machine / "checkout" / "clip_ttrt" / "lib" / LIBRARY
+
+
+def commands(machine):
+    return (machine / "log").read_text().splitlines() if (machine / "log").exists() else []
+
+
+# --if-possible
+
+
+def test_it_builds_once_with_the_plugins_and_for_the_gpu_that_is_there(machine, capsys):
+    assert build_kernels.main(["--if-possible"]) == 0
+    first = commands(machine)
+    assert len(first) == len(build_kernels.compiled_sources()) + 1
+    assert "code=sm_90a" in first[0] and not any("sm_80" in command for command in first)
+    assert kernels.find() == kernels.Library(built(machine), kernels.version(), ("90a",), 10)
+    said, last = capsys.readouterr().out.splitlines()
+    assert "building" in said and "sm_90a" in said
+    assert last.endswith(f"{LIBRARY} for sm_90a, with the plugins for TensorRT 10")
+    assert build_kernels.main(["--if-possible"]) == 0
+    assert commands(machine) == first and capsys.readouterr() == ("", "")
+
+
+def another_source(machine):
+    (machine / "checkout" / "kernels" / "plugin.h").write_text("// another\n")
+    kernels.version.cache_clear()
+
+
+def another_gpu(machine):
+    install(machine, "nvidia-smi", H100.replace("9.0", "8.6"))
+
+
+def another_major(machine):
+    name = built(machine).with_name("libclip_ttrt_kernels-trt11.so")
+    built(machine).rename(name)
+    name.write_bytes(name.read_bytes().replace(b"tensorrt=10", b"tensorrt=11"))
+
+
+def no_plugins(machine):
+    built(machine).write_bytes(built(machine).read_bytes().replace(b"tensorrt=10", b"tensorrt=0"))
+
+
+def not_ours(machine):
+    built(machine).write_text("no library")
+
+
+@pytest.mark.parametrize("change", [another_source, another_gpu, another_major, no_plugins, not_ours])
+def test_a_library_that_does_not_serve_is_built_anew(machine, change, monkeypatch):
+    build_kernels.main(["--if-possible"])
+    before = len(commands(machine))
+    change(machine)
+    build_kernels.main(["--if-possible"])
+    assert len(commands(machine)) == 2 * before
+    found = kernels.find()
+    assert (found.version, found.tensorrt_major) == (kernels.version(), 10)
+
+
+def test_a_library_for_more_gpus_than_these_is_kept(machine, capsys):
+    assert build_kernels.main(["--arch", "80", "--arch", "90a"]) == 0
+    before = commands(machine)
+    for capability in ("9.0", "8.0", "8.6"):  # code for sm_80 runs on 8.6
+        install(machine, "nvidia-smi", H100.replace("9.0", capability))
+        build_kernels.main(["--if-possible"])
+    assert commands(machine) == before
+
+
+@pytest.mark.parametrize("missing", ["nvidia-smi", "a GPU", "tensorrt", "torch-tensorrt"])
+def test_where_the_kernels_are_of_no_use_it_does_and_says_nothing(
+    missing, machine, monkeypatch, capsys
+):
+    if missing == "nvidia-smi":
         (machine / "bin" / "nvidia-smi").unlink()
-    elif lacking == "a GPU":
+    elif missing == "a GPU":
         install(machine, "nvidia-smi", "echo 'NVIDIA-SMI has failed'; exit 9")
     else:
-        monkeypatch.setattr(build, "TENSORRT_PACKAGES", ("json", "no_such_package"))
-    assert build.main(["--if-possible"]) == 0
-    assert capsys.readouterr() == ("", "") and not (machine / "log").exists() and not build.OUTPUT.exists()
+        others = {name: one for name, one in INSTALLED.items() if name != missing}
+        monkeypatch.setattr(stack, "versions", others.copy)
+    assert build_kernels.main(["--if-possible"]) == 0
+    assert capsys.readouterr() == ("", "") and not commands(machine) and kernels.find() is None
 
 
 def without_headers(machine, monkeypatch):
     monkeypatch.delenv("TENSORRT_INCLUDE_DIR")
-    monkeypatch.setattr(build, "SYSTEM_INCLUDES", ())
+    monkeypatch.setattr(build_kernels, "SYSTEM_INCLUDES", ())
     install(machine, "git", "exit 128")
 
 
 def do_not_run(library):
-    assert library.read_text() == "library\n"
-    raise build.CannotBuild("kernels.build: the kernels do not run here: CUDA error 35", 1)
+    assert "clip_ttrt kernels" in library.read_text()
+    raise build_kernels.CannotBuild("the kernels do not run here: CUDA error 35", 1)
+
+
+def no_folder(machine, monkeypatch):
+    for folder in kernels.folders():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.touch()
+
+
+ERROR = "exec >&2; echo a warning; echo 'a.cu(3): error: none'; echo end; exit 2"
+FATAL = "echo \"nvcc fatal   : Unsupported gpu architecture 'compute_90a'\" >&2; exit 1"
 
 
 @pytest.mark.parametrize("expected, prepare", [
     ("nvcc is missing", lambda machine, _: (machine / "bin" / "nvcc").unlink()),
     ("a C++ compiler is missing", lambda machine, _: (machine / "bin" / "g++").unlink()),
     ("headers are missing and cannot be fetched", without_headers),
-    ("which holds no NvInferRuntime.h", lambda machine, _: (machine / "include" / build.TENSORRT_HEADER).unlink()),
-    ("failed: a.cu(3): error: none", lambda machine, _: install(machine, "nvcc", "exec >&2; echo a warning; echo 'a.cu(3): error: none'; echo end; exit 2")),
-    ("failed: nvcc fatal", lambda machine, _: install(machine, "nvcc", "echo \"nvcc fatal   : Unsupported gpu architecture 'compute_90a'\" >&2; exit 1")),
-    ("no GPU here is one of sm_80,", lambda machine, _: install(machine, "nvidia-smi", H100.replace("9.0", "7.5"))),
-    ("CUDA error 35", lambda _, monkeypatch: monkeypatch.setattr(build, "try_out", do_not_run)),
-    ("kernels.build: [Errno", lambda machine, _: (machine / "build").touch()),  # a folder that cannot be made
-])
+    ("at v10.15", without_headers),
+    ("which holds no headers", lambda machine, _: (machine / "include" / "NvInferVersion.h").unlink()),
+    ("the headers of TensorRT 11, and TensorRT 10.15.1 is installed",
+     lambda machine, _: write_headers(machine / "include", (11, 1))),
+    ("failed: a.cu(3): error: none", lambda machine, _: install(machine, "nvcc", ERROR)),
+    ("failed: nvcc fatal", lambda machine, _: install(machine, "nvcc", FATAL)),
+    ("no GPU here runs code for sm_80,",
+     lambda machine, _: install(machine, "nvidia-smi", H100.replace("9.0", "7.5"))),
+    ("CUDA error 35",
+     lambda _, monkeypatch: monkeypatch.setattr(build_kernels, "try_out", do_not_run)),
+    ("the library cannot be written: [Errno", no_folder),
+])  # fmt: skip
 def test_what_goes_wrong_is_one_line_and_no_failure(expected, prepare, machine, monkeypatch, capsys):
     prepare(machine, monkeypatch)
-    assert build.main(["--if-possible"]) == 0
+    assert build_kernels.main(["--if-possible"]) == 0
     [line] = capsys.readouterr().err.splitlines()
-    assert expected in line and line.startswith("kernels.build: ") and line.endswith("; for now TensorRT's own kernels serve, which are slower")
-    assert not build.OUTPUT.exists()
+    assert expected in line and line.startswith("build_kernels: ")
+    assert line.endswith("; for now TensorRT's own kernels serve, which are slower")
+    assert not built(machine).exists()
 
 
 @pytest.mark.parametrize("said, expected", [
-    ("echo 9.0", ["90a"]), ("echo 9.0; echo 8.9; echo 9.0", ["89", "90a"]), ("echo 7.5; echo 8.6", ["86"]), ("echo 10.0", []),
-    ("echo '[N/A]'", ["80", "86", "89", "90a"]), ("echo 'not a valid field'; exit 2", ["80", "86", "89", "90a"]),
-])
+    ("echo 9.0", ["90a"]), ("echo 9.0; echo 8.9; echo 9.0", ["89", "90a"]),
+    ("echo 7.5; echo 8.6", ["86"]), ("echo 8.7", ["86"]), ("echo 10.0", ["100"]),
+    ("echo 10.3", ["100"]), ("echo 12.1", ["120"]), ("echo 13.0", ["120"]), ("echo 11.0", []),
+    ("echo '[N/A]'", list(build_kernels.ARCHITECTURES)),
+    ("echo 'not a valid field'; exit 2", list(build_kernels.ARCHITECTURES)),
+])  # fmt: skip
 def test_the_driver_tells_what_to_build_for(said, expected, machine):
     install(machine, "nvidia-smi", f'if [ "$1" = -L ]; then echo "GPU 0: one"; else {said}; fi')
-    assert build.architectures_here() == expected
+    found = build_kernels.architectures_for(build_kernels.capabilities_here())
+    assert found == expected
 
 
 def test_a_library_that_does_not_run_is_said_to(tmp_path):
     (tmp_path / "library.so").write_text("no library")
-    with pytest.raises(build.CannotBuild, match="do not run here: .*library.so cannot be loaded"):
-        build.try_out(tmp_path / "library.so")
+    with pytest.raises(build_kernels.CannotBuild, match="do not run here: library.so is stale"):
+        build_kernels.try_out(tmp_path / "library.so")
 
 
-def test_a_build_that_was_asked_for_still_fails(machine, capsys):
+# A build that was asked for
+
+
+def test_it_fails_with_one_sentence(machine, capsys):
     install(machine, "nvcc", "exit 1")
-    assert build.main([]) == 1 and "kernels.build: failed: " in capsys.readouterr().err
+    assert build_kernels.main([]) == 1 and "build_kernels: failed: " in capsys.readouterr().err
     (machine / "bin" / "g++").unlink()
-    assert build.main([]) == 2 and "C++ compiler is missing" in capsys.readouterr().err
+    assert build_kernels.main([]) == 2 and "C++ compiler is missing" in capsys.readouterr().err
+    (machine / "bin" / "nvcc").unlink()
+    assert build_kernels.main([]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "nvcc is missing" in line and "'nvidia-cuda-nvcc==" in line
+
+
+def test_without_headers_it_builds_for_pytorch_and_says_so(machine, monkeypatch, capsys):
+    without_headers(machine, monkeypatch)
+    assert build_kernels.main([]) == 0
+    said = capsys.readouterr()
+    assert "without plugins" in said.out and "set TENSORRT_INCLUDE_DIR" in said.err
+    assert not any("plugin" in command for command in commands(machine))
+    found = kernels.find()
+    assert (found.path.name, found.tensorrt_major) == ("libclip_ttrt_kernels-trt0.so", 0)
+
+
+def test_it_compiles_for_every_architecture(machine, capsys):
+    assert build_kernels.main([]) == 0
+    [attention] = [one for one in commands(machine) if "attention.cu.o" in one and " -c " in one]
+    # wgmma needs the target with the "a"; the newest comes as PTX too.
+    for flag in ("compute_90a,code=sm_90a", "compute_120,code=[sm_120,compute_120]"):
+        assert f"-gencode=arch={flag}" in attention
+    assert attention.count("-gencode") == 6
+    assert kernels.find().architectures == build_kernels.ARCHITECTURES
+
+
+def test_a_folder_that_cannot_be_written_gives_way_to_the_cache(machine, capsys):
+    (machine / "checkout" / "clip_ttrt" / "lib").touch()
+    assert build_kernels.main(["--arch", "90a"]) == 0
+    assert kernels.find().path == machine / "cache" / "clip_ttrt" / "kernels" / LIBRARY
+    assert kernels.find().version == kernels.version()
+
+
+# Tools and headers
+
+
+def test_nvcc_is_found_without_path(tmp_path, monkeypatch):
+    wheel = tmp_path / "packages" / "nvidia" / "cu13" / "bin" / "nvcc"
+    toolkit, system = (tmp_path / name / "bin" / "nvcc" for name in ("cuda", "system"))
+    for path in (wheel, toolkit, system):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    packages = str(tmp_path / "packages")
+    paths = {"purelib": packages, "platlib": packages}
+    monkeypatch.setattr(build_kernels.sysconfig, "get_paths", lambda: paths)
+    monkeypatch.setattr(build_kernels, "TOOLKITS", (str(tmp_path / "system"),))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    for expected in (toolkit, wheel, system):
+        assert build_kernels.find_nvcc() == expected
+        expected.unlink()
+    with pytest.raises(build_kernels.CannotBuild, match="nvcc is missing"):
+        build_kernels.find_nvcc()
+
+
+@pytest.mark.parametrize("installed, tag", [
+    ("10.6.0", "v10.6.0"), ("10.14.1.48", "v10.6.0"), ("10.15.1", "v10.15"), ("10.16.1", "v10.15"),
+    ("10.3.0", "v10.6.0"), ("11.0.0", "v11.1"), ("11.1.2.3", "v11.1"), ("12.0", None),
+])  # fmt: skip
+def test_headers_are_those_of_the_installed_version_or_the_next_older(installed, tag):
+    assert build_kernels.tag_for(installed) == tag
+
+
+def test_headers_are_fetched_once(machine, monkeypatch):
+    monkeypatch.delenv("TENSORRT_INCLUDE_DIR")
+    system = machine / "system"
+    write_headers(system, (11, 0))  # of another TensorRT than the installed one
+    monkeypatch.setattr(build_kernels, "SYSTEM_INCLUDES", (str(system),))
+    monkeypatch.setenv("HEADERS", str(machine / "include"))
+    mkdir = shutil.which("mkdir", path=os.defpath)
+    install(machine, "git", f"""echo "git $@" >> "$LOG"
+for last; do :; done
+case "$1" in clone) {mkdir} -p "$last/include"; cp "$HEADERS"/* "$last/include" ;; esac""")
+    for _ in range(2):
+        found = build_kernels.find_tensorrt(machine / "scratch", fetch=True)
+        assert found == machine / "scratch" / "tensorrt-v10.15" / "include"
+    clones = [one for one in commands(machine) if one.startswith("git clone")]
+    assert len(clones) == 1 and "--branch v10.15" in clones[0]
+    assert build_kernels.find_tensorrt(machine / "other", fetch=False) is None
+
+
+def test_without_tensorrt_only_the_named_headers_count(machine, monkeypatch):
+    monkeypatch.setattr(stack, "versions", dict)
+    assert build_kernels.find_tensorrt(machine, fetch=True) == machine / "include"
+    monkeypatch.delenv("TENSORRT_INCLUDE_DIR")
+    assert build_kernels.find_tensorrt(machine, fetch=True) is None
+
+
+# The compilers, where they are
+
+
+def run(command):
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
+@toolchain.needs_nvcc
+@pytest.mark.parametrize("headers", toolchain.each_headers())
+def test_plugins_compile_without_a_warning(headers, tmp_path):
+    """As they are built, with every warning an error."""
+    every = build_kernels.build_commands(toolchain.nvcc(), ["90a"], headers, tmp_path)
+    mine = [one for one in every[:-1] if one[-1].endswith(".cpp")]
+    assert len(mine) == 5
+    for command in mine:
+        run([*command, "-Xcompiler", "-Werror"])
+
+
+@toolchain.needs_nvcc
+@pytest.mark.parametrize(
+    "source", [one for one in build_kernels.compiled_sources() if one.endswith(".cu")]
+)
+def test_kernels_compile_for_every_architecture(source, tmp_path):
+    architectures = list(build_kernels.ARCHITECTURES)
+    every = build_kernels.build_commands(toolchain.nvcc(), architectures, None, tmp_path, threads=2)
+    [command] = [one for one in every if one[-1].endswith(f"/{source}")]
+    run([*command, "-Xcompiler", "-Werror"])
