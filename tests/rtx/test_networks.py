@@ -1,6 +1,5 @@
 """Every converter that has a form in TensorRT's own layers, and whole encoders: one network each, and its plan builds."""
 import logging
-import math
 import warnings
 
 import pytest
@@ -9,7 +8,7 @@ from torch import nn
 
 from clip_ttrt import graph, ops, trt
 from clip_ttrt.checkpoint import load_checkpoint
-from clip_ttrt.encoders import ENCODERS, FusedOps
+from clip_ttrt.encoders import ENCODERS
 from clip_ttrt.models import MODELS
 from clip_ttrt.options import BatchRange
 from clip_ttrt.pipeline import DTYPES, example_input, in_precision
@@ -50,7 +49,7 @@ CONVERTED = {
     "causal_attention": (One(lambda x, _: ops.attention(x, 2, True)), (5, 384)),
     "extract_patches": (One(lambda x, _: ops.extract_patches(x, 4)), (3, 16, 16)),
     "prepend_class_token": (One(ops.prepend_class_token, 64), (5, 64)),
-    "pool_end_of_text": (One(lambda x, value: ops.pool_end_of_text(value[x], x) if False else ops.pool_end_of_text(ops.embedding(value, x), x), 100, 64), (7,)),
+    "pool_end_of_text": (One(lambda x, value: ops.pool_end_of_text(ops.embedding(value, x), x), 100, 64), (7,)),
     "cast": (One(lambda x, _: ops.cast(x, torch.float)), (5, 64)),
     "split_tokens": (One(lambda x, _: ops.split_tokens(x, 1)), (64,)),
 }
