@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import clip_ttrt
-from clip_ttrt import kernels, stack
+from clip_ttrt import stack
 
 collect_ignore = ["rtx"]  # run by test_rtx.py, in a process of its own
 
