@@ -54,7 +54,9 @@ def compile_with(options: Options, progress: Progress) -> Artifact:
     if choice.kernels is not None:
         progress.say(f"kernels: {choice.kernels} ({choice.reason})")
     if backend.name != "torchscript":
-        trt.load_runtime(backend.name)
+        with progress.stage("load Torch-TensorRT"):
+            trt.load_runtime(backend.name)
+            trt.api()
     kernels_version = kernels.version() if choice.kernels == "fused" else None
     kernels.load(kernels_version)
     with draft(options.folder, options.force) as writing:
