@@ -6,7 +6,7 @@
 
 Importing the package also makes plain `torch.jit.load` able to read compiled modules.
 """
-from clip_ttrt import backends, kernels
+from clip_ttrt import kernels, trt
 from clip_ttrt.artifact import Artifact
 from clip_ttrt.errors import UserError, VerificationError
 from clip_ttrt.model import CompiledCLIP, load
@@ -14,5 +14,5 @@ from clip_ttrt.pipeline import compile
 
 __all__ = ["Artifact", "CompiledCLIP", "UserError", "VerificationError", "compile", "load"]
 
-if backends.register_runtime():
+if trt.register_if_possible() == "tensorrt":
     kernels.register()

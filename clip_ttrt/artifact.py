@@ -2,6 +2,7 @@
 import json
 import os
 import secrets
+import shlex
 import shutil
 import tempfile
 import warnings
@@ -12,14 +13,17 @@ from typing import Any, Mapping, Optional, Union
 
 import torch
 
-from clip_ttrt import backends, linear, kernels, stack
+from clip_ttrt import deprecations, kernels, linear, stack, trt
 from clip_ttrt.checkpoint import Origin, sha256_of_file
 from clip_ttrt.errors import UserError
 from clip_ttrt.models import Dimensions
 from clip_ttrt.options import BatchRange
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
+
+# Backend -> what its engines are bound to: Torch-TensorRT by its minor version, TensorRT by the whole.
+ENGINE_VERSIONS = {"tensorrt": ("torch-tensorrt", "tensorrt"), "rtx": ("torch-tensorrt-rtx", "tensorrt-rtx")}
 
 
 @dataclass(frozen=True)
@@ -79,9 +83,10 @@ def read_artifact(folder: Union[str, Path]) -> Artifact:
     artifact = Artifact(folder, manifest)
     try:
         artifact.dimensions, artifact.batch, artifact.origin, artifact.encoders, artifact.device, artifact.verified
-        manifest["model"], manifest["precision"], manifest["backend"], manifest["logit_scale"], manifest["plugin_version"]
-        if manifest["backend"] == "tensorrt":
-            manifest["gpu"]["name"], manifest["gpu"]["compute_capability"], manifest["versions"]["tensorrt"]
+        manifest["model"], manifest["precision"], manifest["backend"], manifest["logit_scale"], manifest["kernels"], manifest["kernels_version"]
+        if manifest["backend"] != "torchscript":
+            manifest["gpu"]["name"], manifest["gpu"]["compute_capability"]
+            [manifest["versions"][name] for name in ENGINE_VERSIONS[manifest["backend"]]]
         for module in manifest["modules"].values():
             module["file"], module["sha256"]
     except (KeyError, TypeError, AttributeError) as problem:
@@ -100,16 +105,32 @@ def check_runs_here(artifact: Artifact, device: Optional[str] = None) -> None:
         raise UserError(f"{artifact.folder} was compiled for {artifact.device}, not {device}; load it with device={artifact.device!r} or compile again")
     if artifact.device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"{artifact.folder} was compiled for {manifest['gpu'].get('name', 'a GPU')}, and no CUDA GPU answers here; compile again for this machine")
-    if manifest["backend"] != "tensorrt":
+    if manifest["backend"] == "torchscript":
         return
-    if missing := backends.missing_packages():
-        raise UserError(f"{artifact.folder} holds TensorRT engines, and not installed here: {', '.join(missing)}")
+    again = f"compile it anew: {recompile_command(artifact)}"
+    installed, wrapper, tensorrt = stack.versions(), *ENGINE_VERSIONS[manifest["backend"]]
+    if missing := [name for name in (wrapper, tensorrt) if name not in installed]:
+        raise UserError(f"{artifact.folder} holds engines of {manifest['backend']}, and not installed here: {', '.join(missing)}; install them, or {again}")
     here, there = stack.gpu()["compute_capability"], manifest["gpu"]["compute_capability"]
     if here != there:
-        raise UserError(f"{artifact.folder} was compiled for compute capability {there} ({manifest['gpu']['name']}), and this GPU has {here}; compile again on it")
-    mine, theirs = stack.versions()["tensorrt"], manifest["versions"]["tensorrt"]
-    if mine != theirs:
-        raise UserError(f"{artifact.folder} was compiled with TensorRT {theirs}, and {mine} is installed; compile again")
+        raise UserError(f"{artifact.folder} was compiled for compute capability {there} ({manifest['gpu']['name']}), and this GPU has {here}; {again}")
+    for name, part in ((wrapper, stack.minor), (tensorrt, str)):
+        mine, theirs = installed[name], manifest["versions"][name]
+        if part(mine) != part(theirs):
+            raise UserError(f"{artifact.folder} was compiled with {name} {theirs}, and {mine} is installed; {again}")
+    if manifest["kernels_version"] is not None and manifest["kernels_version"] != kernels.version():
+        raise UserError(f"{artifact.folder} was compiled with kernels {manifest['kernels_version']}, and these are {kernels.version()}; {again}")
+
+
+def recompile_command(artifact: Artifact) -> str:
+    """The command that compiles an artifact of the same model and options in its place."""
+    manifest, origin = artifact.manifest, artifact.origin
+    encoders = artifact.encoders[0] if len(artifact.encoders) == 1 else "both"
+    words = ["python", "-m", "clip_ttrt.compile", "--model", manifest["model"], "--weights", origin.path or origin.kind, "--precision", manifest["precision"],
+             "--batch", str(artifact.batch), "--encoder", encoders, "--output", str(artifact.folder), "--force"]
+    if origin.seed:
+        words += ["--seed", str(origin.seed)]
+    return shlex.join(words)
 
 
 def load_modules(artifact: Artifact) -> dict[str, torch.jit.ScriptModule]:
@@ -124,11 +145,13 @@ def load_modules(artifact: Artifact) -> dict[str, torch.jit.ScriptModule]:
             raise UserError(f"{path} is missing; compile again")
         if sha256_of_file(path) != entry["sha256"]:
             raise UserError(f"{path} is truncated or altered: its SHA-256 is not the manifest's; compile again")
-    kernels.load(artifact.manifest["plugin_version"])
-    if artifact.manifest["plugin_version"] is not None:
+    if artifact.manifest["backend"] != "torchscript":
+        trt.load_runtime(artifact.manifest["backend"])
+    kernels.load(artifact.manifest["kernels_version"])
+    if artifact.manifest["kernels_version"] is not None:
         warn_of_another_cublaslt(artifact)
-    backends.register_runtime()
-    return {encoder: torch.jit.load(str(artifact.path(encoder)), map_location=artifact.device).eval() for encoder in artifact.encoders}
+    with deprecations.hidden():
+        return {encoder: torch.jit.load(str(artifact.path(encoder)), map_location=artifact.device).eval() for encoder in artifact.encoders}
 
 
 def warn_of_another_cublaslt(artifact: Artifact) -> None:
@@ -136,7 +159,7 @@ def warn_of_another_cublaslt(artifact: Artifact) -> None:
     here, there = linear.version_text(), artifact.manifest["versions"].get("cublaslt")
     if there not in (here, None):
         warnings.warn(f"the linear layers of {artifact.folder} were measured with cuBLASLt {there}, and {here} runs here: their results are right "
-                      f"but may take longer; compile again, or run with the same one (13 is the extra `kernels`, 12 PyTorch's own)", stacklevel=2)
+                      f"but may take longer; compile again", stacklevel=2)
 
 
 class Draft:
@@ -149,7 +172,8 @@ class Draft:
     def add(self, encoder: str, module: torch.jit.ScriptModule, **facts: Any) -> None:
         """Save one encoder's module; the facts go into the manifest beside its SHA-256."""
         path = self.folder / f"{encoder}.ts"
-        torch.jit.save(module, str(path))
+        with deprecations.hidden():
+            torch.jit.save(module, str(path))
         self.modules[encoder] = {"file": path.name, "sha256": sha256_of_file(path), "mib": round(path.stat().st_size / 2**20, 2), **facts}
 
     def write_manifest(self, **facts: Any) -> Artifact:

@@ -50,7 +50,7 @@ try:
     kernels.library.cache_clear()
     kernels.library()
     from clip_ttrt import trt
-    trt.load_runtime()
+    trt.load_runtime("tensorrt")
     kernels.load(kernels.version())
     qkv = torch.zeros(1, 50, 3 * 64, dtype=torch.half, device="cuda")
     kernels.attention(qkv, heads=1, causal=False)

@@ -8,7 +8,7 @@ from typing import Mapping, Optional, Union
 import torch
 from safetensors import SafetensorError, safe_open
 
-from clip_ttrt import demo
+from clip_ttrt import demo, deprecations
 from clip_ttrt.demo import packing
 from clip_ttrt.errors import UserError
 from clip_ttrt.models import MODELS, Dimensions, dimensions_from, dimensions_of
@@ -87,6 +87,7 @@ def reload_checkpoint(model: str, origin: Origin, weights: Optional[str] = None,
 
 def original_model(dims: Dimensions) -> torch.nn.Module:
     """The original `clip` package's model of these dimensions, with its own initialisation."""
+    deprecations.clip()
     from clip.model import CLIP
 
     return CLIP(dims.embed_dim, dims.image_resolution, dims.image_layers, dims.image_width, dims.patch_size,
@@ -121,8 +122,7 @@ def _demo() -> tuple[dict, Origin]:
 
 
 def _openai(model: str) -> tuple[dict, Origin]:
-    from clip import clip
-
+    clip = deprecations.clip()
     if model not in clip._MODELS:
         raise UserError(f"OpenAI published no weights for {model!r}; use --weights demo, random or a file")
     url = clip._MODELS[model]
@@ -174,8 +174,7 @@ def _file(path: Path, trust: bool) -> tuple[dict, Origin]:
 
 def published_digests() -> dict[str, str]:
     """SHA-256 of each archive that OpenAI published -> the model's name."""
-    from clip import clip
-
+    clip = deprecations.clip()
     return {url.split("/")[-2]: name for name, url in clip._MODELS.items()}
 
 
@@ -189,7 +188,8 @@ def _read_safetensors(path: Path) -> tuple[dict, dict]:
 
 def _read_archive(path: Path) -> dict:
     try:
-        return torch.jit.load(str(path), map_location="cpu").state_dict()
+        with deprecations.hidden():
+            return torch.jit.load(str(path), map_location="cpu").state_dict()
     except RuntimeError as problem:
         raise UserError(f"{path} is not a whole TorchScript archive: {_first_line(problem)}") from problem
 
@@ -200,7 +200,7 @@ def _read_pickle(path: Path) -> dict:
     except UserError:
         pass
     try:
-        content = torch.load(str(path), map_location="cpu")
+        content = torch.load(str(path), map_location="cpu", weights_only=False)  # trusted
     except Exception as problem:  # a pickle can raise anything at all
         raise UserError(f"{path} cannot be read: {_first_line(problem)}") from problem
     content = content.state_dict() if isinstance(content, torch.nn.Module) else content

@@ -6,6 +6,7 @@ from typing import Optional
 
 import torch
 
+from clip_ttrt import deprecations
 from clip_ttrt.errors import UserError
 from clip_ttrt.model import load
 from clip_ttrt.shell import run
@@ -16,7 +17,6 @@ def classify(folder: Path, image: Path, labels: list[str], force: bool = False) 
 
     Raises UserError for a bad artifact, a file that is no picture, or a label of over 77 tokens.
     """
-    from clip import clip
     from PIL import Image, UnidentifiedImageError
 
     model, preprocess = load(folder, force=force)
@@ -26,7 +26,7 @@ def classify(folder: Path, image: Path, labels: list[str], force: bool = False) 
     except (OSError, UnidentifiedImageError) as problem:
         raise UserError(f"{image} is not a picture that can be read: {problem}") from problem
     try:
-        tokens = clip.tokenize(labels)
+        tokens = deprecations.clip().tokenize(labels)
     except RuntimeError as problem:
         raise UserError(str(problem)) from problem
     logits, _ = model(pixels[None].to(model.device), tokens.to(model.device))

@@ -7,7 +7,7 @@ from typing import Optional
 
 from clip_ttrt.artifact import Artifact
 from clip_ttrt.models import MODELS
-from clip_ttrt.options import ATTENTIONS, BACKENDS, ENCODER_CHOICES, PRECISIONS, BatchRange, Options
+from clip_ttrt.options import BACKENDS, ENCODER_CHOICES, KERNELS, PRECISIONS, BatchRange, Options
 from clip_ttrt.pipeline import compile_with
 from clip_ttrt.progress import Progress
 from clip_ttrt.shell import VERIFICATION_FAILED, fail, run
@@ -23,9 +23,10 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--precision", metavar="|".join(PRECISIONS), help=f"default {DEFAULTS['precision']}")
     top.add_argument("--batch", metavar="N|MIN:OPT:MAX", type=str, help=f"default {DEFAULTS['batch']}")
     top.add_argument("--encoder", metavar="|".join(ENCODER_CHOICES), help=f"default {DEFAULTS['encoder']}")
-    top.add_argument("--backend", metavar="|".join(BACKENDS), help="auto: TensorRT where a GPU and the packages are, else TorchScript")
-    top.add_argument("--attention", metavar="|".join(ATTENTIONS), help="plugin: our fused kernels; native: TensorRT's; auto: what measurements found faster, where the kernels are built")
+    top.add_argument("--backend", metavar="|".join(BACKENDS), help="auto: the best that runs here, and it says why")
+    top.add_argument("--kernels", metavar="|".join(KERNELS), help="fused: our plugins; tensorrt: TensorRT's own; auto: fused wherever they can run")
     top.add_argument("--optimization-level", metavar="0..5", type=int, help="of TensorRT's builder (default 3): lower builds faster, the engine may be slower")
+    top.add_argument("--timing-cache", metavar="PATH|none", help="where TensorRT's kernel timings are kept (default: a file per GPU and TensorRT in the user's cache)")
     top.add_argument("--output", metavar="DIR", type=Path, help="the artifact's folder (default artifacts/MODEL-PRECISION)")
     top.add_argument("--no-verify", dest="verify", action="store_false", help="skip the comparison with the original model")
     top.add_argument("--force", action="store_true", help="replace an existing artifact")
@@ -38,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
 def summary(artifact: Artifact) -> str:
     """The closing table: encoder, size, build time, error, cosine, milliseconds."""
     manifest, verification = artifact.manifest, artifact.manifest["verification"]
-    size = "engine MiB" if manifest["backend"] == "tensorrt" else "module MiB"
+    size = "module MiB" if manifest["backend"] == "torchscript" else "engine MiB"
     lines = [f"{'encoder':8} {size:>10} {'build s':>8} {'rel. error':>10} {'min. cosine':>11} {'ms':>9} {'batch':>5}"]
     for encoder, module in manifest["modules"].items():
         line = f"{encoder:8} {module.get('engine_mib', module['mib']):10.1f} {module['build_seconds']:8.1f}"

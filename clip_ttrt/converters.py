@@ -1,330 +1,338 @@
-"""Torch-TensorRT converters of our own: a lowered graph's operations -> TensorRT layers.
+"""Converters of our operations: a graph's nodes -> TensorRT layers.
 
-Importing this module registers them; it needs a CUDA GPU, so only `engine.py` imports it.
-Registered are our own ops, and the aten ops for which Torch-TensorRT 2.2 has no converter or
-one that is wrong or weak (each docstring says which).  Every one works with a dynamic batch: a
-reshape writes 0 ("keep") or -1 ("what is left") for it.
+Importing this module registers them with Torch-TensorRT: `trt.py` does when it builds.  Only ops of
+our own have one here, so no other model's network changes.  Every converter works with a dynamic
+batch: a reshape writes 0 ("keep") or -1 ("what is left") for it.
 
-Networks are declared in fp32 throughout, but for the weights of the linear layers' plugin; the builder's precision flags
-decide what runs in half.
+Networks are strongly typed: a layer computes in the type of its inputs, and constants take that
+type, but for layer norm, which is put between casts to fp32, and the plugins' fp32 constants.
 """
-from dataclasses import dataclass, field
 from typing import Any, Optional, Sequence
 
 import numpy as np
-import tensorrt as trt
 import torch
-from torch_tensorrt.dynamo.conversion._ConversionContext import ConversionContext
-from torch_tensorrt.dynamo.conversion._ConverterRegistry import ConverterPriority, dynamo_tensorrt_converter
+from torch import fx
 
-from clip_ttrt import linear, ops, kernels
-from clip_ttrt.errors import UserError
+from clip_ttrt import kernels, ops, trt as seam
 from clip_ttrt.models import HEAD_DIM
-from clip_ttrt.options import BatchRange
-from clip_ttrt.recipe import Recipe
 
-# Added to a masked score.  exp() of it is exactly zero in fp16 and fp32, and unlike -inf it cannot
+trt = seam.api()
+
+# Added to a masked score.  exp() of it is exactly zero in every type, and unlike -inf it cannot
 # make a NaN on the way, nor overflow half's range when a score is added.
 MASKED = -3e4
 
-
-@dataclass
-class Context(ConversionContext):
-    """Torch-TensorRT's conversion context with what our converters are told."""
-
-    attention: str = "native"  # or plugin
-    batch: Optional[BatchRange] = None
-    recipe: Recipe = Recipe()
-    linear_tables: dict[tuple, bytes] = field(default_factory=dict)  # measured in this build, by rows of a sample, weight's shape, bias
+# TensorRT's type -> PyTorch's, for constants beside a tensor.
+TORCH_TYPES = {
+    trt.float32: torch.float, trt.float16: torch.half, trt.bfloat16: torch.bfloat16,
+    trt.int32: torch.int32, trt.int64: torch.int64,
+}
+TRT_TYPES = {value: key for key, value in TORCH_TYPES.items()}
 
 
-def register(target):
-    """Register a converter for one target before Torch-TensorRT's own."""
-    return dynamo_tensorrt_converter(target, priority=ConverterPriority.HIGH)
+def of_rank(*ranks: int):
+    """A validator: the rank of a node's first input."""
+    return lambda node: node.args[0].meta["val"].dim() in ranks
 
 
-def constant(ctx: ConversionContext, value: np.ndarray, name: str) -> trt.ITensor:
-    """A constant layer; the array must stay referenced until the engine is built, which the network does."""
-    layer = ctx.net.add_constant(value.shape, np.ascontiguousarray(value))
+def attends(node: fx.Node) -> bool:
+    """Whether qkv is [B, T, 3·heads·64], as both kinds of attention take it."""
+    qkv, heads = node.args[0].meta["val"], node.args[1]
+    return qkv.dim() == 3 and qkv.shape[2] == 3 * heads * HEAD_DIM
+
+
+def constant(ctx: Any, value: torch.Tensor, name: str, dtype: Optional[torch.dtype] = None) -> Any:
+    """A constant layer of a tensor, in a dtype (its own by default)."""
+    value = value.detach().to("cpu", dtype or value.dtype).contiguous()
+    weights = trt.Weights(TRT_TYPES[value.dtype], seam.hold(value).data_ptr(), value.numel())
+    layer = ctx.net.add_constant(tuple(value.shape), weights)
     layer.name = name
     return layer.get_output(0)
 
 
-def with_rank(value: np.ndarray, rank: int) -> np.ndarray:
-    """The same array with leading axes of size 1, since TensorRT broadcasts equal ranks only."""
-    return value.reshape((1,) * (rank - value.ndim) + value.shape)
+def beside(ctx: Any, x: Any, value: torch.Tensor, name: str) -> Any:
+    """A constant of x's type, with leading axes of size 1, since TensorRT broadcasts equal ranks only."""
+    value = value.reshape((1,) * (len(x.shape) - value.dim()) + tuple(value.shape))
+    return constant(ctx, value, name, TORCH_TYPES[x.dtype])
 
 
-def shuffle(ctx: ConversionContext, x: trt.ITensor, name: str, shape: Sequence[int] = (), order: Sequence[int] = ()) -> trt.ITensor:
+def fp32(ctx: Any, values: dict[str, torch.Tensor], name: str) -> list[Any]:
+    """Constants of a plugin, which are fp32."""
+    return [constant(ctx, value, f"{name}_{which}", torch.float) for which, value in values.items()]
+
+
+def named(layer: Any, name: str) -> Any:
+    """A layer's first output, the layer under its name."""
+    layer.name = name
+    return layer.get_output(0)
+
+
+def shuffle(ctx: Any, x: Any, name: str, shape: Sequence[int] = (), order: Sequence[int] = ()) -> Any:
     """Reshape (0 keeps a dimension), then transpose; either may be left out."""
     layer = ctx.net.add_shuffle(x)
-    layer.name = name
     if shape:
         layer.reshape_dims = tuple(shape)
     if order:
         layer.second_transpose = tuple(order)
-    return layer.get_output(0)
+    return named(layer, name)
 
 
-def elementwise(ctx: ConversionContext, a: trt.ITensor, b: trt.ITensor, operation: trt.ElementWiseOperation, name: str) -> trt.ITensor:
-    layer = ctx.net.add_elementwise(a, b, operation)
-    layer.name = name
-    return layer.get_output(0)
+def elementwise(ctx: Any, a: Any, b: Any, operation: str, name: str) -> Any:
+    """Two tensors of one type and rank through an operation of TensorRT's, by its name."""
+    return named(ctx.net.add_elementwise(a, b, getattr(trt.ElementWiseOperation, operation)), name)
 
 
-def gather_index(ctx: ConversionContext, x: trt.ITensor, axis: int, index: int, name: str) -> trt.ITensor:
-    """x at one fixed index of an axis, which disappears."""
-    layer = ctx.net.add_gather(x, constant(ctx, np.array(index, dtype=np.int32), f"{name}_index"), axis)
-    layer.name = name
-    return layer.get_output(0)
+def to_type(ctx: Any, x: Any, dtype: Any, name: str) -> Any:
+    """x in a type of TensorRT's: a cast where it has another."""
+    return x if x.dtype == dtype else named(ctx.net.add_cast(x, dtype), name)
 
 
-def plugin_layer(ctx: ConversionContext, plugin_name: str, inputs: Sequence[trt.ITensor], fields: dict[str, Any], name: str,
-                 version: str = kernels.VERSION) -> trt.ILayer:
-    """One layer of a plugin, of ours, which `kernels.load` has registered, or of another version; a field's type is its value's, int32,
-    float32 or several int8."""
-    kinds = {np.dtype(np.int32): trt.PluginFieldType.INT32, np.dtype(np.float32): trt.PluginFieldType.FLOAT32, np.dtype(np.int8): trt.PluginFieldType.INT8}
+def plugin_layer(ctx: Any, plugin: str, inputs: Sequence[Any], fields: dict[str, Any], name: str) -> Any:
+    """One layer of a plugin that `kernels.load` has registered; a field's type is its value's, int32, float32 or several int8."""
+    kinds = {np.dtype(np.int32): trt.PluginFieldType.INT32, np.dtype(np.float32): trt.PluginFieldType.FLOAT32,
+             np.dtype(np.int8): trt.PluginFieldType.INT8}
     values = {key: np.atleast_1d(value) for key, value in fields.items()}
-    given = [trt.PluginField(key, value, kinds[value.dtype]) for key, value in values.items()]
-    creator = trt.get_plugin_registry().get_plugin_creator(plugin_name, version, "")
-    made = creator and creator.create_plugin(name, trt.PluginFieldCollection(given))
+    given = trt.PluginFieldCollection([trt.PluginField(key, value, kinds[value.dtype]) for key, value in values.items()])
+    creator = trt.get_plugin_registry().get_creator(plugin, kernels.version(), "")
+    made = creator and creator.create_plugin(name, given, trt.TensorRTPhase.BUILD)
     if not made:
-        raise RuntimeError(f"{plugin_name} {version} cannot be created with {fields}")
-    layer = ctx.net.add_plugin_v2(list(inputs), made)
+        raise RuntimeError(f"{plugin} {kernels.version()} cannot be created with {fields}")
+    layer = ctx.net.add_plugin_v3(list(inputs), [], made)
     layer.name = name
     return layer
 
 
-@register(ops.attention_rows)
-def convert_attention_rows(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
-    """[B·T, 3·W] -> [B·T, W], through the plugin or TensorRT's own layers."""
-    qkv, tokens, heads, causal, query_bias = (*args, None)[:5]
-    if by_plugin(ctx):
-        return plugin_attention(ctx, qkv, tokens, heads, causal, query_bias, name)
-    if query_bias is not None:
-        raise NotImplementedError("a query bias of its own: only the plugin adds it, and fusion.py makes it for the plugin")
-    return native_attention(ctx, qkv, tokens, heads, causal, name)
+def batch_of(ctx: Any, x: Any, shape: Sequence[int], name: str) -> Any:
+    """A shape tensor: x's batch, then the given sizes."""
+    size = ctx.net.add_shape(x).get_output(0)
+    first = ctx.net.add_slice(size, (0,), (1,), (1,)).get_output(0)
+    rest = constant(ctx, torch.tensor(shape), f"{name}_sizes", TORCH_TYPES[size.dtype])
+    return named(ctx.net.add_concatenation([first, rest]), f"{name}_shape")
 
 
-def by_plugin(ctx: ConversionContext) -> bool:
-    return getattr(ctx, "attention", "native") == "plugin"
+def slice_of(ctx: Any, x: Any, start: Sequence[int], sizes: Sequence[int], strides: Sequence[int],
+             batch: Any, name: str) -> Any:
+    """A slice of x [.., .., ..] whose first size is the batch of another tensor, and the others given."""
+    layer = ctx.net.add_slice(x, tuple(start), (max(batch.shape[0], 1), *sizes), tuple(strides))
+    if batch.shape[0] == -1:
+        layer.set_input(2, batch_of(ctx, batch, sizes, name))
+    return named(layer, name)
 
 
-def plugin_attention(ctx: ConversionContext, qkv: trt.ITensor, tokens: int, heads: int, causal: bool, query_bias: Optional[np.ndarray],
-                     name: str) -> trt.ITensor:
-    """One layer of the fused-attention plugin."""
-    inputs = [qkv] if query_bias is None else [qkv, constant(ctx, query_bias, f"{name}_query_bias")]
-    fields = {"tokens": np.int32(tokens), "heads": np.int32(heads), "causal": np.int32(causal), "query_bias": np.int32(len(inputs) - 1)}
-    return plugin_layer(ctx, kernels.ATTENTION, inputs, fields, name).get_output(0)
+# In TensorRT's own layers
 
 
-@register(ops.linear_rows)
-def convert_linear_rows(ctx: Context, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
-    """[.., K] -> [.., N], a plugin, measured now for the row counts of the batch range; one table serves all layers of the same sizes."""
-    x, weight, bias, rows = args
-    sizes = (rows, weight.shape, bias is not None)
-    if sizes not in ctx.linear_tables:
-        ctx.linear_tables[sizes] = linear.tune([rows * batch for batch in linear.measured_batches(ctx.batch)], *sizes[1:])
-    constants = [constant(ctx, as_half(value, f"{name}_{which}"), f"{name}_{which}") for value, which in ((weight, "weight"), (bias, "bias")) if value is not None]
-    return plugin_layer(ctx, kernels.LINEAR, [x, *constants], {"table": np.frombuffer(ctx.linear_tables[sizes], np.int8)}, name).get_output(0)
+@seam.converter(ops.cast)
+def convert_cast(ctx, target, args, kwargs, name):
+    """x in another type."""
+    return to_type(ctx, args[0], TRT_TYPES[args[1]], name)
 
 
-def as_half(value: np.ndarray, name: str) -> np.ndarray:
-    """The values rounded to fp16.  Raises UserError where one is beyond its range."""
-    if not (np.abs(value) <= linear.LARGEST_HALF).all():
-        raise UserError(f"{name} has values that fp16 cannot hold, {np.abs(value).max():.4g} where {linear.LARGEST_HALF:.0f} is the largest; "
-                        f"compile with --attention native or in another precision")
-    return value.astype(np.float16)
+@seam.converter(ops.linear, of_rank(2, 3))
+def convert_linear(ctx, target, args, kwargs, name):
+    """[.., K] and [N, K] and [N] or None -> [.., N]: a matrix product and a sum."""
+    x, weight, bias = args
+    none, transposed = trt.MatrixOperation.NONE, trt.MatrixOperation.TRANSPOSE
+    weight = beside(ctx, x, weight, f"{name}_weight")
+    product = named(ctx.net.add_matrix_multiply(x, none, weight, transposed), name)
+    if bias is None:
+        return product
+    return elementwise(ctx, product, beside(ctx, x, bias, f"{name}_bias"), "SUM", f"{name}_biased")
 
 
-@register(ops.bias_quick_gelu)
-def convert_bias_quick_gelu(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
-    """[M, N] and [N] -> [M, N], a plugin."""
-    x, bias = args
-    return plugin_layer(ctx, kernels.BIAS_QUICK_GELU, [x, constant(ctx, bias, f"{name}_bias")], {}, name).get_output(0)
+@seam.converter(ops.add)
+def convert_add(ctx, target, args, kwargs, name):
+    """a + b, either of which may be a constant."""
+    a, b = args
+    a = beside(ctx, b, a, f"{name}_a") if isinstance(a, torch.Tensor) else a
+    b = beside(ctx, a, b, f"{name}_b") if isinstance(b, torch.Tensor) else b
+    return elementwise(ctx, a, b, "SUM", name)
 
 
-@register(ops.residual_layer_norm)
-def convert_residual_layer_norm(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> tuple[trt.ITensor, trt.ITensor]:
-    """Two [M, W] and three [W] -> two [M, W], a plugin."""
-    x, delta, bias, scale, shift, epsilon = args
-    constants = [constant(ctx, value, f"{name}_{which}") for which, value in (("bias", bias), ("scale", scale), ("shift", shift))]
-    layer = plugin_layer(ctx, kernels.RESIDUAL_LAYER_NORM, [x, delta, *constants], {"residual": np.int32(1), "epsilon": np.float32(epsilon)}, name)
-    return layer.get_output(0), layer.get_output(1)
-
-
-def native_attention(ctx: ConversionContext, qkv: trt.ITensor, tokens: int, heads: int, causal: bool, name: str) -> trt.ITensor:
-    """Attention in TensorRT's own layers, in the form that its fusion looks for.
-
-    We build the causal mask ourselves: Torch-TensorRT 2.2 drops masks and `is_causal` when it
-    lowers scaled_dot_product_attention.
-    """
-    split = shuffle(ctx, qkv, f"{name}_split", shape=(-1, tokens, 3, heads, HEAD_DIM), order=(2, 0, 3, 1, 4))
-    query, key, value = (gather_index(ctx, split, 0, part, f"{name}_{which}") for part, which in enumerate(("query", "key", "value")))
-    scale = constant(ctx, np.full((1, 1, 1, 1), HEAD_DIM ** -0.5, dtype=np.float32), f"{name}_scale")
-    query = elementwise(ctx, query, scale, trt.ElementWiseOperation.PROD, f"{name}_scaled")
-    scores = ctx.net.add_matrix_multiply(query, trt.MatrixOperation.NONE, key, trt.MatrixOperation.TRANSPOSE)
-    scores.name = f"{name}_scores"
-    scores = scores.get_output(0)
-    if causal:
-        mask = np.triu(np.full((1, 1, tokens, tokens), MASKED, dtype=np.float32), 1)
-        scores = elementwise(ctx, scores, constant(ctx, mask, f"{name}_mask"), trt.ElementWiseOperation.SUM, f"{name}_masked")
-    weights = ctx.net.add_softmax(scores)
-    weights.name = f"{name}_weights"
-    weights.axes = 1 << 3
-    attended = ctx.net.add_matrix_multiply(weights.get_output(0), trt.MatrixOperation.NONE, value, trt.MatrixOperation.NONE)
-    attended.name = f"{name}_attended"
-    heads_last = shuffle(ctx, attended.get_output(0), f"{name}_heads_last", order=(0, 2, 1, 3))
-    return shuffle(ctx, heads_last, f"{name}_rows", shape=(-1, heads * HEAD_DIM))
-
-
-@register(ops.row_capped)
-def convert_row_capped(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
-    """x as the minimum of x and its row's maximum.
-
-    Where a size is not known, TensorRT 8.6's kernels for what treats every element alike, a transposition among it, take much
-    longer than where it is; those with a reduction over rows take as long as there.
-    """
-    x, last = args[0], len(args[0].shape) - 1
-    highest = ctx.net.add_reduce(x, trt.ReduceOperation.MAX, 1 << last, True)
-    highest.name = f"{name}_highest"
-    return elementwise(ctx, x, highest.get_output(0), trt.ElementWiseOperation.MIN, name)
-
-
-@register(ops.quick_gelu)
-def convert_quick_gelu(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
-    """x·sigmoid(1.702·x), and an activation that TensorRT 8.6's transformer compiler does not take: y where y > -1, which is all of it.
-
-    With a plugin before the product that gives x, the product is then no part of what is handed to that compiler: it becomes a
-    convolution which has all of this in its epilogue.
-    """
-    x, one = args[0], (1,) * len(args[0].shape)
-    slope = constant(ctx, np.full(one, ops.QUICK_GELU_SLOPE, dtype=np.float32), f"{name}_slope")
-    sigmoid = ctx.net.add_activation(elementwise(ctx, x, slope, trt.ElementWiseOperation.PROD, f"{name}_scaled"), trt.ActivationType.SIGMOID)
-    sigmoid.name = f"{name}_sigmoid"
-    barrier = ctx.net.add_activation(elementwise(ctx, x, sigmoid.get_output(0), trt.ElementWiseOperation.PROD, f"{name}_product"),
-                                     trt.ActivationType.THRESHOLDED_RELU)
-    barrier.name, barrier.alpha = name, -1.0
-    return barrier.get_output(0)
-
-
-@register(ops.layer_norm_apart)
-def convert_layer_norm_apart(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
-    """[M, W] -> [M, W] by the layer norm of TensorRT's own plugin library, which its transformer compiler does not take."""
+@seam.converter(ops.layer_norm, of_rank(2, 3))
+def convert_layer_norm(ctx, target, args, kwargs, name):
+    """Layer norm over the last axis as one normalization layer in fp32."""
     x, scale, shift, epsilon = args
-    inputs = [shuffle(ctx, x, f"{name}_up", shape=(1, -1, x.shape[1])),
-              *(constant(ctx, value, f"{name}_{which}") for which, value in (("scale", scale), ("shift", shift)))]
-    layer = plugin_layer(ctx, "LayerNorm", inputs, {"epsilon": np.float32(epsilon), "axis": np.int32(-1)}, name, version="1")
-    return shuffle(ctx, layer.get_output(0), f"{name}_down", shape=(-1, x.shape[1]))
+    wide = to_type(ctx, x, trt.float32, f"{name}_fp32")
+    scale, shift = (beside(ctx, wide, value, f"{name}_{which}") for which, value in (("scale", scale), ("shift", shift)))
+    add = getattr(ctx.net, "add_normalization_v2", ctx.net.add_normalization)
+    layer = add(wide, scale, shift, 1 << (len(x.shape) - 1))
+    layer.epsilon = epsilon
+    return to_type(ctx, named(layer, name), x.dtype, f"{name}_back")
 
 
-@register(ops.extract_patch_rows)
-def convert_extract_patch_rows(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
-    """[B, C, R, R] -> [B·(R/size)², C·size²], a plugin."""
-    images, size = args
-    return plugin_layer(ctx, kernels.EXTRACT_PATCHES, [images], {"patch_size": np.int32(size)}, name).get_output(0)
+@seam.converter(ops.quick_gelu)
+def convert_quick_gelu(ctx, target, args, kwargs, name):
+    """x·sigmoid(1.702·x)."""
+    x = args[0]
+    slope = beside(ctx, x, torch.tensor([ops.QUICK_GELU_SLOPE]), f"{name}_slope")
+    scaled = elementwise(ctx, x, slope, "PROD", f"{name}_scaled")
+    sigmoid = named(ctx.net.add_activation(scaled, trt.ActivationType.SIGMOID), f"{name}_sigmoid")
+    return elementwise(ctx, x, sigmoid, "PROD", name)
 
 
-@register(ops.embed_image)
-def convert_embed_image(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> tuple[trt.ITensor, trt.ITensor]:
-    """[B·N, W] -> two of [B·(N + 1), W], a plugin."""
-    patches, class_token, positions, scale_pre, shift_pre, epsilon_pre, scale_1, shift_1, epsilon_1 = args
-    constants = [constant(ctx, value, f"{name}_{which}") for which, value in (
-        ("class_token", class_token), ("positions", positions), ("scale_pre", scale_pre), ("shift_pre", shift_pre), ("scale_1", scale_1), ("shift_1", shift_1))]
-    fields = {"tokens": np.int32(positions.shape[0]), "epsilon_pre": np.float32(epsilon_pre), "epsilon_1": np.float32(epsilon_1)}
-    layer = plugin_layer(ctx, kernels.EMBED_IMAGE, [patches, *constants], fields, name)
-    return layer.get_output(0), layer.get_output(1)
+@seam.converter(ops.embedding)
+def convert_embedding(ctx, target, args, kwargs, name):
+    """[V, W] and int32 [B, T] -> [B, T, W]."""
+    weight, tokens = args
+    return named(ctx.net.add_gather(constant(ctx, weight, f"{name}_weight"), tokens, 0), name)
 
 
-@register(ops.extract_patches)
-def convert_extract_patches(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
-    """[B, C, R, R] -> [B, (R/size)², C·size²].
+@seam.converter(ops.attention, attends)
+def convert_attention(ctx, target, args, kwargs, name):
+    """[B, T, 3·W] -> [B, T, W] in TensorRT's own layers: its attention where the network has one, else what it fuses."""
+    qkv, heads, causal = args
+    tokens = qkv.shape[1]
+    split = shuffle(ctx, qkv, f"{name}_split", (0, tokens, 3, heads, HEAD_DIM), (2, 0, 3, 1, 4))
+    query, key, value = (
+        named(ctx.net.add_gather(split, constant(ctx, torch.tensor(part, dtype=torch.int32), f"{name}_{which}_index"), 0), f"{name}_{which}")
+        for part, which in enumerate(("query", "key", "value")))
+    scale = beside(ctx, query, torch.tensor([HEAD_DIM ** -0.5]), f"{name}_scale")
+    query = elementwise(ctx, query, scale, "PROD", f"{name}_scaled")
+    attended = (attention_layer if hasattr(ctx.net, "add_attention") else composed_attention)(ctx, query, key, value, causal, name)
+    return shuffle(ctx, shuffle(ctx, attended, f"{name}_heads_last", order=(0, 2, 1, 3)), name, (0, tokens, heads * HEAD_DIM))
 
-    TensorRT 8.6 has no good convolution for three channels and a stride of 32; a matrix product
-    with the patches takes its place.
-    """
-    images, size = args
-    channels, side = images.shape[1], images.shape[2] // size
-    cut = shuffle(ctx, images, f"{name}_cut", shape=(0, channels, side, size, side, size), order=(0, 2, 4, 1, 3, 5))
-    return shuffle(ctx, cut, name, shape=(0, side * side, channels * size * size))
 
-
-@register(ops.prepend_class_token)
-def convert_prepend_class_token(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
-    """[B, N, W] and [W] -> [B, N + 1, W].
-
-    An expand over a dynamic batch breaks in Torch-TensorRT 2.2.  Here the class token's rows are
-    the first patch's rows times zero plus the token, so that the batch follows by broadcasting.
-    """
-    patches, class_token = args
-    first = ctx.net.add_gather(patches, constant(ctx, np.zeros((1,), dtype=np.int32), f"{name}_index"), 1)
-    first.name = f"{name}_first"
-    zero = constant(ctx, np.zeros((1, 1, 1), dtype=np.float32), f"{name}_zero")
-    rows = elementwise(ctx, first.get_output(0), zero, trt.ElementWiseOperation.PROD, f"{name}_zeros")
-    token = constant(ctx, with_rank(class_token, 3), f"{name}_token")
-    rows = elementwise(ctx, rows, token, trt.ElementWiseOperation.SUM, f"{name}_rows")
-    layer = ctx.net.add_concatenation([rows, patches])
-    layer.name, layer.axis = name, 1
+def attention_layer(ctx: Any, query: Any, key: Any, value: Any, causal: bool, name: str) -> Any:
+    """Attention as one layer, which TensorRT takes apart where it has no kernel for it."""
+    softmax = trt.AttentionNormalizationOp.SOFTMAX
+    layer = seam.hold(ctx.net.add_attention(query, key, value, softmax, causal))
+    layer.decomposable = True
     return layer.get_output(0)
 
 
-@register(ops.pool_end_of_text)
-def convert_pool_end_of_text(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
+def composed_attention(ctx: Any, query: Any, key: Any, value: Any, causal: bool, name: str) -> Any:
+    """Attention as product, softmax and product, in the form that TensorRT's fusion looks for."""
+    none, transposed = trt.MatrixOperation.NONE, trt.MatrixOperation.TRANSPOSE
+    scores = named(ctx.net.add_matrix_multiply(query, none, key, transposed), f"{name}_scores")
+    if causal:
+        mask = torch.full((scores.shape[2],) * 2, MASKED).triu(1)
+        scores = elementwise(ctx, scores, beside(ctx, scores, mask, f"{name}_mask"), "SUM", f"{name}_masked")
+    softmax = ctx.net.add_softmax(scores)
+    softmax.axes = 1 << 3
+    weights = named(softmax, f"{name}_weights")
+    return named(ctx.net.add_matrix_multiply(weights, none, value, none), f"{name}_attended")
+
+
+@seam.converter(ops.extract_patches, of_rank(4))
+def convert_extract_patches(ctx, target, args, kwargs, name):
+    """[B, C, R, R] -> [B, (R/size)², C·size²]."""
+    images, size = args
+    _, channels, resolution, _ = images.shape
+    side = resolution // size
+    cut = shuffle(ctx, images, f"{name}_cut", (0, channels, side, size, side, size), (0, 2, 4, 1, 3, 5))
+    return shuffle(ctx, cut, name, (0, side * side, channels * size * size))
+
+
+@seam.converter(ops.prepend_class_token, of_rank(3))
+def convert_prepend_class_token(ctx, target, args, kwargs, name):
+    """[B, N, W] and [W] -> [B, N + 1, W]: the token is a slice of stride 0, once for each sample."""
+    patches, class_token = args
+    width = patches.shape[2]
+    token = beside(ctx, patches, class_token, f"{name}_token")
+    rows = slice_of(ctx, token, (0, 0, 0), (1, width), (0, 1, 1), patches, f"{name}_rows")
+    layer = ctx.net.add_concatenation([rows, patches])
+    layer.axis = 1
+    return named(layer, name)
+
+
+@seam.converter(ops.select_token, of_rank(3))
+def convert_select_token(ctx, target, args, kwargs, name):
+    """One token of [B, T, W] -> [B, W], as a slice."""
+    x, index = args
+    width = x.shape[2]
+    row = slice_of(ctx, x, (0, index, 0), (1, width), (1, 1, 1), x, f"{name}_row")
+    return shuffle(ctx, row, name, (-1, width))
+
+
+@seam.converter(ops.pool_end_of_text, of_rank(3))
+def convert_pool_end_of_text(ctx, target, args, kwargs, name):
     """[B, T, W] and int32 [B, T] -> [B, W]: the row of the first highest token id, found in int32.
 
-    Torch-TensorRT 2.2 casts the tokens to float for argmax, and half holds no 49407: start and end
-    of text become equal and the features silently wrong.  Here the position is the smallest
-    index at which a token equals the row's maximum, and every step of that is int32.
+    The position is the smallest index at which a token equals the row's maximum.  In half, which
+    holds no 49407, start and end of text would be equal and the features silently wrong.
     """
     x, tokens = args
     length = tokens.shape[1]
-    highest = ctx.net.add_reduce(tokens, trt.ReduceOperation.MAX, 1 << 1, True)
-    highest.name = f"{name}_highest"
-    is_highest = elementwise(ctx, tokens, highest.get_output(0), trt.ElementWiseOperation.EQUAL, f"{name}_is_highest")
-    index = constant(ctx, np.arange(length, dtype=np.int32).reshape(1, length), f"{name}_indices")
-    beyond = constant(ctx, np.full((1, length), length, dtype=np.int32), f"{name}_beyond")
-    candidates = ctx.net.add_select(is_highest, index, beyond)
-    candidates.name = f"{name}_candidates"
-    position = ctx.net.add_reduce(candidates.get_output(0), trt.ReduceOperation.MIN, 1 << 1, True)
-    position.name = f"{name}_position"
-    rows = ctx.net.add_gather(x, position.get_output(0), 1)
-    rows.name, rows.num_elementwise_dims = f"{name}_rows", 1
-    return shuffle(ctx, rows.get_output(0), name, shape=(0, x.shape[2]))
+    highest = named(ctx.net.add_reduce(tokens, trt.ReduceOperation.MAX, 1 << 1, True), f"{name}_highest")
+    is_highest = elementwise(ctx, tokens, highest, "EQUAL", f"{name}_is_highest")
+    index = constant(ctx, torch.arange(length, dtype=torch.int32)[None], f"{name}_indices")
+    beyond = constant(ctx, torch.full((1, length), length, dtype=torch.int32), f"{name}_beyond")
+    candidates = named(ctx.net.add_select(is_highest, index, beyond), f"{name}_candidates")
+    position = named(ctx.net.add_reduce(candidates, trt.ReduceOperation.MIN, 1 << 1, True), f"{name}_position")
+    rows = ctx.net.add_gather(x, position, 1)
+    rows.num_elementwise_dims = 1
+    return shuffle(ctx, named(rows, f"{name}_rows"), name, (0, x.shape[2]))
 
 
-@register(torch.ops.aten.layer_norm.default)
-def convert_layer_norm(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
-    """Layer norm over the last axis as one INormalizationLayer, which computes in fp32, or as a plugin.
-
-    Torch-TensorRT 2.2 emits nine elementwise layers that overflow in half.
-    """
-    x, _, scale, bias, epsilon = args
-    if by_plugin(ctx):
-        constants = [constant(ctx, value, f"{name}_{which}") for which, value in (("scale", scale), ("shift", bias))]
-        fields = {"residual": np.int32(0), "epsilon": np.float32(epsilon)}
-        return plugin_layer(ctx, kernels.RESIDUAL_LAYER_NORM, [x, *constants], fields, name).get_output(0)
-    rank = len(x.shape)
-    layer = ctx.net.add_normalization(x, constant(ctx, with_rank(scale, rank), f"{name}_scale"),
-                                      constant(ctx, with_rank(bias, rank), f"{name}_bias"), 1 << (rank - 1))
-    layer.name, layer.epsilon, layer.compute_precision = name, epsilon, trt.float32
-    return layer.get_output(0)
+@seam.converter(ops.split_tokens, of_rank(2))
+def convert_split_tokens(ctx, target, args, kwargs, name):
+    """[B·T, W] -> [B, T, W]."""
+    x, tokens = args
+    return shuffle(ctx, x, name, (-1, tokens, x.shape[1]))
 
 
-@register(torch.ops.aten.select.int)
-def convert_select(ctx: ConversionContext, target: Any, args: tuple, kwargs: dict, name: str) -> trt.ITensor:
-    """One index of the second of three axes, [B, T, W] -> [B, W], as a slice.
+# As plugins
 
-    Torch-TensorRT 2.2 makes a gather of it, which TensorRT 8.6 fuses into the addition before it,
-    and badly where the batch is dynamic.
-    """
-    x, axis, index = args
-    if len(x.shape) != 3 or axis != 1:
-        raise NotImplementedError(f"select on axis {axis} of {len(x.shape)}: only the second of three is converted")
-    width = x.shape[2]
-    layer = ctx.net.add_slice(x, (0, index, 0), (max(x.shape[0], 1), 1, width), (1, 1, 1))
-    layer.name = name
-    if x.shape[0] == -1:
-        keep, one = (constant(ctx, np.array(value, dtype=np.int32), f"{name}_{which}") for value, which in (((1, 0, 1), "keep"), ((0, 1, 0), "one")))
-        size = elementwise(ctx, ctx.net.add_shape(x).get_output(0), keep, trt.ElementWiseOperation.PROD, f"{name}_kept")
-        layer.set_input(2, elementwise(ctx, size, one, trt.ElementWiseOperation.SUM, f"{name}_size"))
-    return shuffle(ctx, layer.get_output(0), f"{name}_squeezed", shape=(-1, width))
+
+@seam.converter(ops.fused_attention, attends)
+def convert_fused_attention(ctx, target, args, kwargs, name):
+    """[B, T, 3·W] -> [B, T, W]."""
+    qkv, heads, causal, query_bias = args
+    inputs = [qkv] if query_bias is None else [qkv, *fp32(ctx, {"query_bias": query_bias}, name)]
+    fields = {"tokens": np.int32(qkv.shape[1]), "heads": np.int32(heads), "causal": np.int32(causal), "query_bias": np.int32(len(inputs) - 1)}
+    return plugin_layer(ctx, kernels.ATTENTION, inputs, fields, name).get_output(0)
+
+
+@seam.converter(ops.fused_linear)
+def convert_fused_linear(ctx, target, args, kwargs, name):
+    """[.., K] -> [.., N]; the table of what was measured before the network was made goes along, and says the sizes too."""
+    from clip_ttrt import linear
+
+    x, weight, bias, table = (*args, "")[:4]
+    table = bytes.fromhex(table) or linear.pack(*weight.shape, bias is not None)
+    constants = [constant(ctx, value, f"{name}_{which}", torch.half) for which, value in (("weight", weight), ("bias", bias)) if value is not None]
+    return plugin_layer(ctx, kernels.LINEAR, [x, *constants], {"table": np.frombuffer(table, np.int8)}, name).get_output(0)
+
+
+@seam.converter(ops.bias_quick_gelu)
+def convert_bias_quick_gelu(ctx, target, args, kwargs, name):
+    """[.., N] and [N] -> [.., N]."""
+    x, bias = args
+    return plugin_layer(ctx, kernels.BIAS_QUICK_GELU, [x, *fp32(ctx, {"bias": bias}, name)], {}, name).get_output(0)
+
+
+@seam.converter(ops.fused_layer_norm)
+def convert_fused_layer_norm(ctx, target, args, kwargs, name):
+    """[.., W] -> [.., W]."""
+    x, scale, shift, epsilon = args
+    fields = {"residual": np.int32(0), "epsilon": np.float32(epsilon)}
+    return plugin_layer(ctx, kernels.RESIDUAL_LAYER_NORM, [x, *fp32(ctx, {"scale": scale, "shift": shift}, name)], fields, name).get_output(0)
+
+
+@seam.converter(ops.residual_layer_norm)
+def convert_residual_layer_norm(ctx, target, args, kwargs, name):
+    """Two [.., W] and three [W] -> two [.., W]."""
+    x, delta, bias, scale, shift, epsilon = args
+    fields = {"residual": np.int32(1), "epsilon": np.float32(epsilon)}
+    constants = fp32(ctx, {"bias": bias, "scale": scale, "shift": shift}, name)
+    layer = plugin_layer(ctx, kernels.RESIDUAL_LAYER_NORM, [x, delta, *constants], fields, name)
+    return layer.get_output(0), layer.get_output(1)
+
+
+@seam.converter(ops.extract_patch_rows, of_rank(4))
+def convert_extract_patch_rows(ctx, target, args, kwargs, name):
+    """[B, 3, R, R], fp32 or fp16 -> fp16 [B·(R/size)², 3·size²]."""
+    images, size = args[:2]
+    return plugin_layer(ctx, kernels.EXTRACT_PATCHES, [images], {"patch_size": np.int32(size)}, name).get_output(0)
+
+
+@seam.converter(ops.embed_image, of_rank(2))
+def convert_embed_image(ctx, target, args, kwargs, name):
+    """[B·N, W] -> two of [B·(N + 1), W]."""
+    patches, class_token, positions, scale_pre, shift_pre, epsilon_pre, scale_1, shift_1, epsilon_1 = args
+    constants = fp32(ctx, {"class_token": class_token, "positions": positions, "scale_pre": scale_pre,
+                           "shift_pre": shift_pre, "scale_1": scale_1, "shift_1": shift_1}, name)
+    fields = {"tokens": np.int32(positions.shape[0]), "epsilon_pre": np.float32(epsilon_pre), "epsilon_1": np.float32(epsilon_1)}
+    layer = plugin_layer(ctx, kernels.EMBED_IMAGE, [patches, *constants], fields, name)
+    return layer.get_output(0), layer.get_output(1)

@@ -19,12 +19,24 @@ class FusedOps(NamedTuple):
     """The implementations an encoder calls: the inference ops, or their differentiable references."""
 
     attention: Callable = ops.attention
+    quick_gelu: Callable = ops.quick_gelu
     extract_patches: Callable = ops.extract_patches
     prepend_class_token: Callable = ops.prepend_class_token
     pool_end_of_text: Callable = ops.pool_end_of_text
+    cast: Callable = ops.cast
 
 
-DIFFERENTIABLE = FusedOps(ops.attention_reference, ops.extract_patches_reference, ops.prepend_class_token_reference, ops.pool_end_of_text_reference)
+DIFFERENTIABLE = FusedOps(*(ops.REFERENCES[op] for op in FusedOps._field_defaults.values()))
+
+
+def in_dtype(x: torch.Tensor, dtype: torch.dtype, fused: FusedOps) -> torch.Tensor:
+    """x in a dtype: a cast where it has another, and nothing where it has not."""
+    return x if x.dtype == dtype else fused.cast(x, dtype)
+
+
+def as_features(x: torch.Tensor, fused: FusedOps) -> torch.Tensor:
+    """Features in fp32, or in fp64 where an encoder computes in it."""
+    return in_dtype(x, torch.promote_types(x.dtype, torch.float), fused)
 
 
 class Block(nn.Module):
@@ -45,11 +57,14 @@ class Block(nn.Module):
         if pool is not None:
             x, attended = pool(x), pool(attended)
         x = x + self.out(attended)
-        return x + self.down(ops.quick_gelu_reference(self.up(self.norm_2(x))))
+        return x + self.down(self.fused.quick_gelu(self.up(self.norm_2(x))))
 
 
 class ImageEncoder(nn.Module):
-    """Vision transformer: images [B, 3, R, R], float -> features [B, embed_dim], same dtype."""
+    """Vision transformer: images [B, 3, R, R], any floating dtype -> features fp32 [B, embed_dim].
+
+    It computes in the dtype of its weights.
+    """
 
     def __init__(self, dims: Dimensions, fused: FusedOps = FusedOps()):
         super().__init__()
@@ -65,17 +80,21 @@ class ImageEncoder(nn.Module):
         self.projection = nn.Linear(width, dims.embed_dim, bias=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        images = in_dtype(images, self.patches.weight.dtype, self.fused)
         x = self.patches(self.fused.extract_patches(images, self.patch_size))
         x = self.fused.prepend_class_token(x, self.class_token)
         x = self.norm_pre(x + self.positions)
         for block in self.blocks[:-1]:
             x = block(x)
         x = self.blocks[-1](x, pool=lambda rows: rows.select(1, 0))
-        return self.projection(self.norm_post(x))
+        return as_features(self.projection(self.norm_post(x)), self.fused)
 
 
 class TextEncoder(nn.Module):
-    """Causal text transformer: tokens int [B, T], T <= context_length -> features [B, embed_dim]."""
+    """Causal text transformer: tokens int [B, T], T <= context_length -> features fp32 [B, embed_dim].
+
+    It computes in the dtype of its weights.
+    """
 
     def __init__(self, dims: Dimensions, fused: FusedOps = FusedOps()):
         super().__init__()
@@ -92,7 +111,7 @@ class TextEncoder(nn.Module):
         for block in self.blocks[:-1]:
             x = block(x)
         x = self.blocks[-1](x, pool=lambda rows: self.fused.pool_end_of_text(rows, tokens))
-        return self.projection(self.norm_final(x))
+        return as_features(self.projection(self.norm_final(x)), self.fused)
 
 
 BLOCK_NAMES = {

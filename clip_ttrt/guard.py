@@ -9,6 +9,7 @@ from typing import List
 import torch
 from torch import nn
 
+from clip_ttrt import deprecations
 from clip_ttrt.options import BatchRange
 
 
@@ -44,4 +45,6 @@ class Guarded(nn.Module):
 
 def guard(encoder: torch.jit.ScriptModule, example: torch.Tensor, batch: BatchRange) -> torch.jit.ScriptModule:
     """Compile an encoder's guard; `example` gives the input's shape after the batch, dtype and device."""
-    return torch.jit.script(Guarded(encoder, list(example.shape[1:]), example.dtype, batch, example.device.type).eval())
+    guarded = Guarded(encoder, list(example.shape[1:]), example.dtype, batch, example.device.type)
+    with deprecations.hidden():
+        return torch.jit.script(guarded.eval())

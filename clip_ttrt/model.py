@@ -9,6 +9,7 @@ from typing import Callable, Optional, Union
 import torch
 from torch import nn
 
+from clip_ttrt import deprecations
 from clip_ttrt.artifact import Artifact, check_runs_here, load_modules, read_artifact
 from clip_ttrt.errors import UserError
 from clip_ttrt.options import BatchRange
@@ -53,9 +54,7 @@ def current_device(device: Optional[str]):
 
 def preprocess(resolution: int) -> Callable:
     """OpenAI's transform: PIL image -> resized, centre-cropped, normalised float32 [3, resolution, resolution]."""
-    from clip.clip import _transform
-
-    return _transform(resolution)
+    return deprecations.clip()._transform(resolution)
 
 
 def out_of_memory(what: str) -> UserError:

@@ -1,20 +1,29 @@
-"""`compile`: weights -> encoders -> exported graph -> fused ops -> backend -> artifact -> verification."""
+"""`compile`: weights -> encoders -> exported graph -> our operations -> backend -> artifact -> verification."""
 from dataclasses import asdict
-from typing import Any, Mapping, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import fx, nn
 
-from clip_ttrt import accuracy, attention_choice, backends, fusion, guard, linear, lowering, kernels, torchscript, stack
+from clip_ttrt import accuracy, backends, graph, guard, kernels, linear, stack, torchscript, trt
 from clip_ttrt.artifact import Artifact, draft
-from clip_ttrt.attention_choice import Choice
 from clip_ttrt.backends import Backend
 from clip_ttrt.checkpoint import Checkpoint, load_checkpoint
-from clip_ttrt.encoders import DIFFERENTIABLE, ENCODERS, FusedOps
-from clip_ttrt.errors import VerificationError
-from clip_ttrt.models import Dimensions, dimensions_of
+from clip_ttrt.encoders import ENCODERS
+from clip_ttrt.errors import UserError, VerificationError
+from clip_ttrt.models import Dimensions
 from clip_ttrt.options import BatchRange, Options
 from clip_ttrt.progress import Progress
+
+DTYPES = {"fp32": torch.float, "tf32": torch.float, "fp16": torch.half, "bf16": torch.bfloat16}
+
+
+class Built(NamedTuple):
+    """An encoder as its backend made it: the module, facts for the manifest, seconds."""
+
+    module: torch.jit.ScriptModule
+    facts: dict[str, Any]
+    seconds: float
 
 
 def compile(progress: Optional[Progress] = None, **options: Any) -> Artifact:
@@ -30,30 +39,39 @@ def compile(progress: Optional[Progress] = None, **options: Any) -> Artifact:
         options["batch"] = BatchRange.parse(options["batch"])
     artifact = compile_with(Options(**options), progress or Progress(quiet=True))
     if artifact.verified is False:
-        raise VerificationError(f"{artifact.folder} is marked unverified: {'; '.join(artifact.manifest['verification']['failures'])}")
+        failures = artifact.manifest["verification"]["failures"]
+        raise VerificationError(f"{artifact.folder} is marked unverified: {'; '.join(failures)}")
     return artifact
 
 
 def compile_with(options: Options, progress: Progress) -> Artifact:
     """Compile as `compile` does; a failed verification is recorded in the artifact and not raised."""
     backend = backends.choose(options.backend, options.precision)
-    dims = dimensions_of(options.model)
-    choices = {encoder: attention_choice.choose(options.attention, backend.name, options.precision, dims, encoder, options.batch) for encoder in options.encoders}
+    choice = backends.choose_kernels(options.kernels, backend, options.precision)
     progress.say(f"backend: {backend.reason}")
     if backend.computes_in != options.precision:
         progress.say(f"note: {options.precision} was asked for, and this backend computes in {backend.computes_in}")
-    for encoder, choice in choices.items():
-        progress.say(f"attention of the {encoder} encoder: {choice.attention} ({choice.reason})")
-    kernels.load(needed_plugin(choices))
+    if choice.kernels is not None:
+        progress.say(f"kernels: {choice.kernels} ({choice.reason})")
+    if backend.name != "torchscript":
+        trt.load_runtime(backend.name)
+    kernels_version = kernels.version() if choice.kernels == "fused" else None
+    kernels.load(kernels_version)
     with draft(options.folder, options.force) as writing:
         with progress.stage(f"read weights of {options.model}"):
             checkpoint = load_checkpoint(options.model, options.weights, options.seed, options.trust_weights)
         progress.say(f"{'WARNING' if checkpoint.origin.kind == 'random' else 'weights'}: {checkpoint.origin.describe()}")
         for encoder in options.encoders:
-            module, facts = build_encoder(encoder, checkpoint, options, backend, choices[encoder].attention, progress)
-            writing.add(encoder, module, **facts, attention=choices[encoder].attention, attention_reason=choices[encoder].reason)
+            module, facts = build_encoder(encoder, checkpoint, options, backend, choice.kernels, progress)
+            writing.add(encoder, module, **facts)
             del module
-        manifest = describe(options, backend, choices, checkpoint)
+        manifest = {
+            **describe(options, backend, checkpoint),
+            "kernels": choice.kernels,
+            "kernels_reason": choice.reason,
+            "kernels_version": kernels_version,
+            "versions": stack.versions() if kernels_version is None else {**stack.versions(), "cublaslt": linear.version_text()},
+        }
         artifact = writing.write_manifest(**manifest, verification=None)
         if options.verify:
             with progress.stage("verify against the original model in fp32"):
@@ -62,56 +80,68 @@ def compile_with(options: Options, progress: Progress) -> Artifact:
         return writing.publish(artifact)
 
 
-def build_encoder(encoder: str, checkpoint: Checkpoint, options: Options, backend: Backend, attention: str,
+def build_encoder(encoder: str, checkpoint: Checkpoint, options: Options, backend: Backend, chosen: Optional[str],
                   progress: Progress) -> tuple[torch.jit.ScriptModule, dict[str, Any]]:
-    """One encoder as the TorchScript module to save, and facts about it for the manifest."""
+    """One encoder as the TorchScript module to save, and facts about it for the manifest; chosen: the kernels."""
     example = example_input(encoder, checkpoint.dimensions)
+    plain = ENCODERS[encoder](checkpoint.state_dict)
+    plain = in_precision(plain, backend.computes_in)
     if backend.name == "torchscript":
-        if backend.computes_in == "fp16" and example.is_floating_point():
-            example = example.half()
-        module, facts, seconds = build_torchscript(encoder, checkpoint, backend, example.to(backend.device), progress)
+        built = build_torchscript(encoder, plain.to(backend.device), example.to(backend.device), progress)
     else:
-        module, facts, seconds = build_tensorrt(encoder, checkpoint, options, attention, example, progress)
-    return guard.guard(module, example.to(backend.device), options.batch), {**facts, "build_seconds": round(seconds, 2)}
+        built = build_tensorrt(encoder, plain, options, chosen, example, progress)
+    module = guard.guard(built.module, example.to(backend.device), options.batch)
+    return module, {**built.facts, "build_seconds": round(built.seconds, 2)}
 
 
-def build_torchscript(encoder: str, checkpoint: Checkpoint, backend: Backend, example: torch.Tensor,
-                      progress: Progress) -> tuple[torch.jit.ScriptModule, dict[str, Any], float]:
-    """One encoder through TorchScript: the module, facts for the manifest, seconds."""
-    exported = lowering.can_export()
-    plain = ENCODERS[encoder](checkpoint.state_dict, FusedOps() if exported else DIFFERENTIABLE)
-    plain = plain.to(backend.device, torch.half if backend.computes_in == "fp16" else torch.float)
-    if not exported:
-        with progress.stage(f"trace the {encoder} encoder as it is (torch.export of PyTorch 2.2 needs Python 3.11 or older)") as time:
-            module = torchscript.trace(plain, example)
-        return module, {"rewrites": {}}, time["seconds"]
-    graph, rewrites = lowered(plain, example, encoder, progress)
+def in_precision(encoder: nn.Module, precision: str) -> nn.Module:
+    """An encoder whose weights are of a precision's type.  Raises UserError where fp16 cannot hold one."""
+    dtype = DTYPES[precision]
+    for name, value in encoder.named_parameters():
+        largest = value.abs().max().item()
+        if largest > torch.finfo(dtype).max:
+            raise UserError(f"{name} has values that {precision} cannot hold, {largest:.4g} where {torch.finfo(dtype).max:.0f} is the largest; "
+                            f"compile in another precision, such as bf16")
+    return encoder.to(dtype)
+
+
+def build_torchscript(encoder: str, plain: nn.Module, example: torch.Tensor, progress: Progress) -> Built:
+    """One encoder through TorchScript, on the device that it and the example are on."""
+    lowered, rewrites = export(encoder, plain, example, False, progress)
     with progress.stage(f"trace the {encoder} encoder") as time:
-        module = torchscript.build(graph, example)
-    return module, {"rewrites": rewrites}, time["seconds"]
+        module = torchscript.build(lowered, example)
+    return Built(module, {"rewrites": rewrites}, time["seconds"])
 
 
-def build_tensorrt(encoder: str, checkpoint: Checkpoint, options: Options, attention: str, example: torch.Tensor,
-                   progress: Progress) -> tuple[torch.jit.ScriptModule, dict[str, Any], float]:
-    """One encoder as one TensorRT engine: the module, facts for the manifest, seconds."""
-    from clip_ttrt import engine  # TensorRT's packages import only where there is a GPU
-
-    graph, rewrites = lowered(ENCODERS[encoder](checkpoint.state_dict), example, encoder, progress)
-    if attention == "plugin":
-        rewrites = {**rewrites, **fusion.fuse(graph)}
-    with progress.stage(f"build the {encoder} engine with TensorRT") as time:
-        built = engine.build_engine(graph, example, options.batch, options.precision, attention, options.optimization_level)
+def build_tensorrt(encoder: str, plain: nn.Module, options: Options, chosen: str, example: torch.Tensor, progress: Progress) -> Built:
+    """One encoder as one engine of TensorRT or TensorRT-RTX."""
+    fused = chosen == "fused"
+    lowered, rewrites = export(encoder, plain, example, fused, progress)
+    with progress.stage(f"build the {encoder} engine") as time:
+        if fused:
+            rewrites["tune"] = graph.tune(lowered, options.batch)
+        engine = trt.build(lowered, example, options.batch, options.precision, options.optimization_level, options.timing_cache, encoder)
     whole_batch = example[:1].expand(options.batch.optimal, *example.shape[1:]).contiguous().cuda()
-    module = engine.to_torchscript(built, whole_batch, encoder)
-    facts = {"rewrites": rewrites, "engines": 1, "engine_mib": round(len(built.plan) / 2**20, 2), "network_layers": built.layers, "recipe": asdict(built.recipe), "warnings": list(built.warnings)}
-    return module, facts, time["seconds"]
+    module = trt.to_torchscript(engine, whole_batch)
+    facts = {
+        "rewrites": rewrites,
+        "engines": 1,
+        "engine_mib": round(engine.plan_bytes / 2**20, 2),
+        "network_layers": engine.layers,
+        "timing_cache": engine.timing_cache,
+        "warnings": list(engine.warnings),
+    }
+    return Built(module, facts, time["seconds"])
 
 
-def lowered(plain: nn.Module, example: torch.Tensor, encoder: str, progress: Progress) -> tuple[fx.GraphModule, dict[str, int]]:
-    """The exported and lowered graph of an encoder, and how often each pass rewrote."""
+def export(encoder: str, plain: nn.Module, example: torch.Tensor, fused: bool, progress: Progress) -> tuple[fx.GraphModule, dict[str, int]]:
+    """An encoder as a graph of our operations, the plugins' where it is fused, and how often each pass rewrote."""
     with progress.stage(f"export the {encoder} encoder"):
-        graph = lowering.capture(plain, example)
-        return graph, lowering.lower(graph)
+        module = graph.capture(plain, example)
+        rewrites = graph.lower(module)
+        if fused:
+            rewrites |= graph.fuse(module)
+    return module, rewrites
 
 
 def example_input(encoder: str, dims: Dimensions) -> torch.Tensor:
@@ -121,15 +151,8 @@ def example_input(encoder: str, dims: Dimensions) -> torch.Tensor:
     return torch.zeros(2, dims.context_length, dtype=torch.int32)
 
 
-def needed_plugin(choices: Mapping[str, Choice]) -> Optional[str]:
-    """The version of the plugins that the encoders need; None where none does."""
-    return kernels.VERSION if any(choice.attention == "plugin" for choice in choices.values()) else None
-
-
-def describe(options: Options, backend: Backend, choices: Mapping[str, Choice], checkpoint: Checkpoint) -> dict[str, Any]:
-    """The manifest's facts about a compile."""
-    plugin_version = needed_plugin(choices)
-    versions = stack.versions() if plugin_version is None else {**stack.versions(), "cublaslt": linear.version_text()}
+def describe(options: Options, backend: Backend, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The manifest's facts about what was compiled and for what."""
     return {
         "model": options.model,
         "dimensions": asdict(checkpoint.dimensions),
@@ -141,9 +164,6 @@ def describe(options: Options, backend: Backend, choices: Mapping[str, Choice], 
         "backend": backend.name,
         "backend_reason": backend.reason,
         "device": backend.device,
-        "attention": "/".join(sorted({choice.attention for choice in choices.values()})),  # each encoder's own: modules
         "optimization_level": options.optimization_level,
-        "plugin_version": plugin_version,
-        "versions": versions,
         "gpu": stack.gpu() if backend.device == "cuda" else {},
     }

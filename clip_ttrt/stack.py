@@ -3,10 +3,15 @@
 Versions are read from distribution metadata: both Torch-TensorRT wheels hold a package `torch_tensorrt`, and TensorRT-RTX takes
 the place of `tensorrt` when it is imported, so neither an import nor `find_spec` can tell them apart.
 """
+import os
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from typing import Optional
 
 import torch
+
+# CUDA's major -> the oldest driver that serves it.
+OLDEST_DRIVER = {"12": 525, "13": 580}
 
 # Names in manifests and CSVs -> distributions that tell the version: packages from PyPI come in parts, and not all are always there.
 DISTRIBUTIONS = {
@@ -51,3 +56,55 @@ def gpu() -> dict[str, str]:
         return {}
     major, minor_ = torch.cuda.get_device_capability()
     return {"name": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor_}"}
+
+
+def driver() -> list[dict[str, str]]:
+    """What nvidia-smi tells of each GPU; empty where it is not there or does not answer."""
+    fields = {"name": "name", "driver": "driver_version", "memory": "memory.total",
+              "compute_capability": "compute_cap"}
+    # Drivers older than CUDA 11.6 do not know compute_cap, and then answer nothing at all.
+    for asked in (list(fields), list(fields)[:-1]):
+        query = f"--query-gpu={','.join(fields[name] for name in asked)}"
+        try:
+            answer = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], text=True,
+                                    capture_output=True, errors="replace", timeout=60, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return []
+        if answer.returncode == 0:
+            rows = (line.split(", ") for line in answer.stdout.splitlines())
+            return [dict(zip(asked, row)) for row in rows if len(row) == len(asked)]
+    return []
+
+
+def no_gpu() -> Optional[str]:
+    """Why nothing can run on a GPU here; None where PyTorch has one.
+
+    A GPU that nvidia-smi sees and PyTorch does not is named, with the likely reason: the loss of
+    one without a word is what users complain of most.
+    """
+    if torch.cuda.is_available():
+        return None
+    gpus = driver()
+    if not gpus:
+        return "no CUDA GPU answers"
+    return f"nvidia-smi sees {gpus[0]['name']} and PyTorch does not: {why_lost(gpus[0]['driver'])}"
+
+
+def why_lost(driver_version: str) -> str:
+    """The likely reason, with its remedy, why PyTorch does not see a GPU that nvidia-smi sees."""
+    cuda = torch.version.cuda
+    if cuda is None:
+        return (f"torch {torch.__version__} is built without CUDA (install one that is: "
+                f"`pip install --force-reinstall torch=={torch.__version__.split('+')[0]}`)")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None and not hidden.split(",")[0].strip().startswith(tuple("0123456789GM")):
+        return f"CUDA_VISIBLE_DEVICES is {hidden!r} (unset it)"
+    oldest, major = OLDEST_DRIVER.get(cuda.split(".")[0], 0), driver_version.split(".")[0]
+    if major.isdigit() and int(major) < oldest:
+        return (f"its driver {driver_version} is too old for this torch's CUDA {cuda} "
+                f"(install driver {oldest} or newer)")
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as problem:
+        return str(problem).strip().splitlines()[0].rstrip(".")
+    return "for no reason that it tells"

@@ -1,15 +1,15 @@
-"""The TorchScript backend: a lowered graph with the fused ops' references in place, traced.
+"""The TorchScript backend: a lowered graph with the references of our ops in their place, traced.
 
 For machines without TensorRT, on the CPU or a GPU.
 """
 import torch
-from torch import fx, nn
+from torch import fx
 
-from clip_ttrt import ops
+from clip_ttrt import deprecations, ops
 
 
 def inline_references(module: fx.GraphModule) -> int:
-    """Replace each fused op by its PyTorch reference, in place, so that the module needs no library of ours; returns how many."""
+    """Replace each op of ours by its PyTorch reference, in place, so that the module needs no library of ours; returns how many."""
     count = 0
     for node in module.graph.nodes:
         if node.op == "call_function" and node.target in ops.REFERENCES:
@@ -25,10 +25,5 @@ def build(module: fx.GraphModule, example: torch.Tensor) -> torch.jit.ScriptModu
     example: one input, batch >= 2, on the device and in the dtype to run in.
     """
     inline_references(module)
-    return trace(module, example)
-
-
-def trace(module: nn.Module, example: torch.Tensor) -> torch.jit.ScriptModule:
-    """Trace a module that calls no op of ours, such as an encoder built with `encoders.DIFFERENTIABLE`."""
-    with torch.no_grad():
+    with torch.no_grad(), deprecations.hidden():
         return torch.jit.trace(module, (example,), check_trace=False)

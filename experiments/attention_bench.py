@@ -3,9 +3,9 @@
     python -m experiments.attention_bench --out DIR            checks, then times the automatic choice
     python -m experiments.attention_bench --out DIR --develop  the same for every variant of the kernel
 
-Needs a GPU, PyTorch and the library that `python -m kernels.build` makes; nothing else of this
-repository (not even TensorRT). Writes DIR/attention_check.csv (with and without a query bias),
-DIR/attention.csv (without) and DIR/attention_bias.csv (what the bias costs) row by row.
+Needs a GPU and the library that `python -m clip_ttrt.build_kernels` makes; not TensorRT.
+Writes DIR/attention_check.csv (with and without a query bias), DIR/attention.csv (without) and
+DIR/attention_bias.csv (what the bias costs) row by row.
 
 Times are medians over replays of a CUDA graph of many launches that take turns over several input
 sets: together they exceed the L2 cache where the batch is large, as in an encoder, where other layers
@@ -22,13 +22,13 @@ import dataclasses
 import math
 import pathlib
 import statistics
-import subprocess
 import sys
 import time
 
-HEAD_DIM = 64
-DEFAULT_LIBRARY = pathlib.Path(__file__).parents[1] / "clip_ttrt" / "lib" / "libclip_ttrt_kernels.so"
+from clip_ttrt import kernels
+from experiments.record import commit
 
+HEAD_DIM = 64
 # What the floor is computed from: measured on the H200 (copy, bytes read plus written; the largest
 # square fp16 matrix product), not data-sheet figures. Another GPU needs its own.
 COPY_BYTES_PER_S = 4.3e12
@@ -47,19 +47,7 @@ CHECK_COLUMNS = [
 BIAS_COLUMNS = ["batch", "heads", "tokens", "causal", "us_without", "us_with", "ratio", "gpu", "commit"]
 
 
-class Params(ctypes.Structure):
-    """ClipAttentionParams of kernels/attention/attention.h, field for field."""
-
-    _fields_ = [
-        ("qkv", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("query_bias", ctypes.c_void_p),
-        ("batch", ctypes.c_int64),
-        ("heads", ctypes.c_int32),
-        ("tokens", ctypes.c_int32),
-        ("causal", ctypes.c_int32),
-        ("variant", ctypes.c_int32),
-    ]
+Params = kernels.AttentionParams
 
 
 class Library:
@@ -67,7 +55,7 @@ class Library:
 
     def __init__(self, path: pathlib.Path):
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: build it with `python -m kernels.build`")
+            raise FileNotFoundError(f"{path} is missing: build it with `python -m clip_ttrt.build_kernels`")
         self._library = library = ctypes.CDLL(str(path))
         library.clip_attention_launch.argtypes = [ctypes.POINTER(Params), ctypes.c_void_p]
         library.clip_attention_launch.restype = ctypes.c_int
@@ -203,7 +191,7 @@ def pytorch_attention(torch, qkv, shape: Shape, query_bias=None):
     q, k, v = split(qkv, shape.heads)
     if query_bias is not None:
         q = q + query_bias.half().view(shape.heads, 1, HEAD_DIM)
-    # In parts: that of PyTorch 2.2 cannot launch a batch beyond a CUDA grid's limit.
+    # In parts: PyTorch may not launch a batch beyond a CUDA grid's limit.
     parts = zip(*(tensor.split(LIBRARY_BATCH) for tensor in (q, k, v)))
     out = torch.cat([torch.nn.functional.scaled_dot_product_attention(*part, is_causal=shape.causal) for part in parts])
     return out.transpose(1, 2).reshape(shape.batch, shape.tokens, -1)
@@ -351,27 +339,16 @@ def time_library(torch, shape: Shape, packed, seconds: float) -> tuple[str, floa
     return best
 
 
-def commit(given: str | None) -> str:
-    if given:
-        return given
-    answer = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return answer.stdout.strip() or "unknown"
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.attention_bench", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, required=True, help="directory for the CSV files")
-    parser.add_argument("--library", type=pathlib.Path, default=DEFAULT_LIBRARY)
+    parser.add_argument("--library", type=pathlib.Path, help="another build")
     parser.add_argument("--develop", action="store_true", help="every variant, on a smaller grid of checks")
     parser.add_argument("--shapes", type=int, default=len(TIMED), help="time the first so many shapes only")
     parser.add_argument("--variants", help="with --develop: comma-separated ids; default: all")
     parser.add_argument("--check-seconds", type=float, default=600, help="stop checking after this long")
     parser.add_argument("--time-seconds", type=float, default=0.1, help="time spent on each measurement")
     parser.add_argument("--skip-check", action="store_true")
-    parser.add_argument("--commit", help="what the column `commit` says; default: git's")
     options = parser.parse_args(arguments)
 
     import torch
@@ -379,7 +356,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("attention_bench: no CUDA device; the kernel runs on NVIDIA GPUs of compute capability 8.0 and newer")
         return 2
-    library = Library(options.library)
+    library = Library(options.library or pathlib.Path(kernels.library()._name))
     options.out.mkdir(parents=True, exist_ok=True)
     capability = torch.cuda.get_device_capability()
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
@@ -394,7 +371,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     table = Table(options.out / "attention.csv", COLUMNS)
     bias_table = Table(options.out / "attention_bias.csv", BIAS_COLUMNS)
-    about = {"gpu": torch.cuda.get_device_name(), "commit": commit(options.commit)}
+    about = {"gpu": torch.cuda.get_device_name(), "commit": commit()}
     for shape in TIMED[: options.shapes]:
         # Enough sets that they exceed twice the L2 cache, unless the batch is so small that an encoder
         # would leave its qkv in the cache anyway.
@@ -432,7 +409,6 @@ def main(arguments: list[str] | None = None) -> int:
             us_without=f"{without:.3f}", us_with=f"{with_bias:.3f}", ratio=f"{with_bias / without:.3f}", **about,
         )  # fmt: skip
         print(f"    query bias: {without:.2f} -> {with_bias:.2f} us, {with_bias / without:.3f}x")
-        del packed, outs
     wrong = {v: n for v, n in failed.items() if n}
     print(f"failed checks by variant: {wrong}" if wrong else "all checks passed")
     return 1 if wrong else 0

@@ -3,8 +3,8 @@
     python -m experiments.elementwise_bench --out DIR            checks, then times
     python -m experiments.elementwise_bench --out DIR --chain    what a kernel costs between two matrix products
 
-Needs a GPU, PyTorch and the library that `python -m kernels.build` makes; nothing else of this repository (not even
-TensorRT). Writes DIR/elementwise_check.csv, DIR/elementwise.csv and DIR/elementwise_chain.csv row by row.
+Needs a GPU and the library that `python -m clip_ttrt.build_kernels` makes; not TensorRT.
+Writes DIR/elementwise_check.csv, DIR/elementwise.csv and DIR/elementwise_chain.csv row by row.
 
 Kernels: quick_gelu (with bias), residual_layer_norm (x + delta + bias and its layer norm), layer_norm, extract_patches
 (images in fp32, or fp16 where the kernel is called extract_patches_fp16) and embed_image (class token, positions, two
@@ -24,11 +24,12 @@ import dataclasses
 import math
 import pathlib
 import statistics
-import subprocess
 import sys
 import time
 
-DEFAULT_LIBRARY = pathlib.Path(__file__).parents[1] / "clip_ttrt" / "lib" / "libclip_ttrt_kernels.so"
+from clip_ttrt import kernels
+from clip_ttrt.elementwise import PARAMS
+from experiments.record import commit
 
 # Measured on the H200: copy, bytes read plus written. Another GPU needs its own.
 COPY_BYTES_PER_S = 4.3e12
@@ -43,57 +44,12 @@ CHECK_COLUMNS = ["kernel", "rows", "width", "scale", "worst", "ok"]
 CHAIN_COLUMNS = ["kernel", "build", "rows", "width", "us", "without_us", "gpu", "commit"]
 
 
-class GeluParams(ctypes.Structure):
-    """ClipBiasQuickGeluParams of kernels/elementwise/elementwise.h, field for field; so the next ones."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("in", "bias", "out")),
-        ("rows", ctypes.c_int64), ("width", ctypes.c_int32),
-    ]  # fmt: skip
-
-
-class LayerNormParams(ctypes.Structure):
-    """ClipResidualLayerNormParams."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "delta", "bias", "scale", "shift", "sum_out", "out")),
-        ("rows", ctypes.c_int64), ("width", ctypes.c_int32), ("epsilon", ctypes.c_float),
-    ]  # fmt: skip
-
-
-class PatchesParams(ctypes.Structure):
-    """ClipExtractPatchesParams."""
-
-    _fields_ = [
-        ("images", ctypes.c_void_p), ("out", ctypes.c_void_p), ("batch", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("resolution", "patch_size", "half")),
-    ]  # fmt: skip
-
-
-class EmbedParams(ctypes.Structure):
-    """ClipEmbedImageParams."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in (
-            "patches", "class_token", "positions", "scale_pre", "shift_pre", "scale_1", "shift_1", "x", "y",
-        )),
-        ("batch", ctypes.c_int64), ("tokens", ctypes.c_int32), ("width", ctypes.c_int32),
-        ("epsilon_pre", ctypes.c_float), ("epsilon_1", ctypes.c_float),
-    ]  # fmt: skip
-
-
-PARAMS = {
-    "bias_quick_gelu": GeluParams, "residual_layer_norm": LayerNormParams, "extract_patches": PatchesParams,
-    "embed_image": EmbedParams,
-}  # fmt: skip
-
-
 class Library:
     """The kernels' shared library, called through ctypes."""
 
     def __init__(self, path: pathlib.Path):
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: build it with `python -m kernels.build`")
+            raise FileNotFoundError(f"{path} is missing: build it with `python -m clip_ttrt.build_kernels`")
         self._library = ctypes.CDLL(str(path))
         self.path = path
         for name, params in PARAMS.items():
@@ -526,7 +482,6 @@ def time_kernels(torch, library: Library, shapes, options, table: Table, about: 
         )  # fmt: skip
         print(f"{shape.kernel:20s} {shape.rows:6d} x {shape.width:4d}: {us:8.2f} us, floor {shape.floor_us:6.2f}, "
               f"{shape.bytes / us * 1e-3:5.0f} GB/s; {name} {library_us:.2f} us, ratio {us / library_us:.2f}", flush=True)  # fmt: skip
-        del sets
 
 
 # (rows, width of the residual stream): ViT-B/32 at batches 32 and 1, ViT-L/14 at 32, ViT-B/32 at 128, text at 32.
@@ -571,16 +526,6 @@ def chain(torch, libraries: list[Library], options, table: Table, about: dict) -
                 print(f"chain {kernel:20s} {rows} x {inner} {library.path.stem:32s} {added:7.2f} us on {without:.2f} us", flush=True)
 
 
-def commit(given: str | None) -> str:
-    if given:
-        return given
-    answer = subprocess.run(
-        ["git", "rev-parse", "--short=10", "HEAD"],
-        cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return answer.stdout.strip() or "unknown"
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.elementwise_bench", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, required=True, help="directory for the CSV files")
@@ -594,7 +539,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--skip-check", action="store_true")
     parser.add_argument("--skip-time", action="store_true")
     parser.add_argument("--no-library", action="store_true", help="do not time PyTorch")
-    parser.add_argument("--commit", help="what the column `commit` says; default: git's")
     options = parser.parse_args(arguments)
 
     import torch
@@ -602,23 +546,24 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("elementwise_bench: no CUDA device; the kernels run on NVIDIA GPUs of compute capability 8.0 and newer")
         return 2
-    libraries = [Library(path) for path in options.library or [DEFAULT_LIBRARY]]
+    own = options.library or [pathlib.Path(kernels.library()._name)]
+    libraries = [Library(path) for path in own]
     options.out.mkdir(parents=True, exist_ok=True)
-    about = {"gpu": torch.cuda.get_device_name(), "commit": commit(options.commit)}
+    about = {"gpu": torch.cuda.get_device_name(), "commit": commit()}
     if options.chain:
         chain(torch, libraries, options, Table(options.out / "elementwise_chain.csv", CHAIN_COLUMNS), about)
         return 0
-    kernels = options.kernel or KERNELS
+    wanted = options.kernel or KERNELS
     failed = 0
     if not options.skip_check:
         table = Table(options.out / "elementwise_check.csv", CHECK_COLUMNS)
         failed = check_every_half(torch, libraries[0], table)
-        for kernel in kernels:
+        for kernel in wanted:
             print(kernel, end=" ")
             failed += check(torch, libraries[0], check_cases(kernel), table, options.check_seconds)
     if not options.skip_time:
         table = Table(options.out / "elementwise.csv", COLUMNS)
-        shapes = [shape for shape in TIMED if shape.kernel in kernels]
+        shapes = [shape for shape in TIMED if shape.kernel in wanted]
         time_kernels(torch, libraries[0], shapes[: options.shapes], options, table, about)
     return 1 if failed else 0
 

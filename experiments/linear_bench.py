@@ -3,7 +3,7 @@
     python -m experiments.linear_bench --out DIR                  all shapes
     python -m experiments.linear_bench --out DIR --encoder B32-1  those of one encoder and batch (may be repeated)
 
-Needs a GPU, PyTorch and the library that `python -m kernels.build` makes; not TensorRT.  Writes DIR/linear.csv row by row, and
+Needs a GPU, PyTorch and the library that `python -m clip_ttrt.build_kernels` makes; not TensorRT.  Writes DIR/linear.csv row by row, and
 at the end of an encoder prints what all of its linear layers take together, by kernel.
 
 A row is a shape and a kernel, `measured` or `suggested`.  The library is torch.nn.functional.linear
@@ -25,7 +25,7 @@ import torch
 from clip_ttrt import linear
 from clip_ttrt.models import MODELS
 from experiments import record
-from experiments.timing import graphed, times_ms
+from experiments.timing import gpu_times_ms, graphed
 
 COLD_BYTES, MOST_LAUNCHES = 96 << 20, 64
 KERNELS = ("measured", "suggested")
@@ -73,7 +73,7 @@ def medians_us(calls: list[Callable[[], object]], launches: int, seconds: float)
     started = time.monotonic()
     while len(times[0]) < 10 or (len(times[0]) < 100 and time.monotonic() - started < seconds):
         for call, measured in zip(calls, times):
-            measured += times_ms(call, repeats=1, warm_up=0 if measured else 2)
+            measured += gpu_times_ms(call, repeats=1, warm_up=0 if measured else 2)
     return [statistics.median(measured) * 1e3 / launches for measured in times]
 
 

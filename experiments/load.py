@@ -1,43 +1,43 @@
-"""Throughput under load: a closed loop of clients, each with its module and its stream: OUT, a row a setting.
+"""Throughput under load, a closed loop of clients, a row a setting: results/load.csv.
 
-    python -m experiments.load --model ViT-B/32 --backends clip_ttrt_plugin_range clip_eager --artifacts artifacts --out results/h200/load.csv
+    python -m experiments.load --artifact DIR --batches 8 32 --threads 1 2 4 8
 
-A client is a thread that has one request in flight: a batch lies in pinned host memory, is copied to the GPU, encoded and
-its features are copied back, and then the next one starts.  Clients of clip_ttrt have a module each, loaded anew, since a
-TensorRT execution context serves one call at a time; those of the eager models share the weights.  Pictures are float32 on
-the host whatever the engine computes in, as the model's interface takes them, and texts int32.  With --graph a client replays a
-CUDA graph of its own.  On the CPU nothing is copied.  Run it with nothing else on the machine's cores:
-launches and threads wait for them.
+A client is a thread with one request in flight: a batch lies in pinned host memory, is copied to
+the GPU, encoded, and its features are copied back; then the next one starts.  The column `how`:
+    call    all clients share one `clip_ttrt.load(DIR)` and call `encode_image` or `encode_text`
+    module  each client has the saved module loaded for itself, and a stream
+    graph   as module, each client replaying a CUDA graph of its own
+    eager   the plain PyTorch encoder, its weights shared, a stream for each client
+Inputs are float32 images or int32 tokens; eager gets its images in its own precision.  On the CPU
+nothing is copied.  Launches and threads wait for the machine's cores: leave it nothing else to do.
 """
 import argparse
 import itertools
-import math
 import sys
 import threading
 import time
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Callable, Sequence
 
 import torch
 
-from clip_ttrt.models import dimensions_of
-from clip_ttrt.options import BatchRange
-from clip_ttrt.progress import Progress
-from experiments.baselines import BACKENDS, Missing, Request, Subject, example
-from experiments.floor import turn
-from experiments.record import append_row, provenance, read_rows
+import clip_ttrt
+from clip_ttrt.artifact import Artifact, load_modules, read_artifact
+from clip_ttrt.errors import UserError
+from experiments.baselines import DTYPES, example, plain
+from experiments.record import append_row, provenance
+from experiments.sweep import label
+from experiments.timing import graphed, percentile
 
-COLUMNS = ("model", "encoder", "backend", "attention", "precision", "batch", "threads", "cuda_graph", "input_dtype", "seconds", "requests", "items_per_second",
-           "p50_ms", "p95_ms", "p99_ms", "torch", "tensorrt", "gpu", "commit", "error")
-KEY = ("model", "encoder", "backend", "precision", "batch", "threads", "cuda_graph")
+HOWS = ("call", "module", "graph", "eager")
 WARM_UP = 3
+Encode = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Client:
     """One batch in host memory, and how it is encoded."""
 
-    def __init__(self, run: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor, device: str, graph: bool):
+    def __init__(self, run: Encode, rows: torch.Tensor, device: str, graph: bool = False):
         self.run, self.device = run, device
         self.latencies: list[float] = []
         self.began = self.ended = 0.0
@@ -47,20 +47,17 @@ class Client:
         self.stream = torch.cuda.Stream()
         self.rows, self.inside = rows.cpu().pin_memory(), torch.empty_like(rows, device="cuda")
         with torch.no_grad(), torch.cuda.stream(self.stream):
-            for _ in range(WARM_UP):
-                features = run(self.inside.copy_(self.rows, non_blocking=True))
+            features = run(self.inside.copy_(self.rows, non_blocking=True))
             self.stream.synchronize()
             self.features = torch.empty_like(features, device="cpu").pin_memory()
             if graph:
-                recorded = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(recorded, stream=self.stream):
-                    result = run(self.inside)
+                results = []
 
-                def replay(_: torch.Tensor) -> torch.Tensor:
-                    recorded.replay()
-                    return result
+                def encode() -> None:
+                    results[:] = [run(self.inside)]
 
-                self.run = replay
+                replay = graphed(encode)
+                self.run = lambda _: (replay(), results[0])[1]
 
     def request(self) -> None:
         """Encode the batch once, from host memory to host memory."""
@@ -87,7 +84,7 @@ class Client:
 
 
 def drive(clients: Sequence[Client], seconds: float) -> tuple[float, list[float]]:
-    """Run all clients at once; seconds from the first one's start to the last one's end, and every request's latency in ms.
+    """Run all clients at once: seconds from the first start to the last end, latencies in ms.
 
     Raises what a client raised.
     """
@@ -96,7 +93,7 @@ def drive(clients: Sequence[Client], seconds: float) -> tuple[float, list[float]
     def guarded(client: Client) -> None:
         try:
             client.loop(barrier, seconds)
-        except Exception as problem:
+        except Exception as problem:  # noqa: BLE001 (raised again below)
             problems.append(problem)
             barrier.abort()
 
@@ -107,84 +104,72 @@ def drive(clients: Sequence[Client], seconds: float) -> tuple[float, list[float]
         thread.start()
     for thread in threads:
         thread.join()
-    if real := [problem for problem in problems if not isinstance(problem, threading.BrokenBarrierError)]:
-        raise real[0]
+    causes = [one for one in problems if not isinstance(one, threading.BrokenBarrierError)]
+    if causes:
+        raise causes[0]
     wall = max(client.ended for client in clients) - min(client.began for client in clients)
     return wall, sorted(latency * 1e3 for client in clients for latency in client.latencies)
 
 
-def percentile(ordered: Sequence[float], share: float) -> float:
-    """The smallest of the ordered values that is not exceeded by at least this share of them (nearest rank)."""
-    return ordered[max(0, math.ceil(len(ordered) * share) - 1)]
+def encoders_of(artifact: Artifact, encoder: str, how: str, count: int) -> list[Encode]:
+    """What each of the clients calls."""
+    if how == "call":
+        model, _ = clip_ttrt.load(artifact.folder)
+        return [model.encode_image if encoder == "image" else model.encode_text] * count
+    if how == "eager":
+        manifest = artifact.manifest
+        run = plain(manifest["model"], encoder, manifest["computes_in"], artifact.device)
+        return [run] * count
+    return [load_modules(artifact)[encoder] for _ in range(count)]
 
 
-def modules(subject: Subject, count: int) -> list[Callable[[torch.Tensor], torch.Tensor]]:
-    """A subject's callable for each client: a module of its own where one serves one call at a time, else the same."""
-    return [subject.run, *(subject.load_again() if subject.load_again else subject.run for _ in range(count - 1))]
-
-
-def serves_any(backend: str) -> bool:
-    """Whether one subject of a backend serves other batches as well."""
-    return backend.endswith("_range") or backend in ("clip_eager", "eager_sdpa")
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--encoders", nargs="+", choices=("image", "text"), default=["image", "text"])
-    parser.add_argument("--backends", nargs="+", choices=tuple(BACKENDS), default=["clip_ttrt_native_range"])
-    parser.add_argument("--precision", choices=("fp16", "fp32"), help="default: fp16 on a GPU, fp32 on the CPU")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2, 4, 8])
-    parser.add_argument("--graph", choices=("with", "without", "both"), default="both", help="CUDA graphs, where the backend can be captured")
-    parser.add_argument("--range", default="1:32:256", metavar="MIN:OPT:MAX", help="what the backends that end in _range compile for")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each setting")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--artifacts", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("results/load.csv"))
-    options = parser.parse_args()
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--artifact", type=Path, required=True, metavar="DIR")
+    add("--encoders", nargs="+", choices=("image", "text"), help="default: the artifact's")
+    add("--hows", nargs="+", choices=HOWS, help="default: all that this device has")
+    add("--batches", nargs="+", type=int, default=[1, 8, 32])
+    add("--threads", nargs="+", type=int, default=[1, 2, 4, 8])
+    add("--seconds", type=float, default=2.0, help="of each setting")
+    add("--out", type=Path, default=Path("results/load.csv"))
+    options = parser.parse_args(arguments)
     if min(*options.threads, *options.batches, 1) < 1:
         parser.error("--threads and --batches take positive numbers")
-    served_range = BatchRange.parse(options.range)
-    if any(name.endswith("_range") for name in options.backends) and not all(served_range.minimum <= batch <= served_range.maximum for batch in options.batches):
-        parser.error(f"--batches {' '.join(map(str, options.batches))} do not all lie within --range {served_range}")
-    device, progress, dims = options.device, Progress(), dimensions_of(options.model)
-    precision = options.precision or ("fp16" if device == "cuda" else "fp32")
-    graphs = [graph for graph in (True, False) if options.graph in ("both", "with" if graph else "without")] if device == "cuda" else [False]
-    done = {tuple(row[name] for name in KEY) for row in read_rows(options.out)}
-    for encoder, backend in itertools.product(options.encoders, options.backends):
-        subject, runs, served = None, [], None
-        for batch, graph, count in itertools.product(options.batches, graphs, options.threads):
-            key = (options.model, encoder, backend, precision, str(batch), str(count), str(graph))
-            if key in done:
-                continue
-            row = {**dict.fromkeys(COLUMNS, ""), **dict(zip(KEY, key)), **provenance()}
-            try:
-                if served != batch:
-                    request = Request(options.model, "demo" if options.model == "demo" else "random", encoder, precision, batch,
-                                      dims.image_tokens if encoder == "image" else dims.context_length, device,
-                                      artifacts=str(options.artifacts.resolve()) if options.artifacts else "", batches=options.range)
-                    if subject is not None and serves_any(backend):
-                        subject = replace(subject, x=example(request, subject.x.dtype))
-                    else:
-                        subject, runs = None, []
-                        subject = BACKENDS[backend](request)
-                        runs = modules(subject, max(options.threads))
-                    served = batch
-                if graph and (subject.uncapturable or subject.brings_graphs):
-                    raise Missing(f"no CUDA graph: {subject.uncapturable or 'it replays its own'}")
-                with turn():
-                    clients = [Client(run, subject.x, device, graph) for run in runs[:count]]
-                    wall, latencies = drive(clients, options.seconds)
-            except Missing as reason:
-                append_row(options.out, {**row, "error": f"skipped: {reason}"})
-                continue
-            progress.say(f"{options.model} {encoder} {backend} batch {batch}, {count} threads{', CUDA graph' if graph else ''}: "
-                         f"{len(latencies) * batch / wall:.0f} a second")
+    try:
+        artifact = read_artifact(options.artifact)
+    except UserError as problem:
+        parser.error(str(problem))
+    engine, device = artifact.batch, artifact.device
+    if not all(engine.minimum <= batch <= engine.maximum for batch in options.batches):
+        told = " ".join(map(str, options.batches))
+        parser.error(f"--batches {told} do not all lie within the artifact's {engine}")
+    manifest, most = artifact.manifest, max(options.threads)
+    hows = options.hows or [how for how in HOWS if device == "cuda" or how != "graph"]
+    for encoder, how in itertools.product(options.encoders or artifact.encoders, hows):
+        runs = encoders_of(artifact, encoder, how, most)
+        dtype = DTYPES[manifest["computes_in"]] if how == "eager" else torch.float32
+        for batch, count in itertools.product(options.batches, options.threads):
+            x = example(manifest["model"], encoder, batch, dtype, device)
+            clients = [Client(run, x, device, how == "graph") for run in runs[:count]]
+            wall, latencies = drive(clients, options.seconds)
             append_row(options.out, {
-                **row, "attention": subject.attention, "input_dtype": str(subject.x.dtype).removeprefix("torch."), "seconds": f"{wall:.2f}",
-                "requests": str(len(latencies)), "items_per_second": f"{len(latencies) * batch / wall:.1f}", "p50_ms": f"{percentile(latencies, 0.5):.4f}",
-                "p95_ms": f"{percentile(latencies, 0.95):.4f}", "p99_ms": f"{percentile(latencies, 0.99):.4f}", "error": subject.remark})
+                "model": manifest["model"],
+                "encoder": encoder,
+                "batch": batch,
+                "precision": manifest["precision"],
+                "backend": "eager" if how == "eager" else label(artifact),
+                "kernels": "" if how == "eager" else manifest["kernels"] or "",
+                "how": "call" if how == "eager" else how,
+                "threads": count,
+                "items_per_second": f"{len(latencies) * batch / wall:.1f}",
+                **{f"p{share}_ms": f"{percentile(latencies, share / 100):.4f}"
+                   for share in (50, 95, 99)},
+                "requests": len(latencies),
+                **provenance(manifest["versions"]),
+            })  # fmt: skip
     return 0
 
 

@@ -1,51 +1,75 @@
-"""Writing measurements: rows of CSV as they come, where they were measured, and the environment."""
+"""Rows of CSV as they are measured, and where they were: the columns `PROVENANCE`.
+
+The column `commit` is git's, with `+` where files differ from it; the environment variable
+CLIP_TTRT_COMMIT says it where the code runs outside of its repository.
+"""
 import csv
-import json
 import os
-import platform
 import subprocess
+from collections.abc import Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from clip_ttrt import stack
 
+PROVENANCE = ("gpu", "torch", "torch_tensorrt", "tensorrt", "commit", "date")
+
 
 def commit() -> str:
-    """The repository's commit, `+` where files differ from it; CLIP_TTRT_COMMIT where there is no repository."""
-    if given := os.environ.get("CLIP_TTRT_COMMIT"):
-        return given
+    """The commit of the code that runs, as this module's docstring says."""
+    if told := os.environ.get("CLIP_TTRT_COMMIT"):
+        return told
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
+
     try:
-        head = subprocess.check_output(["git", "rev-parse", "--short=10", "HEAD"], text=True, stderr=subprocess.DEVNULL).strip()
-        dirty = subprocess.check_output(["git", "status", "--porcelain", "--untracked-files=no"], text=True, stderr=subprocess.DEVNULL).strip()
+        head = git("rev-parse", "--short=10", "HEAD")
+        return head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head + ("+" if dirty else "")
 
 
-def provenance() -> dict[str, str]:
-    """The columns torch, tensorrt, gpu and commit of every row."""
-    versions = stack.versions()
-    return {"torch": versions["torch"], "tensorrt": versions.get("tensorrt", ""), "gpu": stack.gpu().get("name", ""), "commit": commit()}
+def provenance(
+    versions: Mapping[str, str] | None = None, gpu: str | None = None
+) -> dict[str, str]:
+    """The columns `PROVENANCE`: of this process, or with an artifact's versions and GPU.
+
+    `tensorrt` is "rtx VERSION" where TensorRT-RTX stands in its place.
+    """
+    versions = stack.versions() if versions is None else versions
+    rtx = versions.get("tensorrt-rtx")
+    return {
+        "gpu": stack.gpu().get("name", "") if gpu is None else gpu,
+        "torch": versions["torch"],
+        "torch_tensorrt": versions.get("torch-tensorrt", versions.get("torch-tensorrt-rtx", "")),
+        "tensorrt": versions.get("tensorrt") or (f"rtx {rtx}" if rtx else ""),
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+    }
 
 
-def append_row(path: Path, row: dict[str, Any]) -> None:
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Append a row to a CSV and print it; a new file starts with the header.
 
     Raises ValueError where the file's columns are others.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
+    new = not path.exists() or path.stat().st_size == 0
     if not new:
         with open(path, newline="") as file:
             header = next(csv.reader(file))
         if header != list(row):
             raise ValueError(f"{path} has columns {header}, the row has {list(row)}")
     with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerow(row)
-    print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+    print(", ".join(f"{name} {value}" for name, value in row.items() if value), flush=True)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -56,28 +80,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def in_a_line(problem: Exception) -> str:
+def in_a_line(problem: BaseException) -> str:
     """An exception's type and first words."""
-    return f"{type(problem).__name__}: {(str(problem).strip().splitlines() or [''])[0][:200]}"
-
-
-def write_environment(path: Path) -> None:
-    """Hardware and software of this machine as JSON."""
-    def said(*command: str) -> str:
-        try:
-            return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
-        except (OSError, subprocess.CalledProcessError):
-            return ""
-
-    processor = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({
-        "gpu": stack.gpu(),
-        "driver": said("nvidia-smi", "--query-gpu=driver_version,memory.total,clocks.max.sm", "--format=csv,noheader"),
-        "processor": processor[0] if processor else "",
-        "cores": os.cpu_count(),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "versions": stack.versions(),
-        "commit": commit(),
-    }, indent=2) + "\n")
+    first = (str(problem).strip().splitlines() or [""])[0]
+    return f"{type(problem).__name__}: {first[:200]}"

@@ -23,7 +23,6 @@ import argparse
 import json
 import math
 import os
-import subprocess
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Optional
@@ -37,6 +36,7 @@ from torch import nn
 from clip_ttrt import demo, encoders
 from clip_ttrt.demo import captions, packing, scenes
 from clip_ttrt.models import MODELS, Dimensions
+from experiments.record import commit
 
 BLOCK_STEPS = 16  # steps whose scenes are drawn and sent to the device at once
 ARTICLE_SHARE = 0.3  # of the captions of single objects that say "a" instead of "one"
@@ -305,15 +305,6 @@ def save_report(path: str, report: dict) -> None:
     os.replace(f"{path}.partial", path)
 
 
-def commit() -> Optional[str]:
-    """The commit of the working directory's repository, where there is one."""
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
 def device_name(device: str) -> str:
     """The device in words."""
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{device}, {torch.get_num_threads()} threads"
@@ -346,7 +337,7 @@ def train(options: Options, dims: Dimensions = MODELS["demo"], started: Optional
     optimizer = torch.optim.AdamW(model.parameter_groups(options.weight_decay), lr=0.0, betas=(0.9, 0.98), eps=1e-6,
                                   fused=device.startswith("cuda"))
     facts = {"vocab_size": dims.vocab_size, "seed": options.seed, "batch": options.batch,
-             "torch": torch.__version__, "device": device_name(device), "commit": commit() or "unknown"}
+             "torch": torch.__version__, "device": device_name(device), "commit": commit()}
     report = {"finished": False, **facts, "options": asdict(options),
               "parameters": sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in model.classifiers.parameters()),
               "token_rows": len(tokens.ids), "history": []}

@@ -36,10 +36,9 @@ def test_a_wrong_size_fails_the_verification():
     assert accuracy.failures(artifact((1, 4, 8)), SimpleNamespace(origin=SimpleNamespace(kind="random")), report) == []
 
 
-def test_a_wrong_size_of_tensorrts_own_kernels_says_what_to_try():
-    report = {"errors": {"image": {"cos_min": 0.99999}}, "batches": {"image": {"4": 0.47}}}
-    for attention, expected in (("native", 2), ("plugin", 1)):
-        made = artifact((1, 4, 8))
-        made.manifest["modules"]["image"]["attention"] = attention
-        found = accuracy.failures(made, SimpleNamespace(origin=SimpleNamespace(kind="random")), report)
-        assert len(found) == expected and ("--attention plugin" in found[-1]) == (attention == "native")
+@pytest.mark.parametrize("precision, change, fails", [("fp16", 0.3, True), ("bf16", 0.3, False), ("bf16", 0.6, True), ("fp16", float("nan"), True)])
+def test_each_precision_has_its_bound_of_top1(precision, change, fails):
+    made = artifact((1, 4, 8))
+    made.manifest["precision"] = precision
+    report = {"errors": {"image": {"cos_min": 1.0}}, "batches": {"image": {}}, "top1": {"reference": 90.0, "compiled": 90.0 + change}}
+    assert bool(accuracy.failures(made, SimpleNamespace(origin=SimpleNamespace(kind="demo")), report)) is fails

@@ -34,7 +34,7 @@ def test_the_folder_and_its_manifest(demo_artifact):
     assert manifest["weights"]["kind"] == "demo" and len(manifest["weights"]["sha256"]) == 64
     assert manifest["versions"]["torch"] == torch.__version__.split("+")[0]
     assert manifest["verification"]["passed"] and manifest["verification"]["errors"]["image"]["cos_min"] > 0.9999
-    assert manifest["plugin_version"] is None
+    assert manifest["kernels"] is None and manifest["kernels_version"] is None
     for module in manifest["modules"].values():
         assert artifact.sha256_of_file(demo_artifact.folder / module["file"]) == module["sha256"]
     assert read_artifact(demo_artifact.folder).manifest == manifest
@@ -134,21 +134,21 @@ def test_no_artifact(tmp_path):
         clip_ttrt.load(tmp_path)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, "2", None])
 def test_an_unknown_format_version(copy, version):
     spoil(copy, format=version)
     with pytest.raises(UserError, match="has format"):
         clip_ttrt.load(copy)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}', '{"format": 1, "modules": 3}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 2}', '{"format": 2, "modules": 3}'])
 def test_a_damaged_manifest(copy, content):
     (copy / MANIFEST).write_text(content)
     with pytest.raises(UserError, match="is damaged"):
         clip_ttrt.load(copy)
 
 
-@pytest.mark.parametrize("missing", ["model", "dimensions", "weights", "batch", "device", "logit_scale", "precision", "verification", "modules"])
+@pytest.mark.parametrize("missing", ["model", "dimensions", "weights", "batch", "device", "logit_scale", "precision", "verification", "modules", "kernels_version"])
 def test_a_manifest_that_lacks_something(copy, missing):
     manifest = json.loads((copy / MANIFEST).read_text())
     del manifest[missing]
@@ -187,36 +187,47 @@ def test_a_missing_module(copy):
 def engines(copy, **changes):
     """Make the copy claim to hold engines; its modules are replaced by what must not be touched."""
     gpu = {"name": "NVIDIA H200", "compute_capability": "9.0"}
-    versions = {"tensorrt": "8.6.0"}
+    versions = {"tensorrt": "10.15.1", "torch-tensorrt": "2.11.0"}
     spoil(copy, **{"backend": "tensorrt", "device": "cuda", "gpu": gpu, "versions": versions, **changes})
     for name in ("image.ts", "text.ts"):
         (copy / name).write_text("touched")
 
 
+A10 = {"name": "NVIDIA A10", "compute_capability": "8.6"}
+
+
 @pytest.fixture
 def pretend_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("clip_ttrt.backends.missing_packages", lambda: [])
-    monkeypatch.setattr("clip_ttrt.backends.gpu", lambda: {"name": "NVIDIA A10", "compute_capability": "8.6"})
-    monkeypatch.setattr("clip_ttrt.backends.versions", lambda: {"tensorrt": "8.6.0"})
+    monkeypatch.setattr("clip_ttrt.stack.gpu", lambda: A10)
+    monkeypatch.setattr("clip_ttrt.stack.versions", lambda: {"tensorrt": "10.15.1", "torch-tensorrt": "2.11.1"})
 
 
 def test_engines_of_another_architecture(copy, pretend_gpu):
     engines(copy)
-    with pytest.raises(UserError, match=r"compute capability 9.0 \(NVIDIA H200\), and this GPU has 8.6"):
+    with pytest.raises(UserError, match=r"compute capability 9.0 \(NVIDIA H200\), and this GPU has 8.6; compile it anew: python -m clip_ttrt.compile --model demo "
+                                        rf"--weights demo --precision fp16 --batch 2:4:8 --encoder both --output {copy} --force$"):
         clip_ttrt.load(copy)
 
 
 def test_engines_of_another_tensorrt(copy, pretend_gpu):
-    engines(copy, gpu={"name": "NVIDIA A10", "compute_capability": "8.6"}, versions={"tensorrt": "10.0.1"})
-    with pytest.raises(UserError, match="TensorRT 10.0.1, and 8.6.0 is installed"):
+    for name, other, mine in (("tensorrt", "10.15.0", "10.15.1"), ("torch-tensorrt", "2.12.1", "2.11.1")):
+        engines(copy, gpu=A10, versions={"tensorrt": "10.15.1", "torch-tensorrt": "2.11.0", name: other})
+        with pytest.raises(UserError, match=f"compiled with {name} {other}, and {mine} is installed; compile it anew: python -m"):
+            clip_ttrt.load(copy)
+
+
+def test_engines_with_kernels_of_another_version(copy, pretend_gpu, monkeypatch):
+    monkeypatch.setattr("clip_ttrt.kernels.version", lambda: "0123456789ab", raising=False)
+    engines(copy, gpu=A10, kernels_version="ba9876543210")
+    with pytest.raises(UserError, match="with kernels ba9876543210, and these are 0123456789ab; compile it anew: python -m"):
         clip_ttrt.load(copy)
 
 
 def test_engines_without_the_packages(copy, pretend_gpu, monkeypatch):
     engines(copy)
-    monkeypatch.setattr("clip_ttrt.backends.missing_packages", lambda: ["torch_tensorrt"])
-    with pytest.raises(UserError, match="not installed here: torch_tensorrt"):
+    monkeypatch.setattr("clip_ttrt.stack.versions", lambda: {"tensorrt": "10.15.1", "torch-tensorrt-rtx": "2.11.0"})
+    with pytest.raises(UserError, match="engines of tensorrt, and not installed here: torch-tensorrt; "):
         clip_ttrt.load(copy)
 
 
@@ -231,7 +242,7 @@ def test_engines_without_a_gpu(copy, monkeypatch):
 def test_linear_layers_of_another_cublaslt_are_a_warning(copy, monkeypatch, recwarn, there, warns):
     monkeypatch.setattr("clip_ttrt.kernels.load", lambda version: None)
     monkeypatch.setattr("clip_ttrt.linear.version_text", lambda: "12.1.3")
-    spoil(copy, plugin_version="3", versions={"cublaslt": there} if there else {})
+    spoil(copy, kernels_version="3", versions={"cublaslt": there} if there else {})
     clip_ttrt.load(copy)
     assert ["measured with cuBLASLt 13.1.0, and 12.1.3 runs here" in str(warning.message) for warning in recwarn if "cuBLASLt" in str(warning.message)] == [True] * warns
 

@@ -50,7 +50,7 @@ def test_verify_prints_and_writes_json(demo_artifact, tmp_path, capsys):
     report = json.loads((tmp_path / "report.json").read_text())
     assert printed.splitlines()[-1] == "passed" and "zero-shot top-1" in printed
     assert set(report["errors"]) == {"image", "text", "logits"}
-    assert report["top1"]["compiled"] == pytest.approx(report["top1"]["reference"], abs=accuracy.TOP1_BOUND)
+    assert report["top1"]["compiled"] == pytest.approx(report["top1"]["reference"], abs=accuracy.TOP1_BOUND["fp16"])
 
 
 def test_verify_fails_with_exit_code_1(demo_artifact, monkeypatch, capsys):
@@ -101,7 +101,7 @@ def test_interruptions_are_one_sentence_too(raised, sentence, capsys):
     assert sentence in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("moment", ["attention of the image encoder", "export the image encoder", "verify against"])
+@pytest.mark.parametrize("moment", ["RANDOM weights", "export the image encoder", "verify against"])
 def test_ctrl_c_stops_a_compile_and_leaves_nothing(moment, tmp_path):
     process = subprocess.Popen([sys.executable, "-m", "clip_ttrt.compile", "--weights", "random", "--backend", "torchscript", "--output", str(tmp_path / "a")],
                                stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a job in the background ignores it

@@ -30,9 +30,12 @@ def test_attention(heads, tokens, causal):
     assert (actual - attention_in_float64(qkv, heads, causal)).abs().max() < 1e-5
 
 
-def test_attention_on_rows_is_attention():
-    qkv = torch.randn(3, 7, 384)
-    assert torch.equal(ops.attention_rows(qkv.view(21, 384), 7, 2, True), ops.attention(qkv, 2, True).view(21, 128))
+def test_attention_with_a_bias_of_the_queries_alone():
+    qkv, bias = torch.randn(3, 7, 384), torch.randn(128)
+    moved = qkv.clone()
+    moved[..., :128] += bias
+    assert torch.allclose(ops.fused_attention(qkv, 2, True, bias), ops.attention(moved, 2, True), atol=1e-5)
+    assert torch.equal(ops.fused_attention(qkv, 2, True), ops.attention(qkv, 2, True))
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -64,21 +67,56 @@ def test_quick_gelu_and_that_with_a_bias():
     assert torch.allclose(ops.bias_quick_gelu(x - bias, bias), expected, atol=1e-13)
 
 
-def test_what_is_only_a_mark_changes_nothing():
-    x, scale, shift = torch.randn(3, 8), torch.randn(8), torch.randn(8)
-    capped = ops.row_capped(x)
-    assert torch.equal(capped, x) and capped.data_ptr() != x.data_ptr()  # an operation may not return its input
-    assert torch.equal(ops.layer_norm_apart(x, scale, shift, 1e-3), torch.nn.functional.layer_norm(x, (8,), scale, shift, 1e-3))
+def test_what_pytorch_has_is_what_it_is_mapped_to():
+    x, weight, bias = torch.randn(2, 5, 8), torch.randn(6, 8), torch.randn(6)
+    assert torch.equal(ops.linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+    assert torch.equal(ops.fused_linear(x, weight, None), torch.nn.functional.linear(x, weight))
+    normed = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-3).sqrt()
+    for op in (ops.layer_norm, ops.fused_layer_norm):
+        assert torch.allclose(op(x, weight[0], weight[1], 1e-3), normed * weight[0] + weight[1], atol=1e-5)
+    tokens = torch.tensor([[5, 0], [2, 2]], dtype=torch.int32)
+    assert torch.equal(ops.embedding(weight, tokens)[1, 0], weight[2])
+    assert torch.equal(ops.select_token(x, 3), x[:, 3])
+    assert torch.equal(ops.split_tokens(x.flatten(0, 1), 5), x)
+    assert torch.equal(ops.add(x, weight[0]), x + weight[0])
+    for dtype in (torch.half, torch.float):
+        cast = ops.cast(x, dtype)
+        assert torch.equal(cast, x.to(dtype)) and cast.data_ptr() != x.data_ptr()  # an operation may not return its input
+
+
+def test_a_sum_and_its_layer_norm():
+    x, delta, bias, scale, shift = (torch.randn(*shape) for shape in ((3, 8), (3, 8), (8,), (8,), (8,)))
+    total, normed = ops.residual_layer_norm(x, delta, bias, scale, shift, 1e-3)
+    assert torch.allclose(total, x + delta + bias, atol=1e-6)
+    assert torch.allclose(normed, ops.layer_norm(total, scale, shift, 1e-3), atol=1e-6)
+
+
+def test_an_image_s_first_rows():
+    patches, token, positions = torch.randn(6, 8), torch.randn(8), torch.randn(4, 8)
+    scale, shift, scale_1, shift_1 = torch.randn(4, 8)
+    x, y = ops.embed_image(patches, token, positions, scale, shift, 1e-3, scale_1, shift_1, 1e-2)
+    expected = ops.layer_norm(torch.cat([token[None], patches[3:]]) + positions, scale, shift, 1e-3)
+    assert torch.allclose(x[4:], expected, atol=1e-6)
+    assert torch.allclose(y[4:], ops.layer_norm(expected, scale_1, shift_1, 1e-2), atol=1e-5)
 
 
 def test_fakes_give_the_shapes_of_the_references():
-    qkv, tokens = torch.randn(2, 5, 384), torch.zeros(2, 5, dtype=torch.int32)
-    images = torch.randn(2, 3, 8, 8)
-    calls = [(ops.attention, (qkv, 2, False)), (ops.attention_rows, (qkv.view(10, 384), 5, 2, False)), (ops.extract_patches, (images, 4)),
-             (ops.prepend_class_token, (qkv, torch.randn(384))), (ops.quick_gelu, (qkv,)), (ops.row_capped, (qkv,)),
-             (ops.layer_norm_apart, (qkv, torch.randn(384), torch.randn(384), 1e-5)), (ops.pool_end_of_text, (qkv, tokens))]
-    for op, arguments in calls:
+    qkv, tokens, images = torch.randn(2, 5, 384), torch.zeros(2, 5, dtype=torch.int32), torch.randn(2, 3, 8, 8)
+    wide, weight, positions = torch.randn(384), torch.randn(16, 384), torch.randn(6, 384)
+    calls = {
+        ops.attention: (qkv, 2, False), ops.fused_attention: (qkv, 2, False, torch.randn(128)), ops.quick_gelu: (qkv,),
+        ops.extract_patches: (images, 4), ops.extract_patch_rows: (images, 4, torch.half), ops.prepend_class_token: (qkv, wide),
+        ops.pool_end_of_text: (qkv, tokens), ops.cast: (qkv, torch.half), ops.linear: (qkv, weight, None),
+        ops.fused_linear: (qkv, weight, torch.randn(16), ""), ops.layer_norm: (qkv, wide, wide, 1e-5),
+        ops.fused_layer_norm: (qkv, wide, wide, 1e-5), ops.add: (qkv, positions[:5]), ops.embedding: (weight, tokens),
+        ops.select_token: (qkv, 0), ops.bias_quick_gelu: (qkv, wide), ops.residual_layer_norm: (qkv, qkv, wide, wide, wide, 1e-5),
+        ops.embed_image: (qkv.flatten(0, 1), wide, positions, wide, wide, 1e-5, wide, wide, 1e-5),
+        ops.split_tokens: (qkv.flatten(0, 1), 5),
+    }
+    assert calls.keys() == ops.REFERENCES.keys()
+    for op, arguments in calls.items():
         real = op(*arguments)
         with FakeTensorMode() as mode:
             fake = op(*(mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in arguments))
-        assert fake.shape == real.shape and fake.dtype == real.dtype
+        for one, other in zip(*((value,) if isinstance(value, torch.Tensor) else value for value in (real, fake))):
+            assert other.shape == one.shape and other.dtype == one.dtype, op

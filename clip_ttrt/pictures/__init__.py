@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from clip_ttrt import deprecations
+
 FOLDER = Path(__file__).parent
 
 CAPTIONS = {
@@ -23,10 +25,9 @@ CAPTIONS = {
 
 def load(resolution: int) -> tuple[torch.Tensor, list[str]]:
     """The pictures through OpenAI's preprocessing, float32 [8, 3, resolution, resolution], and their captions."""
-    from clip.clip import _transform
     from PIL import Image
 
-    preprocess, images = _transform(resolution), []
+    preprocess, images = deprecations.clip()._transform(resolution), []
     for name in CAPTIONS:
         with Image.open(FOLDER / f"{name}.jpg") as picture:
             images.append(preprocess(picture))

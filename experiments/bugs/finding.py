@@ -1,15 +1,15 @@
-"""What a bug script reports, and how: environment, steps, expected, actual, and an exit code."""
+"""What a bug script finds, and how it tells: a verdict, what should have been and what was."""
 import argparse
 import json
-import platform
 import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable
 
-from clip_ttrt import stack
+from experiments.record import provenance
 
-SEEN, NOT_SEEN, CANNOT_RUN, FAILED = range(4)  # exit codes
+STILL_WRONG, GONE, CANNOT_RUN = "still wrong", "gone", "cannot run"
+FAILED = 3  # the exit code of a script that does not come to a verdict
 
 
 @dataclass(frozen=True)
@@ -25,31 +25,34 @@ class CannotRun(RuntimeError):
     """The machine lacks what the script needs; the message says what."""
 
 
-def environment() -> dict[str, str]:
-    """What a bug report names: Python, the packages' versions, the GPU."""
-    return {"python": platform.python_version(), **stack.versions(), "gpu": stack.gpu().get("name", "")}
+def show(
+    document: str,
+    reproduce: Callable[[], Finding],
+    mended: str | None = None,
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Run a script and print its verdict; returns 0, or 3 where it has none.
 
-
-def show(document: str, reproduce: Callable[[], Finding], arguments=None) -> int:
-    """Print the issue, run it, print what was found; returns the exit code.
-
-    document: the script's docstring.  With `--json FILE` the finding goes there too.
+    document: its docstring.  mended: the version of Torch-TensorRT that is known to have mended
+    it.  With `--json FILE` verdict, expected and actual go there too.
     """
-    parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write expected and actual to this file")
+    parser = argparse.ArgumentParser(
+        description=document, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the finding there")
     target = parser.parse_args(arguments).json
-    print(f"{document.strip()}\n\nEnvironment: {', '.join(f'{name} {value}' for name, value in environment().items() if value)}", flush=True)
+    about = ", ".join(f"{name} {value}" for name, value in provenance().items() if value)
+    print(f"{document.strip()}\n\n{about}", flush=True)
     try:
         finding = reproduce()
     except CannotRun as reason:
-        print(f"Cannot run here: {reason}", flush=True)
-        if target:
-            target.write_text(json.dumps({"expected": "", "actual": str(reason), "environment": environment()}))
-        return CANNOT_RUN
-    except Exception:
+        finding, verdict = Finding(False, "", str(reason)), CANNOT_RUN
+    except Exception:  # noqa: BLE001 (of the script's own: no finding)
         traceback.print_exc()
         return FAILED
-    print(f"Expected: {finding.expected}\nActual: {finding.actual}\nThe bug is {'seen' if finding.seen else 'not seen'}.", flush=True)
+    else:
+        verdict = STILL_WRONG if finding.seen else f"mended in {mended}" if mended else GONE
+    print(f"Expected: {finding.expected}\nActual: {finding.actual}\n{verdict}", flush=True)
     if target:
-        target.write_text(json.dumps({**asdict(finding), "environment": environment()}))
-    return SEEN if finding.seen else NOT_SEEN
+        target.write_text(json.dumps({**asdict(finding), "verdict": verdict}))
+    return 0

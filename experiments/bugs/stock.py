@@ -1,32 +1,53 @@
-"""Stock Torch-TensorRT as a bug report uses it: torch.export, then torch_tensorrt.dynamo.compile, nothing of ours registered.
-
-Import of torch_tensorrt 2.2 raises where there is no GPU, so it is imported inside the functions.
-"""
-import os
-import sys
-import tempfile
+"""Stock Torch-TensorRT as a bug report uses it: torch.export, then its dynamo.compile."""
+import inspect
 import traceback
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Collection, Iterator, Optional
+from unittest import mock
 
 import torch
 from torch import fx, nn
 
-from clip_ttrt import backends
+from clip_ttrt import stack
 from experiments.bugs.finding import CannotRun
 
+WHEELS = ("torch-tensorrt", "torch-tensorrt-rtx")
 
-def require_tensorrt() -> None:
-    """Raise CannotRun, naming what is missing, where TensorRT cannot build."""
+
+def require_torch_tensorrt() -> None:
+    """Raise CannotRun where no Torch-TensorRT is installed."""
+    if not set(WHEELS) & set(stack.versions()):
+        raise CannotRun("Torch-TensorRT is not installed")
+
+
+def require_gpu() -> None:
+    """Raise CannotRun, naming what is missing, where no engine can run."""
+    require_torch_tensorrt()
     if not torch.cuda.is_available():
-        raise CannotRun("no CUDA GPU answers, without which torch_tensorrt cannot be imported")
-    if missing := backends.missing_packages():
-        raise CannotRun(f"not installed: {', '.join(missing)}")
+        raise CannotRun("no CUDA GPU answers")
+
+
+@contextmanager
+def importable() -> Iterator[None]:
+    """Where no GPU is, answer what Torch-TensorRT asks of one while it is imported."""
+    if torch.cuda.is_available():
+        yield
+        return
+    capability = mock.patch("torch.cuda.get_device_capability", lambda *_, **__: (8, 6))
+    with capability, mock.patch("torch.cuda.current_device", lambda: 0):
+        yield
+
+
+def settings(**wanted) -> dict:
+    """Of the wanted settings those that this version's compile has."""
+    import torch_tensorrt
+
+    known = inspect.signature(torch_tensorrt.dynamo.compile).parameters
+    return {name: value for name, value in wanted.items() if name in known}
 
 
 class Compiled(nn.Module):
-    """What Torch-TensorRT gives for a module of one input and one output: `inner` holds engines and what stays in PyTorch."""
+    """What Torch-TensorRT makes of a module of one input and output: `inner` holds engines."""
 
     def __init__(self, inner: fx.GraphModule):
         super().__init__()
@@ -37,97 +58,69 @@ class Compiled(nn.Module):
         return outputs if isinstance(outputs, torch.Tensor) else outputs[0]
 
 
-def compile_stock(module: nn.Module, example: torch.Tensor, precisions: Collection[torch.dtype] = (torch.float,),
-                  batches: Optional[tuple[int, int, int]] = None) -> Compiled:
-    """A module of one input and one output, as Torch-TensorRT compiles it.
+def compile_stock(
+    module: nn.Module,
+    example: torch.Tensor,
+    batches: tuple[int, int, int] | None = None,
+    **more,
+) -> Compiled:
+    """A module of one input and output, as Torch-TensorRT compiles it, in the module's types.
 
     example: a CUDA input.  batches: minimum, optimum and maximum of a dynamic first dimension.
+    more: further settings, of which those that this version has are used.
     """
+    import tensorrt
     import torch_tensorrt
 
+    module = module.eval().requires_grad_(False)
     if batches is None:
         exported, spec = torch.export.export(module, (example,)), example
     else:
         batch = torch.export.Dim("batch", min=batches[0], max=batches[2])
         exported = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
-        shapes = dict(zip(("min_shape", "opt_shape", "max_shape"), ((size, *example.shape[1:]) for size in batches)))
+        names = ("min_shape", "opt_shape", "max_shape")
+        sizes = [(size, *example.shape[1:]) for size in batches]
+        shapes = dict(zip(names, sizes, strict=True))
         spec = torch_tensorrt.Input(**shapes, dtype=example.dtype)
-    return Compiled(torch_tensorrt.dynamo.compile(exported, inputs=[spec], enabled_precisions=set(precisions), truncate_long_and_double=True,
-                                                  min_block_size=1, output_format="graph_module"))
+    has_attention = hasattr(tensorrt.INetworkDefinition, "add_attention")
+    options = {"use_explicit_typing": True, "decompose_attention": not has_attention, **more}
+    return Compiled(
+        torch_tensorrt.dynamo.compile(
+            exported, inputs=[spec], min_block_size=1, truncate_double=True, **settings(**options)
+        )
+    )
 
 
 def engines(compiled: Compiled) -> int:
     """How many engines a compiled module holds."""
-    from torch_tensorrt.dynamo.runtime import TorchTensorRTModule
-
-    return sum(isinstance(child, TorchTensorRTModule) for child in compiled.inner.children())
+    kinds = [type(child).__name__ for child in compiled.inner.children()]
+    return sum("TorchTensorRTModule" in kind for kind in kinds)
 
 
 def left_in_pytorch(compiled: Compiled) -> list[str]:
     """Names of the operations that no engine took."""
-    graphs = [compiled.inner, *(child for child in compiled.inner.children() if isinstance(child, fx.GraphModule))]
-    return sorted({str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function"})
-
-
-@dataclass(frozen=True)
-class Network:
-    """What stock conversion asked TensorRT for: its layers by name, and the one precision that was enabled."""
-
-    layers: tuple[str, ...]
-    precision: torch.dtype
-
-
-@contextmanager
-def networks() -> Iterator[list[Network]]:
-    """Collects the networks that are built while it is open."""
-    from torch_tensorrt.dynamo.conversion._TRTInterpreter import TRTInterpreter
-
-    run, found = TRTInterpreter.run, []
-
-    def watched(self, *args, **kwargs):
-        result = run(self, *args, **kwargs)
-        network = self.ctx.net
-        found.append(Network(tuple(network.get_layer(index).name for index in range(network.num_layers)), self.compilation_settings.precision))
-        return result
-
-    TRTInterpreter.run = watched
-    try:
-        yield found
-    finally:
-        TRTInterpreter.run = run
-
-
-@contextmanager
-def said() -> Iterator[list[str]]:
-    """Collects the lines that this process, TensorRT's own loggers included, writes while it is open; then prints them."""
-    lines: list[str] = []
-    kept = {number: os.dup(number) for number in (1, 2)}
-    with tempfile.TemporaryFile("w+") as file:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for number in kept:
-            os.dup2(file.fileno(), number)
-        try:
-            yield lines
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for number, original in kept.items():
-                os.dup2(original, number)
-                os.close(original)
-            file.seek(0)
-            lines += file.read().splitlines()
-            print("\n".join(lines), flush=True)
+    inside = (child for child in compiled.inner.children() if isinstance(child, fx.GraphModule))
+    nodes = (node for graph in (compiled.inner, *inside) for node in graph.graph.nodes)
+    return sorted({str(node.target) for node in nodes if node.op == "call_function"})
 
 
 def where(problem: BaseException) -> str:
-    """An exception in one line: its type, its first words, and the innermost function of Torch-TensorRT that it went through."""
+    """An exception in one line, with the innermost function of Torch-TensorRT that it left."""
     first = next(iter(str(problem).strip().splitlines()), "").rstrip(":")[:120]
-    frames = [frame for frame in traceback.extract_tb(problem.__traceback__) if "torch_tensorrt" in frame.filename]
-    at = f" in {frames[-1].name} ({frames[-1].filename.split('torch_tensorrt/')[-1]})" if frames else ""
+    frames = traceback.extract_tb(problem.__traceback__)
+    frames = [frame for frame in frames if "torch_tensorrt" in frame.filename]
+    at = ""
+    if frames:
+        at = f" in {frames[-1].name} ({frames[-1].filename.split('torch_tensorrt/')[-1]})"
     return f"{type(problem).__name__}{at}: {first}"
+
+
+def largest_error(compiled: nn.Module, module: nn.Module, x: torch.Tensor) -> float:
+    """The largest difference between both for an input."""
+    with torch.no_grad():
+        return (compiled(x).double() - module(x).double()).abs().max().item()
 
 
 def cosine(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Smallest cosine between rows [N, D]."""
-    return torch.nn.functional.cosine_similarity(actual.double(), expected.double(), dim=-1).min().item()
+    return nn.functional.cosine_similarity(actual.double(), expected.double(), dim=-1).min().item()

@@ -1,41 +1,59 @@
-"""What our engines are compared with, on a GPU: the ONNX road's engine, and that each can be captured."""
+"""What our engines are compared with, on a GPU: right, and captured and timed as they are told."""
 import pytest
 import torch
 
-from experiments import baselines, load
-from experiments.timing import graphed
+from clip_ttrt.models import MODELS
+from experiments import baselines, floor, load
+from experiments.timing import gpu_times_ms, graphed
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(scope="module")
-def request_fp32(tmp_path_factory):
-    return baselines.Request("demo", "demo", "text", "fp32", 4, 77, "cuda", artifacts=str(tmp_path_factory.mktemp("artifacts")), level=0)
-
-
-def test_tensorrt_through_onnx_gives_the_features_and_is_kept(request_fp32):
-    pytest.importorskip("onnx", reason="PyTorch's ONNX export needs the onnx package, which is not installed")
-    subject = baselines.tensorrt_onnx(request_fp32)
+@pytest.mark.parametrize("encoder", ["image", "text"])
+def test_peers_give_the_plain_encoder_s_features(encoder):
+    x = baselines.example("demo", encoder, 4, torch.half, "cuda")
     with torch.no_grad():
-        expected = baselines.plain(request_fp32)(subject.x)
-        assert not subject.remark and (subject.call() - expected).norm() / expected.norm() < 1e-4
-        features = subject.call()
-        replay = graphed(subject.call)
-        features.zero_()
+        rows = x.float() if encoder == "image" else x
+        expected = baselines.plain("demo", encoder, "fp32", "cuda")(rows)
+        for name, peer in baselines.PEERS.items():
+            features = peer("demo", encoder, "fp16", "cuda")(x).float()
+            assert torch.cosine_similarity(features, expected).min() > 0.999, name
+
+
+def test_a_graph_computes_what_its_input_says():
+    x = baselines.example("demo", "text", 4, torch.half, "cuda")
+    module, kept = baselines.plain("demo", "text", "fp16", "cuda"), []
+    with torch.no_grad():
+        replay = graphed(lambda: kept.append(module(x)))
+        expected = module(x.copy_(x.flip(0)))
         replay()
-        torch.cuda.synchronize()
-        assert (features - expected).norm() / expected.norm() < 1e-4
-    again = baselines.tensorrt_onnx(request_fp32)
-    assert again.build_s == subject.build_s and torch.equal(again.call(), subject.call())
+    torch.testing.assert_close(kept[-1], expected)
+
+
+def test_times_are_the_gpu_s():
+    wait = 2_000_000  # clock cycles, some milliseconds
+    for queued in (False, True):
+        short, long = (
+            sorted(gpu_times_ms(lambda c=cycles: torch.cuda._sleep(c), 9, 2, queued))[4]
+            for cycles in (wait, 4 * wait)
+        )
+        assert short > 0.3 and long == pytest.approx(4 * short, rel=0.3)
+
+
+def test_the_floor_is_the_sum_of_its_parts():
+    parts = floor.floor_ms(MODELS["demo"], "image", 4, "fp16", "cuda")
+    assert min(parts.values()) > 0
+    assert parts.pop("sum") == pytest.approx(sum(parts.values()))
 
 
 @pytest.mark.parametrize("graph", [False, True])
-def test_clients_on_streams_of_their_own_get_their_own_features(graph, request_fp32):
-    module = baselines.plain(request_fp32)
-    rows = [baselines.example(request_fp32).roll(shift, dims=0) for shift in range(3)]
+def test_clients_on_streams_of_their_own_get_their_own_features(graph):
+    module = baselines.plain("demo", "text", "fp32", "cuda")
+    x = baselines.example("demo", "text", 4, torch.float32, "cuda")
+    rows = [x.roll(shift, dims=0) for shift in range(3)]
     clients = [load.Client(module, one, "cuda", graph) for one in rows]
     wall, latencies = load.drive(clients, 0.3)
     assert wall >= 0.3 and len(latencies) >= 3
     with torch.no_grad():
-        for client, one in zip(clients, rows):
-            assert torch.allclose(client.features, module(one).cpu(), atol=1e-5)
+        for client, one in zip(clients, rows, strict=True):
+            torch.testing.assert_close(client.features, module(one).cpu(), atol=1e-5, rtol=1e-4)

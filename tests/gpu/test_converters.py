@@ -1,65 +1,32 @@
-"""Each converter of ours in an engine of its own, against the PyTorch reference, static and dynamic."""
+"""Converters in engines of their own, against the PyTorch reference in fp64, static and dynamic: what tests/rtx cannot run."""
+import sys
+
 import pytest
 import torch
 from torch import nn
 
-from clip_ttrt import fusion, lowering, ops, kernels
+import needs
+from clip_ttrt import graph, kernels, ops, trt
 from clip_ttrt.encoders import Block, FusedOps
 from clip_ttrt.options import BatchRange
-from clip_ttrt.recipe import Recipe
-import needs
+from clip_ttrt.pipeline import DTYPES
 
 pytestmark = pytest.mark.gpu
 
 STATIC, DYNAMIC = BatchRange(4, 4, 4), BatchRange(1, 4, 8)
 HALF_ERROR = 4e-3  # a few roundings to half (2^-11 each) of values of order 1
+BATCHES = pytest.mark.parametrize("batch", [STATIC, DYNAMIC], ids=str)
 
 
-class Attention(nn.Module):
-    def __init__(self, heads, causal):
+class One(nn.Module):
+    """A function of one input and a parameter, as a module."""
+
+    def __init__(self, function, *shape):
         super().__init__()
-        self.heads, self.causal = heads, causal
+        self.function, self.value = function, nn.Parameter(torch.randn(shape or (1,)))
 
     def forward(self, x):
-        return ops.attention(x, self.heads, self.causal)
-
-
-class Patches(nn.Module):
-    def forward(self, x):
-        return ops.extract_patches(x, 4)
-
-
-class PrependClassToken(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.token = nn.Parameter(torch.randn(width))
-
-    def forward(self, x):
-        return ops.prepend_class_token(x, self.token)
-
-
-class PoolEndOfText(nn.Module):
-    """Tokens in, rows out: the row of each position in a fixed table, so that the position chosen shows."""
-
-    def __init__(self, length, width=64):
-        super().__init__()
-        self.tokens = nn.Embedding(49408, width)
-        self.positions = nn.Parameter(torch.randn(length, width))
-
-    def forward(self, x):
-        return ops.pool_end_of_text(self.tokens(x) * 0 + self.positions, x)
-
-
-class LayerNorm(nn.Module):
-    def __init__(self, width, rank):
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        nn.init.normal_(self.norm.weight, 1, 0.2)
-        nn.init.normal_(self.norm.bias)
-        self.rank = rank
-
-    def forward(self, x):
-        return self.norm(x if self.rank == 3 else x.select(1, 0))
+        return self.function(x, self.value)
 
 
 class Blocks(nn.Module):
@@ -67,8 +34,7 @@ class Blocks(nn.Module):
 
     def __init__(self, blocks):
         super().__init__()
-        self.blocks = blocks
-        self.norm = nn.LayerNorm(blocks[0].out.in_features).to(blocks[0].qkv.weight)
+        self.blocks, self.norm = blocks, nn.LayerNorm(blocks[0].out.in_features).to(blocks[0].qkv.weight)
 
     def forward(self, x):
         for block in self.blocks:
@@ -76,30 +42,27 @@ class Blocks(nn.Module):
         return self.norm(x)
 
 
-class QuickGelu(nn.Module):
-    def forward(self, x):
-        return ops.quick_gelu_reference(x)
-
-
-def run_in_engine(module, example, batch, precision, count, attention="native", how=None):
-    """Export, lower, build, by default as `recipe.choose` says, and run; returns what the engine gives for `count` fresh rows, and the rows."""
-    from clip_ttrt import engine
-
-    graph = lowering.capture(module.eval().requires_grad_(False), example)
-    lowering.lower(graph)
-    if attention == "plugin":
-        kernels.load(kernels.VERSION)
-        assert sum(fusion.fuse(graph).values()) > 0
-    built = engine.build_engine(graph, example, batch, precision, attention, how=how)
+def run_in_engine(module, example, batch, precision, count, passes=()):
+    """Export, lower, rewrite by passes, build and run; returns what the engine gives for `count` fresh rows, and the rows."""
+    dtype = DTYPES[precision]
+    example = example.to(dtype) if example.is_floating_point() else example
+    module = module.to(dtype).eval().requires_grad_(False)
+    lowered = graph.capture(module, example)
+    graph.run(lowered, graph.LOWER)
+    if passes:
+        trt.load_runtime("tensorrt")
+        kernels.load(kernels.version())
+        assert all(graph.run(lowered, passes, needed=passes).values())
+    engine = trt.build(lowered, example, batch, precision)
     rows = fresh_rows(example, count)
-    compiled = engine.to_torchscript(built, fresh_rows(example, batch.optimal).cuda(), "test")
+    compiled = trt.to_torchscript(engine, fresh_rows(example, batch.optimal).cuda())
     with torch.no_grad():
         return compiled(rows.cuda()).cpu(), rows
 
 
 def fresh_rows(example, count):
     if example.is_floating_point():
-        return torch.randn(count, *example.shape[1:])
+        return torch.randn(count, *example.shape[1:]).to(example.dtype)
     tokens = torch.randint(1, 49405, (count, example.shape[1]), dtype=torch.int32)
     tokens[:, 0] = 49406
     for row in range(count):
@@ -107,117 +70,165 @@ def fresh_rows(example, count):
     return tokens
 
 
-@pytest.mark.parametrize("batch", [STATIC, DYNAMIC], ids=str)
+@BATCHES
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("tokens", [50, 77, 197, 257, 577])
 def test_attention(tokens, causal, batch):
     torch.manual_seed(0)
-    actual, rows = run_in_engine(Attention(3, causal), torch.zeros(2, tokens, 3 * 192), batch, "fp16", 4)
-    expected = ops.attention_reference(rows.double(), 3, causal)
-    assert (actual - expected).abs().max() < HALF_ERROR
+    actual, rows = run_in_engine(One(lambda x, _: ops.attention(x, 3, causal)), torch.zeros(2, tokens, 576), batch, "fp16", 4)
+    assert (actual - ops.attention_reference(rows.double(), 3, causal)).abs().max() < HALF_ERROR
 
 
-@pytest.mark.parametrize("batch", [STATIC, DYNAMIC], ids=str)
+@BATCHES
 def test_extract_patches(batch):
-    actual, rows = run_in_engine(Patches(), torch.zeros(2, 3, 16, 16), batch, "fp32", 4)
+    actual, rows = run_in_engine(One(lambda x, _: ops.extract_patches(x, 4)), torch.zeros(2, 3, 16, 16), batch, "fp32", 4)
     assert torch.equal(actual, ops.extract_patches_reference(rows, 4))
 
 
-@pytest.mark.parametrize("batch", [STATIC, DYNAMIC], ids=str)
-def test_prepend_class_token(batch):
+@BATCHES
+def test_prepend_class_token_whatever_the_patches_hold(batch, monkeypatch):
     torch.manual_seed(0)
-    module = PrependClassToken(64)
+    module = One(ops.prepend_class_token, 64)
+
+    def rows_with_an_infinity(example, count):
+        return torch.randn(count, *example.shape[1:]).index_fill(1, torch.tensor([0]), torch.inf)
+
+    monkeypatch.setattr(sys.modules[__name__], "fresh_rows", rows_with_an_infinity)
     actual, rows = run_in_engine(module, torch.zeros(2, 49, 64), batch, "fp32", 4)
-    assert torch.equal(actual, ops.prepend_class_token_reference(rows, module.token))
+    assert torch.equal(actual, ops.prepend_class_token_reference(rows, module.value.detach()))
 
 
-@pytest.mark.parametrize("batch", [STATIC, DYNAMIC], ids=str)
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@BATCHES
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_pool_end_of_text_is_exact(precision, batch):
+    """The row of each position in a fixed table, so that the position chosen shows."""
     torch.manual_seed(0)
-    module = PoolEndOfText(77)
+
+    class Pool(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens, self.positions = nn.Embedding(49408, 64), nn.Parameter(torch.randn(77, 64))
+            self.tokens.weight.data.zero_()
+
+        def forward(self, x):
+            return ops.pool_end_of_text(self.tokens(x) + self.positions, x)
+
+    module = Pool()
     actual, rows = run_in_engine(module, torch.zeros(2, 77, dtype=torch.int32), batch, precision, 4)
-    expected = module.positions[rows.argmax(dim=1)].detach()
-    assert (actual - expected).abs().max() < HALF_ERROR  # another position's row differs by about 1
+    assert torch.equal(actual, module.positions[rows.argmax(dim=1)].detach())
 
 
-@pytest.mark.parametrize("batch", [STATIC, DYNAMIC], ids=str)
-@pytest.mark.parametrize("rank", [2, 3])
-def test_layer_norm_does_not_overflow_in_half(rank, batch):
+@BATCHES
+@pytest.mark.parametrize("shape", [(50, 768), (768,)])
+def test_layer_norm_does_not_overflow_in_half(shape, batch, monkeypatch):
+    """Rows of a deviation of 400: their squares, and sums of 768 of them, are beyond half's range."""
     torch.manual_seed(0)
-    module = LayerNorm(768, rank)
-    actual, rows = run_in_engine(module, torch.zeros(2, 50, 768), batch, "fp16", 4)
-    expected = module.double()(rows.double())
-    assert (actual - expected).abs().max() < 4 * HALF_ERROR  # values of up to 5
+    module = One(lambda x, value: nn.functional.layer_norm(x, (768,), value, value), 768)
+
+    def scaled_rows(example, count):
+        return (400 * torch.randn(count, *example.shape[1:])).to(example.dtype)
+
+    monkeypatch.setattr(sys.modules[__name__], "fresh_rows", scaled_rows)
+    actual, rows = run_in_engine(module, torch.zeros(2, *shape), batch, "fp16", 4)
+    assert rows.double().square().sum(-1).max() > 1e8
+    value = module.value.detach().double()
+    expected = nn.functional.layer_norm(rows.double(), (768,), value, value)
+    assert (actual - expected).abs().max() < 4 * HALF_ERROR  # values of up to 10
 
 
-@pytest.mark.parametrize("batch", [STATIC, DYNAMIC], ids=str)
+@BATCHES
 def test_quick_gelu_keeps_its_tails_in_half(batch):
     torch.manual_seed(0)
-    actual, rows = run_in_engine(QuickGelu(), torch.zeros(2, 50, 768), batch, "fp16", 4)
+    actual, rows = run_in_engine(One(lambda x, _: ops.quick_gelu(x)), torch.zeros(2, 50, 768), batch, "fp16", 4)
     assert (actual - ops.quick_gelu_reference(rows.double())).abs().max() < HALF_ERROR
 
 
-@pytest.mark.parametrize("width", [128, 768, 1024])
-def test_an_mlp_of_a_range_is_right(width):
-    """Layer norm by TensorRT's plugin, the product with QuickGELU in its epilogue; large inputs, so that QuickGELU's tails count."""
-    torch.manual_seed(0)
-    module = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), QuickGelu(), nn.Linear(4 * width, width))
-    nn.init.normal_(module[0].weight, 0, 4)
-    actual, rows = run_in_engine(module, torch.zeros(2, 50, width), DYNAMIC, "fp16", 5, how=Recipe(separate_mlps=True))
-    expected = module.double()(rows.double())
-    assert ((actual - expected).norm() / expected.norm()) < HALF_ERROR
+def blocks(count, width, causal, std, bias):
+    module = nn.ModuleList([Block(width, width // 64, causal, FusedOps()) for _ in range(count)])
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=std if parameter.dim() > 1 else bias)
+    return Blocks(module)
 
 
-def test_patches_capped_at_their_rows_maxima_are_themselves():
-    actual, rows = run_in_engine(Patches(), torch.zeros(2, 3, 16, 16), DYNAMIC, "fp32", 8, how=Recipe(row_maxima=True))
-    assert torch.equal(actual, ops.extract_patches_reference(rows, 4))
+FUSED = [rewrite for rewrite in graph.FUSE if rewrite is not graph.fuse_image_embedding]
+KERNELS = pytest.mark.parametrize("passes", [pytest.param((), id="tensorrt"), pytest.param(FUSED, id="fused", marks=needs.built)])
 
 
-@pytest.mark.parametrize("attention", ["native", pytest.param("plugin", marks=needs.built)])
-@pytest.mark.parametrize("batch", [STATIC, DYNAMIC], ids=str)
+@KERNELS
+@BATCHES
 @pytest.mark.parametrize("tokens, causal", [(50, False), (77, True), (197, False), (257, False), (577, False)])
-def test_two_blocks(tokens, causal, batch, attention):
+def test_two_blocks(tokens, causal, batch, passes):
     """Everything that blocks are fused to, biases included."""
     torch.manual_seed(0)
-    module = nn.ModuleList([Block(128, 2, causal, FusedOps()) for _ in range(2)])
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.05 if parameter.dim() > 1 else 0.5)
-    blocks = Blocks(module)
-    actual, rows = run_in_engine(blocks, torch.zeros(2, tokens, 128), batch, "fp16", 4, attention)
-    expected = Blocks(module.double())(rows.double())
+    module = blocks(2, 128, causal, 0.05, 0.5)
+    actual, rows = run_in_engine(module, torch.zeros(2, tokens, 128), batch, "fp16", 4, passes)
+    expected = module.double().cpu()(rows.double())
     assert ((actual - expected).norm() / expected.norm()) < HALF_ERROR
 
 
-@pytest.mark.parametrize("attention, batch", [
-    pytest.param("native", STATIC, id="native-static"), pytest.param("native", DYNAMIC, id="native-range"),
-    pytest.param("plugin", STATIC, id="plugin-static", marks=needs.built), pytest.param("plugin", DYNAMIC, id="plugin-range", marks=needs.built),
-])
+@KERNELS
+@BATCHES
 @pytest.mark.parametrize("tokens, width", [(197, 768), (257, 1024)])
-def test_a_block_optimised_for_a_thousand_rows(tokens, width, attention, batch):
-    """What TensorRT 8.6's own matrix products compute wrongly, without a warning; `recipe.choose` is how it comes out right."""
+def test_a_block_optimised_for_a_thousand_rows(tokens, width, batch, passes):
+    """What an earlier TensorRT's own matrix products computed wrongly, without a warning."""
     torch.manual_seed(0)
-    module = nn.ModuleList([Block(width, width // 64, False, FusedOps())])
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.03 if parameter.dim() > 1 else 0.5)
-    actual, rows = run_in_engine(Blocks(module), torch.zeros(2, tokens, width), batch, "fp16", 4, attention)
-    expected = Blocks(module.double())(rows.double())
+    module = blocks(1, width, False, 0.03, 0.5)
+    actual, rows = run_in_engine(module, torch.zeros(2, tokens, width), batch, "fp16", 4, passes)
+    expected = module.double().cpu()(rows.double())
     assert ((actual - expected).norm() / expected.norm()) < HALF_ERROR
 
 
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_dynamic_engine_serves_its_whole_range(count):
     torch.manual_seed(0)
-    actual, rows = run_in_engine(Attention(2, True), torch.zeros(2, 77, 384), DYNAMIC, "fp16", count)
+    actual, rows = run_in_engine(One(lambda x, _: ops.attention(x, 2, True)), torch.zeros(2, 77, 384), DYNAMIC, "fp16", count)
     assert actual.shape[0] == count
     assert (actual - ops.attention_reference(rows.double(), 2, True)).abs().max() < HALF_ERROR
 
 
-def test_what_no_converter_serves_is_an_error_that_names_it():
-    class Unsupported(nn.Module):
-        def forward(self, x):
-            return torch.cumsum(x, dim=1)
+@needs.built
+def test_a_weight_in_bf16_has_no_fused_kernels():
+    with pytest.raises(trt.EngineError, match="Clip"):
+        run_in_engine(One(lambda x, _: ops.fused_attention(x, 2, True)), torch.zeros(2, 77, 384), DYNAMIC, "bf16", 4)
 
-    graph = lowering.capture(Unsupported(), torch.zeros(2, 4))
-    with pytest.raises(lowering.LoweringError, match="cumsum"):
-        lowering.lower(graph)
+
+def test_a_refused_network_is_told_in_tensorrt_s_words():
+    lowered = graph.capture(One(lambda x, value: ops.add(x, value), 5).requires_grad_(False), torch.zeros(2, 4))
+    lowered.register_parameter("value", nn.Parameter(torch.zeros(5), requires_grad=False))
+    with pytest.raises(trt.EngineError, match="(?i)broadcast|dimension"):
+        trt.build(lowered, torch.zeros(2, 4), STATIC, "fp32")
+
+
+def test_a_timing_cache_is_written_reused_and_harmless(tmp_path):
+    """Missing, garbage and unwritable cost time only, and nothing is printed for it."""
+    module, example = nn.Linear(64, 64), torch.zeros(2, 64)
+    for name in ("missing/timing.cache", "garbage.cache", "folder.cache"):
+        path = tmp_path / name
+        if name.startswith("garbage"):
+            path.write_bytes(b"no cache" * 100)
+        if name.startswith("folder"):
+            path.mkdir()
+        lowered = graph.capture(module.eval().requires_grad_(False), example)
+        graph.run(lowered, graph.LOWER)
+        engine = trt.build(lowered, example, STATIC, "fp32", timing_cache=str(path))
+        assert engine.timing_cache == str(path)
+        assert path.is_dir() if name.startswith("folder") else trt.usable_timing_cache(path.read_bytes())
+    assert trt.build(lowered, example, STATIC, "fp32", timing_cache="none").timing_cache is None
+    assert not any(child.name.startswith(".timing") for child in tmp_path.rglob("*"))
+
+
+def test_ours_is_the_same_after_another_s_compile():
+    """Settings of Torch-TensorRT's converters are of the whole process: another's must not leak into ours."""
+    import torch_tensorrt
+
+    module, example = nn.Linear(64, 64), torch.zeros(2, 64)
+
+    def layers():
+        lowered = graph.capture(module.eval().requires_grad_(False), example)
+        graph.run(lowered, graph.LOWER)
+        return trt.build(lowered, example, STATIC, "fp32").layers
+
+    before = layers()
+    other = torch.export.export(nn.Sequential(nn.Linear(8, 8), nn.ReLU()).cuda(), (torch.zeros(2, 8, device="cuda"),))
+    torch_tensorrt.dynamo.compile(other, inputs=[torch.zeros(2, 8, device="cuda")], min_block_size=1, torch_executed_ops={"clip_ttrt::linear", ops.linear})
+    assert layers() == before

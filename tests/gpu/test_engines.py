@@ -1,7 +1,6 @@
-"""Whole encoders as TensorRT engines: every ViT, precision and kind of batch, against the original model.
+"""Whole encoders as TensorRT engines, against the original model, and what a saved module does.
 
-Building takes one to three minutes an engine.  Artifacts are kept in, and taken from, the folder in CLIP_TTRT_ARTIFACTS, under
-the names that experiments.accuracy gives, so that tests and measurements can share them.
+Artifacts are kept in, and taken from, the folder in CLIP_TTRT_ARTIFACTS, where that is set.
 """
 import functools
 import os
@@ -13,51 +12,53 @@ import pytest
 import torch
 
 import clip_ttrt
-from clip_ttrt import pipeline, kernels
-from clip_ttrt.accuracy import COSINE_BOUND
-from clip_ttrt.models import MODELS
-from experiments.accuracy import compiled
-from experiments.timing import graphed
 import needs
+from clip_ttrt import kernels, pipeline
+from clip_ttrt.accuracy import COSINE_BOUND
+from clip_ttrt.artifact import MANIFEST, read_artifact
+from experiments.timing import graphed
 
 pytestmark = pytest.mark.gpu
 
 STATIC, DYNAMIC = "32", "1:32:256"
 FEW, FEW_DYNAMIC = "4", "1:4:8"  # the demo model, where a batch beyond the range is part of the test
-ATTENTIONS = ["native", pytest.param("plugin", marks=needs.built)]
-SAME_TEXT = ("ViT-B/16", "ViT-L/14@336px")  # their text encoders are ViT-B/32's and ViT-L/14's, size for size
+KERNELS = ["tensorrt", pytest.param("fused", marks=needs.built)]
+MODELS = ("demo", "ViT-B/32", "ViT-L/14")
 
 
 @pytest.fixture(scope="session")
 def artifact_of(tmp_path_factory):
-    """A function from (model, precision, batch, attention) to an artifact with random weights (demo: trained)."""
+    """A function from (model, precision, batch, kernels) to an artifact with random weights (demo: trained)."""
     root = Path(os.environ.get("CLIP_TTRT_ARTIFACTS") or tmp_path_factory.mktemp("engines"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "load_checkpoint", functools.lru_cache(maxsize=1)(pipeline.load_checkpoint))  # big models take long to draw
 
-        def find_or_compile(model, precision, batch, attention="native"):
-            return compiled(root, model, None if model == "demo" else "random", precision, batch, attention, encoder="image" if model in SAME_TEXT else "both")
+        def find_or_compile(model, precision, batch, kernels="tensorrt"):
+            folder = root / "-".join((model, precision, batch, kernels)).replace("/", "-").replace(":", "-")
+            if (folder / MANIFEST).is_file():
+                return read_artifact(folder)
+            weights = None if model == "demo" else "random"
+            return clip_ttrt.compile(model=model, weights=weights, precision=precision, batch=batch, kernels=kernels, backend="tensorrt", output=folder)
 
         yield find_or_compile
 
 
 def cases():
-    """(model, precision, batch, attention): every ViT in fp16 and fp32, static and dynamic; TF32, which shares every layer
-    with fp32, on two; the plugin in the precision that it has."""
+    """(model, precision, batch, kernels): fp16 with both kernels, the other precisions on the smaller models."""
     for model in MODELS:
-        for batch in (STATIC, DYNAMIC):
-            yield model, "fp16", batch, "native"
-            yield pytest.param(model, "fp16", batch, "plugin", marks=needs.built)
-            yield model, "fp32", batch, "native"
-            if model in ("demo", "ViT-B/32"):
-                yield model, "tf32", batch, "native"
+        yield pytest.param(model, "fp16", DYNAMIC, "fused", marks=needs.built)
+        yield model, "fp16", DYNAMIC, "tensorrt"
+        if model != "ViT-L/14":
+            yield pytest.param(model, "fp16", STATIC, "fused", marks=needs.built)
+            yield from ((model, precision, DYNAMIC, "tensorrt") for precision in ("fp32", "tf32", "bf16"))
 
 
-@pytest.mark.parametrize("model, precision, batch, attention", list(cases()))
-def test_each_encoder_is_one_engine_and_right(artifact_of, model, precision, batch, attention):
-    artifact = artifact_of(model, precision, batch, attention)
+@pytest.mark.parametrize("model, precision, batch, kernels_", list(cases()))
+def test_each_encoder_is_one_engine_and_right(artifact_of, model, precision, batch, kernels_):
+    artifact = artifact_of(model, precision, batch, kernels_)
     manifest = artifact.manifest
-    assert manifest["backend"] == "tensorrt" and manifest["computes_in"] == precision and manifest["attention"] == attention
+    assert manifest["backend"] == "tensorrt" and manifest["computes_in"] == precision and manifest["kernels"] == kernels_
+    assert manifest["kernels_version"] == (kernels.version() if kernels_ == "fused" else None)
     assert all(module["engines"] == 1 for module in manifest["modules"].values())
     assert artifact.verified, manifest["verification"]["failures"]
     for encoder in artifact.encoders:
@@ -69,9 +70,9 @@ def test_each_encoder_is_one_engine_and_right(artifact_of, model, precision, bat
     assert torch.cosine_similarity(model_.encode_image(images[3:]), features[3:]).min() >= COSINE_BOUND[precision]  # another batch size
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
-def test_a_new_process_loads_with_plain_torch(artifact_of, tmp_path, attention):
-    artifact = artifact_of("demo", "fp16", FEW_DYNAMIC, attention)
+@pytest.mark.parametrize("kernels_", KERNELS)
+def test_a_new_process_loads_with_plain_torch(artifact_of, tmp_path, kernels_):
+    artifact = artifact_of("demo", "fp16", FEW_DYNAMIC, kernels_)
     torch.manual_seed(0)
     images = torch.randn(3, 3, 112, 112)
     torch.save(images, tmp_path / "images.pt")
@@ -94,9 +95,9 @@ def test_a_batch_out_of_range_is_an_error_of_the_module(artifact_of, batch, coun
         module(torch.randn(4, 3, 112, 112))
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
-def test_cuda_graph_replays_give_the_same_features(artifact_of, attention):
-    model, _ = clip_ttrt.load(artifact_of("demo", "fp16", FEW_DYNAMIC, attention).folder)
+@pytest.mark.parametrize("kernels_", KERNELS)
+def test_cuda_graph_replays_give_the_same_features(artifact_of, kernels_):
+    model, _ = clip_ttrt.load(artifact_of("demo", "fp16", FEW_DYNAMIC, kernels_).folder)
     images = torch.randn(4, 3, 112, 112, device="cuda")
     expected = model.encode_image(images).clone()
     held = {}

@@ -356,21 +356,3 @@ def test_kernels_compile_for_every_architecture(source, tmp_path):
     every = build_kernels.build_commands(toolchain.nvcc(), architectures, None, tmp_path, threads=2)
     [command] = [one for one in every if one[-1].endswith(f"/{source}")]
     run([*command, "-Xcompiler", "-Werror"])
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-def test_make_compile_builds_the_kernels_first_and_goes_on_without_them(tmp_path):
-    shutil.copy(Path(__file__).parents[2] / "Makefile", tmp_path)
-    (tmp_path / ".venv").mkdir()
-    for name in ("pyproject.toml", ".venv/installed"):
-        (tmp_path / name).touch()
-    # What builds the kernels ends with an error here, and what compiles makes the artifact.
-    compiles = '[ "$2" = clip_ttrt.compile ] && mkdir -p "$6" && touch "$6/manifest.json"'
-    install(tmp_path / ".venv", "python", f'echo "$2 $3" >> log; {compiles}')
-    environment = {**os.environ, "MAKEFLAGS": ""}
-    make = ["make", "--no-print-directory", "compile"]
-    for _ in range(2):  # the second time nothing is left to do
-        done = subprocess.run(make, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0 and done.stdout.count("\n") == 1, done.stderr
-        log = (tmp_path / "log").read_text().splitlines()
-        assert log == ["clip_ttrt.build_kernels --if-possible", "clip_ttrt.compile --precision"]

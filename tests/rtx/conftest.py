@@ -1,0 +1,14 @@
+"""Networks built for real without a GPU, with TensorRT-RTX: run by tests/test_rtx.py, in a process of its own.
+
+`torch_tensorrt` asks for the current GPU when it is imported and when settings are made; this process answers for one.
+"""
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def a_gpu_is_pretended():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_capability", lambda *device: (8, 6))
+        patch.setattr(torch.cuda, "current_device", lambda: 0)
+        yield

@@ -1,0 +1,172 @@
+"""Which backend and whose kernels: every rule, on machines that are made up of what is installed
+and what answers."""
+import pytest
+import torch
+
+from clip_ttrt import backends, kernels, stack
+from clip_ttrt.backends import Backend, choose, choose_kernels
+from clip_ttrt.errors import UserError
+from clip_ttrt.options import BACKENDS, KERNELS, PRECISIONS
+
+TORCH = {"torch": "2.14.1+cu130"}
+TENSORRT = {**TORCH, "torch-tensorrt": "2.14.0", "tensorrt": "11.1.0.106"}
+RTX = {**TORCH, "torch-tensorrt-rtx": "2.14.0", "tensorrt-rtx": "1.6.1.120"}
+BOTH = {**TENSORRT, **RTX}
+INSTALLED = {"nothing": TORCH, "tensorrt": TENSORRT, "rtx": RTX, "both": BOTH}
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A function that makes a machine: what is installed, and whether a GPU answers."""
+    def make(installed, gpu=True, nvidia_smi=()):
+        monkeypatch.setattr(stack, "versions", lambda: installed)
+        monkeypatch.setattr(stack, "driver", lambda: list(nvidia_smi))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    return make
+
+
+def expected(installed, gpu, asked, precision):
+    """The backend's name, or None for a refusal: the rules once more, by what can be had."""
+    if asked == "torchscript":
+        return "torchscript"
+    if installed == "both":
+        return None
+    can = {"torchscript"}
+    if gpu and installed == "tensorrt":
+        can.add("tensorrt")
+    if gpu and installed == "rtx" and precision != "bf16":
+        can.add("rtx")
+    if asked != "auto":
+        return asked if asked in can else None
+    return next(name for name in ("tensorrt", "rtx", "torchscript") if name in can)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("asked", BACKENDS)
+@pytest.mark.parametrize("gpu", [True, False])
+@pytest.mark.parametrize("installed", INSTALLED)
+def test_the_matrix(installed, gpu, asked, precision, machine):
+    machine(INSTALLED[installed], gpu)
+    name = expected(installed, gpu, asked, precision)
+    if name is None:
+        with pytest.raises(UserError) as caught:
+            choose(asked, precision)
+        assert "\n" not in str(caught.value) and "--backend" in str(caught.value)
+        return
+    backend = choose(asked, precision)
+    assert backend.name == name
+    assert backend.device == ("cuda" if gpu else "cpu")
+    if name == "torchscript":
+        on_a_gpu = {"fp32": "fp32", "tf32": "fp32", "fp16": "fp16", "bf16": "bf16"}
+        assert backend.computes_in == (on_a_gpu[precision] if gpu else "fp32")
+    else:
+        assert backend.computes_in == precision
+    assert backend.reason.endswith(", as asked") == (asked != "auto")
+
+
+@pytest.mark.parametrize("installed, gpu, precision, reason", [
+    (TENSORRT, True, "fp16", "TensorRT 11.1.0.106 on NVIDIA H100"),
+    (RTX, True, "fp16", "TensorRT-RTX 1.6.1.120 on NVIDIA H100 (not tensorrt: torch-tensorrt is "
+                        "not installed (`pip uninstall -y torch-tensorrt-rtx`, then `pip install "
+                        "torch-tensorrt~=2.14.0`))"),
+    (RTX, True, "bf16", "TorchScript on NVIDIA H100 (not tensorrt: torch-tensorrt is not installed "
+                        "(`pip uninstall -y torch-tensorrt-rtx`, then `pip install "
+                        "torch-tensorrt~=2.14.0`); not rtx: Torch-TensorRT-RTX takes no bf16 "
+                        "(use --precision fp16))"),
+    (TENSORRT, False, "fp16", "TorchScript on the CPU (not tensorrt or rtx: no CUDA GPU answers)"),
+])
+def test_auto_says_why_it_is_not_a_better_one(installed, gpu, precision, reason, machine):
+    machine(installed, gpu)
+    assert choose("auto", precision).reason == reason
+
+
+@pytest.mark.parametrize("asked, installed, gpu, precision, sentence", [
+    ("tensorrt", TENSORRT, False, "fp16", "no CUDA GPU answers; --backend auto takes what can"),
+    ("rtx", RTX, False, "fp16", "no CUDA GPU answers"),
+    ("rtx", RTX, True, "bf16", "takes no bf16 (use --precision fp16)"),
+    ("tensorrt", TORCH, True, "fp16", "torch-tensorrt is not installed (`pip install "
+                                      "torch-tensorrt~=2.14.0`)"),
+    ("rtx", TENSORRT, True, "fp16", "torch-tensorrt-rtx is not installed (`pip uninstall -y "
+                                    "torch-tensorrt`, then `pip install "
+                                    "torch-tensorrt-rtx~=2.14.0`)"),
+    ("rtx", {"torch": "2.11.0"}, True, "fp16", "`pip install torch-tensorrt-rtx~=2.11.0 "
+                                               "tensorrt-rtx==1.4.0.76`"),
+    ("tensorrt", {**TENSORRT, "torch-tensorrt": "2.13.0"}, True, "fp16",
+     "torch-tensorrt 2.13.0 is not torch 2.14.1+cu130's (`pip install torch-tensorrt~=2.14.0`)"),
+    ("tensorrt", {**TORCH, "torch-tensorrt": "2.14.0"}, True, "fp16",
+     "torch-tensorrt is installed without TensorRT itself (`pip install torch-tensorrt~=2.14.0`)"),
+    ("rtx", {**TORCH, "torch-tensorrt-rtx": "2.14.0"}, True, "fp16",
+     "torch-tensorrt-rtx is installed without TensorRT-RTX itself"),
+])
+def test_asked_for_by_name_and_impossible(asked, installed, gpu, precision, sentence, machine):
+    machine(installed, gpu)
+    with pytest.raises(UserError) as caught:
+        choose(asked, precision)
+    assert str(caught.value).startswith(f"--backend {asked} cannot be used here: ")
+    assert sentence in str(caught.value)
+    assert choose("auto", precision).name != asked
+
+
+def test_both_wheels_are_refused_with_the_command_that_helps(machine):
+    machine(BOTH)
+    for asked in ("auto", "tensorrt", "rtx"):
+        with pytest.raises(UserError, match="`pip uninstall -y torch-tensorrt torch-tensorrt-rtx`"):
+            choose(asked, "fp16")
+    assert choose("torchscript", "fp16").name == "torchscript"
+
+
+def test_a_gpu_that_pytorch_lost_is_named_in_the_reason(machine, monkeypatch):
+    machine(TENSORRT, gpu=False, nvidia_smi=[{"name": "NVIDIA A10", "driver": "580.65.06"}])
+    monkeypatch.setattr(torch.version, "cuda", None)
+    reason = choose("auto", "fp16").reason
+    assert "nvidia-smi sees NVIDIA A10 and PyTorch does not" in reason
+    assert "built without CUDA" in reason
+    assert "nvidia-smi sees NVIDIA A10" in choose("torchscript", "fp16").reason
+    with pytest.raises(UserError, match="nvidia-smi sees NVIDIA A10"):
+        choose("tensorrt", "fp16")
+
+
+BACKEND_OF = {name: Backend(name, "cuda", "fp16", f"{name} on a GPU")
+              for name in ("tensorrt", "rtx", "torchscript")}
+NO_LIBRARY = "the library is not built (build it)"
+
+
+@pytest.mark.parametrize("obstacle", [None, NO_LIBRARY])
+@pytest.mark.parametrize("asked", KERNELS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", BACKEND_OF)
+def test_the_matrix_of_kernels(name, precision, asked, obstacle, monkeypatch):
+    monkeypatch.setattr(kernels, "obstacle", lambda: obstacle)
+    possible = {"torchscript": set(), "rtx": {"tensorrt"}, "tensorrt": {"tensorrt"}}[name]
+    if name == "tensorrt" and precision == "fp16" and obstacle is None:
+        possible = possible | {"fused"}
+    if asked != "auto" and asked not in possible:
+        with pytest.raises(UserError, match=f"^--kernels {asked} "):
+            choose_kernels(asked, BACKEND_OF[name], precision)
+        return
+    choice = choose_kernels(asked, BACKEND_OF[name], precision)
+    best = "fused" if "fused" in possible else "tensorrt" if possible else None
+    assert choice.kernels == (best if asked == "auto" else asked)
+    assert ("not fused: " in choice.reason) == (asked == "auto" and best == "tensorrt")
+
+
+@pytest.mark.parametrize("name, precision, sentence", [
+    ("rtx", "fp16", "TensorRT-RTX has no plugin layers"),
+    ("tensorrt", "bf16", "bf16 has TensorRT's own kernels alone"),
+    ("tensorrt", "fp32", "the fused kernels compute in fp16, not fp32"),
+    ("tensorrt", "tf32", "the fused kernels compute in fp16, not tf32"),
+    ("tensorrt", "fp16", NO_LIBRARY),
+])
+def test_why_there_are_no_fused_kernels(name, precision, sentence, monkeypatch):
+    monkeypatch.setattr(kernels, "obstacle", lambda: NO_LIBRARY)
+    with pytest.raises(UserError) as caught:
+        choose_kernels("fused", BACKEND_OF[name], precision)
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+    assert f"not fused: {sentence}" in choose_kernels("auto", BACKEND_OF[name], precision).reason
+
+
+def test_the_choices_of_the_options_are_those_known_here():
+    assert set(BACKENDS) == {"auto", *backends.BACKENDS_BEST_FIRST}
+    assert set(KERNELS) == {"auto", *backends.KERNELS_BEST_FIRST}
+    assert set(PRECISIONS) == set(backends.TORCHSCRIPT_ON_A_GPU)

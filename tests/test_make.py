@@ -1,0 +1,188 @@
+"""`make compile` and `make test` with stand-ins for Python, pip and nvidia-smi: what is installed
+with and without a GPU, what the stamps claim, and what happens where TensorRT does not come."""
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+
+MAKEFILE = Path(__file__).parents[1] / "Makefile"
+# The Python of .venv: writes down what it is asked for, and compiles by making the manifest.
+PYTHON = """
+shift  # -m
+case "$1" in
+    pip) while [ "$1" != install ] && [ "$1" != uninstall ]; do shift; done; echo "pip $*" >> log
+         case "$1 $*" in install*tensorrt*) [ ! -e no_tensorrt ] || { echo stub failed; exit 1; } ;;
+         esac; [ ! -e offline ] ;;
+    clip_ttrt.compile) echo "compile $*" >> log; mkdir -p artifacts/demo-fp16
+                       touch artifacts/demo-fp16/manifest.json ;;
+    clip_ttrt.build_kernels) echo "kernels $2" >> log; exit 1 ;;
+    pytest) echo pytest >> log ;;
+esac
+"""
+COMPILED = "compile clip_ttrt.compile --precision fp16 --output artifacts/demo-fp16 --force"
+KERNELS = "kernels --if-possible"
+NO_RTX, NO_TENSORRT = "pip uninstall --yes torch-tensorrt-rtx", "pip uninstall --yes torch-tensorrt"
+SMI = "echo 'GPU 0: NVIDIA H100 (UUID: GPU-0)'"
+
+
+class Clone:
+    """A folder with the Makefile, and programs that pretend on a PATH before the real one."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        shutil.copy(MAKEFILE, folder)
+        for path in ("pyproject.toml", "kernels/attention/a.cu", "clip_ttrt/b.py"):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).touch()
+            os.utime(folder / path, (1e9, 1e9))
+        self.program("nvidia-smi", "exit 9")
+        self.program("pip", "exit 1", folder / ".venv" / "bin")
+        self.program("python", PYTHON, folder / ".venv" / "bin")
+
+    def program(self, name, script, folder=None):
+        folder = folder or self.folder / "bin"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+
+    def make(self, *arguments, code=0):
+        """Runs make; returns what the stand-ins wrote down."""
+        environment = {**os.environ, "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
+                       "MAKEFLAGS": ""}
+        (self.folder / "log").unlink(missing_ok=True)
+        self.done = subprocess.run(["make", "--no-print-directory", *arguments], cwd=self.folder,
+                                   env=environment, capture_output=True, text=True, check=False)
+        assert self.done.returncode == code, self.done.stderr
+        log = self.folder / "log"
+        return log.read_text().splitlines() if log.exists() else []
+
+    def touch(self, path):
+        """Make a file newer than all others, which get older, since clocks are coarse."""
+        for other in self.folder.rglob("*"):
+            os.utime(other, (other.stat().st_mtime - 100,) * 2)
+        os.utime(self.folder / path)
+
+    def stamps(self):
+        return {path.name for path in (self.folder / ".venv").glob("installed*")}
+
+
+@pytest.fixture
+def clone(tmp_path):
+    return Clone(tmp_path)
+
+
+@pytest.fixture
+def gpu(clone):
+    clone.program("nvidia-smi", SMI)
+    return clone
+
+
+def test_without_a_gpu_compile_installs_the_package_alone(clone):
+    assert clone.make("compile") == ["pip install -e .", COMPILED]
+    assert clone.stamps() == {"installed"}
+    assert clone.make("compile") == []  # nothing is left to do
+
+
+def test_without_a_gpu_the_tests_get_rtx(clone):
+    assert clone.make("test") == [NO_TENSORRT, "pip install -e .[test,rtx]", "pytest"]
+    assert clone.stamps() == {"installed-test-rtx"}
+    assert clone.make("test") == ["pytest"]
+    assert clone.make("compile") == ["pip install -e .", COMPILED]
+    assert clone.make("test") == ["pytest"]
+
+
+def test_with_a_gpu_the_kernels_are_built_first_and_their_failure_is_none(gpu):
+    assert gpu.make("compile") == [NO_RTX, "pip install -e .[tensorrt]", KERNELS, COMPILED]
+    assert gpu.stamps() == {"installed-tensorrt"}
+    assert gpu.make("compile") == []
+
+
+def test_newer_kernels_are_built_and_compiled_anew(gpu):
+    gpu.make("compile")
+    gpu.touch("kernels/attention/a.cu")
+    assert gpu.make("compile") == [KERNELS, COMPILED]
+    gpu.touch("clip_ttrt/b.py")
+    assert gpu.make("compile") == []
+
+
+def test_with_a_gpu_the_tests_get_tensorrt(gpu):
+    assert gpu.make("test") == [NO_RTX, "pip install -e .[test,tensorrt]", "pytest"]
+    assert gpu.stamps() == {"installed-test-tensorrt"}
+    assert gpu.make("test") == ["pytest"]
+
+
+@pytest.mark.parametrize("target, failing, others, stamp, then", [
+    ("compile", "pip install -e .[tensorrt]", "pip install -e .", "installed", [KERNELS, COMPILED]),
+    ("test", "pip install -e .[test,tensorrt]", "pip install -e .[test]", "installed-test",
+     ["pytest"]),
+])
+def test_where_tensorrt_does_not_come_it_goes_on_without(target, failing, others, stamp, then, gpu):
+    (gpu.folder / "no_tensorrt").touch()
+    for _ in range(2):  # no stamp claims it, so that it is tried again
+        assert gpu.make(target) == [NO_RTX, failing, others, *then]
+        assert gpu.stamps() == {stamp}
+        [sentence] = [line for line in gpu.done.stderr.splitlines() if "TensorRT" in line]
+        assert "could not be installed" in sentence and "TorchScript serves" in sentence
+        assert (gpu.folder / ".venv" / "tensorrt.log").read_text() == "stub failed\n"
+    (gpu.folder / "no_tensorrt").unlink()
+    assert gpu.make(target) == [NO_RTX, failing, *then]
+    assert f"{stamp}-tensorrt" in gpu.stamps()
+
+
+@pytest.mark.parametrize("target", ["compile", "test"])
+@pytest.mark.parametrize("smi", [SMI, "exit 9"])
+def test_where_nothing_can_be_installed_make_fails(smi, target, clone):
+    clone.program("nvidia-smi", smi)
+    for flag in ("no_tensorrt", "offline"):
+        (clone.folder / flag).touch()
+    log = clone.make(target, code=2)
+    assert clone.stamps() == set() and COMPILED not in log and "pytest" not in log
+
+
+def test_never_both_in_one_environment(clone):
+    clone.make("test")
+    clone.program("nvidia-smi", SMI)
+    assert clone.make("test")[:2] == [NO_RTX, "pip install -e .[test,tensorrt]"]
+    assert clone.stamps() == {"installed-test-tensorrt"}
+    assert clone.make("compile")[1] == "pip install -e .[tensorrt]"
+    clone.program("nvidia-smi", "exit 9")
+    assert clone.make("test")[:2] == [NO_TENSORRT, "pip install -e .[test,rtx]"]
+    assert clone.stamps() == {"installed-test-rtx"}
+
+
+def test_gpu_can_be_told(clone):
+    assert clone.make("compile", "GPU=1")[1] == "pip install -e .[tensorrt]"
+    clone.program("nvidia-smi", SMI)
+    assert clone.make("test", "GPU=")[1] == "pip install -e .[test,rtx]"
+
+
+@pytest.mark.parametrize("smi", ["exit 9", "echo 'No devices found.'", "echo Failed; exit 255"])
+def test_nvidia_smi_without_a_gpu(smi, clone):
+    clone.program("nvidia-smi", smi)
+    assert clone.make("compile")[0] == "pip install -e ."
+
+
+def test_a_changed_pyproject_installs_and_compiles_anew(clone):
+    clone.make("compile")
+    clone.touch("pyproject.toml")
+    assert clone.make("compile") == ["pip install -e .", COMPILED]
+
+
+def test_the_first_python_that_answers_makes_the_environment(clone):
+    shutil.move(clone.folder / ".venv", clone.folder / "ready")
+    clone.program("python3.12", "echo no such version >&2; exit 127")  # a shim
+    clone.program("python3.13", '[ "$1" = --version ] || { echo "$@" > venv_log; mv ready .venv; }')
+    clone.make("compile")
+    assert (clone.folder / "venv_log").read_text() == "-m venv .venv\n"
+
+
+def test_no_python_is_one_sentence(clone):
+    (clone.folder / ".venv" / "bin" / "pip").unlink()
+    for name in ("python3.12", "python3.13", "python3.11", "python3.10", "python3"):
+        clone.program(name, "exit 127")
+    assert clone.make("compile", code=2) == []
+    assert "make: no Python answers; install Python 3.10 to 3.13" in clone.done.stderr
