@@ -61,7 +61,7 @@ def load_runtime(artifact: Artifact) -> None:
     if artifact.manifest["backend"] != "torchscript":
         from clip_ttrt import trt
 
-        trt.load_runtime()
+        trt.load_runtime(artifact.manifest["backend"])
 
 
 def run_binary(binary: Path, artifact: Artifact, inputs: Path, output: Path, device: str) -> subprocess.CompletedProcess:

@@ -347,6 +347,7 @@ def test_plugins_compile_without_a_warning(headers, tmp_path):
         run([*command, "-Xcompiler", "-Werror"])
 
 
+@pytest.mark.slow
 @toolchain.needs_nvcc
 @pytest.mark.parametrize(
     "source", [one for one in build_kernels.compiled_sources() if one.endswith(".cu")]

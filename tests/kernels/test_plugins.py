@@ -274,7 +274,7 @@ def wrong_fields():
 
 @pytest.mark.parametrize(
     "name, word, fields",
-    [pytest.param(name, word, one, id=f"{name}-{what}") for name, what, word, one in wrong_fields()],
+    [pytest.param(name, word, one, id=f"{name}-{why}") for name, why, word, one in wrong_fields()],
 )
 def test_wrong_fields_are_refused_and_not_read(trt, name, word, fields, capfd):
     """At either phase, in one line that names the plugin."""
