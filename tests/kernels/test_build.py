@@ -4,7 +4,6 @@ them, and with the compilers where they are."""
 import os
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import toolchain
