@@ -43,9 +43,9 @@ def binary(tmp_path_factory) -> Path:
     return build / "clip_features"
 
 
-def compiled(tmp_path_factory, backend: str, attention: str = "auto"):
+def compiled(tmp_path_factory, backend: str, kernels: str = "auto"):
     folder = tmp_path_factory.mktemp(backend) / "artifact"
-    return clip_ttrt.compile(model="demo", weights="random", batch="1:4:8", backend=backend, attention=attention, verify=False, output=folder)
+    return clip_ttrt.compile(model="demo", weights="random", batch="1:4:8", backend=backend, kernels=kernels, verify=False, output=folder)
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +54,7 @@ def artifact(tmp_path_factory):
     return compiled(tmp_path_factory, "torchscript")
 
 
-@pytest.fixture(scope="session", params=["native", pytest.param("plugin", marks=needs.built)])
+@pytest.fixture(scope="session", params=["tensorrt", pytest.param("fused", marks=needs.built)])
 def engines(tmp_path_factory, request):
     return compiled(tmp_path_factory, "tensorrt", request.param)
 

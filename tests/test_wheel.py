@@ -1,5 +1,5 @@
-"""The wheel, made from the sdist and installed into an environment of its own: it holds the kernels'
-sources and builds them, as far as the machine allows."""
+"""The wheel, made from the sdist and installed into an environment of its own: it holds the
+kernels' sources and builds them, as far as the machine allows."""
 
 import os
 import shutil
@@ -132,8 +132,9 @@ def test_or_to_the_cache_where_that_cannot_be_written(installed, place, tmp_path
 
 
 def test_what_is_missing_is_one_sentence(installed, place):
+    code = "import sys; from clip_ttrt import build_kernels as b; b.TOOLKITS = ()"
+    code += "; sys.exit(b.main([]))"
     environment = {"PATH": "", "HOME": str(place), "CUDA_HOME": ""}
-    code = "import sys; from clip_ttrt import build_kernels as b; b.TOOLKITS = (); sys.exit(b.main([]))"
     done = subprocess.run(
         [installed, "-c", code], env=environment, cwd="/", capture_output=True, text=True
     )

@@ -42,25 +42,36 @@ def package(name: str) -> Path:
 
 
 def library_path() -> str:
-    """LD_LIBRARY_PATH for the binary: this environment's libtorch, and TensorRT, cuDNN and cuBLASLt 13 where they are.
+    """LD_LIBRARY_PATH for the binary: this environment's libtorch, and the TensorRT that this process has loaded.
 
-    libtorch finds the other CUDA libraries by itself, relative to its own place.
+    libtorch finds the CUDA libraries by itself, relative to its own place.
     """
-    torch_folder = package("torch")
-    folders = [torch_folder / "lib", torch_folder.parent / "nvidia" / "cudnn" / "lib"]
-    folders += [package(name) / sub for name, sub in (("tensorrt", ""), ("torch_tensorrt", "lib")) if find_spec(name)]
-    folders += [path.parent for path in [kernels.cublaslt()] if path]
+    folders = [package("torch") / "lib"]
+    if find_spec("torch_tensorrt"):
+        folders.append(package("torch_tensorrt") / "lib")
+    maps = Path("/proc/self/maps")
+    mapped = maps.read_text().splitlines() if maps.exists() else []
+    folders += sorted({Path(line.split()[-1]).parent for line in mapped if "/libnvinfer" in line or "/libtensorrt_rtx" in line})
     inherited = os.environ.get("LD_LIBRARY_PATH")
     return ":".join([str(folder) for folder in folders if folder.is_dir()] + ([inherited] if inherited else []))
 
 
+def load_runtime(artifact: Artifact) -> None:
+    """TensorRT's runtime, for an artifact with engines."""
+    if artifact.manifest["backend"] != "torchscript":
+        from clip_ttrt import trt
+
+        trt.load_runtime(artifact.manifest["backend"])
+
+
 def run_binary(binary: Path, artifact: Artifact, inputs: Path, output: Path, device: str) -> subprocess.CompletedProcess:
     """Run the C++ program on a file of inputs; its text and exit code, whatever that is."""
+    load_runtime(artifact)  # where library_path looks for TensorRT
     command = [str(binary), str(artifact.folder), str(inputs), str(output), "--device", device]
-    if artifact.manifest["backend"] == "tensorrt":
+    if artifact.manifest["backend"] != "torchscript":
         command += ["--runtime", str(package("torch_tensorrt") / "lib" / "libtorchtrt_runtime.so")]
-    if artifact.manifest["plugin_version"] is not None:
-        command += ["--plugin", str(kernels.LIBRARY)]
+    if artifact.manifest["kernels_version"] is not None:
+        command += ["--plugin", str(kernels.find().path)]
     # Sums are split by threads: as many there as here.
     environment = {**os.environ, "LD_LIBRARY_PATH": library_path(), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.run(command, env=environment, text=True, capture_output=True)
@@ -68,7 +79,8 @@ def run_binary(binary: Path, artifact: Artifact, inputs: Path, output: Path, dev
 
 def python_features(artifact: Artifact, inputs: dict[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:
     """The same modules through plain torch.jit.load: encoder -> features float32 [batch, embed_dim] on the CPU."""
-    kernels.load(artifact.manifest["plugin_version"])
+    load_runtime(artifact)
+    kernels.load(artifact.manifest["kernels_version"])
     features = {}
     for encoder in artifact.encoders:
         module = torch.jit.load(str(artifact.path(encoder)), map_location=device).eval()
@@ -98,7 +110,7 @@ def compare(artifact: Artifact, binary: Path, device: str, batch: Optional[int] 
         if result.returncode != 0:
             raise RuntimeError(f"{binary} ended with {result.returncode}: {result.stderr.strip()}")
         print(result.stdout, end="")
-        theirs = torch.load(output)  # a pickle, but one just written by our own program
+        theirs = torch.load(output, weights_only=False)  # a pickle, but one just written by our own program
     ours = python_features(artifact, inputs, device)
     return {encoder: relative_error(theirs[encoder], ours[encoder]) for encoder in artifact.encoders}
 

@@ -3,7 +3,7 @@
 //   clip_features ARTIFACT_DIR INPUTS.pt [OUTPUT.pt] [--device cpu|cuda] [--runtime LIB] [--plugin LIB]
 //
 // INPUTS.pt   torch.save({"images": float32 [N, 3, R, R], "tokens": int32 [N, 77]}, path); either may be absent
-// OUTPUT.pt   the features, {"image": float32 [N, embed_dim], "text": the same}, for torch.load
+// OUTPUT.pt   the features, {"image": float32 [N, embed_dim], "text": the same}, for torch.load(.., weights_only=False)
 // --runtime   libtorchtrt_runtime.so of the torch_tensorrt wheel, where the modules hold TensorRT engines
 // --plugin    the library of fused kernels, where the engines were built with it
 //
@@ -87,9 +87,19 @@ auto naming(const std::string& what, F f) {
   }
 }
 
-// TensorRT engines are a class, and plugins are creators, that these libraries register on loading.
-void load_library(const std::string& path) {
-  if (!path.empty() && !dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL)) throw std::runtime_error(dlerror());
+// TensorRT engines are a class that this library registers on loading.
+void* load_library(const std::string& path) {
+  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL);
+  if (library == nullptr) throw std::runtime_error(dlerror());
+  return library;
+}
+
+// The fused kernels, whose plugins TensorRT must know; it is loaded by then (kernels/library.h).
+void load_plugins(const std::string& path) {
+  using Register = int32_t (*)();
+  const auto ask = reinterpret_cast<Register>(dlsym(load_library(path), "clip_ttrt_register_plugins"));
+  if (ask == nullptr || ask() != 1)
+    throw std::runtime_error(path + ": this TensorRT does not take its plugins; build them with python -m clip_ttrt.build_kernels");
 }
 
 // The runtime links TensorRT's own plugins, which an engine for a range of images may hold; they register on being asked to.
@@ -136,8 +146,8 @@ void print(const char* name, const torch::Tensor& features) {
 
 void run(const Options& options) {
   if (options.device.is_cuda() && !at::hasCUDA()) throw std::runtime_error("--device cuda: no CUDA GPU answers");
-  load_library(options.runtime);
-  load_library(options.plugin);
+  if (!options.runtime.empty()) load_library(options.runtime);
+  if (!options.plugin.empty()) load_plugins(options.plugin);
   register_tensorrt_plugins();
   const auto inputs = naming(options.inputs, [&] { return read_tensors(options.inputs); });
   c10::Dict<std::string, torch::Tensor> outputs;

@@ -1,6 +1,7 @@
 // A stand-in for libnvinfer: a registry that keeps creators and counts what it is asked, and plain
 // functions through which test_plugins.py calls plugins as TensorRT does. Compiled with
-// -DLAUNCHERS it is instead what stands in for the kernels: launchers that note what they are given.
+// -DLAUNCHERS it is instead what stands in for the kernels: launchers that note what they are
+// given.
 
 #ifdef LAUNCHERS
 
@@ -111,7 +112,8 @@ struct Sizes final : IExprBuilder, apiv::VExprBuilder {
   }
   const IDimensionExpr* operation(DimensionOperation op, const IDimensionExpr& first,
                                   const IDimensionExpr& second) override {
-    const int64_t a = static_cast<const Size&>(first).size, b = static_cast<const Size&>(second).size;
+    const int64_t a = static_cast<const Size&>(first).size,
+                  b = static_cast<const Size&>(second).size;
     if (a < 0 || b < 0) return constant(-1);
     if (op == DimensionOperation::kPROD) return constant(a * b);
     return op == DimensionOperation::kFLOOR_DIV ? constant(a / b) : nullptr;
@@ -120,7 +122,7 @@ struct Sizes final : IExprBuilder, apiv::VExprBuilder {
                                           const IDimensionExpr&) override {
     return nullptr;
   }
-  std::vector<std::unique_ptr<Size>> made;
+  std::vector<std::unique_ptr<Size> > made;
 };
 
 template <class Part>
@@ -175,7 +177,8 @@ int32_t output_types(IPluginV3* plugin, const int32_t* in, int32_t inputs, int32
   std::vector<DataType> types(inputs), found(outputs(plugin), DataType::kINT8);
   for (int32_t i = 0; i < inputs; ++i) types[i] = static_cast<DataType>(in[i]);
   const int32_t count = outputs(plugin);
-  const int32_t status = build(plugin)->getOutputDataTypes(found.data(), count, types.data(), inputs);
+  const int32_t status =
+      build(plugin)->getOutputDataTypes(found.data(), count, types.data(), inputs);
   for (int32_t i = 0; i < count; ++i) out[i] = static_cast<int32_t>(found[i]);
   return status;
 }

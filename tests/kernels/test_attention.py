@@ -1,69 +1,18 @@
-"""The fused attention kernel: the build command, the interface, and the numbers it computes."""
+"""The fused attention kernel: the interface, and the numbers it computes."""
 
 import ctypes
 import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 
 from clip_ttrt import kernels
 from experiments import attention_bench
-from kernels import build
 import needs
 
 ROOT = pathlib.Path(__file__).parents[2]
 HEADER = ROOT / "kernels" / "attention" / "attention.h"
 HOPPER, AMPERE, TURING = (9, 0), (8, 6), (7, 5)
-
-
-
-# The build command
-
-
-def test_missing_nvcc_is_one_sentence_and_exit_code_2():
-    answer = subprocess.run(
-        [sys.executable, "-c", "import sys; from kernels import build; build.find_nvcc = lambda: None; sys.exit(build.main([]))"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert answer.returncode == 2
-    assert answer.stdout == ""
-    assert answer.stderr.count("\n") == 1 and "pip install nvidia-cuda-nvcc" in answer.stderr
-
-
-def test_nvcc_is_found_in_a_wheel_when_path_has_none(tmp_path, monkeypatch):
-    nvcc = tmp_path / "nvidia" / "cu13" / "bin" / "nvcc"
-    nvcc.parent.mkdir(parents=True)
-    nvcc.touch()
-    monkeypatch.setattr(build.shutil, "which", lambda name: None)
-    monkeypatch.setattr(build.sysconfig, "get_paths", lambda: {"purelib": str(tmp_path)})
-    assert build.find_nvcc() == nvcc
-    nvcc.unlink()
-    assert build.find_nvcc() is None
-
-
-def test_plugin_is_compiled_only_with_tensorrt_headers(tmp_path):
-    def sources(tensorrt):
-        commands = build.build_commands(pathlib.Path("/x/bin/nvcc"), ["80", "90a"], tensorrt, 1, False)
-        return [argument for command in commands for argument in command if argument.endswith((".cu", ".cpp"))]
-
-    assert not any("plugin" in source for source in sources(None))
-    assert any(source.endswith("attention_plugin.cpp") for source in sources(tmp_path))
-
-
-def test_wrong_tensorrt_directory_is_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("TENSORRT_INCLUDE_DIR", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path))):
-        build.find_tensorrt(fetch=False)
-
-
-def test_every_source_exists_and_every_architecture_is_built():
-    for source in (*build.KERNEL_SOURCES, *build.PLUGIN_SOURCES):
-        assert (build.KERNELS / source).is_file()
-    flags = build.architecture_flags(list(build.ARCHITECTURES))
-    # wgmma needs the target with the "a".
-    assert "-gencode=arch=compute_90a,code=sm_90a" in flags and len(flags) == 4
 
 
 # The interface
@@ -103,7 +52,7 @@ def test_floor_counts_each_byte_once():
 
 @pytest.fixture
 def library():
-    return attention_bench.Library(build.OUTPUT)
+    return attention_bench.Library(kernels.find().path)
 
 
 @needs.built
@@ -195,6 +144,24 @@ def test_a_bias_of_another_kind_is_refused(bias):
     kind, size = bias
     with pytest.raises(ValueError, match=r"fp32 \[64\]"):
         kernels.attention(torch.zeros(1, 2, 192).half(), 1, False, torch.zeros(size, dtype=getattr(torch, kind)))
+
+
+@needs.built
+@pytest.mark.gpu
+@needs.ampere
+def test_tensors_of_any_layout_and_alignment():
+    import torch
+
+    torch.manual_seed(0)
+    qkv, bias = torch.randn(2, 50, 3 * 128, device="cuda").half(), torch.randn(128, device="cuda")
+    expected = kernels.attention(qkv, 2, False, bias)
+    shifted = torch.cat([qkv.flatten()[:1], qkv.flatten()])[1:].view_as(qkv)
+    shifted_bias = torch.cat([bias[:1], bias])[1:]
+    assert shifted.is_contiguous() and shifted.data_ptr() % 16 and shifted_bias.data_ptr() % 16
+    assert torch.equal(kernels.attention(shifted, 2, False, shifted_bias), expected)
+    turned = qkv.transpose(0, 1).contiguous().transpose(0, 1)
+    assert not turned.is_contiguous()
+    assert torch.equal(kernels.attention(turned, 2, False, bias), expected)
 
 
 # The numbers

@@ -4,7 +4,6 @@ them, and with the compilers where they are."""
 import os
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import toolchain
@@ -126,7 +125,9 @@ def not_ours(machine):
     built(machine).write_text("no library")
 
 
-@pytest.mark.parametrize("change", [another_source, another_gpu, another_major, no_plugins, not_ours])
+@pytest.mark.parametrize(
+    "change", [another_source, another_gpu, another_major, no_plugins, not_ours]
+)
 def test_a_library_that_does_not_serve_is_built_anew(machine, change, monkeypatch):
     build_kernels.main(["--if-possible"])
     before = len(commands(machine))
@@ -187,7 +188,8 @@ FATAL = "echo \"nvcc fatal   : Unsupported gpu architecture 'compute_90a'\" >&2;
     ("a C++ compiler is missing", lambda machine, _: (machine / "bin" / "g++").unlink()),
     ("headers are missing and cannot be fetched", without_headers),
     ("at v10.15", without_headers),
-    ("which holds no headers", lambda machine, _: (machine / "include" / "NvInferVersion.h").unlink()),
+    ("which holds no headers",
+     lambda machine, _: (machine / "include" / "NvInferVersion.h").unlink()),
     ("the headers of TensorRT 11, and TensorRT 10.15.1 is installed",
      lambda machine, _: write_headers(machine / "include", (11, 1))),
     ("failed: a.cu(3): error: none", lambda machine, _: install(machine, "nvcc", ERROR)),
@@ -198,7 +200,9 @@ FATAL = "echo \"nvcc fatal   : Unsupported gpu architecture 'compute_90a'\" >&2;
      lambda _, monkeypatch: monkeypatch.setattr(build_kernels, "try_out", do_not_run)),
     ("the library cannot be written: [Errno", no_folder),
 ])  # fmt: skip
-def test_what_goes_wrong_is_one_line_and_no_failure(expected, prepare, machine, monkeypatch, capsys):
+def test_what_goes_wrong_is_one_line_and_no_failure(
+    expected, prepare, machine, monkeypatch, capsys
+):
     prepare(machine, monkeypatch)
     assert build_kernels.main(["--if-possible"]) == 0
     [line] = capsys.readouterr().err.splitlines()
@@ -342,6 +346,7 @@ def test_plugins_compile_without_a_warning(headers, tmp_path):
         run([*command, "-Xcompiler", "-Werror"])
 
 
+@pytest.mark.slow
 @toolchain.needs_nvcc
 @pytest.mark.parametrize(
     "source", [one for one in build_kernels.compiled_sources() if one.endswith(".cu")]

@@ -8,10 +8,9 @@ import re
 import pytest
 import torch
 
-from clip_ttrt import elementwise, ops
+from clip_ttrt import elementwise, kernels, ops
 from clip_ttrt.errors import UserError
 from experiments import elementwise_bench as bench
-from kernels import build
 import needs
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -26,7 +25,7 @@ TYPES = {
 
 @pytest.fixture(scope="module")
 def library():
-    return bench.Library(build.OUTPUT)
+    return bench.Library(kernels.find().path)
 
 
 # The interface
@@ -86,7 +85,7 @@ def test_wrappers_refuse_what_is_not_on_a_gpu():
 
 
 def test_library_of_another_version_is_a_user_error(monkeypatch):
-    monkeypatch.setattr(elementwise.plugin, "library", lambda: object())
+    monkeypatch.setattr(kernels, "library", lambda: object())
     elementwise._library.cache_clear()
     with pytest.raises(UserError, match="another version"):
         elementwise._library()

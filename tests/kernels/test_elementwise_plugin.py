@@ -1,126 +1,94 @@
-"""The creators of the elementwise plugins: registration, fields, and what an engine file holds. Needs no GPU."""
+"""Engines of each elementwise plugin alone, for a range of rows: they give the launchers' bits."""
 
-import ctypes
-import struct
-
-import pytest
-
-from kernels import build
 import needs
+import one_layer
+import pytest
+import torch
 
-trt = pytest.importorskip("tensorrt", reason="TensorRT is not installed")
-np = pytest.importorskip("numpy")
+from clip_ttrt import elementwise, kernels
 
-LAYOUT, EPSILON = 1, 1e-5
-FIELDS = {
-    "ClipBiasQuickGelu": [],
-    "ClipResidualLayerNorm": ["residual", "epsilon"],
-    "ClipExtractPatches": ["patch_size"],
-    "ClipEmbedImage": ["tokens", "epsilon_pre", "epsilon_1"],
-}
+pytestmark = [pytest.mark.gpu, needs.ampere]
+
+W, TOKENS = 768, 50
+CONSTANT = (torch.float32, (W,))
 
 
 @pytest.fixture(scope="module")
-def creators():
-    if not build.OUTPUT.is_file():
-        pytest.skip(needs.NOT_BUILT)
-    library = ctypes.CDLL(str(build.OUTPUT), mode=ctypes.RTLD_GLOBAL)
-    if not hasattr(library, "clip_elementwise_register_plugins"):
-        pytest.skip("the library was built without TensorRT's headers")
-    assert library.clip_elementwise_register_plugins() == 1
-    assert library.clip_elementwise_register_plugins() == 1  # a second registration does no harm
-    creators = trt.get_plugin_registry()
-    return {name: creators.get_plugin_creator(name, "3", "") for name in FIELDS}
+def trt():
+    return one_layer.tensorrt()
 
 
-def field(name, value, dtype="int32"):
-    kind = {"int32": trt.PluginFieldType.INT32, "float32": trt.PluginFieldType.FLOAT32}[dtype]
-    return trt.PluginField(name, np.array(value, dtype=dtype).reshape(-1), kind)
+def engine(trt, name, fields, inputs, outputs=1):
+    plan = one_layer.build(trt, one_layer.create(trt, name, fields), inputs, outputs)
+    assert plan is not None
+    return one_layer.Engine(trt, plan)
 
 
-def collection(*fields):
-    return trt.PluginFieldCollection([field(*f) for f in fields])
+def normal(*shape):
+    return torch.randn(shape, device="cuda")
 
 
-@pytest.mark.parametrize("name", FIELDS)
-def test_creator_is_registered_with_its_fields(creators, name):
-    assert [f.name for f in creators[name].field_names] == FIELDS[name]
+def test_bias_quick_gelu(trt):
+    inputs = [(torch.half, (-1, W)), CONSTANT]
+    one = engine(trt, kernels.BIAS_QUICK_GELU, {}, inputs)
+    bias = normal(W)
+    for rows in (1, 7, 64):
+        x = normal(rows, W).half()
+        assert torch.equal(one(x, bias)[0], elementwise.bias_quick_gelu(x, bias))
 
 
-@pytest.mark.parametrize(
-    "name, fields, expected, outputs",
-    [
-        ("ClipBiasQuickGelu", [], struct.pack("<i", LAYOUT), 1),
-        ("ClipResidualLayerNorm", [("residual", 0), ("epsilon", EPSILON, "float32")], struct.pack("<iif", LAYOUT, 0, EPSILON), 1),
-        ("ClipResidualLayerNorm", [("epsilon", EPSILON, "float32"), ("residual", 1)], struct.pack("<iif", LAYOUT, 1, EPSILON), 2),
-        ("ClipExtractPatches", [("patch_size", 14)], struct.pack("<ii", LAYOUT, 14), 1),
-        ("ClipEmbedImage", [("tokens", 50), ("epsilon_pre", EPSILON, "float32"), ("epsilon_1", 1e-6, "float32")],
-         struct.pack("<iiff", LAYOUT, 50, EPSILON, 1e-6), 2),
-    ],
-)  # fmt: skip
-def test_plugin_survives_serialisation_and_copying(creators, name, fields, expected, outputs):
-    plugin = creators[name].create_plugin("a", collection(*fields))
-    data = bytes(kernels.serialize())
-    assert data == expected
-    for again in (creators[name].deserialize_plugin("a", data), kernels.clone()):
-        assert bytes(again.serialize()) == data
-        assert (again.num_outputs, again.plugin_type, again.plugin_version) == (outputs, name, "3")
+def test_residual_layer_norm(trt):
+    fields = {"residual": 1, "epsilon": 1e-5}
+    inputs = [(torch.half, (-1, W))] * 2 + [CONSTANT] * 3
+    one = engine(trt, kernels.RESIDUAL_LAYER_NORM, fields, inputs, outputs=2)
+    constants = normal(3, W)
+    for rows in (1, 7, 64):
+        x, delta = normal(rows, W).half(), normal(rows, W).half()
+        expected = elementwise.residual_layer_norm(x, delta, *constants, 1e-5)
+        for found, right in zip(one(x, delta, *constants), expected):
+            assert torch.equal(found, right)
 
 
-@pytest.mark.parametrize(
-    "name, fields",
-    [
-        ("ClipBiasQuickGelu", [("residual", 1)]),
-        ("ClipResidualLayerNorm", []),
-        ("ClipResidualLayerNorm", [("residual", 1)]),
-        ("ClipResidualLayerNorm", [("epsilon", EPSILON, "float32")]),
-        ("ClipResidualLayerNorm", [("residual", 2), ("epsilon", EPSILON, "float32")]),
-        ("ClipResidualLayerNorm", [("residual", -1), ("epsilon", EPSILON, "float32")]),
-        ("ClipResidualLayerNorm", [("residual", 1), ("epsilon", 0.0, "float32")]),
-        ("ClipResidualLayerNorm", [("residual", 1), ("epsilon", -1.0, "float32")]),
-        ("ClipResidualLayerNorm", [("residual", 1), ("epsilon", float("nan"), "float32")]),
-        ("ClipResidualLayerNorm", [("residual", 1), ("epsilon", float("inf"), "float32")]),
-        ("ClipResidualLayerNorm", [("residual", 1.0, "float32"), ("epsilon", EPSILON, "float32")]),
-        ("ClipResidualLayerNorm", [("residual", 1), ("epsilon", 1)]),
-        ("ClipResidualLayerNorm", [("residual", [1, 1]), ("epsilon", EPSILON, "float32")]),
-        ("ClipResidualLayerNorm", [("residual", 1), ("epsilon", EPSILON, "float32"), ("width", 768)]),
-        ("ClipExtractPatches", []),
-        ("ClipExtractPatches", [("patch_size", 0)]),
-        ("ClipExtractPatches", [("patch_size", 15)]),
-        ("ClipExtractPatches", [("patch_size", -2)]),
-        ("ClipExtractPatches", [("patch_size", 4098)]),
-        ("ClipExtractPatches", [("patch_size", 32.0, "float32")]),
-        ("ClipEmbedImage", [("tokens", 50), ("epsilon_pre", EPSILON, "float32")]),
-        ("ClipEmbedImage", [("tokens", 1), ("epsilon_pre", EPSILON, "float32"), ("epsilon_1", EPSILON, "float32")]),
-        ("ClipEmbedImage", [("tokens", 50), ("epsilon_pre", 0.0, "float32"), ("epsilon_1", EPSILON, "float32")]),
-        ("ClipEmbedImage", [("tokens", 50), ("epsilon_pre", EPSILON, "float32"), ("epsilon_1", float("nan"), "float32")]),
-        ("ClipEmbedImage", [("tokens", 50), ("epsilon_pre", 1), ("epsilon_1", EPSILON, "float32")]),
-    ],
-)
-def test_wrong_fields_make_no_plugin(creators, name, fields, capfd):
-    assert creators[name].create_plugin("a", collection(*fields)) is None
-    assert f"{name} plugin:" in capfd.readouterr().err
+def test_layer_norm(trt):
+    fields = {"residual": 0, "epsilon": 1e-5}
+    inputs = [(torch.half, (-1, TOKENS, W))] + [CONSTANT] * 2
+    one = engine(trt, kernels.RESIDUAL_LAYER_NORM, fields, inputs)
+    constants = normal(2, W)
+    for batch in (1, 7, 64):
+        x = normal(batch, TOKENS, W).half()
+        _, expected = elementwise.residual_layer_norm(x, None, None, *constants, 1e-5)
+        assert torch.equal(one(x, *constants)[0], expected)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.half])
+def test_extract_patches(trt, kind):
+    one = engine(trt, kernels.EXTRACT_PATCHES, {"patch_size": 32}, [(kind, (-1, 3, 224, 224))])
+    for batch in (1, 7, 64):
+        images = normal(batch, 3, 224, 224).to(kind)
+        assert torch.equal(one(images)[0], elementwise.extract_patches(images, 32))
+
+
+def test_embed_image(trt):
+    """The rows of its profile are multiples of an image's patches: 2 tokens are 1 patch."""
+    fields = {"tokens": 2, "epsilon_pre": 1e-5, "epsilon_1": 1e-6}
+    inputs = [(torch.half, (-1, W)), CONSTANT, (torch.float32, (2, W)), *[CONSTANT] * 4]
+    one = engine(trt, kernels.EMBED_IMAGE, fields, inputs, outputs=2)
+    token, positions, norms = normal(W), normal(2, W), normal(4, W)
+    for batch in (1, 7, 64):
+        patches = normal(batch, W).half()
+        expected = elementwise.embed_image(patches, token, positions, *norms, 1e-5, 1e-6)
+        for found, right in zip(one(patches, token, positions, *norms), expected):
+            assert torch.equal(found, right)
 
 
 @pytest.mark.parametrize(
-    "name, data",
+    "name, fields, inputs",
     [
-        ("ClipBiasQuickGelu", b"\0\0"),
-        ("ClipBiasQuickGelu", struct.pack("<i", LAYOUT + 1)),
-        ("ClipBiasQuickGelu", struct.pack("<ii", LAYOUT, 0)),
-        ("ClipResidualLayerNorm", struct.pack("<ii", LAYOUT, 1)),
-        ("ClipResidualLayerNorm", struct.pack("<iif", LAYOUT + 1, 1, EPSILON)),
-        ("ClipResidualLayerNorm", struct.pack("<iif", LAYOUT, 2, EPSILON)),
-        ("ClipResidualLayerNorm", struct.pack("<iif", LAYOUT, 1, -EPSILON)),
-        ("ClipResidualLayerNorm", struct.pack("<iiff", LAYOUT, 1, EPSILON, EPSILON)),
-        ("ClipExtractPatches", struct.pack("<i", LAYOUT)),
-        ("ClipExtractPatches", struct.pack("<ii", LAYOUT + 1, 32)),
-        ("ClipExtractPatches", struct.pack("<ii", LAYOUT, 31)),
-        ("ClipEmbedImage", struct.pack("<iif", LAYOUT, 50, EPSILON)),
-        ("ClipEmbedImage", struct.pack("<iiff", LAYOUT + 1, 50, EPSILON, EPSILON)),
-        ("ClipEmbedImage", struct.pack("<iiff", LAYOUT, 0, EPSILON, EPSILON)),
+        (kernels.BIAS_QUICK_GELU, {}, [(torch.half, (2, W)), (torch.float32, (W - 1,))]),
+        (kernels.BIAS_QUICK_GELU, {}, [(torch.half, (W,)), CONSTANT]),
+        (kernels.EXTRACT_PATCHES, {"patch_size": 32}, [(torch.half, (1, 3, 220, 220))]),
     ],
 )
-def test_data_of_another_version_is_refused(creators, name, data, capfd):
-    assert creators[name].deserialize_plugin("a", data) is None
+def test_wrong_inputs_make_no_engine(trt, name, fields, inputs, capfd):
+    assert one_layer.build(trt, one_layer.create(trt, name, fields), inputs) is None
     assert f"{name} plugin:" in capfd.readouterr().err

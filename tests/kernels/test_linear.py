@@ -1,6 +1,7 @@
 """Linear layers through cuBLASLt: the interface, tables, the numbers they compute, and the wrapper for PyTorch."""
 
 import ctypes
+import gc
 import importlib.util
 import os
 import pathlib
@@ -59,7 +60,7 @@ def headers_of_cublaslt():
 
 @pytest.mark.parametrize("header", headers_of_cublaslt() or [None], ids=lambda header: header and header.parts[-3])
 def test_what_is_declared_of_cublaslt_is_what_its_header_says(header):
-    """With the headers of the wheels, PyTorch's and the extra's; names, values and the two structs."""
+    """With the header of PyTorch's wheel; names, values and the two structs."""
     if header is None:
         pytest.skip("no cublasLt.h is installed")
     theirs = header.read_text() + header.with_name("cublas_api.h").read_text()
@@ -88,8 +89,8 @@ def entry(rows, fill=0):
 
 
 def test_table_survives_packing():
-    about, entries = linear.unpack(linear.pack(768, 3072, True, [entry(1, 5), entry(50)], 120103))
-    assert (about.outputs, about.inputs, about.bias, about.count, about.version) == (768, 3072, 1, 2, 120103)
+    about, entries = linear.unpack(linear.pack(768, 3072, True, [entry(1, 5), entry(50)], 130101))
+    assert (about.outputs, about.inputs, about.bias, about.count, about.version) == (768, 3072, 1, 2, 130101)
     assert [(e.rows, list(e.algorithm)) for e in entries] == [(1, [5] * 8), (50, [0] * 8)]
     table = linear.pack(768, 3072, False)
     assert linear.unpack(table)[1] == []
@@ -123,7 +124,7 @@ def test_measuring_refuses_other_arguments():
 
 
 def test_library_of_another_version_is_a_user_error(monkeypatch):
-    monkeypatch.setattr(plugin, "library", lambda: object())
+    monkeypatch.setattr(kernels, "library", lambda: object())
     linear._library.cache_clear()
     with pytest.raises(UserError, match="another version"):
         linear._library()
@@ -142,65 +143,56 @@ def test_without_cublaslt_the_error_names_it(monkeypatch):
 
 
 def test_version_in_words(monkeypatch):
-    monkeypatch.setattr(linear, "version", lambda: 120103)
-    assert linear.version_text() == "12.1.3"
+    monkeypatch.setattr(linear, "version", lambda: 130102)
+    assert linear.version_text() == "13.1.2"
 
 
 # Which cuBLASLt
 
 
-def test_the_extra_is_found_among_the_packages(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(tmp_path / "empty"), str(tmp_path)])
-    assert kernels.cublaslt() is None
-    file = tmp_path / kernels.CUBLASLT
-    file.parent.mkdir(parents=True)
-    file.touch()
-    assert kernels.cublaslt() == file
-
-
 FUNCTIONS = re.findall(r"\(\*(cublasLt\w+)\)", DECLARED)
-VERSION_HERE = "from clip_ttrt import linear; print(linear.version())"
+# Without PyTorch, which would have loaded its own.
+VERSION_HERE = """
+import ctypes, sys
+library = ctypes.CDLL(sys.argv[1])
+library.clip_linear_version.restype = ctypes.c_uint64
+print(library.clip_linear_version())
+"""
 
 
-def version_with(folder, version, functions=FUNCTIONS, name=kernels.CUBLASLT, variable="PYTHONPATH"):
-    """linear.version() in a new process, among whose packages (or libraries) is a cuBLASLt that can only tell its version."""
+def version_with(folder, version, functions=FUNCTIONS):
+    """cuBLASLt's version in a new process that finds one which can only tell its version."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("a C compiler is needed")
-    file = folder / name
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file = folder / "libcublasLt.so.13"
     source = "\n".join(f"unsigned long {function}() {{ return {version}; }}" for function in functions)
-    subprocess.run([compiler, "-shared", "-fPIC", f"-Wl,-soname,{file.name}", "-x", "c", "-o", file, "-"], input=source, text=True, check=True)
-    paths = [str(folder), *([str(FOLDER.parents[1])] if variable == "PYTHONPATH" else []), *filter(None, [os.environ.get(variable)])]
-    ran = subprocess.run([sys.executable, "-c", VERSION_HERE], env={**os.environ, variable: ":".join(paths)}, text=True, capture_output=True, cwd=FOLDER.parents[1])
-    return int(ran.stdout) if ran.returncode == 0 else ran.stderr
+    compile_it = [compiler, "-shared", "-fPIC", f"-Wl,-soname,{file.name}", "-x", "c", "-o", file, "-"]
+    subprocess.run(compile_it, input=source, text=True, check=True)
+    command = [sys.executable, "-c", VERSION_HERE, kernels.find().path]
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(folder)}
+    return int(subprocess.run(command, env=environment, text=True, capture_output=True, check=True).stdout)
 
 
 @needs.built
-def test_the_extra_comes_first(tmp_path):
-    """Before what PyTorch has loaded and what the system finds, whichever those are."""
-    assert version_with(tmp_path, 120999) == 120999
-
-
-@needs.built
-def test_what_the_system_finds_serves_too(tmp_path):
-    if kernels.cublaslt():
-        pytest.skip("the extra is installed here")
-    assert version_with(tmp_path, 120999, name="libcublasLt.so.13", variable="LD_LIBRARY_PATH") == 120999
+def test_a_program_without_pytorch_finds_what_the_system_finds(tmp_path):
+    assert version_with(tmp_path, 130999) == 130999
 
 
 @needs.built
 @pytest.mark.parametrize("functions", [FUNCTIONS[:-1], ["other"]])
-def test_a_library_without_the_functions_is_passed_over(tmp_path, functions):
-    """For another one, or else with an error that names them."""
-    found = version_with(tmp_path, 120999, functions)
-    assert isinstance(found, int) and found not in (0, 120999) or "linear layers need cuBLASLt" in found
+def test_a_library_without_the_functions_is_none(tmp_path, functions):
+    assert version_with(tmp_path, 130999, functions) == 0
 
 
 @needs.built
-@pytest.mark.gpu
-def test_cublaslt_of_a_later_cuda_than_the_drivers_is_passed_over(tmp_path):
-    assert version_with(tmp_path, 990000) not in (0, 990000)
+def test_pytorchs_is_what_the_process_has_loaded():
+    """By its soname, wherever the wheels have put it: importing torch has loaded it."""
+    if torch.version.cuda is None:
+        pytest.skip("PyTorch is built without CUDA")
+    loaded = ctypes.CDLL("libcublasLt.so.13", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+    loaded.cublasLtGetVersion.restype = ctypes.c_size_t
+    assert linear.version() == loaded.cublasLtGetVersion() >= 130000
 
 
 @pytest.fixture
@@ -219,13 +211,47 @@ def test_tables_that_the_library_refuses(library):
             setattr(about, name, value)
         return bytes(about)
 
-    good = linear.pack(64, 64, False, [entry(1)], 120103)
-    assert linear._layer(good)
+    good = linear.pack(64, 64, False, [entry(1)], 130101)
+    assert linear._layer(good).pointer
     bad = [b"", good[:-1], good + b"\0", wrong(count=1), wrong(count=-1), wrong(bias=2), wrong(bias=-1), wrong(inputs=0), wrong(inputs=6), wrong(outputs=12),
            wrong(outputs=65544)]  # fmt: skip
-    for table in [*bad, *(linear.pack(64, 64, False, [e], 120103) for e in (entry(0), entry(2**31)))]:
+    for table in [*bad, *(linear.pack(64, 64, False, [e], 130101) for e in (entry(0), entry(2**31)))]:
         with pytest.raises(ValueError, match="are no table"):
             linear._layer(table)
+
+
+@needs.built
+def test_layers_that_make_room_for_others_are_destroyed_after_their_last_use(library, monkeypatch):
+    destroyed = []
+    monkeypatch.setattr(linear, "_library", lambda: Counting(library, destroyed))
+    linear._layer.cache_clear()
+    in_use = linear._layer(linear.pack(64, 64, False))
+    address = in_use.pointer.value
+    most = linear._layer.cache_info().maxsize
+    for i in range(most + 9):
+        linear._layer(linear.pack(64, 4 * (i + 20), False))
+    gc.collect()
+    assert len(destroyed) == 9 and address not in destroyed
+    del in_use
+    gc.collect()
+    assert len(destroyed) == 10 and destroyed[-1] == address
+    linear._layer.cache_clear()
+    gc.collect()
+    assert len(destroyed) == most + 10
+
+
+class Counting:
+    """The library, noting which layers it destroys."""
+
+    def __init__(self, library, destroyed):
+        self.library, self.destroyed = library, destroyed
+
+    def __getattr__(self, name):
+        return getattr(self.library, name)
+
+    def clip_linear_destroy(self, pointer):
+        self.destroyed.append(pointer.value)
+        self.library.clip_linear_destroy(pointer)
 
 
 POINTER, UNALIGNED = 4096, 4104
@@ -241,13 +267,13 @@ def outside_the_contract():
 @pytest.mark.parametrize("changed", list(outside_the_contract()))
 def test_what_is_outside_the_contract_is_refused(library, changed):
     """Before any call to the driver, so also where there is no GPU."""
-    values = {"layer": linear._layer(linear.pack(64, 64, True)), **dict.fromkeys(("x", "weight", "bias", "out", "workspace"), POINTER), "rows": 3}
+    values = {"layer": linear._layer(linear.pack(64, 64, True)).pointer, **dict.fromkeys(("x", "weight", "bias", "out", "workspace"), POINTER), "rows": 3}
     assert library.clip_linear_launch(ctypes.byref(linear.LinearParams(**(values | changed))), None) == INVALID_VALUE
 
 
 @needs.built
 def test_a_bias_that_the_layer_has_not_is_refused_and_no_rows_are_no_work(library):
-    values = {"layer": linear._layer(linear.pack(64, 64, False)), **dict.fromkeys(("x", "weight", "bias", "out", "workspace"), POINTER)}
+    values = {"layer": linear._layer(linear.pack(64, 64, False)).pointer, **dict.fromkeys(("x", "weight", "bias", "out", "workspace"), POINTER)}
     assert library.clip_linear_launch(ctypes.byref(linear.LinearParams(**values, rows=3)), None) == INVALID_VALUE
     assert library.clip_linear_launch(ctypes.byref(linear.LinearParams(**values, rows=0)), None) == 0
 
@@ -281,7 +307,7 @@ def poisoned(library, table, x, weight, bias):
     """The launch into an output of NaN with a NaN row before and after it."""
     out = torch.full((x.shape[0] + 2, weight.shape[0]), float("nan"), dtype=torch.half, device="cuda")
     workspace = torch.full((linear.WORKSPACE_BYTES,), 0xFF, dtype=torch.uint8, device="cuda")
-    params = linear.LinearParams(linear._layer(table), x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), out[1:].data_ptr(),
+    params = linear.LinearParams(linear._layer(table).pointer, x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), out[1:].data_ptr(),
                                  workspace.data_ptr(), x.shape[0])  # fmt: skip
     assert library.clip_linear_launch(ctypes.byref(params), torch.cuda.current_stream().cuda_stream) == 0
     torch.cuda.synchronize()

@@ -152,14 +152,15 @@ def dims(shapes):
 
 @pytest.fixture(scope="module", params=toolchain.each_headers())
 def trt(request, tmp_path_factory):
-    """The stand-in and the library, built with one set of headers and with every warning an error."""
+    """The stand-in and the library, built with one set of headers, every warning an error."""
     if toolchain.cuda() is None or toolchain.shutil.which("g++") is None:
         pytest.skip("needs g++ and the CUDA runtime's headers")
     folder = tmp_path_factory.mktemp("trt")
     include, cudart = toolchain.cuda()
     fake = toolchain.ROOT / "tests" / "kernels" / "fake_tensorrt.cpp"
-    compiler = ["g++", "-std=c++17", "-O1", "-fno-gnu-unique", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
-    compiler += ["-isystem", str(request.param), "-isystem", str(include), "-Wno-deprecated"]
+    compiler = ["g++", "-std=c++17", "-O1", "-fno-gnu-unique", "-fPIC", "-shared"]
+    compiler += ["-Wall", "-Wextra", "-Werror", "-Wno-deprecated"]
+    compiler += ["-isystem", str(request.param), "-isystem", str(include)]
     compiler += ["-Wno-deprecated-declarations"]  # TensorRT's own, of what a registry must have
     major = build_kernels.major_of_headers(request.param)
     runtime = folder / f"libnvinfer.so.{major}"
@@ -273,7 +274,7 @@ def wrong_fields():
 
 @pytest.mark.parametrize(
     "name, word, fields",
-    [pytest.param(name, word, given, id=f"{name}-{what}") for name, what, word, given in wrong_fields()],
+    [pytest.param(name, word, one, id=f"{name}-{why}") for name, why, word, one in wrong_fields()],
 )
 def test_wrong_fields_are_refused_and_not_read(trt, name, word, fields, capfd):
     """At either phase, in one line that names the plugin."""
@@ -394,8 +395,8 @@ WRONG_SHAPES = [
     (kernels.RESIDUAL_LAYER_NORM, {}, [(768,)] * 5),
     (kernels.RESIDUAL_LAYER_NORM, {}, [(100, 768), (50, 768)] + [(768,)] * 3),
     (kernels.RESIDUAL_LAYER_NORM, {}, [(2, 50, 768), (100, 768)] + [(768,)] * 3),
-    *((kernels.RESIDUAL_LAYER_NORM, {}, [(100, 768)] * 2 + [(767 if at == i else 768,) for i in range(3)])
-      for at in range(3)),
+    *((kernels.RESIDUAL_LAYER_NORM, {},
+       [(100, 768)] * 2 + [(767 if at == i else 768,) for i in range(3)]) for at in range(3)),
     (kernels.EXTRACT_PATCHES, {}, [(3, 224, 224)]),
     (kernels.EXTRACT_PATCHES, {}, [(8, 4, 224, 224)]),
     (kernels.EXTRACT_PATCHES, {}, [(8, 3, 224, 238)]),
@@ -436,7 +437,8 @@ LAUNCHES = [
     (kernels.ATTENTION, {}, [QKV, BIAS], kernels.AttentionParams,
      {"qkv": 16, "out": OUT, "query_bias": 32, "batch": 2, "heads": 12, "tokens": 77, "causal": 1,
       "variant": 0}),
-    (kernels.ATTENTION, {"query_bias": 0, "causal": 0}, [(3, 77, 3 * WIDTH)], kernels.AttentionParams,
+    (kernels.ATTENTION, {"query_bias": 0, "causal": 0}, [(3, 77, 3 * WIDTH)],
+     kernels.AttentionParams,
      {"qkv": 16, "out": OUT, "query_bias": None, "batch": 3, "heads": 12, "tokens": 77,
       "causal": 0, "variant": 0}),
     (kernels.BIAS_QUICK_GELU, {}, [(2, 50, 3072), (3072,)], elementwise.GeluParams,
@@ -450,7 +452,8 @@ LAUNCHES = [
       "rows": 100, "width": 768, "epsilon": pytest.approx(1e-5)}),
     (kernels.EXTRACT_PATCHES, {}, [(8, 3, 224, 224)], elementwise.PatchesParams,
      {"images": 16, "out": OUT, "batch": 8, "resolution": 224, "patch_size": 14, "half": 1}),
-    (kernels.EMBED_IMAGE, {}, [(98, 768), (768,), (50, 768)] + [(768,)] * 4, elementwise.EmbedParams,
+    (kernels.EMBED_IMAGE, {}, [(98, 768), (768,), (50, 768)] + [(768,)] * 4,
+     elementwise.EmbedParams,
      {"patches": 16, "class_token": 32, "positions": 48, "scale_pre": 64, "shift_pre": 80,
       "scale_1": 96, "shift_1": 112, "x": OUT, "y": SECOND, "batch": 2, "tokens": 50, "width": 768,
       "epsilon_pre": pytest.approx(1e-5), "epsilon_1": pytest.approx(1e-6)}),
