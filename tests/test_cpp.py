@@ -54,7 +54,7 @@ def artifact(tmp_path_factory):
     return compiled(tmp_path_factory, "torchscript")
 
 
-@pytest.fixture(scope="session", params=["tensorrt", pytest.param("fused", marks=needs.built)])
+@pytest.fixture(scope="session", params=["tensorrt", pytest.param("fused", marks=needs.fused)])
 def engines(tmp_path_factory, request):
     return compiled(tmp_path_factory, "tensorrt", request.param)
 

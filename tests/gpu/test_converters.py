@@ -151,7 +151,7 @@ def blocks(count, width, causal, std, bias):
 
 
 FUSED = [rewrite for rewrite in graph.FUSE if rewrite is not graph.fuse_image_embedding]
-KERNELS = pytest.mark.parametrize("passes", [pytest.param((), id="tensorrt"), pytest.param(FUSED, id="fused", marks=needs.built)])
+KERNELS = pytest.mark.parametrize("passes", [pytest.param((), id="tensorrt"), pytest.param(FUSED, id="fused", marks=needs.fused)])
 
 
 @KERNELS
@@ -186,7 +186,7 @@ def test_dynamic_engine_serves_its_whole_range(count):
     assert (actual - ops.attention_reference(rows.double(), 2, True)).abs().max() < HALF_ERROR
 
 
-@needs.built
+@needs.fused
 def test_a_weight_in_bf16_has_no_fused_kernels():
     with pytest.raises(trt.EngineError, match="Clip"):
         run_in_engine(One(lambda x, _: ops.fused_attention(x, 2, True)), torch.zeros(2, 77, 384), DYNAMIC, "bf16", 4)

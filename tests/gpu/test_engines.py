@@ -22,7 +22,7 @@ pytestmark = pytest.mark.gpu
 
 STATIC, DYNAMIC = "32", "1:32:256"
 FEW, FEW_DYNAMIC = "4", "1:4:8"  # the demo model, where a batch beyond the range is part of the test
-KERNELS = ["tensorrt", pytest.param("fused", marks=needs.built)]
+KERNELS = ["tensorrt", pytest.param("fused", marks=needs.fused)]
 MODELS = ("demo", "ViT-B/32", "ViT-L/14")
 
 
@@ -46,10 +46,10 @@ def artifact_of(tmp_path_factory):
 def cases():
     """(model, precision, batch, kernels): fp16 with both kernels, the other precisions on the smaller models."""
     for model in MODELS:
-        yield pytest.param(model, "fp16", DYNAMIC, "fused", marks=needs.built)
+        yield pytest.param(model, "fp16", DYNAMIC, "fused", marks=needs.fused)
         yield model, "fp16", DYNAMIC, "tensorrt"
         if model != "ViT-L/14":
-            yield pytest.param(model, "fp16", STATIC, "fused", marks=needs.built)
+            yield pytest.param(model, "fp16", STATIC, "fused", marks=needs.fused)
             yield from ((model, precision, DYNAMIC, "tensorrt") for precision in ("fp32", "tf32", "bf16"))
 
 

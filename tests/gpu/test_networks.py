@@ -12,7 +12,7 @@ from clip_ttrt.pipeline import example_input, in_precision
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=needs.built)], ids=["tensorrt", "fused"])
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=needs.fused)], ids=["tensorrt", "fused"])
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("model", ["demo", "ViT-B/32"])
 def test_an_encoder_is_one_network_of_the_layers_that_were_planned(model, encoder, fused):
