@@ -10,7 +10,7 @@ import torch
 
 from clip_ttrt import stack
 from experiments.bugs import __main__ as driver
-from experiments.bugs import captured_warnings, dropped_mask, text_encoder_argmax
+from experiments.bugs import captured_warnings, text_encoder_argmax
 from experiments.bugs.finding import CANNOT_RUN, FAILED, GONE, STILL_WRONG, CannotRun, Finding, show
 from experiments.bugs.stock import WHEELS, where
 from experiments.record import PROVENANCE, read_rows
@@ -90,15 +90,6 @@ def test_texts_end_where_argmax_finds_it_and_half_does_not():
     assert tokens.argmax(-1).tolist() == [5, 16, 27, 38]
     assert tokens.half().argmax(-1).tolist() == [0, 0, 0, 0]
     assert tokens.float().argmax(-1).tolist() == [5, 16, 27, 38]
-
-
-def test_the_three_masks_say_the_same():
-    x, outputs = torch.randn(2, dropped_mask.TOKENS, 64), []
-    for kind in ("is_causal", "mask", "boolean mask"):
-        torch.manual_seed(0)
-        outputs.append(dropped_mask.Attention(kind)(x))
-    for output in outputs[1:]:
-        torch.testing.assert_close(output, outputs[0])
 
 
 def test_where_names_the_place_in_torch_tensorrt():

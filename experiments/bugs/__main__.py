@@ -20,10 +20,7 @@ from experiments.record import PROVENANCE, provenance, read_rows
 BUGS = (
     "out_of_range_batch",
     "non_contiguous_input",
-    "dynamic_batch_splits",
-    "dropped_mask",
     "text_encoder_argmax",
-    "layer_norm_overflow",
     "wrong_block_788_rows",
     "captured_warnings",
 )

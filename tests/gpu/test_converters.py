@@ -188,10 +188,10 @@ def test_a_weight_in_bf16_has_no_fused_kernels():
 
 
 def test_a_refused_network_is_told_in_tensorrt_s_words():
-    lowered = graph.capture(One(lambda x, value: ops.add(x, value), 5).requires_grad_(False), torch.zeros(2, 4))
-    lowered.register_parameter("value", nn.Parameter(torch.zeros(5), requires_grad=False))
+    lowered = graph.capture(One(ops.add, 5).requires_grad_(False), torch.zeros(2, 5))
+    lowered.value = nn.Parameter(torch.zeros(4), requires_grad=False)
     with pytest.raises(trt.EngineError, match="(?i)broadcast|dimension"):
-        trt.build(lowered, torch.zeros(2, 4), STATIC, "fp32")
+        trt.build(lowered, torch.zeros(2, 5), STATIC, "fp32")
 
 
 def test_a_timing_cache_is_written_reused_and_harmless(tmp_path):
