@@ -161,7 +161,7 @@ def test_the_floor_is_a_row(monkeypatch):
 
 @pytest.mark.parametrize("encoder", ["image", "text"])
 def test_the_floor_counts_the_work_of_the_encoder(encoder):
-    module = baselines.plain("demo", encoder, "fp32", "cpu")
+    module = baselines.rearranged("demo", encoder, "fp32", "cpu")
     x = baselines.example("demo", encoder, 3, torch.float32, "cpu")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(x)
