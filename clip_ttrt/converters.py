@@ -202,15 +202,19 @@ def attention_layer(ctx: Any, query: Any, key: Any, value: Any, causal: bool, na
 
 
 def composed_attention(ctx: Any, query: Any, key: Any, value: Any, causal: bool, name: str) -> Any:
-    """Attention as product, softmax and product, in the form that TensorRT's fusion looks for."""
+    """Attention as product, softmax in fp32 and product.
+
+    Where TensorRT has no one kernel for it, a softmax in half costs digits.
+    """
     none, transposed = trt.MatrixOperation.NONE, trt.MatrixOperation.TRANSPOSE
     scores = named(ctx.net.add_matrix_multiply(query, none, key, transposed), f"{name}_scores")
+    scores = to_type(ctx, scores, trt.float32, f"{name}_wide")
     if causal:
         mask = torch.full((scores.shape[2],) * 2, MASKED).triu(1)
         scores = elementwise(ctx, scores, beside(ctx, scores, mask, f"{name}_mask"), "SUM", f"{name}_masked")
     softmax = ctx.net.add_softmax(scores)
     softmax.axes = 1 << 3
-    weights = named(softmax, f"{name}_weights")
+    weights = to_type(ctx, named(softmax, f"{name}_weights"), value.dtype, f"{name}_narrow")
     return named(ctx.net.add_matrix_multiply(weights, none, value, none), f"{name}_attended")
 
 

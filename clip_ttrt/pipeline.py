@@ -1,4 +1,5 @@
 """`compile`: weights -> encoders -> exported graph -> our operations -> backend -> artifact -> verification."""
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any, NamedTuple, Optional
 
@@ -53,13 +54,13 @@ def compile_with(options: Options, progress: Progress) -> Artifact:
         progress.say(f"note: {options.precision} was asked for, and this backend computes in {backend.computes_in}")
     if choice.kernels is not None:
         progress.say(f"kernels: {choice.kernels} ({choice.reason})")
-    if backend.name != "torchscript":
-        with progress.stage("load Torch-TensorRT"):
-            trt.load_runtime(backend.name)
-            trt.api()
     kernels_version = kernels.version() if choice.kernels == "fused" else None
-    kernels.load(kernels_version)
-    with draft(options.folder, options.force) as writing:
+    with ExitStack() as compiler, draft(options.folder, options.force) as writing:
+        if backend.name != "torchscript":
+            with progress.stage("load Torch-TensorRT"):
+                trt.load_runtime(backend.name)
+                compiler.enter_context(trt.builder_kept())
+        kernels.load(kernels_version)
         with progress.stage(f"read weights of {options.model}"):
             checkpoint = load_checkpoint(options.model, options.weights, options.seed, options.trust_weights)
         progress.say(f"{'WARNING' if checkpoint.origin.kind == 'random' else 'weights'}: {checkpoint.origin.describe()}")

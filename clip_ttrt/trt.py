@@ -169,6 +169,18 @@ def building() -> Iterator[Build]:
             log.setLevel(level)
 
 
+@contextmanager
+def builder_kept() -> Iterator[Any]:
+    """A builder of TensorRT's that lasts over several builds.
+
+    The first of a process takes seconds, in which TensorRT reads its kernels, and the last to go
+    takes them along.
+    """
+    logger = importlib.import_module("torch_tensorrt.logging").TRT_LOGGER  # of all builders
+    builder = api().Builder(logger)
+    yield builder
+
+
 def hold(value: Any) -> Any:
     """Keep a reference to something until the engine is built; returns it."""
     if _current is not None:
@@ -265,7 +277,7 @@ def build(graph: fx.GraphModule, example: torch.Tensor, batch: BatchRange, preci
     from clip_ttrt import converters  # noqa: F401  (registers them)
 
     path = timing_cache_path(timing_cache)
-    with building() as build, TimingCache(path) as cache:
+    with TimingCache(path) as cache, building() as build:
         settings = _settings(precision, optimization_level, cache.draft)
         convert_module = _dynamo("conversion._conversion.convert_module")
         with _registry_settings(settings):
@@ -343,10 +355,10 @@ class TimingCache:
 
 def usable_timing_cache(content: bytes) -> bool:
     """Whether TensorRT takes these bytes as a timing cache of its own version and this GPU."""
-    trt = api()
-    config = trt.Builder(trt.Logger(trt.Logger.INTERNAL_ERROR)).create_builder_config()
-    cache = config.create_timing_cache(content)
-    return cache is not None and bool(config.set_timing_cache(cache, False))
+    with building(), builder_kept() as builder:
+        config = builder.create_builder_config()
+        cache = config.create_timing_cache(content)
+        return cache is not None and bool(config.set_timing_cache(cache, False))
 
 
 def to_torchscript(engine: Engine, example: torch.Tensor) -> torch.jit.ScriptModule:

@@ -183,7 +183,7 @@ def test_a_block_optimised_for_a_thousand_rows(tokens, width, passes):
 
 @needs.fused
 def test_a_weight_in_bf16_has_no_fused_kernels():
-    with pytest.raises(trt.EngineError, match="Clip"):
+    with pytest.raises(trt.EngineError, match="could not build the engine: .*(?i:format|type|attention)"):
         run_in_engine(One(lambda x, _: ops.fused_attention(x, 2, True)), torch.zeros(2, 77, 384), "bf16")
 
 

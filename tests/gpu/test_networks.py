@@ -31,7 +31,7 @@ def test_an_encoder_is_one_network_of_the_layers_that_were_planned(model, encode
     assert tuple(network.get_output(0).shape) == (-1, dims.embed_dim) and network.get_output(0).dtype == api.float32
     blocks, is_image = len(plain.blocks), encoder == "image"
     # Attention, four linear layers, an activation and two layer norms a block, and what stands around the blocks.
-    plugins = 8 * blocks + (3 if is_image else 2)
+    plugins = 8 * blocks + (4 if is_image else 2)
     assert kinds.count(api.LayerType.PLUGIN_V3) == (plugins if fused else 0)
     if hasattr(network, "add_attention") and not fused:
         assert sum("ATTENTION" in str(kind) for kind in kinds) >= blocks

@@ -1,5 +1,7 @@
 """Networks of one plugin layer in TensorRT, for tests on a GPU."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -42,12 +44,18 @@ def create(trt, name, fields):
     return creator(trt, name).create_plugin(name, collection, trt.TensorRTPhase.BUILD)
 
 
+@functools.cache
+def first_builder(trt):
+    """Kept: TensorRT reads its kernels for the first builder, and forgets them with the last."""
+    return trt.Builder(trt.Logger(trt.Logger.ERROR))
+
+
 def build(trt, plugin, inputs, outputs=1):
     """The plan of a strongly typed network x0, .. -> plugin -> y0, ..; None where it is refused.
 
     inputs: (torch dtype, shape) of each, -1 for a size of ROWS.
     """
-    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    builder = first_builder(trt)
     flags = trt.NetworkDefinitionCreationFlag
     typed = getattr(flags, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if typed is None else 1 << int(typed))
