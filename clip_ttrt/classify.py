@@ -8,7 +8,7 @@ import torch
 
 from clip_ttrt import deprecations
 from clip_ttrt.errors import UserError
-from clip_ttrt.model import load
+from clip_ttrt.runtime import load
 from clip_ttrt.shell import run
 
 
