@@ -146,7 +146,6 @@ class Context:
         self.graphs.move_to_end(size)
         return self.graphs[size]
 
-
     def capture(self, size: int) -> Optional[Captured]:
         """A graph of a batch size, in place of the one used longest ago; None: no memory for it."""
         self.done.synchronize()  # nothing of the context runs any more

@@ -139,6 +139,19 @@ def test_tokens_outside_the_vocabulary_never_give_an_answer(model, tokens, token
         assert features[1].isnan().all() and not features[0].isnan().any() and not features[2].isnan().any()
 
 
+@pytest.mark.parametrize("token", [-1, 49408, 2**31 - 1, -2**31, 2**32 + 5, -2**32 + 5])
+def test_a_saved_module_never_answers_tokens_outside_the_vocabulary(loaded, tokens, token):
+    """Nor where an id comes back into the vocabulary when cut to 32 bits."""
+    artifact = loaded[0].artifact
+    module = torch.jit.load(str(artifact.path("text")), map_location=artifact.device)
+    with torch.no_grad():
+        expected = module(tokens[:3])
+        bad = tokens[:3].long()
+        bad[1, 40] = token
+        features = module(bad)
+    assert features[1].isnan().all() and torch.equal(features[[0, 2]], expected[[0, 2]])
+
+
 def test_a_tensor_on_another_device(model, images):
     with pytest.raises(ValueError, match="and the model is on"):
         model.encode_image(images.to("meta"))
