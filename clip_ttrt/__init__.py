@@ -9,8 +9,8 @@ Importing the package also makes plain `torch.jit.load` able to read compiled mo
 from clip_ttrt import kernels, trt
 from clip_ttrt.artifact import Artifact
 from clip_ttrt.errors import UserError, VerificationError
-from clip_ttrt.model import CompiledCLIP, load
 from clip_ttrt.pipeline import compile
+from clip_ttrt.runtime import CompiledCLIP, load
 
 __all__ = ["Artifact", "CompiledCLIP", "UserError", "VerificationError", "compile", "load"]
 

@@ -8,10 +8,10 @@ from typing import Any, Callable
 import torch
 
 from clip_ttrt import deprecations, pictures
-from clip_ttrt.artifact import Artifact, load_modules
+from clip_ttrt.artifact import Artifact
 from clip_ttrt.checkpoint import Checkpoint, original_with_weights
 from clip_ttrt.demo import scenes
-from clip_ttrt.model import CompiledCLIP, out_of_memory
+from clip_ttrt.runtime import CompiledCLIP, out_of_memory
 
 COSINE_BOUND = {"fp32": 0.999999, "tf32": 0.9999, "fp16": 0.9999, "bf16": 0.999}
 # percentage points that the trained demo model may gain or lose
@@ -145,7 +145,7 @@ def compare(artifact: Artifact, checkpoint: Checkpoint) -> dict[str, Any]:
     inputs = inputs_for(artifact.manifest["model"], dims.image_resolution)
     try:
         reference = reference_features(checkpoint, inputs, artifact.encoders, device)
-        model = CompiledCLIP(artifact, load_modules(artifact))
+        model = CompiledCLIP(artifact)
         calls = {"image": (model.encode_image, inputs.images), "text": (model.encode_text, inputs.tokens)}
         with torch.no_grad():
             compiled = {name: calls[name][0](calls[name][1].to(model.device)).cpu() for name in artifact.encoders}

@@ -19,7 +19,7 @@ from clip_ttrt.errors import UserError
 from clip_ttrt.models import Dimensions
 from clip_ttrt.options import BatchRange
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 
 # Backend -> what its engines are bound to: Torch-TensorRT by its minor version, TensorRT by the whole.
@@ -133,13 +133,13 @@ def recompile_command(artifact: Artifact) -> str:
     return shlex.join(words)
 
 
-def load_modules(artifact: Artifact) -> dict[str, torch.jit.ScriptModule]:
-    """Check each module's SHA-256 and load it onto the artifact's device.
+def load_modules(artifact: Artifact, checked: bool = False) -> dict[str, torch.jit.ScriptModule]:
+    """Check each module's SHA-256, unless they were checked already, and load it onto the artifact's device.
 
     Raises UserError for a missing, truncated or altered module, and for a plugin that is not there.
     Warns where linear layers were measured with another cuBLASLt than the one here.
     """
-    for encoder, entry in artifact.manifest["modules"].items():
+    for encoder, entry in artifact.manifest["modules"].items() if not checked else ():
         path = artifact.path(encoder)
         if not path.is_file():
             raise UserError(f"{path} is missing; compile again")
@@ -148,7 +148,7 @@ def load_modules(artifact: Artifact) -> dict[str, torch.jit.ScriptModule]:
     if artifact.manifest["backend"] != "torchscript":
         trt.load_runtime(artifact.manifest["backend"])
     kernels.load(artifact.manifest["kernels_version"])
-    if artifact.manifest["kernels_version"] is not None:
+    if artifact.manifest["kernels_version"] is not None and not checked:
         warn_of_another_cublaslt(artifact)
     with deprecations.hidden():
         return {encoder: torch.jit.load(str(artifact.path(encoder)), map_location=artifact.device).eval() for encoder in artifact.encoders}

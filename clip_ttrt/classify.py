@@ -8,7 +8,7 @@ import torch
 
 from clip_ttrt import deprecations
 from clip_ttrt.errors import UserError
-from clip_ttrt.model import load
+from clip_ttrt.runtime import load
 from clip_ttrt.shell import run
 
 
@@ -19,7 +19,7 @@ def classify(folder: Path, image: Path, labels: list[str], force: bool = False) 
     """
     from PIL import Image, UnidentifiedImageError
 
-    model, preprocess = load(folder, force=force)
+    model, preprocess = load(folder, force=force, cuda_graphs=False)  # one call is not worth two captures
     try:
         with Image.open(image) as picture:
             pixels = preprocess(picture)

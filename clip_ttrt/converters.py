@@ -269,6 +269,27 @@ def convert_pool_end_of_text(ctx, target, args, kwargs, name):
     return shuffle(ctx, named(rows, f"{name}_rows"), name, (0, x.shape[2]))
 
 
+@seam.converter(ops.clamp_tokens, of_rank(2))
+def convert_clamp_tokens(ctx, target, args, kwargs, name):
+    """int32 [B, T] -> int32 [B, T] between 0 and vocabulary - 1."""
+    tokens, vocabulary = args
+    least, most = (beside(ctx, tokens, torch.tensor([value]), f"{name}_{which}")
+                   for value, which in ((0, "least"), (vocabulary - 1, "most")))
+    return elementwise(ctx, elementwise(ctx, tokens, least, "MAX", f"{name}_from"), most, "MIN", name)
+
+
+@seam.converter(ops.mask_unknown, of_rank(2))
+def convert_mask_unknown(ctx, target, args, kwargs, name):
+    """[B, E] and two int32 [B, T] -> [B, E]: a row is NaN where not all ids are equal."""
+    features, tokens, clamped = args
+    equal = elementwise(ctx, tokens, clamped, "EQUAL", f"{name}_equal")
+    equal = to_type(ctx, equal, trt.int32, f"{name}_equal_int32")
+    known = named(ctx.net.add_reduce(equal, trt.ReduceOperation.MIN, 1 << 1, True), f"{name}_known_int32")
+    known = to_type(ctx, known, trt.bool, f"{name}_known")
+    nan = beside(ctx, features, torch.tensor([float("nan")]), f"{name}_nan")
+    return named(ctx.net.add_select(known, features, nan), name)
+
+
 @seam.converter(ops.split_tokens, of_rank(2))
 def convert_split_tokens(ctx, target, args, kwargs, name):
     """[B·T, W] -> [B, T, W]."""

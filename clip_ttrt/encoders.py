@@ -23,6 +23,8 @@ class FusedOps(NamedTuple):
     extract_patches: Callable = ops.extract_patches
     prepend_class_token: Callable = ops.prepend_class_token
     pool_end_of_text: Callable = ops.pool_end_of_text
+    clamp_tokens: Callable = ops.clamp_tokens
+    mask_unknown: Callable = ops.mask_unknown
     cast: Callable = ops.cast
 
 
@@ -93,7 +95,8 @@ class ImageEncoder(nn.Module):
 class TextEncoder(nn.Module):
     """Causal text transformer: tokens int [B, T], T <= context_length -> features fp32 [B, embed_dim].
 
-    It computes in the dtype of its weights.
+    It computes in the dtype of its weights.  A row with an id outside the vocabulary gets features
+    of NaN: on a GPU nobody can look at ids without waiting for them.
     """
 
     def __init__(self, dims: Dimensions, fused: FusedOps = FusedOps()):
@@ -107,11 +110,13 @@ class TextEncoder(nn.Module):
         self.projection = nn.Linear(width, dims.embed_dim, bias=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.tokens(tokens) + self.positions[: tokens.shape[1]]
+        known = self.fused.clamp_tokens(tokens, self.tokens.num_embeddings)
+        x = self.tokens(known) + self.positions[: tokens.shape[1]]
         for block in self.blocks[:-1]:
             x = block(x)
-        x = self.blocks[-1](x, pool=lambda rows: self.fused.pool_end_of_text(rows, tokens))
-        return as_features(self.projection(self.norm_final(x)), self.fused)
+        x = self.blocks[-1](x, pool=lambda rows: self.fused.pool_end_of_text(rows, known))
+        features = as_features(self.projection(self.norm_final(x)), self.fused)
+        return self.fused.mask_unknown(features, tokens, known)
 
 
 BLOCK_NAMES = {

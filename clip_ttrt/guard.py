@@ -17,7 +17,8 @@ class Guarded(nn.Module):
     """An encoder that accepts just what it was compiled for.
 
     forward(x): x [B, *shape] with B in the batch range, on the encoder's device; floating point
-    for images and integers for tokens, of any width.  Returns features float32 [B, embed_dim].
+    for images and integers for tokens, of any width.  Returns features float32 [B, embed_dim],
+    NaN for a row of tokens with an id outside the vocabulary.
     Raises ValueError (from C++: an exception with the same text) for anything else.
     """
 
@@ -40,6 +41,8 @@ class Guarded(nn.Module):
             raise ValueError(f"expected {'floating-point images' if self.floating else 'integer tokens'}, got another type")
         if x.is_cuda != self.on_cuda:
             raise ValueError(f"expected an input on the {'GPU' if self.on_cuda else 'CPU'}")
+        if x.dtype == torch.int64:  # an id beyond int32 may not come back into the vocabulary
+            x = x.clamp(-1, 2147483647)
         return self.encoder(x.to(self.dtype).contiguous()).float()
 
 

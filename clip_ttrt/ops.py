@@ -2,7 +2,7 @@
 
 An op marks a place that a backend implements as one piece: TensorRT through a converter
 (`converters.py`), in its own layers or as a plugin, TorchScript through the reference.  Encoders
-call the first five; `graph.py` maps PyTorch's own operations to the next, and puts the last in
+call the first seven; `graph.py` maps PyTorch's own operations to the next, and puts the last in
 the place of several where the plugins serve.
 
 The references are differentiable PyTorch; the ops themselves are for inference.
@@ -99,6 +99,23 @@ def pool_end_of_text_reference(x: torch.Tensor, tokens: torch.Tensor) -> torch.T
 
 def _pool_end_of_text_fake(x, tokens):
     return x.new_empty((x.shape[0], x.shape[2]))
+
+
+def clamp_tokens_reference(tokens: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Token ids moved into a vocabulary, 0 to vocabulary - 1: int [B, T] -> int [B, T]."""
+    return tokens.clamp(0, vocabulary - 1)
+
+
+def _clamp_tokens_fake(tokens, vocabulary):
+    return torch.empty_like(tokens)
+
+
+def mask_unknown_reference(
+    features: torch.Tensor, tokens: torch.Tensor, clamped: torch.Tensor
+) -> torch.Tensor:
+    """Features whose row is NaN where clamping changed a token: [B, E] and two int [B, T] -> [B, E]."""
+    unknown = (tokens != clamped).any(dim=1, keepdim=True)
+    return features.masked_fill(unknown, float("nan"))
 
 
 # What PyTorch's own operations are mapped to
@@ -252,6 +269,12 @@ prepend_class_token = _register(
 pool_end_of_text = _register(
     "pool_end_of_text(Tensor x, Tensor tokens) -> Tensor",
     pool_end_of_text_reference, _pool_end_of_text_fake)
+clamp_tokens = _register(
+    "clamp_tokens(Tensor tokens, int vocabulary) -> Tensor",
+    clamp_tokens_reference, _clamp_tokens_fake)
+mask_unknown = _register(
+    "mask_unknown(Tensor features, Tensor tokens, Tensor clamped) -> Tensor",
+    mask_unknown_reference, _like)
 
 cast = _register("cast(Tensor x, ScalarType dtype) -> Tensor", cast_reference, _cast_fake)
 linear = _register(

@@ -4,7 +4,8 @@
 
 A client is a thread with one request in flight: a batch lies in pinned host memory, is copied to
 the GPU, encoded, and its features are copied back; then the next one starts.  The column `how`:
-    call    all clients share one `clip_ttrt.load(DIR)` and call `encode_image` or `encode_text`
+    call    all clients share one `clip_ttrt.load(DIR, contexts=...)` (`--contexts`), warmed up,
+            and call `encode_image` or `encode_text`
     module  each client has the saved module loaded for itself, and a stream
     graph   as module, each client replaying a CUDA graph of its own
     eager   the plain PyTorch encoder, its weights shared, a stream for each client
@@ -111,10 +112,13 @@ def drive(clients: Sequence[Client], seconds: float) -> tuple[float, list[float]
     return wall, sorted(latency * 1e3 for client in clients for latency in client.latencies)
 
 
-def encoders_of(artifact: Artifact, encoder: str, how: str, count: int) -> list[Encode]:
+def encoders_of(
+    artifact: Artifact, encoder: str, how: str, count: int, contexts: int, batches: Sequence[int]
+) -> list[Encode]:
     """What each of the clients calls."""
     if how == "call":
-        model, _ = clip_ttrt.load(artifact.folder)
+        model, _ = clip_ttrt.load(artifact.folder, contexts=contexts)
+        model.warmup(batches)
         return [model.encode_image if encoder == "image" else model.encode_text] * count
     if how == "eager":
         manifest = artifact.manifest
@@ -133,11 +137,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--hows", nargs="+", choices=HOWS, help="default: all that this device has")
     add("--batches", nargs="+", type=int, default=[1, 8, 32])
     add("--threads", nargs="+", type=int, default=[1, 2, 4, 8])
+    add("--contexts", type=int, default=1, help="that calls share, for how=call")
     add("--seconds", type=float, default=2.0, help="of each setting")
     add("--out", type=Path, default=Path("results/load.csv"))
     options = parser.parse_args(arguments)
-    if min(*options.threads, *options.batches, 1) < 1:
-        parser.error("--threads and --batches take positive numbers")
+    if min(*options.threads, *options.batches, options.contexts) < 1:
+        parser.error("--threads, --batches and --contexts take positive numbers")
     try:
         artifact = read_artifact(options.artifact)
     except UserError as problem:
@@ -149,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     manifest, most = artifact.manifest, max(options.threads)
     hows = options.hows or [how for how in HOWS if device == "cuda" or how != "graph"]
     for encoder, how in itertools.product(options.encoders or artifact.encoders, hows):
-        runs = encoders_of(artifact, encoder, how, most)
+        runs = encoders_of(artifact, encoder, how, most, options.contexts, options.batches)
         dtype = DTYPES[manifest["computes_in"]] if how == "eager" else torch.float32
         for batch, count in itertools.product(options.batches, options.threads):
             x = example(manifest["model"], encoder, batch, dtype, device)

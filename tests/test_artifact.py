@@ -141,7 +141,7 @@ def test_an_unknown_format_version(copy, version):
         clip_ttrt.load(copy)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 2}', '{"format": 2, "modules": 3}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 3}', '{"format": 3, "modules": 3}'])
 def test_a_damaged_manifest(copy, content):
     (copy / MANIFEST).write_text(content)
     with pytest.raises(UserError, match="is damaged"):

@@ -12,7 +12,7 @@ from clip_ttrt.models import MODELS
 from clip_ttrt.options import BatchRange
 from clip_ttrt.pipeline import example_input, in_precision
 
-COMMON = {ops.embedding, ops.select_token, ops.pool_end_of_text, ops.cast, ops.add}
+COMMON = {ops.clamp_tokens, ops.mask_unknown, ops.embedding, ops.select_token, ops.pool_end_of_text, ops.cast, ops.add}
 PLAIN = COMMON | {ops.linear, ops.layer_norm, ops.attention, ops.quick_gelu, ops.extract_patches, ops.prepend_class_token}
 FUSED = COMMON | {ops.fused_attention, ops.fused_linear, ops.fused_layer_norm, ops.bias_quick_gelu, ops.residual_layer_norm,
                   ops.extract_patch_rows, ops.embed_image, ops.split_tokens, operator.getitem}

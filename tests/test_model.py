@@ -1,6 +1,7 @@
 """`load`: a drop-in for what `clip.load` returns, for any batch and from several threads."""
 import contextlib
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import clip
 import pytest
@@ -9,8 +10,9 @@ import torch
 import clip_ttrt
 from clip_ttrt.accuracy import exact_fp32
 from clip_ttrt.checkpoint import load_checkpoint, original_model
+from clip_ttrt.contexts import MOST_GRAPHS, bucket
 from clip_ttrt.demo import scenes
-
+from clip_ttrt.options import BatchRange
 
 
 @pytest.fixture(scope="module", params=["demo_artifact", pytest.param("demo_engines", marks=pytest.mark.gpu)])
@@ -137,10 +139,22 @@ def test_tokens_outside_the_vocabulary_never_give_an_answer(model, tokens, token
         assert features[1].isnan().all() and not features[0].isnan().any() and not features[2].isnan().any()
 
 
+@pytest.mark.parametrize("token", [-1, 49408, 2**31 - 1, -2**31, 2**32 + 5, -2**32 + 5])
+def test_a_saved_module_never_answers_tokens_outside_the_vocabulary(loaded, tokens, token):
+    """Nor where an id comes back into the vocabulary when cut to 32 bits."""
+    artifact = loaded[0].artifact
+    module = torch.jit.load(str(artifact.path("text")), map_location=artifact.device)
+    with torch.no_grad():
+        expected = module(tokens[:3])
+        bad = tokens[:3].long()
+        bad[1, 40] = token
+        features = module(bad)
+    assert features[1].isnan().all() and torch.equal(features[[0, 2]], expected[[0, 2]])
+
+
 def test_a_tensor_on_another_device(model, images):
-    other = images.to("meta") if model.device.type == "cpu" else images.cpu()
     with pytest.raises(ValueError, match="and the model is on"):
-        model.encode_image(other)
+        model.encode_image(images.to("meta"))
 
 
 def test_moving_the_model_does_not_touch_the_modules(model, images):
@@ -151,23 +165,84 @@ def test_moving_the_model_does_not_touch_the_modules(model, images):
 def test_threads_get_their_own_answers(model, images):
     """Threads with batches of their own and, on a GPU, streams of their own."""
     expected = [model.encode_image(images[i: i + 1 + i % 9]) for i in range(11)]
-    wrong = []
     if images.is_cuda:
         torch.cuda.synchronize()
 
     def work(seed):
         with torch.cuda.stream(torch.cuda.Stream()) if images.is_cuda else contextlib.nullcontext():
-            check(seed)
+            for step in range(12):
+                i = (seed * 5 + step) % 11
+                assert close(model.encode_image(images[i: i + 1 + i % 9]), expected[i])
 
-    def check(seed):
-        for step in range(12):
-            i = (seed * 5 + step) % 11
-            if not close(model.encode_image(images[i: i + 1 + i % 9]), expected[i]):
-                wrong.append((seed, step))
+    in_threads(work, 6)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+
+def in_threads(work, count):
+    """work(0), work(1), ... at once; what one of them raises is raised."""
+    with ThreadPoolExecutor(count) as pool:
+        for future in [pool.submit(work, seed) for seed in range(count)]:
+            future.result()
+
+
+def test_calls_on_the_cpu_run_at_once(demo_artifact):
+    """Two calls meet inside the module: a lock around it would break the barrier."""
+    if demo_artifact.device != "cpu":
+        pytest.skip("the artifact is a GPU's")
+    model, _ = clip_ttrt.load(demo_artifact.folder, contexts=3)
+    [encoder] = [each for name, each in model._encoders.items() if name == "text"]
+    module, barrier = encoder.module, threading.Barrier(2, timeout=30)
+
+    def meeting(x):
+        barrier.wait()
+        return module(x)
+
+    encoder.module = meeting
+    tokens = torch.ones(2, 77, dtype=torch.int32)
+    in_threads(lambda seed: model.encode_text(tokens), 2)
+
+
+def test_a_size_gets_a_graph_of_its_own_while_there_are_few():
+    span = BatchRange(2, 8, 200)
+    assert [bucket(count, (), span) for count in (1, 2, 3, 5, 77, 200)] == [2, 2, 3, 5, 77, 200]
+    assert bucket(77, range(100, 100 + MOST_GRAPHS - 1), span) == 77
+
+
+def test_beyond_that_a_size_is_padded_where_padding_is_cheap():
+    span, full = BatchRange(2, 8, 200), range(3, 3 + MOST_GRAPHS)
+    assert [bucket(count, full, span) for count in (3, 7, 14)] == [3, 7, 14]  # captured
+    assert [bucket(count, full, span) for count in (1, 2, 15, 17, 31, 32)] == [2, 2, 16, 32, 32, 32]
+    assert [bucket(count, full, span) for count in (33, 100, 129, 199)] == [None] * 4
+    assert [bucket(count, full, span) for count in (64, 128, 200)] == [64, 128, 200]
+    assert bucket(17, full, BatchRange(1, 4, 24)) == 24  # no graph is larger than the engine serves
+
+
+def test_no_call_order_needs_more_graphs_than_padded_sizes_and_bounds():
+    """Whatever comes, once the graphs are many their sizes are few: none is captured for long."""
+    span, graphs, captures = BatchRange(1, 32, 256), {}, 0
+    for step in range(3000):
+        size = bucket(1 + (step * 97) % 256, graphs, span)
+        if size is None:
+            continue
+        if size not in graphs:
+            captures += 1
+            if len(graphs) == MOST_GRAPHS:
+                graphs.pop(next(iter(graphs)))
+        graphs[size] = graphs.pop(size, None)
+        assert len(graphs) <= MOST_GRAPHS
+    assert captures <= MOST_GRAPHS + 9  # powers of two up to 256
+
+
+@pytest.mark.parametrize("contexts", [0, -1])
+def test_a_model_needs_a_context(demo_artifact, contexts):
+    with pytest.raises(clip_ttrt.UserError, match=f"contexts={contexts}: a model needs at least 1"):
+        clip_ttrt.load(demo_artifact.folder, contexts=contexts)
+
+
+def test_warmup_and_memory_on_any_device(model):
+    model.warmup([1, 3])
+    model.warmup()
+    memory = model.memory()
+    assert memory.keys() == {"weights", "contexts", "graphs"} and memory["weights"] > 1
+    assert (memory["graphs"] > 0) is (model.device.type == "cuda")
+    with pytest.raises(ValueError, match="batch 0: a batch to warm up for"):
+        model.warmup([4, 0])

@@ -60,6 +60,15 @@ def test_pool_end_of_text_takes_the_first_of_equal_highest_tokens():
     assert torch.equal(out, torch.stack([x[0, 2], x[1, 1], x[2, 1]]))
 
 
+def test_a_row_with_an_id_outside_the_vocabulary_is_nan_and_no_other():
+    tokens = torch.tensor([[0, 99], [100, 5], [5, -1], [2**31 - 1, 0], [0, -2**31], [98, 1]], dtype=torch.int32)
+    clamped = ops.clamp_tokens(tokens, 100)
+    assert clamped.dtype == torch.int32 and clamped.tolist() == [[0, 99], [99, 5], [5, 0], [99, 0], [0, 0], [98, 1]]
+    features = torch.randn(6, 8)
+    masked = ops.mask_unknown(features, tokens, clamped)
+    assert masked[1:5].isnan().all() and torch.equal(masked[[0, 5]], features[[0, 5]])
+
+
 def test_quick_gelu_and_that_with_a_bias():
     x, bias = 4 * torch.randn(3, 7, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
     expected = x / (1 + (-1.702 * x).exp())
@@ -111,7 +120,7 @@ def test_fakes_give_the_shapes_of_the_references():
         ops.fused_layer_norm: (qkv, wide, wide, 1e-5), ops.add: (qkv, positions[:5]), ops.embedding: (weight, tokens),
         ops.select_token: (qkv, 0), ops.bias_quick_gelu: (qkv, wide), ops.residual_layer_norm: (qkv, qkv, wide, wide, wide, 1e-5),
         ops.embed_image: (qkv.flatten(0, 1), wide, positions, wide, wide, 1e-5, wide, wide, 1e-5),
-        ops.split_tokens: (qkv.flatten(0, 1), 5),
+        ops.split_tokens: (qkv.flatten(0, 1), 5), ops.clamp_tokens: (tokens, 9), ops.mask_unknown: (qkv[:, 0], tokens, tokens),
     }
     assert calls.keys() == ops.REFERENCES.keys()
     for op, arguments in calls.items():

@@ -9,7 +9,7 @@ Steps: compile a linear layer for batches 1 to 4, call it with 4 rows, then with
 another for a batch of just 4 and call it with 8.
 
 Avoided by: the saved module, which checks shape, batch and dtype before the engine sees the input,
-also from C++ (clip_ttrt/guard.py); `CompiledCLIP` splits and pads batches (clip_ttrt/model.py).
+also from C++ (clip_ttrt/guard.py); `CompiledCLIP` splits and pads batches (clip_ttrt/runtime.py).
 """
 import sys
 

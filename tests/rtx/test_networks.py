@@ -50,10 +50,12 @@ CONVERTED = {
     "extract_patches": (One(lambda x, _: ops.extract_patches(x, 4)), (3, 16, 16)),
     "prepend_class_token": (One(ops.prepend_class_token, 64), (5, 64)),
     "pool_end_of_text": (One(lambda x, value: ops.pool_end_of_text(ops.embedding(value, x), x), 100, 64), (7,)),
+    "clamp_tokens": (One(lambda x, _: ops.clamp_tokens(x, 100)), (7,)),
+    "mask_unknown": (One(lambda x, value: ops.mask_unknown(ops.select_token(ops.embedding(value, x), 0), x, ops.clamp_tokens(x, 100)), 100, 64), (7,)),
     "cast": (One(lambda x, _: ops.cast(x, torch.float)), (5, 64)),
     "split_tokens": (One(lambda x, _: ops.split_tokens(x, 1)), (64,)),
 }
-TOKENS = {"embedding", "pool_end_of_text"}
+TOKENS = {"embedding", "pool_end_of_text", "clamp_tokens", "mask_unknown"}
 
 
 @pytest.mark.parametrize("batch", [STATIC, DYNAMIC], ids=str)

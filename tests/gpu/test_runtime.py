@@ -1,0 +1,340 @@
+"""The call on a GPU: graphs, inputs, streams and threads, equal to a model without graphs."""
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import clip_ttrt
+from clip_ttrt import contexts
+from experiments.timing import graphed
+
+pytestmark = pytest.mark.gpu
+
+ENCODERS = pytest.mark.parametrize("encoder", ["image", "text"])
+END_OF_TEXT, WORDS = 49407, 49406
+
+
+def rows(encoder, count, seed=0):
+    """Images float32 [count, 3, 112, 112] or tokens int32 [count, 77] on the GPU."""
+    generator = torch.Generator().manual_seed(seed)
+    if encoder == "image":
+        return torch.randn(count, 3, 112, 112, generator=generator).cuda()
+    tokens = torch.randint(1, WORDS, (count, 77), generator=generator, dtype=torch.int32)
+    for row in range(count):
+        end = 3 + (5 * row + seed) % 6
+        tokens[row, end], tokens[row, end + 1:] = END_OF_TEXT, 0
+    return tokens.cuda()
+
+
+def encode(model, encoder):
+    return model.encode_image if encoder == "image" else model.encode_text
+
+
+@pytest.fixture
+def model(demo_engines):
+    """A model with graphs that has captured none yet."""
+    return clip_ttrt.load(demo_engines.folder)[0]
+
+
+@pytest.fixture(scope="module")
+def plain(demo_engines):
+    return clip_ttrt.load(demo_engines.folder, cuda_graphs=False)[0]
+
+
+def context_of(model, encoder):
+    [context] = model._encoders[encoder].contexts
+    return context
+
+
+@ENCODERS
+def test_graphs_of_one_context_stay_right(model, plain, encoder):
+    call, expected = encode(model, encoder), encode(plain, encoder)
+    context = context_of(model, encoder)
+    for size in (8, 4, 2):
+        call(rows(encoder, size))
+    assert list(context.graphs) == [8, 4, 2] and not context_of(plain, encoder).graphs
+    five = rows(encoder, 5)
+    with torch.no_grad():
+        assert torch.equal(context.module(five), expected(five))
+    order = random.Random(0)
+    for step in range(60):
+        x = rows(encoder, order.choice((8, 4, 2)), seed=step)
+        assert torch.equal(call(x), expected(x))
+    assert sorted(context.graphs) == [2, 4, 8]
+
+
+@ENCODERS
+def test_results_are_the_caller_s_own(model, encoder):
+    call = encode(model, encoder)
+    first = call(rows(encoder, 4, 1))
+    kept = first.clone()
+    second = call(rows(encoder, 4, 2))
+    assert torch.equal(first, kept) and not torch.equal(first, second)
+    second.zero_()
+    assert torch.equal(call(rows(encoder, 4, 1)), kept)
+
+
+@ENCODERS
+def test_any_batch(model, plain, encoder):
+    for count in (0, 1, 2, 3, 7, 8, 9, 17, 20):
+        x = rows(encoder, count, seed=count)
+        features = encode(model, encoder)(x)
+        assert features.shape == (count, 256) and torch.equal(features, encode(plain, encoder)(x))
+    assert sorted(context_of(model, encoder).graphs) == [2, 3, 4, 7, 8]
+
+
+@ENCODERS
+def test_few_graphs_are_kept_and_other_sizes_padded(model, plain, encoder, monkeypatch):
+    monkeypatch.setattr(contexts, "MOST_GRAPHS", 3)
+    context = context_of(model, encoder)
+    seen = ((2, 2, [2]), (3, 3, [2, 3]), (4, 4, [2, 3, 4]), (2, 2, [3, 4, 2]),
+            (8, 8, [4, 2, 8]), (5, 8, [4, 2, 8]), (3, 4, [2, 8, 4]))
+    for count, size, graphs in seen:
+        x = rows(encoder, size, seed=count)
+        expected = encode(plain, encoder)(x)[:count]
+        assert torch.equal(encode(model, encoder)(x[:count]), expected)
+        assert list(context.graphs) == graphs
+
+
+def forms(encoder, x):
+    """The same rows in other types, layouts and places, and what they are on the GPU."""
+    if encoder == "image":
+        for dtype in (torch.half, torch.bfloat16, torch.double):
+            yield x.to(dtype)
+        yield x.half().cpu()
+        yield x.half().cpu().pin_memory()
+        yield x.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2)
+        yield x.to(memory_format=torch.channels_last)
+    else:
+        yield x.long()
+        yield x.long().cpu().pin_memory()
+        for length in (9, 30, 12, 77, 10):  # all texts end by the ninth token
+            yield x[:, :length]
+            yield x[:, :length].contiguous().cpu().pin_memory()
+    yield x.repeat_interleave(2, dim=0)[::2]
+    yield x.repeat_interleave(2, dim=0)[::2].cpu()
+    yield x.cpu()
+    yield x.cpu().pin_memory()
+    yield x.clone().requires_grad_() if encoder == "image" else x
+
+
+@ENCODERS
+def test_inputs_of_any_type_layout_and_place(model, plain, encoder):
+    for seed in range(2):
+        for x in forms(encoder, rows(encoder, 3, seed)):
+            whole = x.detach().cuda().contiguous()
+            if encoder == "image":
+                whole = whole.float()
+            else:
+                whole = torch.nn.functional.pad(whole, (0, 77 - x.shape[1])).int()
+            expected = encode(plain, encoder)(whole)
+            for each in (model, plain):
+                features = encode(each, encoder)(x)
+                assert features.is_cuda and not features.requires_grad
+                assert torch.equal(features, expected)
+    assert list(context_of(model, encoder).graphs) == [3]
+
+
+def test_a_first_call_in_inference_mode_does_not_spoil_later_ones(model, plain):
+    x = rows("image", 4)
+    with torch.inference_mode():
+        model.encode_image(x)
+    assert torch.equal(model.encode_image(x), plain.encode_image(x))
+
+
+@ENCODERS
+@pytest.mark.parametrize("place", ["gpu", "pinned"])
+def test_a_call_does_not_wait(model, encoder, place):
+    x = rows(encoder, 4)
+    x = x if place == "gpu" else x.cpu().pin_memory()
+    expected = encode(model, encoder)(x)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(1)
+        encode(model, encoder)(x)  # whose memory the next call reuses
+    stream.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(int(5e8))  # a quarter of a second
+            features = encode(model, encoder)(x)
+            waited = stream.query()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream.synchronize()
+    assert not waited and torch.equal(features, expected)
+
+
+@pytest.mark.parametrize("token", [-1, 49408, 2**31 - 1, -2**31, 2**32 + 5])
+def test_a_row_with_an_id_out_of_range_is_nan(model, plain, demo_engines, token):
+    module = torch.jit.load(str(demo_engines.path("text")))
+    tokens = rows("text", 4)
+    expected = plain.encode_text(tokens)
+    bad = tokens.long() if abs(token) > 2**31 else tokens.clone()
+    bad[1, 40] = token  # behind the end of the text
+    with torch.no_grad():
+        found = [model.encode_text(bad), plain.encode_text(bad), module(bad)]
+    for features in found:
+        assert features[1].isnan().all()
+        assert torch.equal(features[[0, 2, 3]], expected[[0, 2, 3]])
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        model.encode_text(bad.cpu())
+    assert torch.equal(model.encode_text(tokens), expected)
+
+
+@ENCODERS
+@pytest.mark.parametrize("last", [4, 8])
+def test_a_caller_captures_a_graph_of_his_own(model, plain, encoder, last):
+    """Also where the module's last run had another batch size."""
+    call, x = encode(model, encoder), rows(encoder, 4)
+    for size in (4, last):
+        call(rows(encoder, size))
+    held = {}
+    replay = graphed(lambda: held.update(features=call(x)))
+    for seed in (1, 2):
+        x.copy_(rows(encoder, 4, seed))
+        replay()
+        assert torch.equal(held["features"], encode(plain, encoder)(x))
+    eight = rows(encoder, 8, 3)
+    assert torch.equal(call(eight), encode(plain, encoder)(eight))
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_threads_on_streams_get_their_own_answers(demo_engines, plain, at_once):
+    """Eight threads capture and replay, each on its stream, while two others allocate."""
+    model, _ = clip_ttrt.load(demo_engines.folder, contexts=at_once)
+    cases = [(encoder, rows(encoder, count, count)) for encoder in ("image", "text")
+             for count in (1, 2, 3, 5, 8, 11)]
+    cases = [(encoder, x, encode(plain, encoder)(x)) for encoder, x in cases]
+    torch.cuda.synchronize()
+    ended = threading.Event()
+
+    def work(seed):
+        order, stream = random.Random(seed), torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(12):
+                asked = order.sample(cases, 5)
+                found = [encode(model, encoder)(x) for encoder, x, _ in asked]
+                for features, (_, _, expected) in zip(found, asked, strict=True):
+                    assert torch.equal(features, expected)
+        return True
+
+    def allocate(seed):
+        order, count = random.Random(seed), 0
+        with torch.cuda.stream(torch.cuda.Stream()):
+            while not ended.is_set():
+                sizes = [order.randrange(1, 1 << 23) for _ in range(4)]
+                held = [torch.full((size,), 1.0, device="cuda") for size in sizes]
+                assert all(float(each[-1]) == 1 for each in held)
+                count += 1
+        return count
+
+    with ThreadPoolExecutor(10) as pool:
+        others = [pool.submit(allocate, seed) for seed in range(2)]
+        workers = [pool.submit(work, seed) for seed in range(8)]
+        try:
+            assert all([future.result() for future in workers])
+        finally:
+            ended.set()
+        assert all(future.result() for future in others)
+
+
+def test_calls_on_two_streams_take_two_contexts(demo_engines, plain):
+    model, _ = clip_ttrt.load(demo_engines.folder, contexts=2)
+    x, streams = rows("image", 4), [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    found = []
+    for stream in streams * 3:
+        with torch.cuda.stream(stream):
+            found.append(model.encode_image(x))
+    torch.cuda.synchronize()
+    used = model._encoders["image"].contexts
+    assert [context.stream for context in used] == streams
+    assert all(list(context.graphs) == [4] for context in used)
+    assert all(torch.equal(features, plain.encode_image(x)) for features in found)
+
+
+def test_one_context_is_in_order_across_streams(model, plain):
+    """Each call waits, on the GPU, for the call before it on a stream that is kept busy."""
+    inputs = [rows("image", 4, seed) for seed in range(6)]
+    expected = [plain.encode_image(x) for x in inputs]
+    model.warmup([4])
+    torch.cuda.synchronize()
+    found = []
+    for x in inputs:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda._sleep(int(2e7))
+            found.append(model.encode_image(x))
+    torch.cuda.synchronize()
+    for features, right in zip(found, expected, strict=True):
+        assert torch.equal(features, right)
+
+
+def test_memory_and_warmup(demo_engines):
+    model, _ = clip_ttrt.load(demo_engines.folder, contexts=2)
+    empty = model.memory()
+    assert empty["graphs"] == 0 and empty["contexts"] >= 0
+    files = demo_engines.manifest["modules"].values()
+    assert empty["weights"] == pytest.approx(2 * sum(each["mib"] for each in files))
+    model.warmup([4])
+    one = model.memory()["graphs"]
+    model.warmup()  # 2, 4 and 8
+    assert 0 < one < model.memory()["graphs"]
+    for encoder in model._encoders.values():
+        assert [sorted(context.graphs) for context in encoder.contexts] == [[2, 4, 8]] * 2
+
+
+def test_a_graph_that_the_memory_does_not_suffice_for_is_done_without(model, plain, monkeypatch):
+    asked = []
+
+    def exhausted(module, size, *_):
+        asked.append(size)
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(contexts, "Captured", exhausted)
+    x = rows("text", 4)
+    for _ in range(3):
+        assert torch.equal(model.encode_text(x), plain.encode_text(x))
+    assert asked == [4] and model.memory()["graphs"] == 0
+
+
+def test_a_failed_capture_leaves_stream_and_context_as_they_were(model, plain, monkeypatch):
+    """A capture that runs out of memory half way, for real but for the exhaustion itself."""
+    x, context, before = rows("image", 4), context_of(model, "image"), torch.cuda.current_stream()
+    module = context.module
+
+    def exhausted(rows):
+        if torch.cuda.is_current_stream_capturing():
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return module(rows)
+
+    context.module = exhausted
+    assert torch.equal(model.encode_image(x), plain.encode_image(x))
+    assert context.graphs == {4: None} and torch.cuda.current_stream() == before
+    context.module = module
+    two = rows("image", 2)
+    assert torch.equal(model.encode_image(two), plain.encode_image(two))
+    assert context.graphs[2] is not None
+
+
+def test_a_wrong_input_does_not_spoil_the_next_call(model, plain):
+    x, tokens = rows("image", 4), rows("text", 4)
+    images, texts = plain.encode_image(x), plain.encode_text(tokens)
+    for bad in (x[:, :2], x[0], x.int(), x.to("meta"), "a cat"):
+        with pytest.raises(ValueError, match="expected|and the model is on"):
+            model.encode_image(bad)
+        assert torch.equal(model.encode_image(x), images)
+    for bad in (tokens[0], tokens.float(), torch.zeros(4, 78, dtype=torch.int32), ["a cat"]):
+        with pytest.raises(ValueError, match="expected"):
+            model.encode_text(bad)
+        assert torch.equal(model.encode_text(tokens), texts)
+
+
+def test_logits_are_those_without_graphs(model, plain):
+    images, tokens = rows("image", 5), rows("text", 3)
+    for _ in range(2):
+        for found, expected in zip(model(images, tokens), plain(images, tokens), strict=True):
+            assert torch.equal(found, expected)
