@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from clip_ttrt import stack
 from experiments.bugs import __main__ as driver
