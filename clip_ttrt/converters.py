@@ -204,9 +204,14 @@ def attention_layer(ctx: Any, query: Any, key: Any, value: Any, causal: bool, na
 def composed_attention(ctx: Any, query: Any, key: Any, value: Any, causal: bool, name: str) -> Any:
     """Attention as product, softmax in fp32 and product.
 
-    Where TensorRT has no one kernel for it, a softmax in half costs digits.
+    With a mask TensorRT 10.6 has no one kernel for a range, and what it takes instead adds up in
+    half: the products are in fp32 then, too.
     """
     none, transposed = trt.MatrixOperation.NONE, trt.MatrixOperation.TRANSPOSE
+    dtype = value.dtype
+    if causal:
+        query, key, value = (to_type(ctx, x, trt.float32, f"{name}_{which}_fp32")
+                             for x, which in ((query, "query"), (key, "key"), (value, "value")))
     scores = named(ctx.net.add_matrix_multiply(query, none, key, transposed), f"{name}_scores")
     scores = to_type(ctx, scores, trt.float32, f"{name}_wide")
     if causal:
@@ -215,7 +220,8 @@ def composed_attention(ctx: Any, query: Any, key: Any, value: Any, causal: bool,
     softmax = ctx.net.add_softmax(scores)
     softmax.axes = 1 << 3
     weights = to_type(ctx, named(softmax, f"{name}_weights"), value.dtype, f"{name}_narrow")
-    return named(ctx.net.add_matrix_multiply(weights, none, value, none), f"{name}_attended")
+    attended = named(ctx.net.add_matrix_multiply(weights, none, value, none), f"{name}_attended")
+    return to_type(ctx, attended, dtype, f"{name}_attended_back")
 
 
 @seam.converter(ops.extract_patches, of_rank(4))
@@ -303,7 +309,7 @@ def convert_split_tokens(ctx, target, args, kwargs, name):
 @seam.converter(ops.fused_attention, attends)
 def convert_fused_attention(ctx, target, args, kwargs, name):
     """[B, T, 3·W] -> [B, T, W]."""
-    qkv, heads, causal, query_bias = args
+    qkv, heads, causal, query_bias = (*args, None)[:4]
     inputs = [qkv] if query_bias is None else [qkv, *fp32(ctx, {"query_bias": query_bias}, name)]
     fields = {"tokens": np.int32(qkv.shape[1]), "heads": np.int32(heads), "causal": np.int32(causal), "query_bias": np.int32(len(inputs) - 1)}
     return plugin_layer(ctx, kernels.ATTENTION, inputs, fields, name).get_output(0)

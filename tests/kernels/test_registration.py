@@ -33,7 +33,7 @@ from clip_ttrt import kernels
 kernels.load(kernels.version())
 kernels.load(kernels.version())
 names = [getattr(one, "name", "") for one in trt.get_plugin_registry().all_creators]
-print(sorted(one for one in names if one.startswith("Clip")))
+print(sorted(one for one in names if one.startswith("Clip") and one != "Clip_TRT"))
 print(log.errors)
 """
 

@@ -79,6 +79,25 @@ def test_a_converter_alone(name, precision, batch):
     assert construction.plan(CAPABILITY)
 
 
+@pytest.mark.parametrize("batch", [STATIC, DYNAMIC], ids=str)
+@pytest.mark.parametrize("name", ["attention", "causal_attention"])
+def test_attention_where_a_network_has_none_of_its_own(name, batch, monkeypatch):
+    """As product, softmax and product, for TensorRT older than 10.14."""
+    trt.api()
+    from clip_ttrt import converters
+
+    monkeypatch.setattr(converters, "attention_layer", converters.composed_attention)
+    module, shape = CONVERTED[name]
+    example = torch.zeros((2, *shape), dtype=torch.half)
+    lowered = graph.capture(module.half().eval().requires_grad_(False), example)
+    graph.run(lowered, graph.LOWER)
+    construction = trt.construct(lowered, example, batch, "fp16")
+    kinds = [str(construction.network.get_layer(i).type) for i in range(construction.network.num_layers)]
+    assert sum("MATRIX_MULTIPLY" in kind for kind in kinds) == 2 and not any("ATTENTION" in kind for kind in kinds)
+    assert trt_types()[construction.network.get_output(0).dtype] == torch.half
+    assert construction.plan(CAPABILITY)
+
+
 def trt_types():
     from clip_ttrt import converters
 
