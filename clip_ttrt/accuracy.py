@@ -182,18 +182,19 @@ def compare(artifact: Artifact, checkpoint: Checkpoint) -> dict[str, Any]:
 
 def failures(artifact: Artifact, checkpoint: Checkpoint, report: dict[str, Any]) -> list[str]:
     """What lies outside the bounds, a sentence each.  A NaN is outside every bound."""
-    bound, found = COSINE_BOUND[artifact.manifest["precision"]], []
+    precision = artifact.manifest["computes_in"]  # whatever was asked
+    bound, found = COSINE_BOUND[precision], []
     for name in artifact.encoders:
         cosine = report["errors"][name]["cos_min"]
         if not cosine >= bound:
-            found.append(f"{name}: smallest cosine {cosine:.7f} is below {bound} ({artifact.manifest['precision']})")
+            found.append(f"{name}: smallest cosine {cosine:.7f} is below {bound} ({precision})")
         wrong = {size: cosine for size, cosine in report["batches"][name].items() if not cosine >= bound}
         if wrong:
             listed = ", ".join(f"{cosine:.7f} at batch {size}" for size, cosine in wrong.items())
             found.append(f"{name}: wrong at some batch sizes: smallest cosine {listed}; {bound} is the bound")
     if checkpoint.origin.kind == "demo" and "top1" in report:
         change = abs(report["top1"]["compiled"] - report["top1"]["reference"])
-        allowed = TOP1_BOUND[artifact.manifest["precision"]]
+        allowed = TOP1_BOUND[precision]
         if not change <= allowed:
             found.append(f"zero-shot top-1 changed by {change:.2f} points, more than {allowed}")
     return found

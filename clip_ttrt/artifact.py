@@ -1,10 +1,10 @@
 """The folder that `compile` writes and `load` reads: modules, manifest, and the checks between them."""
+import ctypes
 import json
 import os
 import secrets
 import shlex
 import shutil
-import tempfile
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -185,23 +185,34 @@ class Draft:
     def publish(self, artifact: Artifact) -> Artifact:
         """Move the finished folder to its place, in which it appears whole or not at all.
 
-        Where an older artifact stands (`--force`), it moves aside first and comes back if the
-        move fails.
+        An older artifact there (`--force`) changes places with it in one step, and is removed
+        with the draft; where a file system cannot do that, it moves aside and comes back on any
+        failure.
         """
-        aside = None
-        if self.target.exists():
-            aside = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.old-", dir=self.target.parent)) / "artifact"
-            os.rename(self.target, aside)
-        try:
+        if not self.target.exists():
             os.rename(self.folder, self.target)
-        except OSError:
-            if aside is not None:
-                os.rename(aside, self.target)
-            raise
-        finally:
-            if aside is not None:
-                shutil.rmtree(aside.parent, ignore_errors=True)
+        elif not exchange(self.folder, self.target):
+            aside = self.target.parent / f".{self.target.name}.old-{secrets.token_hex(8)}"
+            try:
+                os.rename(self.target, aside)
+                os.rename(self.folder, self.target)
+            except BaseException:  # an interruption, too
+                if not self.target.exists():
+                    os.rename(aside, self.target)
+                raise
+            finally:
+                if self.target.exists():
+                    shutil.rmtree(aside, ignore_errors=True)
         return replace(artifact, folder=self.target)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two folders change places in one step; False where the system or file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    at_cwd, exchanging = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchanging) == 0
 
 
 @contextmanager

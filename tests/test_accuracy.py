@@ -10,7 +10,7 @@ from clip_ttrt.artifact import Artifact
 
 def artifact(batch, backend="tensorrt"):
     minimum, optimal, maximum = batch
-    return Artifact(None, {"backend": backend, "precision": "fp16", "modules": {"image": {}}, "batch": {"minimum": minimum, "optimal": optimal, "maximum": maximum}})
+    return Artifact(None, {"backend": backend, "computes_in": "fp16", "modules": {"image": {}}, "batch": {"minimum": minimum, "optimal": optimal, "maximum": maximum}})
 
 
 @pytest.mark.parametrize("batch, expected", [((32, 32, 32), (32,)), ((1, 4, 8), (1, 2, 3, 4, 5, 6, 7, 8)), ((10, 20, 30), (10, 12, 16, 20, 24, 30)),
@@ -39,6 +39,6 @@ def test_a_wrong_size_fails_the_verification():
 @pytest.mark.parametrize("precision, change, fails", [("fp16", 0.3, True), ("bf16", 0.3, False), ("bf16", 0.6, True), ("fp16", float("nan"), True)])
 def test_each_precision_has_its_bound_of_top1(precision, change, fails):
     made = artifact((1, 4, 8))
-    made.manifest["precision"] = precision
+    made.manifest["computes_in"] = precision
     report = {"errors": {"image": {"cos_min": 1.0}}, "batches": {"image": {}}, "top1": {"reference": 90.0, "compiled": 90.0 + change}}
     assert bool(accuracy.failures(made, SimpleNamespace(origin=SimpleNamespace(kind="demo")), report)) is fails

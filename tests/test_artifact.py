@@ -101,25 +101,64 @@ def test_an_output_that_cannot_be_written(tmp_path, monkeypatch):
         clip_ttrt.compile(output=tmp_path / "file" / "a", **SMALL)
 
 
-def test_a_failed_publication_brings_the_older_artifact_back(tmp_path, monkeypatch):
-    clip_ttrt.compile(output=tmp_path / "a", **SMALL)
-    before = (tmp_path / "a" / MANIFEST).read_text()
-    rename = os.rename
+class Steps:
+    """The calls that move folders, of which one is interrupted, before or after it is done."""
 
-    def failing(source, target):
-        if ".partial-" in str(source):
-            raise OSError("no space")
-        rename(source, target)
+    def __init__(self, monkeypatch, exchanges, step, done, failure):
+        self.left, self.done, self.failure = step, done, failure
+        monkeypatch.setattr(artifact.os, "rename", self.interrupting(os.rename))
+        exchange = artifact.exchange if exchanges else lambda one, other: False
+        monkeypatch.setattr(artifact, "exchange", self.interrupting(exchange) if exchanges else exchange)
 
-    monkeypatch.setattr(artifact.os, "rename", failing)
-    with pytest.raises(OSError, match="no space"):
-        clip_ttrt.compile(output=tmp_path / "a", force=True, seed=9, **SMALL)
-    assert (tmp_path / "a" / MANIFEST).read_text() == before
+    def interrupting(self, move):
+        def call(*folders):
+            self.left -= 1
+            if self.left == 0 and not self.done:
+                raise self.failure
+            result = move(*folders)
+            if self.left == 0:
+                raise self.failure
+            return result
+
+        return call
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError("no space")], ids=repr)
+@pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("exchanges, step", [(True, 1), (False, 1), (False, 2)])
+def test_nothing_is_lost_whenever_a_replacement_is_interrupted(tmp_path, exchanges, step, done, failure):
+    """Where folders change places in one step, and where two renames do it."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / MANIFEST).write_text(json.dumps({"format": artifact.FORMAT, "seed": 1}))
+    with pytest.MonkeyPatch.context() as patch:
+        Steps(patch, exchanges, step, done, failure)
+        with pytest.raises(type(failure)), artifact.draft(tmp_path / "a", force=True) as writing:
+            writing.publish(writing.write_manifest(seed=2))
+    assert json.loads((tmp_path / "a" / MANIFEST).read_text())["seed"] == (2 if done and step == (1 if exchanges else 2) else 1)
     assert os.listdir(tmp_path) == ["a"]
 
 
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_replacement_leaves_the_new_artifact_alone(tmp_path, monkeypatch, exchanges):
+    Steps(monkeypatch, exchanges, 0, False, None)
+    for seed in (1, 2):
+        with artifact.draft(tmp_path / "a", force=True) as writing:
+            writing.publish(writing.write_manifest(seed=seed))
+    assert json.loads((tmp_path / "a" / MANIFEST).read_text())["seed"] == 2 and os.listdir(tmp_path) == ["a"]
+
+
+def test_two_folders_change_places(tmp_path):
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    if artifact.exchange(tmp_path / "one", tmp_path / "other"):
+        assert (tmp_path / "one" / "other").exists() and (tmp_path / "other" / "one").exists()
+    assert not artifact.exchange(tmp_path / "one", tmp_path / "nowhere") and (tmp_path / "one").is_dir()
+
+
 def test_a_failed_verification_is_raised_recorded_and_refused(tmp_path, monkeypatch):
-    monkeypatch.setitem(accuracy.COSINE_BOUND, "fp16", 1.0000001)  # a bound that nothing can meet
+    for precision in accuracy.COSINE_BOUND:
+        monkeypatch.setitem(accuracy.COSINE_BOUND, precision, 1.0000001)  # a bound that nothing can meet
     with pytest.raises(VerificationError, match="smallest cosine"):
         clip_ttrt.compile(output=tmp_path / "a", **{**SMALL, "verify": True})
     assert read_artifact(tmp_path / "a").verified is False
