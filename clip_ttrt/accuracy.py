@@ -2,7 +2,7 @@
 import statistics
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Callable
 
 import torch
@@ -17,7 +17,7 @@ COSINE_BOUND = {"fp32": 0.999999, "tf32": 0.9999, "fp16": 0.9999, "bf16": 0.999}
 # percentage points that the trained demo model may gain or lose
 TOP1_BOUND = {"fp32": 0.2, "tf32": 0.2, "fp16": 0.2, "bf16": 0.5}
 REFERENCE_BATCH = 64
-PROBED_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+PROBED_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 33, 48, 64, 96, 127, 128, 192, 255, 256, 384, 511, 512)
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,51 @@ def inputs_for(model: str, resolution: int) -> Inputs:
     return Inputs(images, deprecations.clip().tokenize(captions), torch.arange(len(images)), f"{len(images)} pictures and their captions")
 
 
+def distinct_images(images: torch.Tensor, count: int, seed: int = 0) -> torch.Tensor:
+    """At least count images [N, 3, R, R], every one another: the given ones, then seeded mixes of crops of two of them, flipped or not."""
+    generator, side, made = torch.Generator().manual_seed(seed), images.shape[-1], []
+
+    def below(limit: int) -> int:
+        return int(torch.randint(limit, (), generator=generator))
+
+    def crop(image: torch.Tensor) -> torch.Tensor:
+        size = side // 2 + below(side // 2 + 1)
+        top, left = below(side - size + 1), below(side - size + 1)
+        part = image[None, :, top:top + size, left:left + size]
+        whole = torch.nn.functional.interpolate(part, (side, side), mode="bilinear", align_corners=False)[0]
+        return whole.flip(2) if below(2) else whole
+
+    while len(images) + len(made) < count:
+        one, other = (crop(images[below(len(images))]) for _ in range(2))
+        made.append(torch.lerp(one, other, torch.rand((), generator=generator)))
+    return torch.cat([images, torch.stack(made)]) if made else images
+
+
+def distinct_tokens(tokens: torch.Tensor, count: int, seed: int = 0) -> torch.Tensor:
+    """At least count texts int [N, T], every one another: the given ones, then the beginnings of two of them in one.
+
+    Raises ValueError where the given ones do not suffice for so many.
+    """
+    generator, length = torch.Generator().manual_seed(seed), tokens.shape[1]
+    words = [row[1:int(row.argmax())].tolist() for row in tokens]
+    start, end = int(tokens[0, 0]), int(tokens.max())
+    seen, made = set(map(tuple, tokens.tolist())), []
+    for _ in range(100 * count + 1):
+        if len(tokens) + len(made) >= count:
+            break
+        text = [start]
+        for chosen in torch.randint(len(words), (2,), generator=generator):
+            text += words[chosen][:1 + int(torch.randint(len(words[chosen]), (), generator=generator))]
+        text = [*text[:length - 1], end]
+        row = (*text, *[0] * (length - len(text)))
+        if row not in seen:
+            seen.add(row)
+            made.append(row)
+    else:
+        raise ValueError(f"{len(tokens)} texts do not suffice for {count} that are each another")
+    return torch.cat([tokens, torch.tensor(made, dtype=tokens.dtype)]) if made else tokens
+
+
 @contextmanager
 def exact_fp32():
     """No TF32 in PyTorch's own kernels, so that the fp32 reference is one."""
@@ -116,7 +161,7 @@ def batches_to_probe(artifact: Artifact) -> tuple[int, ...]:
     """Batch sizes at which an artifact's engines are run: one engine is right at one size and wrong at another (experiments/bugs).
 
     Every size of `PROBED_BATCHES` in the compiled range, its minimum and optimum, and its maximum where that is no larger
-    than the larger of 256 and the optimum.  None for TorchScript, which chooses no kernels ahead of time.
+    than the larger of 512 and the optimum.  None for TorchScript, which chooses no kernels ahead of time.
     """
     if artifact.manifest["backend"] == "torchscript":
         return ()
@@ -126,12 +171,8 @@ def batches_to_probe(artifact: Artifact) -> tuple[int, ...]:
 
 
 def cosines_by_batch(encode: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor, reference: torch.Tensor, sizes: tuple[int, ...]) -> dict[str, float]:
-    """Smallest cosine with the reference for each batch size; rows and their reference features are repeated to fill a batch."""
-    found = {}
-    for size in sizes:
-        chosen = torch.arange(size) % len(rows)
-        found[str(size)] = errors(encode(rows[chosen.to(rows.device)]), reference[chosen]).cos_min
-    return found
+    """Smallest cosine with the reference for each batch size; of as many rows, each another, so that one in another's place shows."""
+    return {str(size): errors(encode(rows[:size]), reference[:size]).cos_min for size in sizes}
 
 
 def compare(artifact: Artifact, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -142,18 +183,22 @@ def compare(artifact: Artifact, checkpoint: Checkpoint) -> dict[str, Any]:
     Raises UserError where the GPU's memory runs out.
     """
     dims, device = artifact.dimensions, artifact.device
-    inputs = inputs_for(artifact.manifest["model"], dims.image_resolution)
+    inputs, sizes = inputs_for(artifact.manifest["model"], dims.image_resolution), batches_to_probe(artifact)
+    most = max(sizes, default=0)
+    probe = replace(inputs, images=distinct_images(inputs.images, most), tokens=distinct_tokens(inputs.tokens, most))
     try:
-        reference = reference_features(checkpoint, inputs, artifact.encoders, device)
+        probed = reference_features(checkpoint, probe, artifact.encoders, device)
+        reference = {name: rows[:len(inputs.images if name == "image" else inputs.tokens)] for name, rows in probed.items()}
         model = CompiledCLIP(artifact)
         calls = {"image": (model.encode_image, inputs.images), "text": (model.encode_text, inputs.tokens)}
         with torch.no_grad():
             compiled = {name: calls[name][0](calls[name][1].to(model.device)).cpu() for name in artifact.encoders}
             batch = min(artifact.batch.optimal, 32) if device == "cpu" else artifact.batch.optimal
-            speed, by_batch, sizes = {}, {}, batches_to_probe(artifact)
+            speed, by_batch = {}, {}
             for name in artifact.encoders:
                 encode, rows = calls[name]
-                by_batch[name] = cosines_by_batch(encode, rows.to(model.device), reference[name], sizes)
+                all_rows = (probe.images if name == "image" else probe.tokens).to(model.device)
+                by_batch[name] = cosines_by_batch(encode, all_rows, probed[name], sizes)
                 example = rows.repeat(-(-batch // len(rows)), *[1] * (rows.ndim - 1))[:batch].to(model.device)
                 speed[name] = {"batch": batch, "ms": milliseconds(encode, example, repeats=3 if device == "cpu" else 20, warm_up=1 if device == "cpu" else 5)}
     except torch.cuda.OutOfMemoryError as problem:
