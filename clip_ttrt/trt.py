@@ -235,13 +235,13 @@ def _settings(precision: str, optimization_level: int, timing_cache: Optional[Pa
 @contextmanager
 def _registry_settings(settings: Any) -> Iterator[None]:
     """Our settings for the converters, which are of the whole process, and then what they were."""
-    registry = _dynamo("conversion._ConverterRegistry.DYNAMO_CONVERTERS")
-    before, disallowed = registry.compilation_settings, registry.disallowed_targets
-    registry.set_compilation_settings(settings)
+    converters = _dynamo("conversion._ConverterRegistry.DYNAMO_CONVERTERS")
+    before, disallowed = converters.compilation_settings, converters.disallowed_targets
+    converters.set_compilation_settings(settings)
     try:
         yield
     finally:
-        registry.compilation_settings, registry.disallowed_targets = before, disallowed
+        converters.compilation_settings, converters.disallowed_targets = before, disallowed
 
 
 def _input(example: torch.Tensor, batch: BatchRange) -> Any:
