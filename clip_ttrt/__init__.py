@@ -6,6 +6,9 @@
 
 Importing the package also makes plain `torch.jit.load` able to read compiled modules.
 """
+import sys
+import types
+
 from clip_ttrt import kernels, trt
 from clip_ttrt.artifact import Artifact
 from clip_ttrt.errors import UserError, VerificationError
@@ -13,6 +16,18 @@ from clip_ttrt.pipeline import compile
 from clip_ttrt.runtime import CompiledCLIP, load
 
 __all__ = ["Artifact", "CompiledCLIP", "UserError", "VerificationError", "compile", "load"]
+
+
+
+class _Package(types.ModuleType):
+    """This package, whose `compile` stays the function where the program of that name is imported."""
+
+    def __setattr__(self, name, value):
+        if name != "compile" or not isinstance(value, types.ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 if trt.register_if_possible() == "tensorrt":
     kernels.register()

@@ -1,4 +1,5 @@
 """`compile`: weights -> encoders -> exported graph -> our operations -> backend -> artifact -> verification."""
+import inspect
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any, NamedTuple, Optional
@@ -27,7 +28,7 @@ class Built(NamedTuple):
     seconds: float
 
 
-def compile(progress: Optional[Progress] = None, **options: Any) -> Artifact:
+def compile(*, progress: Optional[Progress] = None, **options: Any) -> Artifact:
     """Compile a model's encoders into an artifact folder and verify them against the original.
 
     options: the fields of `Options`, whose defaults apply; `batch` may be N or "MIN:OPT:MAX".
@@ -43,6 +44,18 @@ def compile(progress: Optional[Progress] = None, **options: Any) -> Artifact:
         failures = artifact.manifest["verification"]["failures"]
         raise VerificationError(f"{artifact.folder} is marked unverified: {'; '.join(failures)}")
     return artifact
+
+
+def _signature() -> inspect.Signature:
+    """What `compile` takes, as `help` shows it: the fields of `Options` with their defaults."""
+    options = inspect.signature(Options).parameters.values()
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    first = inspect.signature(compile).parameters["progress"]
+    parameters = [each.replace(kind=keyword) for each in options]
+    return inspect.Signature([*parameters, first], return_annotation=Artifact)
+
+
+compile.__signature__ = _signature()
 
 
 def compile_with(options: Options, progress: Progress) -> Artifact:

@@ -1,4 +1,7 @@
 """The commands as a user types them: output, files and exit codes."""
+import dataclasses
+import importlib
+import inspect
 import io
 import json
 import runpy
@@ -11,12 +14,23 @@ import torch
 from PIL import Image
 
 import clip_ttrt
-from clip_ttrt import accuracy, classify, progress, shell, verify
+from clip_ttrt import accuracy, classify, pipeline, progress, shell, verify
 from clip_ttrt.demo import scenes
+from clip_ttrt.options import Options
 
 
 def command(*arguments, **settings):
     return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, **settings)
+
+
+def test_the_function_stays_one_and_shows_its_options():
+    program = importlib.import_module("clip_ttrt.compile")
+    assert callable(program.main) and clip_ttrt.compile is pipeline.compile
+    parameters = inspect.signature(clip_ttrt.compile).parameters
+    assert list(parameters) == [*(field.name for field in dataclasses.fields(Options)), "progress"]
+    assert parameters["precision"].default == Options().precision == "fp16"
+    with pytest.raises(TypeError, match="precison"):
+        clip_ttrt.compile(precison="fp16")
 
 
 def test_the_programs_do_not_shadow_the_function():
