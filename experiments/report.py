@@ -32,15 +32,17 @@ KEY = ("model", "encoder", "batch", "precision", "backend", "kernels", "how")
 
 
 def latest(rows: Sequence[Mapping[str, str]], gpu: str | None) -> list[Mapping[str, str]]:
-    """The last row of each key on one GPU: the named one, else that of the last row.
+    """The last row of each key of one run: of the named GPU, else the last row's, and of the commit
+    and day of its last row, since only what ran together may be compared.
 
     Raises ValueError where there is none.
     """
-    gpu = rows[-1]["gpu"] if gpu is None and rows else gpu
-    found = {tuple(row[name] for name in KEY): row for row in rows if row["gpu"] == gpu}
-    if not found:
+    rows = [row for row in rows if gpu is None or row["gpu"] == gpu]
+    if not rows:
         raise ValueError(f"no rows of {gpu or 'any GPU'}; python -m experiments.sweep writes some")
-    return list(found.values())
+    last = {name: rows[-1][name] for name in ("gpu", "commit", "date")}
+    together = [row for row in rows if all(row[name] == last[name] for name in last)]
+    return list({tuple(row[name] for name in KEY): row for row in together}.values())
 
 
 def groups(rows: Sequence[Mapping[str, str]], *names: str) -> dict[tuple[str, ...], list]:

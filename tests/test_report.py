@@ -35,6 +35,9 @@ def test_the_last_measurement_of_the_last_gpu_counts():
     measured = rows("another GPU") + rows(factor=3.0) + rows()
     assert report.latest(measured, None) == rows()
     assert report.latest(measured, "another GPU") == rows("another GPU")
+    other = [{**row, "commit": "another", "median_ms": "0.1"} for row in rows(factor=2.0)]
+    assert report.latest(other + rows(), None) == rows()  # of another run nothing stands beside it
+    assert report.latest(rows() + other[:1], None) == other[:1]
     for found in ([], measured):
         with pytest.raises(ValueError, match="no rows of"):
             report.latest(found, "no GPU" if found else None)

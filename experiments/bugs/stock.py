@@ -91,19 +91,6 @@ def compile_stock(
     )
 
 
-def engines(compiled: Compiled) -> int:
-    """How many engines a compiled module holds."""
-    kinds = [type(child).__name__ for child in compiled.inner.children()]
-    return sum("TorchTensorRTModule" in kind for kind in kinds)
-
-
-def left_in_pytorch(compiled: Compiled) -> list[str]:
-    """Names of the operations that no engine took."""
-    inside = (child for child in compiled.inner.children() if isinstance(child, fx.GraphModule))
-    nodes = (node for graph in (compiled.inner, *inside) for node in graph.graph.nodes)
-    return sorted({str(node.target) for node in nodes if node.op == "call_function"})
-
-
 def where(problem: BaseException) -> str:
     """An exception in one line, with the innermost function of Torch-TensorRT that it left."""
     first = next(iter(str(problem).strip().splitlines()), "").rstrip(":")[:120]
@@ -113,12 +100,6 @@ def where(problem: BaseException) -> str:
     if frames:
         at = f" in {frames[-1].name} ({frames[-1].filename.split('torch_tensorrt/')[-1]})"
     return f"{type(problem).__name__}{at}: {first}"
-
-
-def largest_error(compiled: nn.Module, module: nn.Module, x: torch.Tensor) -> float:
-    """The largest difference between both for an input."""
-    with torch.no_grad():
-        return (compiled(x).double() - module(x).double()).abs().max().item()
 
 
 def cosine(actual: torch.Tensor, expected: torch.Tensor) -> float:
