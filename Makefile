@@ -1,5 +1,6 @@
 # make compile: environment, with an NVIDIA GPU the fused kernels, and the embedded model in fp16
 # make test:    environment, then the tests
+# make lint:    ruff over the Python, clang-format over the kernels
 # PYTHON=...    the interpreter of a new .venv; by default the first below that answers
 # GPU=1, GPU=   with a GPU or without one, whatever nvidia-smi says
 
@@ -21,7 +22,7 @@ TEST_STAMP := $(VENV)/installed-test$(if $(GPU),-tensorrt,-rtx)
 KERNELS := $(if $(GPU),$(shell find kernels clip_ttrt -name '*.cu' -o -name '*.cpp' -o -name '*.h' \
              2>/dev/null))
 
-.PHONY: compile test clean
+.PHONY: compile test lint clean
 
 compile: $(ARTIFACT)/manifest.json
 
@@ -34,6 +35,11 @@ $(ARTIFACT)/manifest.json: $(COMPILE_STAMP) $(KERNELS)
 test: $(TEST_STAMP)
 	$(BIN)/python -m pytest
 
+lint: $(VENV)/installed-lint
+	$(BIN)/ruff check
+	$(BIN)/clang-format --dry-run --Werror $$(find kernels tests/kernels examples \
+	    -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h')
+
 $(BIN)/pip:
 	@test -n "$(PYTHON)" || { echo "make: no Python answers; install Python 3.10 to 3.13," \
 	    "or pass PYTHON=..." >&2; exit 2; }
@@ -41,6 +47,10 @@ $(BIN)/pip:
 
 $(VENV)/installed: pyproject.toml | $(BIN)/pip
 	$(PIP) install -e .
+	@touch $@
+
+$(VENV)/installed-lint: pyproject.toml | $(BIN)/pip
+	$(PIP) install ruff==0.17.* clang-format==21.*
 	@touch $@
 
 # The two Torch-TensorRT wheels hold the same files: the other one goes before one comes.
