@@ -9,6 +9,7 @@ from typing import Optional
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from clip_ttrt import kernels
 from clip_ttrt.models import HEAD_DIM
@@ -34,7 +35,7 @@ def _op(reference, fake=None, name=None):
 # What encoders call
 
 
-def attention_reference(qkv: torch.Tensor, heads: int, causal: bool) -> torch.Tensor:
+def attention_reference(qkv: Tensor, heads: int, causal: bool) -> Tensor:
     """Multi-head self-attention on packed projections, with head dimension 64.
 
     qkv: [B, T, 3·W] with W = heads·64, the query, key and value blocks one after the other, as
@@ -48,12 +49,12 @@ def attention_reference(qkv: torch.Tensor, heads: int, causal: bool) -> torch.Te
     return attended.transpose(1, 2).reshape(batch, tokens, heads * HEAD_DIM)
 
 
-def quick_gelu_reference(x: torch.Tensor) -> torch.Tensor:
+def quick_gelu_reference(x: Tensor) -> Tensor:
     """OpenAI's approximation of GELU, x·sigmoid(1.702·x), elementwise: [..., N] -> [..., N]."""
     return x * torch.sigmoid(QUICK_GELU_SLOPE * x)
 
 
-def extract_patches_reference(images: torch.Tensor, size: int) -> torch.Tensor:
+def extract_patches_reference(images: Tensor, size: int) -> Tensor:
     """Cut images into patches: [B, C, R, R] -> [B, (R/size)², C·size²].
 
     Values are in the order of a convolution's weight: a convolution whose stride is its kernel is
@@ -64,12 +65,12 @@ def extract_patches_reference(images: torch.Tensor, size: int) -> torch.Tensor:
     return cut.reshape(batch, side * side, channels * size * size)
 
 
-def prepend_class_token_reference(patches: torch.Tensor, class_token: torch.Tensor) -> torch.Tensor:
+def prepend_class_token_reference(patches: Tensor, class_token: Tensor) -> Tensor:
     """Put the class token before the patches: [B, N, W] and [W] -> [B, N + 1, W]."""
     return torch.cat([class_token.to(patches.dtype).expand(patches.shape[0], 1, -1), patches], 1)
 
 
-def pool_end_of_text_reference(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def pool_end_of_text_reference(x: Tensor, tokens: Tensor) -> Tensor:
     """Each text's row at its end-of-text token: [B, T, W] and int [B, T] -> [B, W].
 
     End of text is the first position of the highest token id in the row, as in OpenAI's
@@ -79,14 +80,12 @@ def pool_end_of_text_reference(x: torch.Tensor, tokens: torch.Tensor) -> torch.T
     return x.gather(1, position.view(-1, 1, 1).expand(-1, 1, x.shape[2])).squeeze(1)
 
 
-def clamp_tokens_reference(tokens: torch.Tensor, vocabulary: int) -> torch.Tensor:
+def clamp_tokens_reference(tokens: Tensor, vocabulary: int) -> Tensor:
     """Token ids moved into a vocabulary, 0 to vocabulary - 1: int [B, T] -> int [B, T]."""
     return tokens.clamp(0, vocabulary - 1)
 
 
-def mask_unknown_reference(
-    features: torch.Tensor, tokens: torch.Tensor, clamped: torch.Tensor
-) -> torch.Tensor:
+def mask_unknown_reference(features: Tensor, tokens: Tensor, clamped: Tensor) -> Tensor:
     """Features, NaN in rows where clamping changed a token: [B, E], two int [B, T] -> [B, E]."""
     unknown = (tokens != clamped).any(dim=1, keepdim=True)
     return features.masked_fill(unknown, float("nan"))
@@ -95,36 +94,32 @@ def mask_unknown_reference(
 # What PyTorch's own operations are mapped to
 
 
-def cast_reference(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def cast_reference(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in another dtype, always a new tensor."""
     return x.to(dtype, copy=True)
 
 
-def linear_reference(
-    x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]
-) -> torch.Tensor:
+def linear_reference(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     """x·weightᵀ + bias: [..., K] and [N, K] and [N] or None -> [..., N]."""
     return F.linear(x, weight, bias)
 
 
-def layer_norm_reference(
-    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, epsilon: float
-) -> torch.Tensor:
+def layer_norm_reference(x: Tensor, scale: Tensor, shift: Tensor, epsilon: float) -> Tensor:
     """Layer norm over the last axis, in fp32 inside: [..., W] and two [W] -> [..., W]."""
     return F.layer_norm(x, x.shape[-1:], scale, shift, epsilon)
 
 
-def add_reference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def add_reference(a: Tensor, b: Tensor) -> Tensor:
     """a + b, of shapes that broadcast."""
     return a + b
 
 
-def embedding_reference(weight: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def embedding_reference(weight: Tensor, tokens: Tensor) -> Tensor:
     """Rows of a table: [V, W] and int [B, T] -> [B, T, W]."""
     return F.embedding(tokens, weight)
 
 
-def select_token_reference(x: torch.Tensor, index: int) -> torch.Tensor:
+def select_token_reference(x: Tensor, index: int) -> Tensor:
     """One token's row: [B, T, W] -> [B, W]."""
     return x.select(1, index).clone()
 
@@ -133,8 +128,8 @@ def select_token_reference(x: torch.Tensor, index: int) -> torch.Tensor:
 
 
 def fused_attention_reference(
-    qkv: torch.Tensor, heads: int, causal: bool, query_bias: Optional[torch.Tensor] = None
-) -> torch.Tensor:
+    qkv: Tensor, heads: int, causal: bool, query_bias: Optional[Tensor] = None
+) -> Tensor:
     """`attention` with query_bias [W] added to the queries."""
     if query_bias is not None:
         qkv = qkv + F.pad(query_bias, (0, 2 * heads * HEAD_DIM)).to(qkv.dtype)
@@ -142,38 +137,34 @@ def fused_attention_reference(
 
 
 def fused_linear_reference(
-    x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], table: str = ""
-) -> torch.Tensor:
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], table: str = ""
+) -> Tensor:
     """`linear`; table: the hexadecimal digits of what `linear.tune` measured, or nothing."""
     return F.linear(x, weight, bias)
 
 
-def bias_quick_gelu_reference(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def bias_quick_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
     """y·sigmoid(1.702·y) of y = x + bias: [..., N] and [N] -> [..., N]."""
     return quick_gelu_reference(x + bias)
 
 
 def residual_layer_norm_reference(
-    x: torch.Tensor, delta: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor,
-    shift: torch.Tensor, epsilon: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: Tensor, delta: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
     """The sum x + delta + bias and its layer norm: two [..., W], three [W] -> two [..., W]."""
     total = x + (delta + bias)
-    return total, F.layer_norm(total, total.shape[-1:], scale, shift, epsilon)
+    return total, layer_norm_reference(total, scale, shift, epsilon)
 
 
-def extract_patch_rows_reference(
-    images: torch.Tensor, size: int, dtype: torch.dtype
-) -> torch.Tensor:
+def extract_patch_rows_reference(images: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     """`extract_patches` as rows, in a dtype: [B, C, R, R] -> [B·(R/size)², C·size²]."""
     return extract_patches_reference(images.to(dtype), size).flatten(0, 1)
 
 
 def embed_image_reference(
-    patches: torch.Tensor, class_token: torch.Tensor, positions: torch.Tensor,
-    scale_pre: torch.Tensor, shift_pre: torch.Tensor, epsilon_pre: float,
-    scale_1: torch.Tensor, shift_1: torch.Tensor, epsilon_1: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    patches: Tensor, class_token: Tensor, positions: Tensor, scale_pre: Tensor, shift_pre: Tensor,
+    epsilon_pre: float, scale_1: Tensor, shift_1: Tensor, epsilon_1: float
+) -> tuple[Tensor, Tensor]:
     """From projected patches to the first block: rows [B·N, W] -> two of rows [B·(N + 1), W].
 
     The first is the layer norm of class token and patches plus positions [N + 1, W], the second
@@ -181,11 +172,11 @@ def embed_image_reference(
     """
     patches = patches.reshape(-1, positions.shape[0] - 1, patches.shape[1])
     x = prepend_class_token_reference(patches, class_token) + positions
-    x = F.layer_norm(x, x.shape[-1:], scale_pre, shift_pre, epsilon_pre).flatten(0, 1)
-    return x, F.layer_norm(x, x.shape[-1:], scale_1, shift_1, epsilon_1)
+    x = layer_norm_reference(x, scale_pre, shift_pre, epsilon_pre).flatten(0, 1)
+    return x, layer_norm_reference(x, scale_1, shift_1, epsilon_1)
 
 
-def split_tokens_reference(x: torch.Tensor, tokens: int) -> torch.Tensor:
+def split_tokens_reference(x: Tensor, tokens: int) -> Tensor:
     """Rows as the tokens of samples: [B·T, W] -> [B, T, W] with T = tokens."""
     return x.reshape(-1, tokens, x.shape[1]).clone()
 

@@ -1,0 +1,724 @@
+"""The library's launchers: structs and limits as their headers have them, what they refuse, and
+their numbers against float64.
+
+Elementwise kernels and attention go through the checks of their benchmarks, whose bounds are what
+rounding to fp16 and fp32 arithmetic cost, or twice PyTorch's own error; linear layers have theirs
+here.
+"""
+import ctypes
+import gc
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import needs
+import pytest
+import torch
+
+from clip_ttrt import kernels, linear, ops
+from clip_ttrt.errors import UserError
+from clip_ttrt.options import BatchRange
+from experiments import attention_bench, elementwise_bench
+
+HEADERS = {path.stem: path.read_text() for path in kernels.sources().glob("*/*.h")}
+DECLARED = HEADERS["cublaslt"]
+INVALID_VALUE = 1  # cudaErrorInvalidValue
+HOPPER, AMPERE, TURING = (9, 0), (8, 6), (7, 5)
+STRUCTS = {
+    "ClipAttentionParams": kernels.PARAMS["attention"],
+    "ClipBiasQuickGeluParams": kernels.PARAMS["bias_quick_gelu"],
+    "ClipResidualLayerNormParams": kernels.PARAMS["residual_layer_norm"],
+    "ClipExtractPatchesParams": kernels.PARAMS["extract_patches"],
+    "ClipEmbedImageParams": kernels.PARAMS["embed_image"],
+    "ClipLinearParams": kernels.PARAMS["linear"], "ClipLinearTuneParams": linear.TuneParams,
+    "ClipLinearTable": linear.Table, "ClipLinearEntry": linear.Entry,
+}  # fmt: skip
+
+
+def on_gpu(function):
+    """A test that runs kernels on a GPU."""
+    return needs.built(pytest.mark.gpu(needs.ampere(function)))
+
+
+@pytest.fixture(scope="module")
+def attention():
+    return attention_bench.Library(kernels.find().path)
+
+
+@pytest.fixture(scope="module")
+def elementwise():
+    return elementwise_bench.Library(kernels.find().path)
+
+
+# Structs and limits
+
+
+@pytest.mark.parametrize("name", STRUCTS)
+def test_structs_agree_with_the_headers(name):
+    body = re.search(rf"typedef struct {name} \{{(.*?)\}}", "".join(HEADERS.values()), re.S)[1]
+    types = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "uint64_t": ctypes.c_uint64}
+    types["float"] = ctypes.c_float
+    declared = re.findall(r"^\s*(?:const )?(\w+)(\*?) (\w+)(?:\[(\d+)\])?;", body, re.M)
+    fields = [(field, ctypes.c_void_p if pointer else types[kind] * int(many) if many else
+               types[kind]) for kind, pointer, field, many in declared]
+    assert len(fields) > 1 and fields == STRUCTS[name]._fields_
+
+
+@needs.built
+@pytest.mark.parametrize("name", STRUCTS)
+def test_the_library_has_structs_of_these_sizes(name):
+    symbol = re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+    told = getattr(kernels.library(), f"{symbol}_size")()
+    assert told == ctypes.sizeof(STRUCTS[name])
+
+
+def test_limits_agree_with_the_header():
+    limits = {key: int(one) for key, one in re.findall(r"(kClip\w+) = (-?\d+)", HEADERS["linear"])}
+    names = "InputsStep", "OutputsStep", "MaxWidth", "WorkspaceBytes"
+    ours = linear.INPUTS_STEP, linear.OUTPUTS_STEP, linear.MAX_WIDTH, linear.WORKSPACE_BYTES
+    assert tuple(limits[f"kClipLinear{name}"] for name in names) == ours
+
+
+def headers_of_cublaslt():
+    package = importlib.util.find_spec("nvidia")
+    roots = package.submodule_search_locations if package else ()
+    found = [path for root in roots for path in Path(root).glob("*/include/cublasLt.h")]
+    missing = pytest.mark.skip(reason="no cublasLt.h is installed")
+    return found or [pytest.param(None, marks=missing)]
+
+
+@pytest.mark.parametrize("header", headers_of_cublaslt())
+def test_what_is_declared_of_cublaslt_is_what_its_header_says(header):
+    """With the header of PyTorch's wheel: names, values and the two structs."""
+    theirs = header.read_text() + header.with_name("cublas_api.h").read_text()
+    for name, value in re.findall(r"^\s*(CUBLAS\w+) = (\d+)", DECLARED, re.M):
+        assert re.search(rf"\b{name} = {value}\b", theirs), name
+    assert re.search(r"struct \{\s*uint64_t data\[8\];\s*\} cublasLtMatmulAlgo_t;", theirs)
+    bodies = re.findall(r"typedef struct \{([^{}]*)\} \w+;", theirs)
+    [result] = [body for body in bodies if "wavesCount" in body]
+    ours = re.search(r"struct cublasLtMatmulHeuristicResult_t \{(.*?)\};", DECLARED, re.S)[1]
+    members = re.compile(r"^\s*(\w+ \w+(?:\[4\])?);", re.M)
+    assert members.findall(result) == members.findall(ours) and len(members.findall(ours)) == 5
+    for name in FUNCTIONS:
+        assert re.search(rf"\b{name}\(", theirs), name
+
+
+def test_floors_of_the_benchmarks_count_each_byte_once():
+    one, bench = attention_bench.Shape(32, 16, 257, False), elementwise_bench
+    assert one.bytes == 32 * 257 * 1024 * 2 * 4  # q, k, v read and out written, fp16
+    assert one.flops == 4 * 32 * 16 * 257 * 257 * 64
+    # 77 queries see 1 .. 77 keys.
+    assert attention_bench.Shape(1, 1, 77, True).flops == 4 * 64 * sum(range(1, 78))
+    for kernel, tensors in (("quick_gelu", 2), ("residual_layer_norm", 4), ("layer_norm", 2)):
+        assert bench.Shape(kernel, 8224, 1024).bytes == 8224 * 1024 * 2 * tensors
+    assert bench.patches_shape(32, 32, 224).bytes == 32 * 3 * 224 * 224 * (4 + 2)
+    assert bench.patches_shape(32, 14, 224, fp16=True).bytes == 32 * 3 * 224 * 224 * (2 + 2)
+    assert bench.embed_shape(32, 50, 768).bytes == 32 * 149 * 768 * 2 + 50 * 768 * 4
+
+
+def test_references_of_the_benchmarks_are_the_ops():
+    """So that what the kernels are checked against is what the encoder computes."""
+    images = torch.randn(2, 3, 24, 24)
+    expected = ops.extract_patches_reference(images, 8).reshape(-1, 3 * 64)
+    assert torch.equal(elementwise_bench.cut(images, 8), expected)
+    patches, token, positions = torch.randn(2, 4, 16), torch.randn(16), torch.randn(5, 16)
+    rows = elementwise_bench.with_class_token(torch, patches.reshape(-1, 16), token, positions)
+    expected = ops.prepend_class_token_reference(patches, token) + positions
+    assert torch.equal(rows, expected.reshape(-1, 16))
+
+
+# What launchers are given, and what they refuse
+
+POINTER, UNALIGNED, NAN = 4096, 4104, float("nan")
+VALID = {  # beside the pointers
+    "bias_quick_gelu": {"rows": 3, "width": 64},
+    "residual_layer_norm": {"rows": 3, "width": 64, "epsilon": 1e-5},
+    "extract_patches": {"batch": 1, "resolution": 224, "patch_size": 32, "half": 0},
+    "embed_image": {"batch": 1, "tokens": 50, "width": 64, "epsilon_pre": 1e-5, "epsilon_1": 1e-5},
+    "linear": {"rows": 3},
+    "linear_tune": {"rows": 3, "inputs": 64, "outputs": 64, "weights": 1, "milliseconds": 1.0},
+}
+NULLABLE = {"bias_quick_gelu": "bias", "residual_layer_norm": "delta bias sum_out",
+            "linear_tune": "bias"}
+LARGE, WIDTHS = (-1, 2**31), (0, -8, 4, 100)
+WRONG = {
+    "bias_quick_gelu": {"rows": LARGE, "width": (*WIDTHS, 65544)},
+    "residual_layer_norm": {"rows": LARGE, "width": (*WIDTHS, 8200), "epsilon": (0.0, -1.0, NAN)},
+    "extract_patches": {
+        "batch": (*LARGE, 2**62), "resolution": (0, -32, 223, 8192),
+        "patch_size": (0, -2, 7, 30, 448), "half": (-1, 2)},
+    "embed_image": {
+        "batch": (*LARGE, 2**62), "tokens": (1, 0, -1), "width": (*WIDTHS, 8200),
+        "epsilon_pre": (0.0, NAN), "epsilon_1": (0.0, NAN)},
+    "linear": {"rows": LARGE, "layer": (None,)},
+    "linear_tune": {
+        "rows": (0, 2**31), "inputs": (6,), "outputs": (12,), "weights": (0,),
+        "milliseconds": (-1.0, NAN)},
+}  # fmt: skip
+
+
+def pointers(name):
+    params = linear.TuneParams if name == "linear_tune" else kernels.PARAMS[name]
+    return params, [key for key, kind in params._fields_ if kind is ctypes.c_void_p]
+
+
+def outside_the_contract():
+    for name in VALID:
+        for field in sorted({*pointers(name)[1]} - {"layer"}):
+            yield name, field, UNALIGNED
+            if field not in NULLABLE.get(name, "").split():
+                yield name, field, None
+        yield from ((name, field, one) for field, some in WRONG[name].items() for one in some)
+
+
+def status_of(name, **changed):
+    """What a launcher returns; no call to the driver, so that no GPU is needed."""
+    params, names = pointers(name)
+    values = {**dict.fromkeys(names, POINTER), **VALID[name]}
+    if name == "linear":
+        cublaslt()
+        values["layer"] = linear._layer(linear.pack(64, 64, True)).pointer
+    launched = ctypes.byref(params(**values | changed))
+    if name == "linear_tune":
+        return kernels.library().clip_linear_tune(launched, ctypes.byref(linear.Entry()), None)
+    return getattr(kernels.library(), f"clip_{name}_launch")(launched, None)
+
+
+def cublaslt():
+    if kernels.library().clip_linear_version() == 0:
+        pytest.skip("no cuBLASLt is installed")
+
+
+@needs.built
+@pytest.mark.parametrize("name, field, value", list(outside_the_contract()))
+def test_what_is_outside_the_contract_is_refused(name, field, value):
+    assert status_of(name, **{field: value}) == INVALID_VALUE
+
+
+@needs.built
+@pytest.mark.parametrize("name", [one for one in VALID if one != "linear_tune"])
+def test_no_rows_are_no_work(name):
+    nothing = {"rows": 0} if "rows" in VALID[name] else {"batch": 0}
+    unused = [] if name == "linear" else pointers(name)[1]
+    assert status_of(name, **dict.fromkeys(unused), **nothing) == 0
+
+
+@needs.built
+def test_a_bias_that_the_layer_has_not_is_refused():
+    cublaslt()
+    layer = linear._layer(linear.pack(64, 64, False)).pointer
+    assert status_of("linear", layer=layer) == INVALID_VALUE
+
+
+@needs.built
+@pytest.mark.parametrize("changed", [
+    {"heads": 0}, {"heads": 41}, {"tokens": 0}, {"tokens": 1025}, {"batch": 0}, {"dim": 80},
+    {"major": 7},
+])  # fmt: skip
+def test_attention_of_other_sizes_is_not_supported(changed):
+    supported = kernels.library().clip_attention_supported
+    assert supported(ctypes.c_int64(70000), 40, 1024, 64, 8, 0) == 1
+    sizes = {"batch": 1, "heads": 12, "tokens": 50, "dim": 64, "major": 9} | changed
+    assert supported(ctypes.c_int64(sizes.pop("batch")), *sizes.values(), 0) == 0
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """The launches of a library that computes nothing, as (name, the values of its struct)."""
+    found, created, destroyed = [], [], []
+
+    def launcher(name):
+        def launch(params, stream):
+            values = params._obj
+            found.append((name, {key: getattr(values, key) for key, _ in values._fields_}))
+            return library.status
+        return launch
+
+    def create(table, size, pointer):
+        pointer._obj.value = 4096 + len(created)
+        created.append(pointer._obj.value)
+        return 0
+
+    library = SimpleNamespace(
+        status=0, clip_linear_version=lambda: 130102, clip_linear_create=create,
+        clip_linear_destroy=lambda pointer: destroyed.append(pointer.value), destroyed=destroyed,
+        **{f"clip_{name}_launch": launcher(name) for name in kernels.PARAMS},
+    )  # fmt: skip
+    monkeypatch.setattr(kernels, "library", lambda: library)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+    linear._layer.cache_clear()
+    yield SimpleNamespace(launches=found, library=library)
+    linear._layer.cache_clear()
+
+
+def misaligned(x):
+    shifted = torch.cat([x.flatten()[:1], x.flatten()])[1:].view_as(x)
+    assert shifted.is_contiguous() and shifted.data_ptr() % 16
+    return shifted
+
+
+@pytest.mark.parametrize("name", kernels.PARAMS)
+def test_every_launcher_gets_aligned_copies_of_tensors_that_are_not(name, recorded, monkeypatch):
+    copies = []
+    monkeypatch.setattr(kernels, "aligned", lambda x, own=kernels.aligned: (
+        copies.append(own(x)) or copies[-1]))
+    _, names = pointers(name)
+    tensors = {key: misaligned(torch.randn(4, 8)) for key in names if key != "layer"}
+    turned, [first, *_] = torch.randn(8, 4).T, tensors
+    kernels.launch(name, "cuda", **{**tensors, first: turned})
+    [(launched, values)] = recorded.launches
+    assert launched == name
+    for key, copy in zip(tensors, copies, strict=True):
+        assert values[key] == copy.data_ptr() and copy.data_ptr() % 16 == 0
+        assert copy.is_contiguous() and torch.equal(copy, turned if key == first else tensors[key])
+
+
+@pytest.mark.parametrize("status, error", [(209, "CUDA error 209"), (-15, "cuBLAS status 15")])
+def test_a_launch_that_fails_says_what_and_where(status, error, recorded):
+    recorded.library.status = status
+    with pytest.raises(RuntimeError, match=f"attention kernel .*{error}|{error} for qkv"):
+        kernels.attention(torch.zeros(1, 2, 192).half(), 1, False)
+
+
+def test_attention_hands_its_sizes_on(recorded):
+    qkv, bias = torch.zeros(3, 5, 384).half(), torch.zeros(128)
+    assert kernels.attention(qkv, 2, True, bias).shape == (3, 5, 128)
+    assert kernels.attention(qkv[:0], 2, True).shape == (0, 5, 128)
+    [(_, values)] = recorded.launches
+    assert (values["qkv"], values["query_bias"]) == (qkv.data_ptr(), bias.data_ptr())
+    sizes = {"batch": 3, "heads": 2, "tokens": 5, "causal": 1, "variant": 0}
+    assert sizes.items() <= values.items()
+    for kind, size in (("half", 128), ("float", 127), ("float", 256)):
+        with pytest.raises(ValueError, match=r"query_bias must be torch.float32 \[128\]"):
+            kernels.attention(qkv, 2, False, torch.zeros(size, dtype=getattr(torch, kind)))
+
+
+# The variants of attention
+
+
+@needs.built
+def test_every_length_has_a_variant_on_every_supported_gpu(attention):
+    for capability in (HOPPER, AMPERE):
+        for tokens in range(1, 1025):
+            for causal, batch in ((False, 1), (False, 128), (True, 1), (True, 128)):
+                chosen = attention.choose(batch, 12, tokens, causal, capability, 132)
+                assert attention.serves(chosen, tokens, causal, capability), (capability, tokens)
+    for variant, name in attention.variants.items():
+        on_ampere = any(attention.serves(variant, t, False, AMPERE) for t in (1, 50, 77, 257, 577))
+        assert on_ampere == name.startswith("portable"), name
+        assert not attention.serves(variant, 50, False, TURING)
+
+
+@needs.built
+def test_batch_and_length_choose_the_kernel(attention):
+    def name(batch, heads, tokens, causal=False):
+        return attention.variants[attention.choose(batch, heads, tokens, causal, HOPPER, 132)]
+
+    assert name(1, 12, 50).startswith("short") and name(128, 12, 50).startswith("hopper")
+    assert name(128, 8, 77, True) == "short 80 9x2"
+    assert name(32, 8, 20, True) == name(32, 8, 20) == "short 64 4x4"
+    assert name(1, 16, 257) == "hopper 128/8x1" and name(32, 16, 257) == "hopper 96/72x4"
+    # The last chunk of keys is cut to size: 50 <= 56, 197 = 2 · 96 + 5, 577 = 6 · 96 + 1.
+    for tokens, tail in ((50, 56), (197, 8), (257, 72), (577, 8)):
+        chunk, last = re.fullmatch(r"hopper (\d+)/(\d+)x\d", name(128, 12, tokens)).groups()
+        assert int(last) == tail and 0 <= tail - tokens % int(chunk) < 8
+
+
+@needs.built
+def test_short_kernel_serves_heads_that_fit_with_a_warp_for_each_tile(attention):
+    for variant, name in attention.variants.items():
+        if name.startswith("short"):
+            rows, warps = map(int, re.fullmatch(r"short (\d+) (\d+)x\d+", name).groups())
+            served = [t for t in range(1, 1025) if attention.serves(variant, t, True, HOPPER)]
+            assert served == [t for t in range(1, rows + 1) if -(-t // 16) <= warps]
+
+
+@needs.built
+def test_every_warpgroup_uses_every_filling_of_the_stages_it_waits_on():
+    """A barrier knows its phases by parity alone: waiting for filling n needs the use of n - 1."""
+    fitted = 0
+    cases = [(groups, tiles, chunks, most) for groups in (1, 2, 3, 4) for tiles in range(1, 17)
+             for chunks in range(1, 12) for most in range(1, 25)]
+    for groups, tiles, chunks, most in cases:
+        stages = kernels.library().clip_attention_ring_stages(most, chunks, groups, tiles)
+        assert 0 <= stages <= most and (stages or tiles < groups)
+        fitted += stages > 0
+        for group in range(groups if stages else 0):
+            # Tile j of a block belongs to warpgroup j % groups and to unit j // tiles.
+            units = {j // tiles for j in range(group, 30 * tiles, groups)}
+            used = {unit * chunks + chunk for unit in units for chunk in range(chunks)}
+            assert all(i < stages or i - stages in used for i in used)
+    assert fitted > 1000
+
+
+# Tables of linear layers
+
+
+def entry(rows, fill=0):
+    return linear.Entry(rows, (ctypes.c_uint64 * 8)(*[fill] * 8))
+
+
+def test_batches_to_measure():
+    powers = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    assert linear.measured_batches(BatchRange(1, 32, 256)) == powers
+    assert linear.measured_batches(BatchRange(3, 5, 9)) == [3, 4, 5, 8, 9]
+    assert linear.measured_batches(BatchRange(4, 4, 4)) == [4]
+
+
+@pytest.mark.parametrize("outputs, inputs", [
+    (0, 64), (12, 64), (65544, 64), (64, 0), (64, 6), (64, 65540), (-8, 64)])
+def test_sizes_that_no_layer_has(outputs, inputs):
+    assert not linear.takes(outputs, inputs) and linear.takes(64, 128)
+    with pytest.raises(ValueError, match="no linear layer here"):
+        linear.tune([1], (outputs, inputs), False)
+
+
+def test_what_is_missing_or_wrong_is_told(recorded):
+    assert linear.version_text() == "13.1.2"
+    x = torch.zeros(2, 64).half()
+    for wrong in (x, x[0]):
+        with pytest.raises(ValueError, match=r"x \[.., K\] and a weight \[N, K\] on a GPU"):
+            linear.linear(x, wrong)
+    recorded.library.clip_linear_version = lambda: 0
+    for call in (linear.version, lambda: linear._layer(linear.pack(64, 64, False))):
+        with pytest.raises(UserError, match="need cuBLASLt"):
+            call()
+
+
+def test_layers_that_make_room_for_others_are_destroyed_after_their_last_use(recorded):
+    destroyed = recorded.library.destroyed
+    in_use = linear._layer(linear.pack(64, 64, False))
+    assert linear._layer(linear.pack(64, 64, False)) is in_use
+    address, most = in_use.pointer.value, linear._layer.cache_info().maxsize
+    for i in range(most + 9):
+        linear._layer(linear.pack(64, 4 * (i + 20), False))
+    gc.collect()
+    assert len(destroyed) == 9 and address not in destroyed
+    del in_use
+    gc.collect()
+    assert len(destroyed) == 10 and destroyed[-1] == address
+    linear._layer.cache_clear()
+    gc.collect()
+    assert len(destroyed) == len(set(destroyed)) == most + 10
+
+
+@needs.built
+def test_tables_that_the_library_refuses():
+    cublaslt()
+    good = linear.pack(64, 128, True, [entry(1, 5), entry(50)], 130101)
+    assert linear._layer(good).pointer
+    bad = [b"", good[:-1], good + b"\0", linear.pack(64, 64, False, [entry(1)] * 65)]
+    bad += [linear.pack(64, 64, False, [entry(rows)]) for rows in (0, 2**31)]
+    for field, value in (("count", 1), ("count", -1), ("bias", 2), ("bias", -1), ("inputs", 0),
+                         ("inputs", 6), ("outputs", 12), ("outputs", 65544)):
+        about = linear.Table.from_buffer_copy(linear.pack(64, 64, False))
+        setattr(about, field, value)
+        bad.append(bytes(about))
+    for table in bad:
+        with pytest.raises(ValueError, match="are no table"):
+            linear._layer(table)
+
+
+# Which cuBLASLt
+
+FUNCTIONS = re.findall(r"\(\*(cublasLt\w+)\)", DECLARED)
+# Without PyTorch, which would have loaded its own.
+VERSION_HERE = """
+import ctypes, sys
+library = ctypes.CDLL(sys.argv[1])
+library.clip_linear_version.restype = ctypes.c_uint64
+print(library.clip_linear_version())
+"""
+
+
+@needs.built
+@pytest.mark.parametrize("functions, version", [
+    (FUNCTIONS, 130999), (FUNCTIONS[:-1], 0), (["other"], 0)])
+def test_a_program_without_pytorch_finds_what_the_system_finds(functions, version, tmp_path):
+    """And takes no library that lacks a function."""
+    if (compiler := shutil.which("cc") or shutil.which("gcc")) is None:
+        pytest.skip("needs a C compiler")
+    file = tmp_path / "libcublasLt.so.13"
+    source = "\n".join(f"unsigned long {name}() {{ return 130999; }}" for name in functions)
+    command = [compiler, "-shared", "-fPIC", f"-Wl,-soname,{file.name}", "-xc", "-o", file, "-"]
+    subprocess.run(command, input=source, text=True, check=True)
+    command = [sys.executable, "-c", VERSION_HERE, kernels.find().path]
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    assert int(subprocess.check_output(command, env=environment)) == version
+
+
+@needs.built
+@pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is built without CUDA")
+def test_pytorchs_is_what_the_process_has_loaded():
+    """By its soname, wherever the wheels have put it: importing torch has loaded it."""
+    loaded = ctypes.CDLL("libcublasLt.so.13", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+    loaded.cublasLtGetVersion.restype = ctypes.c_size_t
+    assert linear.version() == loaded.cublasLtGetVersion() >= 130000
+
+
+# The numbers
+
+
+def table_at(bench, tmp_path):
+    return bench.Table(tmp_path / "check.csv", bench.CHECK_COLUMNS)
+
+
+def check_attention(library, cases, variants, tmp_path):
+    table = table_at(attention_bench, tmp_path)
+    found = attention_bench.check(torch, library, cases, variants, table, seconds=600)
+    assert found == dict.fromkeys(variants, 0)
+
+
+@on_gpu
+@pytest.mark.parametrize("tokens", attention_bench.CHECK_TOKENS)
+def test_attention_errs_at_most_twice_as_much_as_pytorch(attention, tokens, tmp_path):
+    """With and without a query bias; all elements written, none beside them, the same bits twice."""
+    cases = [case for case in attention_bench.check_shapes(full=True) if case[0].tokens == tokens]
+    assert len(cases) == 2 * 3 * 5 * 3
+    check_attention(attention, cases, [0], tmp_path)
+
+
+@on_gpu
+@pytest.mark.parametrize("tokens", [1, 17, 50, 77, 197, 257, 577, 1024])
+def test_portable_attention_on_any_gpu(attention, tokens, tmp_path):
+    portable = [id for id, name in attention.variants.items() if name.startswith("portable")]
+    cases = [case for case in attention_bench.check_shapes(full=False) if case[0].tokens == tokens]
+    check_attention(attention, cases, portable, tmp_path)
+
+
+@on_gpu
+@pytest.mark.parametrize("shapes", [
+    # Batches beyond what a grid has in y and z.
+    [(70000, 1, 2, False), (66000, 2, 17, True)],
+    # Many heads with fewer tiles than workers, which then skip heads: the ring of copies must not
+    # confuse two fillings of a stage.
+    *([(700, 8, tokens, causal) for causal in (False, True)]
+      for tokens in attention_bench.SKIPPING_TOKENS),
+])  # fmt: skip
+def test_attention_of_large_batches(attention, shapes, tmp_path):
+    cases = [(attention_bench.Shape(*shape), 1.0) for shape in shapes]
+    check_attention(attention, cases, [0], tmp_path)
+
+
+@on_gpu
+@pytest.mark.parametrize("kernel", elementwise_bench.KERNELS)
+def test_elementwise_error_is_rounding(elementwise, kernel, tmp_path):
+    """Also: every element written, nothing beside them, the same bits twice."""
+    cases, table = elementwise_bench.check_cases(kernel), table_at(elementwise_bench, tmp_path)
+    assert len(cases) >= 36
+    assert elementwise_bench.check(torch, elementwise, cases, table, seconds=600) == 0
+
+
+@on_gpu
+def test_quick_gelu_of_every_half(elementwise, tmp_path):
+    table = table_at(elementwise_bench, tmp_path)
+    assert elementwise_bench.check_every_half(torch, elementwise, table) == 0
+
+
+@on_gpu
+@pytest.mark.parametrize("shape", [
+    elementwise_bench.Shape("quick_gelu", 140_000, 1024),
+    elementwise_bench.Shape("layer_norm", 300_000, 64),
+    elementwise_bench.Shape("residual_layer_norm", 70_000, 1032),
+    elementwise_bench.patches_shape(70_000, 8, 16),
+    elementwise_bench.embed_shape(140_001, 2, 264),
+], ids=lambda shape: shape.kernel)  # fmt: skip
+def test_more_rows_than_a_grid_has_in_y(elementwise, shape):
+    """A float64 copy of all of it would not fit everywhere, so some of the rows are looked at."""
+    work = elementwise_bench.work_for(torch, shape, 1.0, 0)
+    work.run(elementwise)
+    per_image = (shape.resolution // shape.patch) ** 2 if shape.patch else shape.tokens or 4
+    outputs = work.outputs
+    inputs = {key: getattr(work, key) for key in ("x", "delta", "patches", "images")
+              if getattr(work, key, None) is not None}
+    rows = {"images": 1 / per_image, "patches": 1 - 1 / per_image}  # for each row of the output
+    for first in (0, shape.rows // 2, shape.rows - 1000):
+        first, many = first - first % per_image, 1000 - 1000 % per_image
+        work.outputs = {key: out[first : first + many] for key, out in outputs.items()}
+        for key, x in inputs.items():
+            per_row = rows.get(key, 1)
+            setattr(work, key, x[round(first * per_row) : round((first + many) * per_row)])
+        for out, exact, bound in work.errors():
+            assert ((out.double() - exact).abs() <= bound).all()
+
+
+@on_gpu
+def test_layer_norm_far_from_zero_and_of_equal_values(elementwise):
+    """The variance is that of centred values: the mean does not eat its digits."""
+    shape = elementwise_bench.Shape("residual_layer_norm", 33, 768)
+    work = elementwise_bench.work_for(torch, shape, 1.0, 0)
+    work.x += 500
+    assert elementwise_bench.check_work(torch, elementwise, work)[0]
+    shape = elementwise_bench.Shape("layer_norm", 33, 768)
+    work = elementwise_bench.work_for(torch, shape, 1.0, 0)
+    work.x.fill_(1000.0)
+    work.run(elementwise)
+    expected = work.constants["shift"].half().expand(33, 768)
+    assert torch.equal(work.outputs["out"], expected)
+
+
+# [outputs, inputs] of CLIP's weights: ViT-B/32's image and text encoders; ViT-L/14's patches,
+# whose rows are not 16-byte aligned, and blocks.
+WEIGHTS = [(768, 3072), (2304, 768), (768, 768), (3072, 768), (512, 768), (1536, 512), (512, 2048),
+           (1024, 588), (4096, 1024)]
+ROWS = [1, 2, 7, 50, 77, 788, 1600, 8224]
+
+
+def tensors(rows, outputs, inputs, bias):
+    """Values of order 1 in the sums: what a layer norm leaves, times a weight that keeps it."""
+    sizes = (rows, inputs), (outputs, inputs), (outputs,)
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, weight, b = (torch.randn(size, generator=generator, device="cuda") for size in sizes)
+    return x.half(), (weight * inputs**-0.5).half(), b.half() if bias else None
+
+
+def poisoned(table, x, weight, bias):
+    """The launch into an output of NaN with a NaN row before and after it."""
+    shape = (x.shape[0] + 2, weight.shape[0])
+    out = torch.full(shape, NAN, dtype=torch.half, device="cuda")
+    workspace = torch.full((linear.WORKSPACE_BYTES,), 0xFF, dtype=torch.uint8, device="cuda")
+    layer = linear._layer(table)
+    kernels.launch("linear", x.device, layer=layer.pointer, x=x, weight=weight, bias=bias,
+                   out=out[1:-1], workspace=workspace, rows=x.shape[0])
+    torch.cuda.synchronize()
+    assert out[0].isnan().all() and out[-1].isnan().all()
+    return out[1:-1]
+
+
+def check_linear(actual, x, weight, bias):
+    """Against float64.
+
+    fp16 rounds by 2^-11 of a value or, where that is more, 2^-25.  A result is rounded once; with
+    a bias twice, since some algorithms add it to the product in fp16.  fp32 sums of K terms err
+    like a random walk of sqrt(K) steps of 2^-23 of their size at most: tensor cores cut digits off.
+    """
+    product = x.double() @ weight.double().T
+    terms = x.double().abs() @ weight.double().abs().T
+    exact = product if bias is None else product + bias.double()
+    sums = x.shape[1] ** 0.5 * 2**-23 * terms
+    rounding = 2**-11 * (exact.abs() + sums) + 2**-25
+    if bias is not None:
+        rounding += 1.001 * (2**-11 * (product.abs() + sums) + 2**-25)
+    error = (actual.double() - exact).abs()
+    assert (error <= rounding + sums).all(), (error / (rounding + sums)).max()
+
+
+def test_the_check_finds_what_loses_digits():
+    """It passes exact products, and no fp16 sums and no results that are one step too large."""
+    torch.manual_seed(0)
+    x, bias = torch.randn(50, 768).half(), torch.randn(64).half()
+    weight = (torch.randn(64, 768) * 768**-0.5).half()
+    product = x.float() @ weight.float().T
+    check_linear(product.half(), x, weight, None)
+    check_linear((product + bias.float()).half(), x, weight, bias)
+    check_linear(product.half() + bias, x, weight, bias)
+    added, halves = torch.zeros_like(product).half(), []
+    for step in (384, 16):
+        for i in range(0, 768, step):
+            part = x[:, i : i + step].float() @ weight[:, i : i + step].float().T
+            added = (added.float() + part).half() if step == 16 else added
+            halves += [part.half()] if step == 384 else []
+    for wrong in (halves[0] + halves[1], added, product.half() * (1 + 2**-10)):
+        with pytest.raises(AssertionError):
+            check_linear(wrong, x, weight, None)
+    with pytest.raises(AssertionError):
+        check_linear(added + bias, x, weight, bias)
+
+
+@on_gpu
+@pytest.mark.parametrize("measured", [False, True], ids=["suggested", "measured"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("outputs, inputs", WEIGHTS)
+def test_linear_error_is_rounding(outputs, inputs, bias, measured):
+    """For all rows; also: every element written, nothing beside them, the same bits twice.
+
+    By cuBLASLt's suggestion, or by a table for 1 and 1600 rows: the nearest entry's algorithm, or
+    cuBLASLt's where that cannot.
+    """
+    table = linear.pack(outputs, inputs, bias)
+    if measured:
+        table = linear.tune([1600, 1], (outputs, inputs), bias)
+        about = linear.Table.from_buffer_copy(table)
+        assert (about.count, about.version) == (2, linear.version())
+    for rows in ROWS:
+        x, weight, b = tensors(rows, outputs, inputs, bias)
+        actual = poisoned(table, x, weight, b)
+        check_linear(actual, x, weight, b)
+        assert torch.equal(actual, poisoned(table, x, weight, b))
+        assert torch.equal(actual, linear.linear(x, weight, b, table))
+
+
+@on_gpu
+def test_table_of_another_cublaslt_is_not_used():
+    x, weight, _ = tensors(50, 768, 768, False)
+    nonsense = linear.pack(768, 768, False, [entry(50, 2**64 - 1)], linear.version() + 1)
+    assert torch.equal(linear.linear(x, weight, table=nonsense), linear.linear(x, weight))
+
+
+@on_gpu
+def test_measured_time_is_one_of_a_launch():
+    found, microseconds = linear.measure(50, (768, 768), False)
+    assert found.rows == 50 and 1 < microseconds < 1000
+
+
+# The wrappers
+
+
+@on_gpu
+@pytest.mark.parametrize("change", [misaligned, lambda x: x.mT.contiguous().mT])
+def test_tensors_of_any_layout_and_alignment(change):
+    x, weight, bias = tensors(24, 64, 128, True)
+    qkv, query_bias = torch.randn(2, 50, 384, device="cuda").half(), torch.randn(128, device="cuda")
+    expected = kernels.attention(qkv, 2, False, query_bias)
+    assert torch.equal(kernels.attention(change(qkv), 2, False, misaligned(query_bias)), expected)
+    expected = linear.linear(x, weight, bias)
+    assert torch.equal(linear.linear(change(x), change(weight), misaligned(bias)), expected)
+    several = linear.linear(x.view(2, 3, 4, 128), weight, bias)
+    assert torch.equal(several, expected.view(2, 3, 4, 64))
+    assert linear.linear(x[:0], weight, bias).shape == (0, 64)
+    assert linear.linear(x[0], weight, bias).shape == (64,)
+
+
+@on_gpu
+def test_linear_refuses_other_tensors():
+    x, weight, bias = tensors(3, 64, 128, True)
+    for arguments, match in (
+        ((x.float(), weight), "x must be torch.float16"),
+        ((x[:, :64], weight), r"x must be torch.float16 \[3, 128\]"),
+        ((x, weight, bias.float()), "bias must be torch.float16"),
+        ((x, weight[:12]), "no linear layer here"),
+        ((x, weight, bias, linear.pack(64, 128, False)), "are no table of this linear layer"),
+        ((x, weight, bias, b"table"), "are no table"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            linear.linear(*arguments)
+
+
+@on_gpu
+def test_threads_share_a_layer():
+    x, weight, bias = tensors(320, 768, 768, True)
+    counts = range(1, 320, 20)
+    expected = {rows: linear.linear(x[:rows].clone(), weight, bias) for rows in counts}
+    linear._layer.cache_clear()
+    right = []
+
+    def work():
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for rows in [*counts] * 5:
+                right.append(torch.equal(linear.linear(x[:rows], weight, bias), expected[rows]))
+
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(right) == 4 * 5 * len(counts) and all(right)
