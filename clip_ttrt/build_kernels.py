@@ -12,7 +12,6 @@ is a network. The library goes to `clip_ttrt/lib/` of this package or, where tha
 to the user's cache folder.
 """
 import argparse
-import contextlib
 import os
 import re
 import shutil
@@ -64,10 +63,7 @@ class CannotBuild(Exception):
 
 
 def find_nvcc() -> Path:
-    """nvcc on PATH, else in CUDA_HOME, in NVIDIA's wheels, or where the toolkit installs itself.
-
-    Raises CannotBuild where it is nowhere.
-    """
+    """nvcc on PATH, else in CUDA_HOME, NVIDIA's wheels or the toolkit's folder, or CannotBuild."""
     if on_path := shutil.which("nvcc"):
         return Path(on_path)
     toolkits = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
@@ -121,14 +117,14 @@ def find_tensorrt(fetch: bool) -> Optional[Path]:
             here = f", and TensorRT {installed} is installed" if holds else ""
             raise CannotBuild(f"TENSORRT_INCLUDE_DIR is {given}, which holds {headers}{here}")
         return Path(given)
-    tag = installed and tag_for(installed)
-    if tag is None:
+    if installed is None:
         return None
+    tag = tag_for(installed)
     fetched = kernels.cache() / f"tensorrt-{tag}" / "include"
     for folder in (*map(Path, SYSTEM_INCLUDES), fetched):
         if major_of_headers(folder) == major:
             return folder
-    return fetched if fetch and _fetch(tag, fetched.parent) else None
+    return fetched if tag and fetch and _fetch(tag, fetched.parent) else None
 
 
 def _fetch(tag: str, checkout: Path) -> bool:
@@ -196,34 +192,15 @@ def build_commands(
     return [*commands, [str(nvcc), "-shared", *link, *objects, "-ldl"]]
 
 
-def compile_library(commands: list[list[str]], verbose: bool, quiet: bool) -> Path:
-    """Runs the commands of a build; returns the library.
-
-    Raises CannotBuild with the command that fails or, where it is quiet, the first error.
-    """
-    if shutil.which("g++") is None:
-        raise CannotBuild(
-            "a C++ compiler is missing; install g++ (Debian, Ubuntu: apt-get install g++)"
-        )
-    for command in commands:
-        if verbose:
-            print(" ".join(command), flush=True)
-        done = _run(command, quiet)
-        if done.returncode != 0:
-            why = first_error(done.stderr + done.stdout) if quiet else " ".join(command)
-            raise CannotBuild(f"failed: {why}", 1)
-    return Path(commands[-1][commands[-1].index("-o") + 1])
-
-
 def _run(command: list[str], captured: bool = True, **others) -> subprocess.CompletedProcess:
     return subprocess.run(
         command, capture_output=captured, text=True, errors="replace", check=False, **others
     )
 
 
-def first_error(output: str) -> str:
+def first_error(done: subprocess.CompletedProcess) -> str:
     """The first line that speaks of an error, else the last."""
-    lines = output.strip().splitlines() or ["it prints nothing"]
+    lines = (done.stderr + done.stdout).strip().splitlines() or ["it prints nothing"]
     errors = (line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE))
     return next(errors, lines[-1]).strip()[:200]
 
@@ -235,16 +212,14 @@ def publish(built: Path, name: str) -> Path:
     """
     problem = None
     for folder in kernels.folders():
-        staged = folder / f".{name}.{os.getpid()}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(built, staged)
-            os.replace(staged, folder / name)  # who has the old file open keeps it
+            with tempfile.TemporaryDirectory(dir=folder) as staged:
+                # Who has the old file open keeps it.
+                os.replace(shutil.copy(built, Path(staged, name)), folder / name)
             return folder / name
         except OSError as error:
             problem = error
-            with contextlib.suppress(OSError):
-                staged.unlink()
     raise CannotBuild(f"the library cannot be written: {problem}")
 
 
@@ -253,7 +228,7 @@ def sm(architectures) -> str:
 
 
 def build(
-    architectures: list[str], fetch: bool = True, threads: int = 1, verbose: bool = False,
+    architectures: list[str], fetch: bool, threads: int, verbose: bool = False,
     for_these_gpus: bool = False,
 ) -> None:  # fmt: skip
     """Builds the library, puts it where it is found, and says so.
@@ -262,6 +237,8 @@ def build(
     Raises CannotBuild, or OSError where no folder can be written.
     """
     nvcc = find_nvcc()  # before anything is fetched
+    if shutil.which("g++") is None:
+        raise CannotBuild("a C++ compiler is missing; install g++ (`apt-get install g++`)")
     tensorrt = find_tensorrt(fetch)
     if for_these_gpus:
         if tensorrt is None:
@@ -270,7 +247,14 @@ def build(
         print(f"build_kernels: building the fused kernels for {names}, a minute or so", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         arguments = nvcc, architectures, tensorrt, Path(folder), threads, verbose
-        built = compile_library(build_commands(*arguments), verbose, quiet=for_these_gpus)
+        for command in build_commands(*arguments):
+            if verbose:
+                print(" ".join(command), flush=True)
+            done = _run(command, captured=for_these_gpus)
+            if done.returncode != 0:
+                why = first_error(done) if for_these_gpus else " ".join(command)
+                raise CannotBuild(f"failed: {why}", 1)
+        built = Path(folder, "library.so")
         if for_these_gpus:
             try_out(built)
         major = 0 if tensorrt is None else major_of_headers(tensorrt)
@@ -279,17 +263,6 @@ def build(
     print(f"build_kernels: {place} for {sm(architectures)}, {kind}")
     if tensorrt is None and stack.tensorrt_major() is not None:
         print(f"build_kernels: {no_headers()}", file=sys.stderr)
-
-
-# The build for the GPUs that are here
-
-
-def architectures_for(capabilities: list[tuple[int, int]]) -> list[str]:
-    """The newest code that runs on each of these GPUs; all there is where they are not known."""
-    wanted = set() if capabilities else set(ARCHITECTURES)
-    for one in capabilities:
-        wanted.update([name for name in ARCHITECTURES if kernels.runs_on((name,), one)][-1:])
-    return sorted(wanted, key=ARCHITECTURES.index)
 
 
 def try_out(library: Path) -> None:
@@ -318,7 +291,10 @@ def build_if_possible(fetch: bool = True) -> None:
         return
     told = [re.fullmatch(r"(\d+)\.(\d+)", gpu.get("compute_capability", "")) for gpu in gpus]
     capabilities = [(int(one[1]), int(one[2])) for one in told if one]
-    architectures = architectures_for(capabilities)
+    # The newest code that runs on each of them; all there is where they are not known.
+    running = [[name for name in ARCHITECTURES if kernels.runs_on((name,), one)][-1:]
+               for one in capabilities] or [ARCHITECTURES]
+    architectures = [name for name in ARCHITECTURES if any(name in some for some in running)]
     try:
         if not architectures:
             raise CannotBuild(f"no GPU here runs code for {sm(ARCHITECTURES)}")

@@ -143,10 +143,8 @@ def runs_on(architectures: tuple[str, ...], capability: tuple[int, int]) -> bool
     """Whether code for these architectures runs on a GPU of a compute capability."""
 
     def covers(architecture: str) -> bool:
-        own = divmod(int(architecture.rstrip("a")), 10)
-        if architecture.endswith("a"):
-            return own == capability
-        return own[0] == capability[0] and own[1] <= capability[1]
+        own, only = divmod(int(architecture.rstrip("a")), 10), architecture.endswith("a")
+        return own == capability or not only and own[0] == capability[0] and own <= capability
 
     return any(map(covers, architectures)) or PTX in architectures and capability >= (12, 0)
 
@@ -181,18 +179,12 @@ def library() -> ctypes.CDLL:
 
 
 def available() -> bool:
-    """Whether a library is there and current.
-
-    It may still be for another GPU or another TensorRT, or without plugins: `obstacle` tells.
-    """
+    """Whether a library is there and current, if perhaps for another GPU or TensorRT."""
     return bool(library.cache_info().currsize) or _not_current(find()) is None
 
 
 def obstacle() -> Optional[str]:
-    """Why no TensorRT engine can have the fused kernels here, a clause that ends in the remedy.
-
-    None where one can.
-    """
+    """Why no engine can have the fused kernels here, with the remedy; None where one can."""
     found = find()
     if problem := _not_current(found):
         return problem
@@ -216,10 +208,9 @@ def obstacle() -> Optional[str]:
 
 
 def register() -> None:
-    """Register the plugins, for engines that plain `torch.jit.load` brings in.
+    """Register the plugins that are built, for engines that plain `torch.jit.load` brings in.
 
-    TensorRT's runtime must be loaded by then.  Nothing where the plugins are not built; what
-    cannot be registered is a warning.
+    TensorRT's runtime must be loaded by then.  What cannot be registered is a warning.
     """
     if available():
         try:

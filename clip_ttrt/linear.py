@@ -83,10 +83,7 @@ def pack(
 
 
 class _Layer:
-    """A layer of the library for a table, destroyed with this object.
-
-    Raises ValueError for bytes that are no table.
-    """
+    """A layer of the library for a table, destroyed with it.  ValueError for other bytes."""
 
     def __init__(self, table: bytes):
         version()
@@ -138,10 +135,7 @@ def linear(
 
 
 def measure(rows: int, weight_shape: tuple[int, int], bias: bool) -> tuple[Entry, float]:
-    """The fastest algorithm for some rows on the current GPU, and the microseconds of a launch.
-
-    Raises as `tune`.
-    """
+    """The fastest algorithm for some rows on this GPU, and a launch's microseconds; as `tune`."""
     outputs, inputs = weight_shape
     pack(outputs, inputs, bias)
     version()

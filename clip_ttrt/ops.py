@@ -15,7 +15,6 @@ from clip_ttrt import kernels
 from clip_ttrt.models import HEAD_DIM
 
 QUICK_GELU_SLOPE = 1.702
-
 _library = torch.library.Library("clip_ttrt", "DEF")
 REFERENCES = {}  # op -> its reference
 
