@@ -2,7 +2,7 @@
 // linked, and what nvcc comes with need not include cublasLt.h.
 //
 // Names, values and layouts are those of cublasLt.h and cublas_api.h of 13.1. Descriptors are made
-// by the library and held by pointer. tests/kernels/test_linear.py compares this file with the
+// by the library and held by pointer. tests/kernels/test_launchers.py compares this file with the
 // header of PyTorch's cuBLAS wheel.
 #ifndef CLIP_TTRT_CUBLASLT_H_
 #define CLIP_TTRT_CUBLASLT_H_
