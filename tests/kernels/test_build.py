@@ -98,35 +98,24 @@ def test_it_builds_once_with_the_plugins_and_for_the_gpu_that_is_there(machine, 
     assert commands(machine) == first and capsys.readouterr() == ("", "")
 
 
-def another_source(machine):
-    (machine / "checkout" / "kernels" / "plugin.h").write_text("// another\n")
+def rewritten(machine, old, new):
+    built(machine).write_bytes(built(machine).read_bytes().replace(old, new))
 
 
-def another_gpu(machine):
-    install(machine, "nvidia-smi", H100.replace("9.0", "8.6"))
+CHANGES = {
+    "another source": lambda machine: (machine / "checkout/kernels/plugin.h").write_text("//"),
+    "another GPU": lambda machine: install(machine, "nvidia-smi", H100.replace("9.0", "8.6")),
+    "another TensorRT": lambda machine: rewritten(machine, b"tensorrt=10", b"tensorrt=11"),
+    "no plugins": lambda machine: rewritten(machine, b"tensorrt=10", b"tensorrt=0"),
+    "not ours": lambda machine: built(machine).write_text("no library"),
+}
 
 
-def another_major(machine):
-    other = built(machine).with_name("libclip_ttrt_kernels-trt11.so")
-    other.write_bytes(built(machine).read_bytes().replace(b"tensorrt=10", b"tensorrt=11"))
-    built(machine).unlink()
-
-
-def no_plugins(machine):
-    built(machine).write_bytes(built(machine).read_bytes().replace(b"tensorrt=10", b"tensorrt=0"))
-
-
-def not_ours(machine):
-    built(machine).write_text("no library")
-
-
-@pytest.mark.parametrize(
-    "change", [another_source, another_gpu, another_major, no_plugins, not_ours]
-)
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_library_that_does_not_serve_is_built_anew(machine, change):
     build_kernels.main(["--if-possible"])
     before = len(commands(machine))
-    change(machine)
+    CHANGES[change](machine)
     forget()
     build_kernels.main(["--if-possible"])
     assert len(commands(machine)) == 2 * before
@@ -337,13 +326,3 @@ def test_kernels_compile_for_every_architecture(source, tmp_path):
     architectures = list(build_kernels.ARCHITECTURES)
     every = build_kernels.build_commands(toolchain.NVCC, architectures, None, tmp_path, threads=2)
     compile_all(one for one in every if one[-1].endswith(f"/{source}"))
-
-
-@pytest.mark.skipif(
-    shutil.which("clang-format") is None, reason="needs clang-format 21 (PyPI has it)"
-)
-def test_sources_are_formatted():
-    root = kernels.sources().parent
-    files = [path for folder in ("kernels", "tests/kernels") for path in (root / folder).rglob("*")
-             if path.suffix in (".cpp", ".cu", ".cuh", ".h")]
-    subprocess.run(["clang-format", "--dry-run", "--Werror", *files], cwd=root, check=True)

@@ -71,21 +71,22 @@ class TensorRT:
 
     def __init__(self, tensorrt, library):
         self.tensorrt, self.library = tensorrt, library
-        for name in ("creator_name", "creator_version", "creator_namespace", "plugin_name",
-                     "plugin_version"):  # fmt: skip
-            getattr(tensorrt, name).restype = ctypes.c_char_p
-        for name in ("fields", "creator_fields"):
-            getattr(tensorrt, name).restype = ctypes.POINTER(Collection)
-        for name in ("create", "copy", "attach"):
-            getattr(tensorrt, name).restype = ctypes.c_void_p
-        for name in ("plugin_name", "plugin_version", "fields", "copy", "attach", "destroy",
-                     "outputs", "workspace"):  # fmt: skip
-            getattr(tensorrt, name).argtypes = [ctypes.c_void_p]
-        tensorrt.create.argtypes = [ctypes.c_int32, ctypes.POINTER(Collection), ctypes.c_int32]
-        tensorrt.supports.argtypes = [ctypes.c_void_p, *[ctypes.c_int32] * 5]
-        tensorrt.output_types.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int32, ctypes.c_void_p]
-        tensorrt.output_shapes.argtypes = tensorrt.output_types.argtypes
-        tensorrt.enqueue.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int32]
+        plugin, text, fields = ctypes.c_void_p, ctypes.c_char_p, ctypes.POINTER(Collection)
+        number = ctypes.c_int32
+        for name, result, *arguments in (
+            ("creator_name", text, number), ("creator_version", text, number),
+            ("creator_namespace", text, number), ("creator_fields", fields, number),
+            ("create", plugin, number, fields, number), ("plugin_name", text, plugin),
+            ("plugin_version", text, plugin), ("fields", fields, plugin),
+            ("copy", plugin, plugin), ("attach", plugin, plugin), ("destroy", None, plugin),
+            ("outputs", number, plugin), ("workspace", ctypes.c_size_t, plugin),
+            ("supports", number, plugin, *[number] * 5),
+            ("output_types", number, plugin, plugin, number, plugin),
+            ("output_shapes", number, plugin, plugin, number, plugin),
+            ("enqueue", number, plugin, plugin, plugin, number),
+        ):  # fmt: skip
+            function = getattr(tensorrt, name)
+            function.restype, function.argtypes = result, arguments
         self.creators = {tensorrt.creator_name(i).decode(): i for i in range(6)}
 
     def create(self, name, fields, phase=BUILD):
@@ -261,7 +262,7 @@ def wrong_values():
                     if (name, value) != (kernels.EMBED_IMAGE, 1025))
 
 
-@pytest.mark.parametrize("name, key, value", wrong_values())
+@pytest.mark.parametrize("name, key, value", list(wrong_values()))
 def test_wrong_values_are_refused(trt, name, key, value, capfd):
     assert trt.create(name, collection({**FIELDS[name], key: value})) is None
     [line] = capfd.readouterr().err.splitlines()
