@@ -1,23 +1,13 @@
 """Finding and checking the library of kernels: which one serves, and why one does not."""
+import ctypes
 import shutil
-import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from clip_ttrt import kernels, stack
 from clip_ttrt.errors import UserError
-
-# What the loader asks of a library.
-SOURCE = """
-const char about[] = "clip_ttrt kernels: version=%(version)s architectures=%(architectures)s"
-                     " tensorrt=%(major)s;";
-const char* clip_ttrt_version(void) { return "%(told)s"; }
-const char* clip_ttrt_architectures(void) { return "%(architectures)s"; }
-int clip_ttrt_register_plugins(void) { return %(registers)s; }
-unsigned long clip_linear_version(void) { return %(cublaslt)s; }
-"""
-
 
 def forget():
     for one in (kernels.version, kernels.library, kernels.tensorrt_major):
@@ -50,16 +40,20 @@ def put(folder, major=10, version=None, architectures="80 90a"):
     return path
 
 
-def compiled(folder, major=10, **changed):
-    """A library with what the loader asks for."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("needs a C compiler")
-    facts = {"version": kernels.version(), "told": kernels.version(), "architectures": "80",
-             "major": major, "registers": 1, "cublaslt": 130000, **changed}
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [compiler, "-shared", "-fPIC", "-xc", "-o", folder / kernels.file_name(major), "-"]
-    subprocess.run(command, input=SOURCE % facts, text=True, check=True)
+@pytest.fixture
+def loads(place, monkeypatch):
+    """Puts a library that loads: what the loader asks of it, without its kernels."""
+
+    def put_it(major=10, told=None, architectures="80", registers=1, cublaslt=130000):
+        put(kernels.folders()[0], major, architectures=architectures)
+        loaded = SimpleNamespace(
+            clip_ttrt_version=lambda: (told or kernels.version()).encode(),
+            clip_ttrt_architectures=lambda: architectures.encode(),
+            clip_ttrt_register_plugins=lambda: registers, clip_linear_version=lambda: cublaslt,
+        )  # fmt: skip
+        monkeypatch.setattr(ctypes, "CDLL", lambda path: loaded)
+
+    return put_it
 
 
 # The version
@@ -143,7 +137,6 @@ def on_a_gpu(monkeypatch, capability):
     ("is for sm_80, sm_90a, and this GPU's compute capability is 12.0",
      lambda own, monkeypatch: (put(own), on_a_gpu(monkeypatch, (12, 0)))),
     ("cannot be loaded", lambda own, _: put(own)),
-    ("belongs to another version", lambda own, _: compiled(own, told="0" * 12)),
 ])  # fmt: skip
 def test_obstacles_end_in_the_remedy(expected, prepare, place, monkeypatch):
     prepare(kernels.folders()[0], monkeypatch)
@@ -155,9 +148,9 @@ def test_obstacles_end_in_the_remedy(expected, prepare, place, monkeypatch):
     assert str(raised.value) == f"this artifact needs the fused kernels: {problem}"
 
 
-def test_a_library_that_serves_has_none(place, monkeypatch, recwarn):
+def test_a_library_that_serves_has_none(place, loads, monkeypatch, recwarn):
     kernels.register()  # where nothing is built
-    compiled(kernels.folders()[0])
+    loads()
     on_a_gpu(monkeypatch, (8, 6))
     assert kernels.obstacle() is None and kernels.serves_on(torch.device("cuda:0"))
     kernels.load(kernels.version())
@@ -168,21 +161,21 @@ def test_a_library_that_serves_has_none(place, monkeypatch, recwarn):
         kernels.load("0123456789ab")
 
 
-def test_missing_cublaslt_is_an_obstacle(place):
-    compiled(kernels.folders()[0], cublaslt=0)
-    assert kernels.obstacle().startswith("libcublasLt.so.13 is not found")
-
-
-def test_a_tensorrt_that_does_not_take_the_plugins_is_told(place):
-    compiled(kernels.folders()[0], registers=0)
-    with pytest.raises(UserError, match="TensorRT does not take the plugins"):
+@pytest.mark.parametrize("facts, expected", [
+    ({"told": "0" * 12}, "belongs to another version of clip_ttrt; build it"),
+    ({"cublaslt": 0}, "libcublasLt.so.13 is not found; install PyTorch's wheel"),
+    ({"registers": 0}, "TensorRT does not take the plugins"),
+])  # fmt: skip
+def test_a_library_that_does_not_serve_is_an_error_or_a_warning(loads, facts, expected):
+    loads(**facts)
+    with pytest.raises(UserError, match=expected):
         kernels.load(kernels.version())
     with pytest.warns(UserWarning, match="engines that need the fused kernels will not load"):
         kernels.register()
 
 
-def test_ops_of_pytorch_run_without_plugins_and_only_where_there_is_code(place, monkeypatch):
-    compiled(kernels.folders()[0], 0, architectures="90a")
+def test_ops_of_pytorch_run_without_plugins_and_only_where_there_is_code(loads, monkeypatch):
+    loads(0, architectures="90a")
     for capability, serves in (((9, 0), True), ((8, 0), False)):
         on_a_gpu(monkeypatch, capability)
         assert kernels.available() and kernels.serves_on(torch.device("cuda:0")) == serves

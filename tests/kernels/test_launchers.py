@@ -82,28 +82,20 @@ def test_limits_agree_with_the_header():
         assert int(limits[name]) == getattr(linear, constant)
 
 
-def headers_of_cublaslt():
-    package = importlib.util.find_spec("nvidia")
-    roots = package.submodule_search_locations if package else ()
-    found = [path for root in roots for path in Path(root).glob("*/include/cublasLt.h")]
-    missing = pytest.mark.skip(reason="no cublasLt.h is installed")
-    return found or [pytest.param(None, marks=missing)]
-
-
-@pytest.mark.parametrize("header", headers_of_cublaslt())
-def test_what_is_declared_of_cublaslt_is_what_its_header_says(header):
+def test_what_is_declared_of_cublaslt_is_what_its_header_says():
     """With the header of PyTorch's wheel: names, values and the two structs."""
-    theirs = header.read_text() + header.with_name("cublas_api.h").read_text()
-    for name, value in re.findall(r"^\s*(CUBLAS\w+) = (\d+)", DECLARED, re.M):
-        assert re.search(rf"\b{name} = {value}\b", theirs), name
-    assert re.search(r"struct \{\s*uint64_t data\[8\];\s*\} cublasLtMatmulAlgo_t;", theirs)
-    bodies = re.findall(r"typedef struct \{([^{}]*)\} \w+;", theirs)
-    [result] = [body for body in bodies if "wavesCount" in body]
-    ours = re.search(r"struct cublasLtMatmulHeuristicResult_t \{(.*?)\};", DECLARED, re.S)[1]
-    members = re.compile(r"^\s*(\w+ \w+(?:\[4\])?);", re.M)
-    assert members.findall(result) == members.findall(ours) and len(members.findall(ours)) == 5
-    for name in FUNCTIONS:
-        assert re.search(rf"\b{name}\(", theirs), name
+    package = importlib.util.find_spec("nvidia")
+    roots = map(Path, package.submodule_search_locations if package else ())
+    headers = [path for root in roots for path in root.glob("*/include/cublasLt.h")]
+    if not headers:
+        pytest.skip("no cublasLt.h is installed")
+    theirs = headers[0].read_text() + headers[0].with_name("cublas_api.h").read_text()
+    names = re.findall(r"^\s*(CUBLAS\w+ = \d+)", DECLARED, re.M)
+    names += [f"{name}(" for name in FUNCTIONS] + ["uint64_t data[8]"]
+    assert [name for name in names if name not in theirs] == []
+    result = re.search(r"cublasLtMatmulHeuristicResult_t \{(.*?)\};", DECLARED, re.S)[1]
+    members = r"\s[^;]*".join(re.escape(one.strip()) + ";" for one in result.split(";")[:-1])
+    assert re.search(members, theirs)
 
 
 def test_references_of_the_benchmarks_are_the_ops():
@@ -187,12 +179,12 @@ def test_no_rows_are_no_work(name):
 @needs.built
 def test_attention_of_other_sizes_is_not_supported():
     supported = kernels.library().clip_attention_supported
-    assert supported(ctypes.c_int64(70000), 40, 1024, 64, 8, 0) == 1
-    valid = {"batch": 1, "heads": 12, "tokens": 50, "dim": 64, "major": 9}
-    for changed in ({"heads": 0}, {"heads": 41}, {"tokens": 0}, {"tokens": 1025}, {"batch": 0},
-                    {"dim": 80}, {"major": 7}):  # fmt: skip
-        batch, *sizes = (valid | changed).values()
-        assert supported(ctypes.c_int64(batch), *sizes, 0) == 0
+    for batch, *sizes, serves in (
+        (70000, 40, 1024, 64, 8, 1), (1, 0, 50, 64, 9, 0), (1, 41, 50, 64, 9, 0),
+        (1, 12, 0, 64, 9, 0), (1, 12, 1025, 64, 9, 0), (0, 12, 50, 64, 9, 0),
+        (1, 12, 50, 80, 9, 0), (1, 12, 50, 64, 7, 0),
+    ):  # fmt: skip
+        assert supported(ctypes.c_int64(batch), *sizes, 0) == serves
 
 
 @pytest.fixture
@@ -351,23 +343,6 @@ def test_layers_that_make_room_for_others_are_destroyed_after_their_last_use(rec
     assert len(destroyed) == len(set(destroyed)) == most + 10
 
 
-@needs.built
-def test_tables_that_the_library_refuses():
-    if kernels.library().clip_linear_version() == 0:
-        pytest.skip("no cuBLASLt is installed")
-    good = linear.pack(64, 128, True, [entry(1, 5), entry(50)], 130101)
-    assert linear._layer(good).pointer
-    bad = [b"", good[:-1], good + b"\0", linear.pack(64, 64, False, [entry(1)] * 65)]
-    bad += [linear.pack(64, 64, False, [entry(rows)]) for rows in (0, 2**31)]
-    for changed in ({"count": 1}, {"count": -1}, {"bias": 2}, {"bias": -1}, {"inputs": 0},
-                    {"inputs": 6}, {"outputs": 12}, {"outputs": 65544}):  # fmt: skip
-        sizes = {"inputs": 64, "outputs": 64, "bias": 0, "count": 0} | changed
-        bad.append(bytes(linear.Table(**sizes)))
-    for table in bad:
-        with pytest.raises(ValueError, match="are no table"):
-            linear._layer(table)
-
-
 # Which cuBLASLt
 
 FUNCTIONS = re.findall(r"\(\*(cublasLt\w+)\)", DECLARED)
@@ -453,32 +428,17 @@ def test_elementwise_error_is_rounding(elementwise, kernel, tmp_path):
         assert BENCH.check_every_half(torch, elementwise, table) == 0
 
 
-MANY_ROWS = [
-    BENCH.Shape("quick_gelu", 140_000, 1024), BENCH.Shape("layer_norm", 300_000, 64),
-    BENCH.Shape("residual_layer_norm", 70_000, 1032), BENCH.patches_shape(70_000, 8, 16),
-    BENCH.embed_shape(140_001, 2, 264),
-]  # fmt: skip
-
-
 @on_gpu
-@pytest.mark.parametrize("shape", MANY_ROWS, ids=lambda shape: shape.kernel)
+@pytest.mark.parametrize("shape", [
+    BENCH.Shape("quick_gelu", 140_000, 1024), BENCH.Shape("layer_norm", 300_000, 64),
+    BENCH.Shape("residual_layer_norm", 66_000, 1032), BENCH.patches_shape(66_000, 8, 16),
+    BENCH.embed_shape(132_001, 2, 264),
+], ids=lambda shape: shape.kernel)  # fmt: skip
 def test_more_rows_than_a_grid_has_in_y(elementwise, shape):
-    """A float64 copy of all of it would not fit everywhere, so some of the rows are looked at."""
     work = BENCH.work_for(torch, shape, 1.0, 0)
     work.run(elementwise)
-    outputs, inputs = work.outputs, {key: getattr(work, key, None) for key in
-                                     ("x", "delta", "patches", "images")}
-    per_image = (shape.resolution // shape.patch) ** 2 if shape.patch else shape.tokens or 1
-    share = {"images": 1 / per_image, "patches": 1 - 1 / per_image}  # of a row of the output
-    for first in (0, shape.rows // 2, shape.rows - 1000):
-        first, end = (at - at % per_image for at in (first, first + 1000))
-        work.outputs = {key: out[first:end] for key, out in outputs.items()}
-        for key, x in inputs.items():
-            if x is not None:
-                part = slice(*(round(at * share.get(key, 1)) for at in (first, end)))
-                setattr(work, key, x[part])
-        for out, exact, bound in work.errors():
-            assert ((out.double() - exact).abs() <= bound).all()
+    for out, exact, bound in work.errors():
+        assert ((out.double() - exact).abs() <= bound).all()
 
 
 @on_gpu
@@ -582,16 +542,12 @@ def test_linear_error_is_rounding(outputs, inputs, bias, measured):
 
 
 @on_gpu
-def test_table_of_another_cublaslt_is_not_used():
+def test_measured_algorithms_are_of_one_cublaslt():
+    found, microseconds = linear.measure(50, (768, 768), False)
+    assert found.rows == 50 and 1 < microseconds < 1000
     x, weight, _ = tensors(50, 768, 768, False)
     nonsense = linear.pack(768, 768, False, [entry(50, 2**64 - 1)], linear.version() + 1)
     assert torch.equal(linear.linear(x, weight, table=nonsense), linear.linear(x, weight))
-
-
-@on_gpu
-def test_measured_time_is_one_of_a_launch():
-    found, microseconds = linear.measure(50, (768, 768), False)
-    assert found.rows == 50 and 1 < microseconds < 1000
 
 
 # The wrappers

@@ -254,8 +254,10 @@ def wrong_values():
         "epsilon_1": (nan,), "patch_size": (0, 15, -2, 4098),
         "table": [TABLE[:-1], TABLE + b"\0", b"\0"] + [
             TABLE[:at] + struct.pack("<i", value) + TABLE[at + 4 :]
-            for at, value in ((0, 6), (4, 12), (8, 2), (12, 65), (12, -1))
-        ],
+            for at, value in (
+                (0, 0), (0, 6), (4, 12), (4, 65544), (8, 2), (8, -1), (12, 1), (12, -1))
+        ] + [linear.pack(64, 128, False, entries) for entries in (
+            [linear.Entry(0)], [linear.Entry(2**31)], [linear.Entry(1)] * 65)],
     }  # fmt: skip
     for name, fields in FIELDS.items():
         yield from ((name, key, value) for key in fields for value in wrong[key]
