@@ -132,6 +132,7 @@ class Engine:
             for found in (tensors, launched):
                 nan = torch.full(shape, float("nan"), dtype=torch.half, device="cuda")
                 found[f"y{i}"] = nan
+        self.tensors = tensors  # alive until the engine has run
         for name, tensor in tensors.items():
             self.context.set_tensor_address(name, tensor.data_ptr())
         launch(form, {**tensors, **launched}, times)
