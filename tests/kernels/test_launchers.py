@@ -365,15 +365,6 @@ def test_a_program_without_pytorch_finds_what_the_system_finds(functions, versio
     assert int(subprocess.check_output(command, env=environment)) == version
 
 
-@needs.built
-@pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is built without CUDA")
-def test_pytorchs_is_what_the_process_has_loaded():
-    """By its soname, wherever the wheels have put it: importing torch has loaded it."""
-    loaded = ctypes.CDLL("libcublasLt.so.13", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
-    loaded.cublasLtGetVersion.restype = ctypes.c_size_t
-    assert linear.version() == loaded.cublasLtGetVersion() >= 130000
-
-
 # The numbers
 
 
@@ -554,30 +545,19 @@ def test_measured_algorithms_are_of_one_cublaslt():
 
 
 @on_gpu
-@pytest.mark.parametrize("change", [misaligned, lambda x: x.mT.contiguous().mT])
-def test_tensors_of_any_layout_and_alignment(change):
+def test_linear_of_any_shape_layout_and_alignment():
     x, weight, bias = tensors(24, 64, 128, True)
-    qkv, query_bias = torch.randn(2, 50, 384, device="cuda").half(), torch.randn(128, device="cuda")
-    expected = kernels.attention(qkv, 2, False, query_bias)
-    assert torch.equal(kernels.attention(change(qkv), 2, False, misaligned(query_bias)), expected)
     expected = linear.linear(x, weight, bias)
-    assert torch.equal(linear.linear(change(x), change(weight), misaligned(bias)), expected)
+    turned = [one.T.contiguous().T for one in (x, weight)]
+    assert torch.equal(linear.linear(*turned, misaligned(bias)), expected)
     several = linear.linear(x.view(2, 3, 4, 128), weight, bias)
     assert torch.equal(several, expected.view(2, 3, 4, 64))
     assert linear.linear(x[:0], weight, bias).shape == (0, 64)
     assert linear.linear(x[0], weight, bias).shape == (64,)
-
-
-@on_gpu
-def test_linear_refuses_other_tensors():
-    x, weight, bias = tensors(3, 64, 128, True)
     for arguments, match in (
-        ((x.float(), weight), "x must be torch.float16"),
-        ((x[:, :64], weight), r"x must be torch.float16 \[3, 128\]"),
+        ((x[:, :64], weight), r"x must be torch.float16 \[24, 128\]"),
         ((x, weight, bias.float()), "bias must be torch.float16"),
-        ((x, weight[:12]), "no linear layer here"),
         ((x, weight, bias, linear.pack(64, 128, False)), "are no table of this linear layer"),
-        ((x, weight, bias, b"table"), "are no table"),
     ):
         with pytest.raises(ValueError, match=match):
             linear.linear(*arguments)
