@@ -1,9 +1,5 @@
 """The library's launchers: structs and limits as their headers have them, what they refuse, and
-their numbers against float64.
-
-Attention and elementwise kernels go through the checks of their benchmarks, whose bounds are twice
-PyTorch's own error, and what rounding and fp32 arithmetic cost; linear layers have theirs here.
-"""
+their numbers against float64 (checks.py)."""
 import ctypes
 import gc
 import importlib.util
@@ -18,15 +14,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import checks
 import needs
 import pytest
 import torch
 
-from clip_ttrt import kernels, linear, ops
+from clip_ttrt import kernels, linear
 from clip_ttrt.errors import UserError
 from clip_ttrt.options import BatchRange
-from experiments import attention_bench
-from experiments import elementwise_bench as BENCH
 
 HEADERS = {path.stem: path.read_text() for path in kernels.sources().glob("*/*.h")}
 DECLARED = HEADERS["cublaslt"]
@@ -41,16 +36,6 @@ STRUCTS = {
 def on_gpu(function):
     """A test that runs kernels on a GPU."""
     return needs.built(pytest.mark.gpu(needs.ampere(function)))
-
-
-@pytest.fixture
-def attention():
-    return attention_bench.Library(kernels.find().path)
-
-
-@pytest.fixture
-def elementwise():
-    return BENCH.Library(kernels.find().path)
 
 
 # Structs and limits
@@ -98,20 +83,9 @@ def test_what_is_declared_of_cublaslt_is_what_its_header_says():
     assert re.search(members, theirs)
 
 
-def test_references_of_the_benchmarks_are_the_ops():
-    """So that what the kernels are checked against is what the encoder computes."""
-    images = torch.randn(2, 3, 24, 24)
-    expected = ops.extract_patches_reference(images, 8).reshape(-1, 3 * 64)
-    assert torch.equal(BENCH.cut(images, 8), expected)
-    patches, token, positions = torch.randn(2, 4, 16), torch.randn(16), torch.randn(5, 16)
-    rows = BENCH.with_class_token(torch, patches.reshape(-1, 16), token, positions)
-    expected = ops.prepend_class_token_reference(patches, token) + positions
-    assert torch.equal(rows, expected.reshape(-1, 16))
-
-
 # What launchers are given, and what they refuse
 
-POINTER, UNALIGNED, NAN = 4096, 4104, float("nan")
+POINTER, UNALIGNED, NAN = 4096, 4104, checks.NAN
 VALID = {  # beside the pointers
     "bias_quick_gelu": {"rows": 3, "width": 64},
     "residual_layer_norm": {"rows": 3, "width": 64, "epsilon": 1e-5},
@@ -262,17 +236,31 @@ def test_attention_hands_its_sizes_on(recorded):
 # The variants of attention
 
 
+def variants():
+    """id -> name."""
+    found, one, name_of = {}, ctypes.c_int32(), kernels.library().clip_attention_variant
+    name_of.restype = ctypes.c_char_p
+    while name := name_of(len(found), ctypes.byref(one)):
+        found[one.value] = name.decode()
+    return found
+
+
+def serves(variant, tokens, causal, capability):
+    served = kernels.library().clip_attention_variant_serves
+    return variant == 0 or served(variant, tokens, int(causal), *capability) == 1
+
+
 @needs.built
-def test_every_length_has_a_variant_on_every_supported_gpu(attention):
-    for capability in (HOPPER, AMPERE):
-        for tokens in range(1, 1025):
-            for causal, batch in ((False, 1), (False, 128), (True, 1), (True, 128)):
-                chosen = attention.choose(batch, 12, tokens, causal, capability, 132)
-                assert attention.serves(chosen, tokens, causal, capability), (capability, tokens)
-    for variant, name in attention.variants.items():
-        on_ampere = any(attention.serves(variant, t, False, AMPERE) for t in (1, 50, 77, 257, 577))
+def test_every_length_has_a_variant_on_every_supported_gpu():
+    choose, batches = kernels.library().clip_attention_choose, map(ctypes.c_int64, (1, 128))
+    sizes = itertools.product(batches, range(1, 1025), (0, 1), (HOPPER, AMPERE))
+    for batch, tokens, causal, capability in sizes:
+        chosen = choose(batch, 12, tokens, causal, *capability, 132)
+        assert chosen and serves(chosen, tokens, causal, capability), (capability, tokens)
+    for variant, name in variants().items():
+        on_ampere = any(serves(variant, t, False, AMPERE) for t in (1, 50, 77, 257, 577))
         assert on_ampere == name.startswith("portable"), name
-        assert not attention.serves(variant, 50, False, TURING)
+        assert not serves(variant, 50, False, TURING)
 
 
 @needs.built
@@ -368,80 +356,108 @@ def test_a_program_without_pytorch_finds_what_the_system_finds(functions, versio
 # The numbers
 
 
-def table_at(bench, tmp_path):
-    return bench.Table(tmp_path / "check.csv", bench.CHECK_COLUMNS)
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
 
 
-def check_attention(library, cases, variants, tmp_path):
-    table = table_at(attention_bench, tmp_path)
-    found = attention_bench.check(torch, library, cases, variants, table, seconds=600)
-    assert cases and found == dict.fromkeys(variants, 0)
-
-
-@on_gpu
-@pytest.mark.parametrize("tokens", attention_bench.CHECK_TOKENS)
-def test_attention_errs_at_most_twice_as_much_as_pytorch(attention, tokens, tmp_path):
-    """With and without a query bias; all elements written, none beside, the same bits twice."""
-    cases = [case for case in attention_bench.check_shapes(full=True) if case[0].tokens == tokens]
-    check_attention(attention, cases, [0], tmp_path)
+TOKENS = [1, 2, 15, 16, 17, 49, 50, 64, 65, 77, 128, 196, 197, 257, 320, 577, 1024]
+# At which a head has fewer tiles than a block of the kernel has warps for them.
+SKIPPING = [1, 7, 16, 17, 32, 33, 48, 60, 64, 70, 80, 81, 100, 128, 150, 190]
 
 
 @on_gpu
-@pytest.mark.parametrize("tokens", [1, 17, 50, 77, 197, 257, 577, 1024])
-def test_portable_attention_on_any_gpu(attention, tokens, tmp_path):
-    portable = [id for id, name in attention.variants.items() if name.startswith("portable")]
-    cases = [case for case in attention_bench.check_shapes(full=False) if case[0].tokens == tokens]
-    check_attention(attention, cases, portable, tmp_path)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_attention(tokens):
+    sizes = [(1, 3, 33), (1, 2, 8, 12, 16), (False, True), (0.1, 1.0, 8.0), (False, True)]
+    for batch, heads, causal, scale, biased in itertools.product(*sizes):
+        checks.check(checks.attention(batch, heads, tokens, causal, scale, biased))
+
+
+@on_gpu
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_every_variant_of_attention(tokens):
+    """Of a few heads, and of as many as fill the GPU."""
+    capability, sizes = torch.cuda.get_device_capability(), [(1, 1), (3, 12), (33, 16)]
+    for (batch, heads), causal, biased in itertools.product(sizes, (False, True), (False, True)):
+        launch = checks.attention(batch, heads, tokens, causal, 1.0, biased)
+        for variant in variants():
+            if serves(variant, tokens, causal, capability):
+                checks.check(launch._replace(fields={**launch.fields, "variant": variant}))
 
 
 @on_gpu
 @pytest.mark.parametrize("shapes", [
     # Batches beyond what a grid has in y and z.
     [(70000, 1, 2, False), (66000, 2, 17, True)],
-    # Many heads with fewer tiles than workers, which then skip heads: the ring of copies must not
-    # confuse two fillings of a stage.
-    *([(700, 8, tokens, causal) for causal in (False, True)]
-      for tokens in attention_bench.SKIPPING_TOKENS),
+    # The ring of copies must not confuse two fillings of a stage where warps skip heads.
+    *([(700, 8, tokens, causal) for causal in (False, True)] for tokens in SKIPPING),
 ])  # fmt: skip
-def test_attention_of_large_batches(attention, shapes, tmp_path):
-    cases = [(attention_bench.Shape(*shape), 1.0) for shape in shapes]
-    check_attention(attention, cases, [0], tmp_path)
+def test_attention_of_large_batches(shapes):
+    for shape in shapes:
+        for biased in (False, True):
+            checks.check(checks.attention(*shape, biased=biased))
+
+
+WIDTHS = [8, 64, 72, 128, 192, 256, 264, 512, 520, 768, 1000, 1024, 1032, 2048, 3072, 4096, 4104,
+          5120, 8192]
 
 
 @on_gpu
-@pytest.mark.parametrize("kernel", BENCH.KERNELS)
-def test_elementwise_error_is_rounding(elementwise, kernel, tmp_path):
-    """Also: every element written, nothing beside them, the same bits twice."""
-    cases, table = BENCH.check_cases(kernel), table_at(BENCH, tmp_path)
-    assert len(cases) >= 36
-    assert BENCH.check(torch, elementwise, cases, table, seconds=600) == 0
-    if kernel == "quick_gelu":
-        assert BENCH.check_every_half(torch, elementwise, table) == 0
+@pytest.mark.parametrize("width", WIDTHS)
+def test_rows_of_every_width(width):
+    rows = (1, 2, 3, 5, 7, 33, 50, 1601)
+    for count, scale in itertools.product(rows, (0.1, 1.0, 8.0)):
+        x, delta = checks.randn(2, count, width, scale=scale).half()
+        bias = checks.randn(width, scale=scale)
+        for launch in (checks.quick_gelu(x, bias), checks.quick_gelu(x, None),
+                       checks.layer_norm(x), checks.layer_norm(x, delta, bias)):
+            checks.check(launch)
+    for batch, tokens, scale in itertools.product((1, 3, 33), (2, 5, 50), (0.1, 1.0, 8.0)):
+        checks.check(checks.embed_image(batch, tokens, width, scale))
 
 
 @on_gpu
-@pytest.mark.parametrize("shape", [
-    BENCH.Shape("quick_gelu", 140_000, 1024), BENCH.Shape("layer_norm", 300_000, 64),
-    BENCH.Shape("residual_layer_norm", 66_000, 1032), BENCH.patches_shape(66_000, 8, 16),
-    BENCH.embed_shape(132_001, 2, 264),
-], ids=lambda shape: shape.kernel)  # fmt: skip
-def test_more_rows_than_a_grid_has_in_y(elementwise, shape):
-    work = BENCH.work_for(torch, shape, 1.0, 0)
-    work.run(elementwise)
-    for out, exact, bound in work.errors():
-        assert ((out.double() - exact).abs() <= bound).all()
+@pytest.mark.parametrize("dtype", [torch.float, torch.half])
+@pytest.mark.parametrize("size, resolution", [
+    (2, 2), (2, 6), (6, 30), (8, 64), (12, 36), (14, 14), (14, 42), (14, 224), (14, 336),
+    (16, 224), (32, 224), (32, 32)])
+def test_patches(size, resolution, dtype):
+    for batch in (1, 3, 33):
+        checks.check(checks.patches(checks.randn(batch, 3, *[resolution] * 2).to(dtype), size))
 
 
 @on_gpu
-def test_layer_norm_far_from_zero_and_of_equal_values(elementwise):
+@pytest.mark.parametrize("launch", [
+    lambda: checks.quick_gelu(checks.randn(140_000, 1024).half(), checks.randn(1024)),
+    lambda: checks.layer_norm(checks.randn(300_000, 64).half()),
+    lambda: checks.layer_norm(*checks.randn(2, 66_000, 1032).half(), checks.randn(1032)),
+    lambda: checks.patches(checks.randn(66_000, 3, 16, 16), 8),
+    lambda: checks.embed_image(132_001, 2, 264),
+])  # fmt: skip
+def test_more_rows_than_a_grid_has_in_y(launch):
+    checks.check(launch())
+
+
+@on_gpu
+def test_quick_gelu_of_every_half():
+    """Infinities and NaNs as in PyTorch."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32, device="cuda").short()
+    x = every.view(torch.half).view(1024, 64)
+    checks.check(checks.quick_gelu(torch.where(x.isfinite(), x, 0), None))
+    out = torch.empty_like(x)
+    kernels.launch("bias_quick_gelu", x.device, **{"in": x}, out=out, rows=1024, width=64)
+    expected = (x.float() * torch.sigmoid(1.702 * x.float())).half()
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out[x == torch.inf], x[x == torch.inf])
+
+
+@on_gpu
+def test_layer_norm_far_from_zero_and_of_equal_values():
     """The variance is that of centred values: the mean does not eat its digits."""
-    work = BENCH.work_for(torch, BENCH.Shape("residual_layer_norm", 33, 768), 1.0, 0)
-    work.x += 500
-    assert BENCH.check_work(torch, elementwise, work)[0]
-    work = BENCH.work_for(torch, BENCH.Shape("layer_norm", 33, 768), 1.0, 0)
-    work.x.fill_(1000.0)
-    work.run(elementwise)
-    assert torch.equal(work.outputs["out"], work.constants["shift"].half().expand(33, 768))
+    x, delta = checks.randn(2, 33, 768).half()
+    checks.check(checks.layer_norm(x + 500, delta, checks.randn(768)))
+    checks.check(checks.layer_norm(torch.full_like(x, 1000)))
 
 
 # [outputs, inputs] of CLIP's weights: ViT-B/32's image and text encoders; ViT-L/14's patches,
@@ -453,60 +469,28 @@ ROWS = [1, 2, 7, 50, 77, 788, 1600, 8224]
 
 def tensors(rows, outputs, inputs, bias):
     """Values of order 1 in the sums: what a layer norm leaves, times a weight that keeps it."""
-    sizes = (rows, inputs), (outputs, inputs), (outputs,)
-    generator = torch.Generator("cuda").manual_seed(0)
-    x, weight, b = (torch.randn(size, generator=generator, device="cuda") for size in sizes)
-    return x.half(), (weight * inputs**-0.5).half(), b.half() if bias else None
+    x, weight = checks.randn(rows, inputs), checks.randn(outputs, inputs, scale=inputs**-0.5)
+    return x.half(), weight.half(), checks.randn(outputs).half() if bias else None
 
 
-def poisoned(table, x, weight, bias):
-    """The launch into an output of NaN with a NaN row before and after it."""
-    shape = (x.shape[0] + 2, weight.shape[0])
-    out = torch.full(shape, NAN, dtype=torch.half, device="cuda")
-    workspace = torch.full((linear.WORKSPACE_BYTES,), 0xFF, dtype=torch.uint8, device="cuda")
-    layer = linear._layer(table)
-    kernels.launch("linear", x.device, layer=layer.pointer, x=x, weight=weight, bias=bias,
-                   out=out[1:-1], workspace=workspace, rows=x.shape[0])
-    torch.cuda.synchronize()
-    assert out[0].isnan().all() and out[-1].isnan().all()
-    return out[1:-1]
-
-
-def check_linear(actual, x, weight, bias):
-    """Against float64.
-
-    fp16 rounds by 2^-11 of a value or, where that is more, 2^-25.  A result is rounded once; with
-    a bias twice, since some algorithms add it to the product in fp16.  fp32 sums of K terms err
-    like a random walk of sqrt(K) steps of 2^-23 of their size at most: tensor cores cut digits off.
-    """
-    product = x.double() @ weight.double().T
-    terms = x.double().abs() @ weight.double().abs().T
-    exact = product if bias is None else product + bias.double()
-    sums = x.shape[1] ** 0.5 * 2**-23 * terms
-    rounding = 2**-11 * (exact.abs() + sums) + 2**-25
-    if bias is not None:
-        rounding += 1.001 * (2**-11 * (product.abs() + sums) + 2**-25)
-    error = (actual.double() - exact).abs()
-    assert (error <= rounding + sums).all(), (error / (rounding + sums)).max()
-
-
-def test_the_check_finds_what_loses_digits():
+@pytest.mark.parametrize("bias", [None, torch.randn(64).half()], ids=["", "bias"])
+def test_the_check_finds_what_loses_digits(bias, recorded, monkeypatch):
     """It passes what is rounded once or, with a bias, twice, and no more than that."""
-    torch.manual_seed(0)
-    x, bias = torch.randn(50, 768).half(), torch.randn(64).half()
-    weight = (torch.randn(64, 768) * 768**-0.5).half()
+    monkeypatch.setattr(checks, "DEVICE", "cpu")
+    x, weight = torch.randn(50, 768).half(), (torch.randn(64, 768) * 768**-0.5).half()
+    launch = checks.linear_layer(linear.pack(64, 768, bias is not None), x, weight, bias)
+    b = torch.zeros(64).half() if bias is None else bias
     parts = [x[:, i : i + 16].float() @ weight[:, i : i + 16].float().T for i in range(0, 768, 16)]
     product, added = sum(parts), torch.zeros(50, 64).half()
     for part in parts:
         added = (added.float() + part).half()
-    twice = product.half() + bias
-    for right, b in ((product, None), (product + bias.float(), bias), (twice, bias)):
-        check_linear(right.half(), x, weight, b)
     halves = sum(parts[:24]).half() + sum(parts[24:]).half()
-    one_step = product.half() * (1 + 2**-10)
-    for wrong, b in ((halves, None), (added, None), (one_step, None), (added + bias, bias)):
-        with pytest.raises(AssertionError):
-            check_linear(wrong, x, weight, b)
+    for result, right in (
+        ((product + b.float()).half(), True), (product.half() + b, True), (added + b, False),
+        (product.half() * (1 + 2**-9) + b, False), (halves + b, False),
+    ):  # fmt: skip
+        [(_, exact, allowed)] = launch.expected({"out": result})
+        assert bool(((result.double() - exact).abs() <= allowed).all()) == right
 
 
 @on_gpu
@@ -514,22 +498,14 @@ def test_the_check_finds_what_loses_digits():
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("outputs, inputs", WEIGHTS)
 def test_linear_error_is_rounding(outputs, inputs, bias, measured):
-    """For all rows; also: every element written, nothing beside them, the same bits twice.
-
-    By cuBLASLt's suggestion, or by a table for 1 and 1600 rows: the nearest entry's algorithm, or
-    cuBLASLt's where that cannot.
-    """
+    """By cuBLASLt's suggestion, or by the nearest entry of a table for 1 and 1600 rows."""
     table = linear.pack(outputs, inputs, bias)
     if measured:
         table = linear.tune([1600, 1], (outputs, inputs), bias)
         about = linear.Table.from_buffer_copy(table)
         assert (about.count, about.version) == (2, linear.version())
     for rows in ROWS:
-        x, weight, b = tensors(rows, outputs, inputs, bias)
-        actual = poisoned(table, x, weight, b)
-        check_linear(actual, x, weight, b)
-        assert torch.equal(actual, poisoned(table, x, weight, b))
-        assert torch.equal(actual, linear.linear(x, weight, b, table))
+        checks.check(checks.linear_layer(table, *tensors(rows, outputs, inputs, bias)))
 
 
 @on_gpu
