@@ -1,10 +1,9 @@
-"""The library of fused kernels (`kernels/`): where it is, its plugins, its attention for PyTorch.
+"""The library of fused kernels (`kernels/`): where it is, its plugins, its launchers for PyTorch.
 
 `python -m clip_ttrt.build_kernels` builds it, one file for each major version of TensorRT, into
 `clip_ttrt/lib/` or the user's cache folder.  Everything works without it, through TensorRT's own
 layers.  Nothing here imports TensorRT.
 """
-
 import ctypes
 import functools
 import hashlib
@@ -13,7 +12,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Optional
 
 import torch
 
@@ -23,33 +22,37 @@ from clip_ttrt.errors import UserError
 PACKAGE = Path(__file__).parent
 BUILD_IT = "build it with `python -m clip_ttrt.build_kernels`"
 # As kernels/*/*_plugin.cpp register them, all under the library's version.
-ATTENTION, BIAS_QUICK_GELU, RESIDUAL_LAYER_NORM = (
-    "ClipAttention",
-    "ClipBiasQuickGelu",
-    "ClipResidualLayerNorm",
-)
-EXTRACT_PATCHES, EMBED_IMAGE, LINEAR = "ClipExtractPatches", "ClipEmbedImage", "ClipLinear"
+ATTENTION, LINEAR, BIAS_QUICK_GELU = "ClipAttention", "ClipLinear", "ClipBiasQuickGelu"
+RESIDUAL_LAYER_NORM, EXTRACT_PATCHES = "ClipResidualLayerNorm", "ClipExtractPatches"
+EMBED_IMAGE = "ClipEmbedImage"
 
-SOURCES = (".cpp", ".cu", ".cuh", ".h")  # what is compiled or included
-ABOUT = re.compile(
+ABOUT = re.compile(  # kernels/library.cpp
     rb"clip_ttrt kernels: version=([0-9a-f]{12}) architectures=([0-9a ]*) tensorrt=(\d+);"
-)  # kernels/library.cpp
+)
 PTX = "120"  # the architecture that comes as PTX too, which later GPUs compile
 
 
-class AttentionParams(ctypes.Structure):
-    """`ClipAttentionParams` of kernels/attention/attention.h, field by field."""
+def struct(pointers: str, int64: str, int32: str = "", float32: str = "") -> type:
+    """A struct of the kernels' headers, which have their fields in this order."""
+    types = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+    names = pointers, int64, int32, float32
+    fields = [(name, kind) for kind, some in zip(types, names) for name in some.split()]
+    return type("Params", (ctypes.Structure,), {"_fields_": fields})
 
-    _fields_ = [
-        ("qkv", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("query_bias", ctypes.c_void_p),
-        ("batch", ctypes.c_int64),
-        ("heads", ctypes.c_int32),
-        ("tokens", ctypes.c_int32),
-        ("causal", ctypes.c_int32),
-        ("variant", ctypes.c_int32),
-    ]
+
+PARAMS = {  # launcher clip_*_launch -> its struct
+    "attention": struct("qkv out query_bias", "batch", "heads tokens causal variant"),
+    "bias_quick_gelu": struct("in bias out", "rows", "width"),
+    "residual_layer_norm": struct(
+        "x delta bias scale shift sum_out out", "rows", "width", "epsilon"
+    ),
+    "extract_patches": struct("images out", "batch", "resolution patch_size half"),
+    "embed_image": struct(
+        "patches class_token positions scale_pre shift_pre scale_1 shift_1 x y",
+        "batch", "tokens width", "epsilon_pre epsilon_1",
+    ),
+    "linear": struct("layer x weight bias out workspace", "rows"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,40 +71,30 @@ def sources() -> Path:
     return installed if installed.is_dir() else PACKAGE.parent / "kernels"
 
 
-def source_files() -> list[Path]:
-    """What is compiled or included, in the order in which it is hashed.
-
-    Raises UserError where there is none.
-    """
+def source_files() -> list[str]:
+    """What is compiled or included, by its name in `sources()`.  Raises UserError without any."""
     folder = sources()
-    found = sorted(
-        (path for path in folder.rglob("*") if path.suffix in SOURCES),
-        key=lambda path: path.relative_to(folder).as_posix(),
-    )
+    endings = (".cpp", ".cu", ".cuh", ".h")
+    found = [path for path in folder.rglob("*") if path.suffix in endings]
     if not found:
-        raise UserError(
-            f"the kernels' sources are missing: {folder} holds none; install clip_ttrt again"
-        )
-    return found
+        raise UserError(f"{folder} holds no sources of the kernels; install clip_ttrt again")
+    return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
 @functools.cache
 def version() -> str:
     """Of a library of these sources: 12 digits of a SHA-256 over their names and bytes."""
     digest = hashlib.sha256()
-    for path in source_files():
-        content = path.read_bytes()
-        digest.update(
-            f"{path.relative_to(sources()).as_posix()}\0{len(content)}\0".encode() + content
-        )
+    for name in source_files():
+        content = (sources() / name).read_bytes()
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()[:12]
 
 
 def cache() -> Path:
     """The folder for libraries where the package's own cannot be written."""
-    return Path(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "clip_ttrt", "kernels"
-    )
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(root, "clip_ttrt", "kernels")
 
 
 def folders() -> tuple[Path, Path]:
@@ -115,11 +108,8 @@ def file_name(tensorrt_major: int) -> str:
 
 
 @functools.lru_cache(maxsize=16)
-def _read(path: Path, modified: int, size: int) -> Library:
-    try:
-        about = ABOUT.search(path.read_bytes())
-    except OSError:
-        about = None
+def _read(path: Path, modified: int) -> Library:
+    about = ABOUT.search(path.read_bytes())
     if about is None:
         return Library(path, "unknown", (), 0)
     digits, architectures, major = (part.decode() for part in about.groups())
@@ -128,18 +118,13 @@ def _read(path: Path, modified: int, size: int) -> Library:
 
 def read(path: Path) -> Library:
     """What a library's file tells about itself, without loading it."""
-    status = path.stat()
-    return _read(path, status.st_mtime_ns, status.st_size)
+    return _read(path, path.stat().st_mtime_ns)
 
 
 @functools.cache
-def _asked_once(question: Callable[[], Optional[int]]) -> Optional[int]:
-    return question()
-
-
 def tensorrt_major() -> Optional[int]:
     """As `stack` tells it, which takes milliseconds."""
-    return _asked_once(stack.tensorrt_major)
+    return stack.tensorrt_major()
 
 
 def find() -> Optional[Library]:
@@ -148,21 +133,18 @@ def find() -> Optional[Library]:
     That of the installed TensorRT's major version comes first, in the package before the cache;
     any other serves for the PyTorch ops.
     """
-    paths = (path for folder in folders() for path in sorted(folder.glob(file_name("*"))))
-    rank = {}
-    for one in map(read, paths):
-        rank[one] = (one.tensorrt_major == tensorrt_major(), one.version == version())
-    return max(rank, key=rank.get, default=None)
+    found = [read(path) for one in folders() for path in sorted(one.glob(file_name("*")))]
+    here = tensorrt_major(), version()
+    fit = {one: (one.tensorrt_major == here[0], one.version == here[1]) for one in found}
+    return max(fit, key=fit.get, default=None)
 
 
 def runs_on(architectures: tuple[str, ...], capability: tuple[int, int]) -> bool:
     """Whether code for these architectures runs on a GPU of a compute capability."""
 
     def covers(architecture: str) -> bool:
-        own = divmod(int(architecture.rstrip("a")), 10)
-        if architecture.endswith("a"):
-            return own == capability
-        return own[0] == capability[0] and own[1] <= capability[1]
+        own, only = divmod(int(architecture.rstrip("a")), 10), architecture.endswith("a")
+        return own == capability or not only and own[0] == capability[0] and own <= capability
 
     return any(map(covers, architectures)) or PTX in architectures and capability >= (12, 0)
 
@@ -171,12 +153,10 @@ def _not_current(found: Optional[Library]) -> Optional[str]:
     """Why no kernel can run, whatever calls it; None where that is not so."""
     if found is None:
         return f"{file_name(tensorrt_major() or 0)} is not built; {BUILD_IT}"
-    if found.version != version():
-        return (
-            f"{found.path.name} is stale: its version is {found.version}, "
-            f"that of the sources {version()}; {BUILD_IT}"
-        )
-    return None
+    if found.version == version():
+        return None
+    differ = f"its version is {found.version}, that of the sources {version()}"
+    return f"{found.path.name} is stale: {differ}; {BUILD_IT}"
 
 
 @functools.cache
@@ -187,42 +167,31 @@ def library() -> ctypes.CDLL:
         raise UserError(problem)
     try:
         loaded = ctypes.CDLL(str(found.path))
-        loaded.clip_attention_launch.argtypes = [ctypes.POINTER(AttentionParams), ctypes.c_void_p]
-        loaded.clip_attention_launch.restype = ctypes.c_int
         for text in (loaded.clip_ttrt_version, loaded.clip_ttrt_architectures):
             text.restype = ctypes.c_char_p
         loaded.clip_linear_version.restype = ctypes.c_uint64
         told = loaded.clip_ttrt_version().decode()
     except (OSError, AttributeError) as problem:
         raise UserError(f"{found.path.name} cannot be loaded ({problem}); {BUILD_IT}") from problem
-    if told != version() or loaded.clip_attention_params_size() != ctypes.sizeof(AttentionParams):
+    if told != version():
         raise UserError(f"{found.path.name} belongs to another version of clip_ttrt; {BUILD_IT}")
     return loaded
 
 
 def available() -> bool:
-    """Whether a library is there and current.
-
-    It may still be for another GPU or another TensorRT, or without plugins: `obstacle` tells.
-    """
-    if library.cache_info().currsize:
-        return True
-    return _not_current(find()) is None
+    """Whether a library is there and current, if perhaps for another GPU or TensorRT."""
+    return bool(library.cache_info().currsize) or _not_current(find()) is None
 
 
 def obstacle() -> Optional[str]:
-    """Why no TensorRT engine can have the fused kernels here, a clause that ends in the remedy.
-
-    None where one can.
-    """
+    """Why no engine can have the fused kernels here, with the remedy; None where one can."""
     found = find()
     if problem := _not_current(found):
         return problem
-    name, major = found.path.name, tensorrt_major()
-    if found.tensorrt_major == 0:
+    name, theirs, major = found.path.name, found.tensorrt_major, tensorrt_major()
+    if theirs == 0:
         return f"{name} has no plugins, built without TensorRT's headers; {BUILD_IT}"
-    if major is not None and found.tensorrt_major != major:
-        theirs = found.tensorrt_major
+    if major not in (None, theirs):
         return f"{name} is for TensorRT {theirs}, and TensorRT {major} is installed; {BUILD_IT}"
     if torch.cuda.is_available():
         capability = torch.cuda.get_device_capability()
@@ -239,18 +208,16 @@ def obstacle() -> Optional[str]:
 
 
 def register() -> None:
-    """Register the plugins, for engines that plain `torch.jit.load` brings in.
+    """Register the plugins that are built, for engines that plain `torch.jit.load` brings in.
 
-    TensorRT's runtime must be loaded by then.  Nothing where the plugins are not built; what
-    cannot be registered is a warning.
+    TensorRT's runtime must be loaded by then.  What cannot be registered is a warning.
     """
     if available():
         try:
             load(version())
         except UserError as problem:
-            warnings.warn(
-                f"engines that need the fused kernels will not load: {problem}", stacklevel=2
-            )
+            told = f"engines that need the fused kernels will not load: {problem}"
+            warnings.warn(told, stacklevel=2)
 
 
 def load(needed: Optional[str]) -> None:
@@ -275,10 +242,46 @@ def load(needed: Optional[str]) -> None:
         )
 
 
+# In PyTorch
+
+
 def aligned(x: torch.Tensor) -> torch.Tensor:
     """x, contiguous and 16-byte aligned, which the kernels need: a copy where it is not."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def check(name: str, x: torch.Tensor, dtype: torch.dtype, shape, device: torch.device) -> None:
+    """Raises ValueError for a tensor of another dtype, shape or device."""
+    if (x.dtype, tuple(x.shape), x.device) != (dtype, tuple(shape), device):
+        raise ValueError(
+            f"{name} must be {dtype} {list(shape)} on {device}, "
+            f"not {x.dtype} {list(x.shape)} on {x.device}"
+        )
+
+
+def succeed(status: int, what: str) -> None:
+    """Raises RuntimeError for a status that is not 0: a CUDA error, or minus one of cuBLAS."""
+    if status != 0:
+        error = f"CUDA error {status}" if status > 0 else f"cuBLAS status {-status}"
+        raise RuntimeError(f"{what} failed with {error}")
+
+
+def launch(name: str, device: torch.device, **fields) -> None:
+    """Enqueue a launcher of PARAMS on the current stream of a GPU.
+
+    fields: of its struct; a tensor stands for its address, or for that of an aligned copy where
+    its own does not serve, which an output's must.  Raises UserError without the library,
+    RuntimeError where the launch fails.
+    """
+    tensors = {key: aligned(x) for key, x in fields.items() if isinstance(x, torch.Tensor)}
+    sizes = {key: value for key, value in fields.items() if key not in tensors}
+    params = PARAMS[name](**sizes, **{key: x.data_ptr() for key, x in tensors.items()})
+    with torch.cuda.device(device):
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        status = getattr(library(), f"clip_{name}_launch")(ctypes.byref(params), stream)
+    shapes = ", ".join(f"{key} {list(x.shape)}" for key, x in tensors.items())
+    succeed(status, f"the fused {name} kernel for {shapes}")
 
 
 def attention(
@@ -290,62 +293,32 @@ def attention(
     device, is added to the queries (rounded to fp16, as in an fp16 linear layer).  Raises
     ValueError for another bias, UserError without the library, RuntimeError where the launch fails.
     """
-    qkv = aligned(qkv)
     if query_bias is not None:
-        if (
-            query_bias.dtype != torch.float32
-            or query_bias.shape != (heads * 64,)
-            or query_bias.device != qkv.device
-        ):
-            raise ValueError(
-                f"query_bias must be fp32 [{heads * 64}] on {qkv.device}, not {query_bias.dtype} "
-                f"{list(query_bias.shape)} on {query_bias.device}"
-            )
-        query_bias = aligned(query_bias)
-    batch, tokens = qkv.shape[:2]
-    out = qkv.new_empty((batch, tokens, qkv.shape[2] // 3))
-    if batch == 0:
-        return out
-    bias_pointer = None if query_bias is None else query_bias.data_ptr()
-    params = AttentionParams(
-        qkv.data_ptr(), out.data_ptr(), bias_pointer, batch, heads, tokens, int(causal), 0
-    )
-    with torch.cuda.device(qkv.device):
-        status = library().clip_attention_launch(
-            ctypes.byref(params), torch.cuda.current_stream().cuda_stream
-        )
-    if status != 0:
-        raise RuntimeError(
-            f"the fused attention kernel failed with CUDA error {status} "
-            f"for shape {list(qkv.shape)}, {heads} heads"
-        )
+        check("query_bias", query_bias, torch.float32, (heads * 64,), qkv.device)
+    batch, tokens, width = qkv.shape
+    out = qkv.new_empty((batch, tokens, width // 3))
+    if batch > 0:
+        launch(
+            "attention", qkv.device, qkv=qkv, out=out, query_bias=query_bias, batch=batch,
+            heads=heads, tokens=tokens, causal=int(causal),
+        )  # fmt: skip
     return out
-
-
-@functools.cache
-def _has_code_for(device: torch.device) -> bool:
-    architectures = tuple(library().clip_ttrt_architectures().decode().split())
-    return runs_on(architectures, torch.cuda.get_device_capability(device))
 
 
 def serves_on(device: torch.device) -> bool:
     """Whether the library can run its kernels on a GPU: there, current, and with code for it."""
-    return available() and _has_code_for(device)
+    if not available():
+        return False
+    architectures = library().clip_ttrt_architectures().decode().split()
+    return runs_on(tuple(architectures), torch.cuda.get_device_capability(device))
 
 
 def serves(qkv: torch.Tensor, heads: int) -> bool:
     """Whether the fused attention takes this tensor: CUDA, fp16, sizes and a GPU that it has."""
-    if not (
-        qkv.is_cuda
-        and qkv.dtype == torch.half
-        and qkv.dim() == 3
-        and qkv.shape[2] == 3 * heads * 64
-        and serves_on(qkv.device)
-    ):
+    if not (qkv.is_cuda and qkv.dtype == torch.half and qkv.dim() == 3):
         return False
-    major, minor = torch.cuda.get_device_capability(qkv.device)
-    return bool(
-        library().clip_attention_supported(
-            ctypes.c_int64(max(1, qkv.shape[0])), heads, qkv.shape[1], 64, major, minor
-        )
-    )
+    if qkv.shape[2] != 3 * heads * 64 or not serves_on(qkv.device):
+        return False
+    batch, capability = max(1, qkv.shape[0]), torch.cuda.get_device_capability(qkv.device)
+    supported = library().clip_attention_supported
+    return bool(supported(ctypes.c_int64(batch), heads, qkv.shape[1], 64, *capability))

@@ -47,7 +47,7 @@ CHECK_COLUMNS = [
 BIAS_COLUMNS = ["batch", "heads", "tokens", "causal", "us_without", "us_with", "ratio", "gpu", "commit"]
 
 
-Params = kernels.AttentionParams
+Params = kernels.PARAMS["attention"]
 
 
 class Library:

@@ -28,7 +28,7 @@ import sys
 import time
 
 from clip_ttrt import kernels
-from clip_ttrt.elementwise import PARAMS
+from clip_ttrt.kernels import PARAMS
 from experiments.record import commit
 
 # Measured on the H200: copy, bytes read plus written. Another GPU needs its own.

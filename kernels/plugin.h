@@ -54,7 +54,7 @@ using Bytes = std::vector<int8_t>;
 template <class Data, class Value>
 struct Field {
   const char* name;
-  Value Data::*member;
+  Value Data::* member;
 };
 template <class Data, class Value>
 Field(const char*, Value Data::*) -> Field<Data, Value>;

@@ -1,6 +1,5 @@
-"""The wheel, made from the sdist and installed into an environment of its own: it holds the
-kernels' sources and builds them, as far as the machine allows."""
-
+"""The wheel, from the sdist, installed into an environment of its own: it holds the kernels'
+sources and builds them, as far as the machine allows."""
 import os
 import shutil
 import subprocess
@@ -17,12 +16,12 @@ from clip_ttrt import build_kernels, kernels
 ROOT = Path(__file__).parents[1]
 SDIST = "import sys, setuptools.build_meta as b; b.build_sdist(sys.argv[1])"
 NVCC = 'while [ "$1" != -o ]; do shift; done; echo object > "$2"'
+LIBRARY = "libclip_ttrt_kernels-trt0.so"
 
 
 def run(*command, **options):
-    done = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, check=False, **options
-    )
+    command = [str(word) for word in command]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -52,8 +51,10 @@ def wheel(sdist, tmp_path_factory):
 
 
 @pytest.fixture
-def installed(wheel, tmp_path):
-    """A Python with the wheel, which sees the packages of this one."""
+def python(wheel, tmp_path, monkeypatch):
+    """A Python with the wheel, which sees the packages of this one and a cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("TENSORRT_INCLUDE_DIR", raising=False)
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
@@ -64,97 +65,57 @@ def installed(wheel, tmp_path):
     return python
 
 
-@pytest.fixture
-def place(installed, tmp_path, monkeypatch):
-    """The installed package, with programs that pretend nvcc and g++ and no TensorRT's headers."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("TENSORRT_INCLUDE_DIR", raising=False)
-    for name, script in (("nvcc", NVCC), ("g++", "exit 0")):
-        path = tmp_path / "bin" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(f"#!/bin/sh\n{script}\n")
-        path.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    return Path(told(installed, "kernels.PACKAGE"))
-
-
 def told(python, expression):
     """What an expression of clip_ttrt.kernels is in another Python."""
     code = f"from clip_ttrt import kernels; print({expression})"
     return run(python, "-P" if sys.version_info >= (3, 11) else "-s", "-c", code, cwd="/").strip()
 
 
-def build(python, *options):
-    return run(python, "-m", "clip_ttrt.build_kernels", "--no-fetch", *options, cwd="/")
+def build(python):
+    command = [python, "-m", "clip_ttrt.build_kernels", "--no-fetch", "--arch", "80"]
+    return run(*command, cwd="/")
 
 
-def sources():
-    folder = kernels.sources()
-    return {path.relative_to(folder).as_posix() for path in kernels.source_files()}
-
-
-def test_wheel_and_sdist_hold_the_sources_and_no_module_kernels(sdist, wheel):
-    names = zipfile.ZipFile(wheel).namelist()
+def test_wheel_and_sdist_hold_the_sources_all_modules_and_nothing_else(sdist, wheel):
+    """setuptools does not look for packages here: pyproject.toml names them."""
+    names, sources = zipfile.ZipFile(wheel).namelist(), set(kernels.source_files())
     assert {name.split("/")[0].split("-")[0] for name in names} == {"clip_ttrt"}
     inside = "clip_ttrt/kernel_sources/"
-    assert {name[len(inside) :] for name in names if name.startswith(inside)} == sources()
+    assert {name[len(inside) :] for name in names if name.startswith(inside)} == sources
     with tarfile.open(sdist) as archive:
         files = {name.split("/", 1)[-1] for name in archive.getnames()}
-    assert {f"kernels/{name}" for name in sources()} <= files
+    assert {f"kernels/{name}" for name in sources} <= files
+    modules = (ROOT / "clip_ttrt").rglob("*.py")
+    assert {path.relative_to(ROOT).as_posix() for path in modules} <= set(names)
 
 
-def test_wheel_holds_every_module(wheel):
-    """setuptools does not look for packages here: pyproject.toml names them."""
-    names = set(zipfile.ZipFile(wheel).namelist())
-    package = ROOT / "clip_ttrt"
-    ours = [path for path in package.rglob("*.py") if "kernel_sources" not in path.parts]
-    assert {path.relative_to(ROOT).as_posix() for path in ours} <= names
+def test_an_installed_package_builds_to_its_own_folder_or_the_cache(python, tmp_path, monkeypatch):
+    """With programs that pretend nvcc and g++, and no TensorRT's headers."""
+    assert told(python, "kernels.version()") == kernels.version()
+    for name, script in (("nvcc", NVCC), ("g++", "exit 0")):
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    own = Path(told(python, "kernels.PACKAGE"), "lib")
+    assert own != kernels.PACKAGE / "lib"
+    for library in (own / LIBRARY, tmp_path / "cache" / "clip_ttrt" / "kernels" / LIBRARY):
+        assert str(library) in build(python) and library.is_file()
+        assert told(python, "kernels.find().path") == str(library)
+        if own.is_dir():
+            shutil.rmtree(own)
+            own.touch()  # root may write to any folder, and no one into a file
 
 
-def test_installed_sources_are_those_of_the_checkout(installed):
-    assert told(installed, "kernels.version()") == kernels.version()
-    assert told(installed, "kernels.PACKAGE") != str(kernels.PACKAGE)
-
-
-def test_an_installed_package_builds_to_its_own_folder(installed, place):
-    said = build(installed, "--arch", "80")
-    library = place / "lib" / "libclip_ttrt_kernels-trt0.so"
-    assert library.is_file() and str(library) in said
-    assert told(installed, "kernels.find().path") == str(library)
-
-
-def test_or_to_the_cache_where_that_cannot_be_written(installed, place, tmp_path):
-    (place / "lib").touch()  # root may write to any folder, and no one into a file
-    build(installed, "--arch", "80")
-    library = tmp_path / "cache" / "clip_ttrt" / "kernels" / "libclip_ttrt_kernels-trt0.so"
-    assert library.is_file()
-    assert told(installed, "kernels.find().path") == str(library)
-
-
-def test_what_is_missing_is_one_sentence(installed, place):
-    code = "import sys; from clip_ttrt import build_kernels as b; b.TOOLKITS = ()"
-    code += "; sys.exit(b.main([]))"
-    environment = {"PATH": "", "HOME": str(place), "CUDA_HOME": ""}
-    done = subprocess.run(
-        [installed, "-c", code], env=environment, cwd="/", capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    [line] = [one for one in done.stderr.splitlines() if one.startswith("build_kernels:")]
-    assert "nvcc is missing" in line
-
-
-def has_nvcc():
+def test_a_library_of_the_installed_sources_loads(python, monkeypatch):
     try:
-        return build_kernels.find_nvcc() and shutil.which("g++")
-    except build_kernels.CannotBuild:
-        return False
-
-
-@pytest.mark.skipif(not has_nvcc(), reason="needs nvcc and g++")
-def test_a_library_of_the_installed_sources_loads(installed, tmp_path, monkeypatch):
-    nvcc = build_kernels.find_nvcc()
+        nvcc = build_kernels.find_nvcc()
+    except build_kernels.CannotBuild as problem:
+        pytest.skip(str(problem))
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
     monkeypatch.setenv("PATH", f"{nvcc.parent}:{os.environ['PATH']}")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    build(installed, "--arch", "80")
-    version = told(installed, "kernels.library().clip_ttrt_version().decode()")
+    build(python)
+    version = told(python, "kernels.library().clip_ttrt_version().decode()")
     assert version == kernels.version()

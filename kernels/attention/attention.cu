@@ -4,30 +4,31 @@
 // Three kernels:
 //   portable_kernel  mma.sync and cp.async, sm_80 and newer. One block takes 64 query rows of one
 //                    (image, head) and walks over the keys in chunks of 64.
-//   hopper_kernel    wgmma and tensor copies (TMA), sm_90a. One persistent block per multiprocessor: two
-//                    threads keep copying the next heads' keys, values and queries into shared memory
-//                    while up to four warpgroups compute, each on its own tile of 64 query rows.
-//   short_kernel     mma.sync and tensor copies, sm_90a. Heads of up to 80 tokens, whole, in a ring; warps
-//                    take tiles of 16 query rows in turn.
-// The rings of the last two rest on one rule, which the launchers keep: a barrier tells its phases apart only
-// by parity, so whoever waits on a stage must use every filling of that stage (NOTES.md, round 3).
-// All hold scores in registers and rescale the running output only when the row maximum has grown by
-// more than 2^8 since the last rescale (exact in real arithmetic, and rarely needed).
-// How each choice was reached: NOTES.md.
-
-#include "attention.h"
+//   hopper_kernel    wgmma and tensor copies (TMA), sm_90a. One persistent block per
+//                    multiprocessor: two threads keep copying the next heads' keys, values and
+//                    queries into shared memory while up to four warpgroups compute, each on its
+//                    own tile of 64 query rows.
+//   short_kernel     mma.sync and tensor copies, sm_90a. Heads of up to 80 tokens, whole, in a
+//                    ring; warps take tiles of 16 query rows in turn.
+//
+// The rings of the last two rest on one rule, which the launchers keep: a barrier tells its phases
+// apart only by parity, so whoever waits on a stage must use every filling of that stage. All hold
+// scores in registers and rescale the running output only when the row maximum has grown by more
+// than 2^8 since the last rescale (exact in real arithmetic, and rarely needed). How each choice
+// was reached: NOTES.md.
 
 #include <cuda.h>
 #include <cuda_fp16.h>
 
 #include <atomic>
 
+#include "attention.h"
 #include "wgmma.cuh"
 
 namespace {
 
 constexpr int kHeadDim = kClipAttentionHeadDim;
-constexpr int kRowBytes = kHeadDim * 2;  // one head's row of q, k, v or out: 128 bytes
+constexpr int kRowBytes = kHeadDim * 2;   // one head's row of q, k, v or out: 128 bytes
 constexpr int kBiasBytes = kHeadDim * 4;  // one head's query bias, fp32
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kScale = 0.125f * kLog2e;  // 1/sqrt(64), with exp(x) = exp2(x log2 e)
@@ -52,7 +53,8 @@ __device__ __forceinline__ uint32_t pack_half2(float low, float high) {
 }
 
 __device__ __forceinline__ uint32_t add_half2(uint32_t a, uint32_t b) {
-  const __half2 sum = __hadd2(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b));
+  const __half2 sum =
+      __hadd2(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b));
   return *reinterpret_cast<const uint32_t*>(&sum);
 }
 
@@ -68,7 +70,8 @@ __device__ __forceinline__ float quad_sum(float x) {
 }
 
 // Lane t of a quad holds word t of four 16-byte pieces and gets the whole of piece t.
-__device__ __forceinline__ uint4 quad_transpose(uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+__device__ __forceinline__ uint4 quad_transpose(uint32_t r0, uint32_t r1, uint32_t r2,
+                                                uint32_t r3) {
   const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
   const uint32_t a = __shfl_xor_sync(0xffffffffu, odd ? r0 : r1, 1);
   const uint32_t b = __shfl_xor_sync(0xffffffffu, odd ? r2 : r3, 1);
@@ -87,9 +90,9 @@ struct Rows {
   float sum[2];      // this thread's columns only, until the end
 };
 
-// Scores s[4 j + e] (layout as above) of N keys to probability weights in place; updates maximum and
-// sum. Returns whether the output of earlier keys must shrink by `shrink`, the same for the whole warp.
-// Every lane of the warp must call it.
+// Scores s[4 j + e] (layout as above) of N keys to probability weights in place; updates maximum
+// and sum. Returns whether the output of earlier keys must shrink by `shrink`, the same for the
+// whole warp. Every lane of the warp must call it.
 template <int N>
 __device__ __forceinline__ bool softmax_weights(float (&s)[N / 2], Rows& rows, bool first,
                                                 float (&shrink)[2]) {
@@ -147,7 +150,8 @@ __device__ __forceinline__ void softmax_step(float (&s)[N / 2], Rows& rows, bool
   if (softmax_weights<N>(s, rows, first, shrink)) shrink_output(rows, shrink);
 }
 
-// Hides keys from `limit[r]` on, for the columns first_column .. N - 1 of a chunk that starts at key k0.
+// Hides keys from `limit[r]` on, for the columns first_column .. N - 1 of a chunk that starts at
+// key k0.
 template <int N, int kFirstColumn>
 __device__ __forceinline__ void mask_step(float (&s)[N / 2], int k0, const int (&limit)[2]) {
   const int column = k0 + 2 * (threadIdx.x & 3);
@@ -157,7 +161,8 @@ __device__ __forceinline__ void mask_step(float (&s)[N / 2], int k0, const int (
   }
 }
 
-// Divides by the sums and writes rows `row` and `row + 8` (this lane's) of one head as 16-byte pieces.
+// Divides by the sums and writes rows `row` and `row + 8` (this lane's) of one head as 16-byte
+// pieces.
 __device__ __forceinline__ void store_rows(const Rows& rows, __half* head_out, int64_t row_stride,
                                            int row, int tokens) {
 #pragma unroll
@@ -170,7 +175,8 @@ __device__ __forceinline__ void store_rows(const Rows& rows, __half* head_out, i
     const uint4 left = quad_transpose(packed[0], packed[1], packed[2], packed[3]);
     const uint4 right = quad_transpose(packed[4], packed[5], packed[6], packed[7]);
     if (row + 8 * r < tokens) {
-      uint4* target = reinterpret_cast<uint4*>(head_out + (row + 8 * r) * row_stride) + (threadIdx.x & 3);
+      uint4* target =
+          reinterpret_cast<uint4*>(head_out + (row + 8 * r) * row_stride) + (threadIdx.x & 3);
       target[0] = left;
       target[4] = right;
     }
@@ -182,11 +188,14 @@ __device__ __forceinline__ void store_rows(const Rows& rows, __half* head_out, i
 
 __device__ __forceinline__ void copy_async_16(uint32_t target, const void* source, bool valid) {
   const int bytes = valid ? 16 : 0;  // 0: the 16 bytes are filled with zeros, nothing is read
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
+               "r"(bytes)
                : "memory");
 }
 
-__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void copy_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 
 template <int kPending>
 __device__ __forceinline__ void copy_async_wait() {
@@ -209,14 +218,16 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint3
 
 __device__ __forceinline__ void mma_16x8x16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, "
+      "%9}, "
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// A head's query bias, in global or shared memory, for this lane's A fragments: word 2 d + i is for words 2 i
-// and 2 i + 1 of fragment d, which are columns 16 d + 8 i + 2 (lane % 4) and the next one, of two rows.
+// A head's query bias, in global or shared memory, for this lane's A fragments: word 2 d + i is for
+// words 2 i and 2 i + 1 of fragment d, which are columns 16 d + 8 i + 2 (lane % 4) and the next
+// one, of two rows.
 __device__ __forceinline__ void load_fragment_bias(uint32_t (&bias)[8], const float* head_bias) {
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
@@ -232,14 +243,14 @@ __device__ __forceinline__ void add_fragment_bias(uint32_t (&q)[4][4], const uin
     for (int i = 0; i < 4; ++i) q[d][i] = add_half2(q[d][i], bias[2 * d + (i >> 1)]);
 }
 
-// Rows of 128 bytes, their eight 16-byte pieces permuted by the row: eight rows of one column, which
-// is what ldmatrix reads, then lie in different banks.
+// Rows of 128 bytes, their eight 16-byte pieces permuted by the row: eight rows of one column,
+// which is what ldmatrix reads, then lie in different banks.
 __device__ __forceinline__ uint32_t swizzled(int row, int piece) {
   return row * kRowBytes + ((piece ^ (row & 7)) << 4);
 }
 
-// Copies `count` rows from `first` on of one head's q, k or v to shared memory; rows from `tokens` on
-// become zeros (a value row that is never written could hold NaN, and 0 * NaN is NaN).
+// Copies `count` rows from `first` on of one head's q, k or v to shared memory; rows from `tokens`
+// on become zeros (a value row that is never written could hold NaN, and 0 * NaN is NaN).
 template <int kThreads, int kCount>
 __device__ __forceinline__ void copy_rows(uint32_t target, const __half* source, int64_t row_stride,
                                           int first, int tokens) {
@@ -319,7 +330,8 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
         if (next < chunks) copy_rows<kThreads, kKeys>(stage, k, row_stride, next * kKeys, tokens);
         copy_async_commit();
         if (next < chunks)
-          copy_rows<kThreads, kKeys>(stage + kKeys * kRowBytes, v, row_stride, next * kKeys, tokens);
+          copy_rows<kThreads, kKeys>(stage + kKeys * kRowBytes, v, row_stride, next * kKeys,
+                                     tokens);
         copy_async_commit();
       }
       float s[kTiles][kKeys / 2];
@@ -331,8 +343,9 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
         for (int t = 0; t < kTiles; ++t)
 #pragma unroll
           for (int d = 0; d < 4; ++d)
-            load_matrices(q_fragments[t][d], q_shared + swizzled((warp * kTiles + t) * 16 + (lane & 15),
-                                                                  2 * d + (lane >> 4)));
+            load_matrices(
+                q_fragments[t][d],
+                q_shared + swizzled((warp * kTiles + t) * 16 + (lane & 15), 2 * d + (lane >> 4)));
         if (query_bias != nullptr) {
           uint32_t bias[8];
           load_fragment_bias(bias, query_bias + head * kHeadDim);
@@ -387,7 +400,8 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
 #pragma unroll
             for (int d = 0; d < 4; ++d) {
               uint32_t b[4];
-              load_matrices_transposed(b, v_shared + swizzled(g * 16 + (lane & 15), 2 * d + (lane >> 4)));
+              load_matrices_transposed(
+                  b, v_shared + swizzled(g * 16 + (lane & 15), 2 * d + (lane >> 4)));
 #pragma unroll
               for (int t = 0; t < kTiles; ++t) {
                 mma_16x8x16(&rows[t].o[8 * d], p[t], b[0], b[1]);
@@ -416,8 +430,8 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// Initialised barriers become visible to tensor copies. For shared memory only: the fence of all memory is a
-// membar of the whole GPU.
+// Initialised barriers become visible to tensor copies. For shared memory only: the fence of all
+// memory is a membar of the whole GPU.
 __device__ __forceinline__ void barriers_ready() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -444,8 +458,8 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
 }
 
 // A box of 64 columns of a [batch][tokens][columns] tensor; rows past `tokens` arrive as zeros.
-__device__ __forceinline__ void copy_tensor(uint32_t target, const CUtensorMap* map, uint32_t barrier,
-                                            int column, int row, int image) {
+__device__ __forceinline__ void copy_tensor(uint32_t target, const CUtensorMap* map,
+                                            uint32_t barrier, int column, int row, int image) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(target),
@@ -453,9 +467,11 @@ __device__ __forceinline__ void copy_tensor(uint32_t target, const CUtensorMap* 
       : "memory");
 }
 
-__device__ __forceinline__ void copy_bytes(uint32_t target, const void* source, int bytes, uint32_t barrier) {
+__device__ __forceinline__ void copy_bytes(uint32_t target, const void* source, int bytes,
+                                           uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(target),
       "l"(source), "r"(bytes), "r"(barrier)
       : "memory");
 }
@@ -463,11 +479,11 @@ __device__ __forceinline__ void copy_bytes(uint32_t target, const void* source, 
 constexpr int kTileRows = 64;  // of a warpgroup
 constexpr int kTileBytes = kTileRows * kRowBytes;
 constexpr int kMaxStages = 24;
-constexpr int kHopperSharedBytes = 227 * 1024;  // that a block may have on sm_90
+constexpr int kHopperSharedBytes = 227 * 1024;     // that a block may have on sm_90
 constexpr int kHopperReservedBytes = 1024 + 1024;  // to align tiles; barriers
 
-// Where one block's work lies. A unit is one (image, head) and up to tiles_per_unit of its tiles; a block
-// takes units blockIdx.x, blockIdx.x + gridDim.x, ...
+// Where one block's work lies. A unit is one (image, head) and up to tiles_per_unit of its tiles; a
+// block takes units blockIdx.x, blockIdx.x + gridDim.x, ...
 struct HopperPlan {
   int units;
   int heads;
@@ -480,8 +496,9 @@ struct HopperPlan {
   int step_image, step_head, step_part;
 };
 
-// kKeys: keys of a chunk. kTailKeys: of a head's last chunk, whose first kTailSeen keys are real (the
-// mask then skips them). kGroups: warpgroups that compute. kQueries: query tiles in flight for each.
+// kKeys: keys of a chunk. kTailKeys: of a head's last chunk, whose first kTailSeen keys are real
+// (the mask then skips them). kGroups: warpgroups that compute. kQueries: query tiles in flight for
+// each.
 template <int kKeys, int kTailKeys, int kTailSeen, int kGroups, int kQueries, bool kCausal>
 struct HopperShape {
   static constexpr int keys = kKeys, tail_keys = kTailKeys, tail_seen = kTailSeen, groups = kGroups,
@@ -498,7 +515,8 @@ struct HopperShape {
   static constexpr int copy_registers = 32;
   static constexpr int compute_registers =
       (launch_registers * threads - copy_registers * 128) / (kGroups * 128) / 8 * 8;
-  static_assert(kKeys % 16 == 0 && kTailKeys % 8 == 0 && kTailKeys <= kKeys && kTailSeen <= kTailKeys,
+  static_assert(kKeys % 16 == 0 && kTailKeys % 8 == 0 && kTailKeys <= kKeys &&
+                    kTailSeen <= kTailKeys,
                 "chunk shape");
   // Rows of k and v that the last chunk copies: what it multiplies, in steps of 16 values.
   static constexpr int tail_rows = (kTailKeys + 15) / 16 * 16;
@@ -514,17 +532,18 @@ struct HopperShape {
 
 // Issues the scores of a tile against N keys; they are there after a wait.
 template <int N>
-__device__ __forceinline__ void issue_scores(float (&s)[N / 2], uint32_t q_shared, uint32_t k_shared) {
+__device__ __forceinline__ void issue_scores(float (&s)[N / 2], uint32_t q_shared,
+                                             uint32_t k_shared) {
   wgmma::fence();
 #pragma unroll
   for (int d = 0; d < 4; ++d)  // 16 columns are 32 bytes: 2 in a descriptor's units of 16
-    wgmma::Scores<N>::step(s, wgmma::descriptor(q_shared, 2 * d), wgmma::descriptor(k_shared, 2 * d),
-                           d > 0);
+    wgmma::Scores<N>::step(s, wgmma::descriptor(q_shared, 2 * d),
+                           wgmma::descriptor(k_shared, 2 * d), d > 0);
   wgmma::commit();
 }
 
-// Issues the product of N weights, rounded to fp16, with N values (N rounded up to 16: weights past N are
-// zero, and the copy left no NaN in those rows of v). `first`: overwrites the output.
+// Issues the product of N weights, rounded to fp16, with N values (N rounded up to 16: weights past
+// N are zero, and the copy left no NaN in those rows of v). `first`: overwrites the output.
 template <int N>
 __device__ __forceinline__ void issue_values(const uint32_t (&p)[(N + 15) / 16 * 4], Rows& rows,
                                              uint32_t v_shared, bool first) {
@@ -537,14 +556,16 @@ __device__ __forceinline__ void issue_values(const uint32_t (&p)[(N + 15) / 16 *
 }
 
 template <int N>
-__device__ __forceinline__ void pack_weights(const float (&s)[N / 2], uint32_t (&p)[(N + 15) / 16 * 4]) {
+__device__ __forceinline__ void pack_weights(const float (&s)[N / 2],
+                                             uint32_t (&p)[(N + 15) / 16 * 4]) {
 #pragma unroll
   for (int i = 0; i < (N + 15) / 16 * 4; ++i)
     p[i] = 2 * i < N / 2 ? pack_half2(s[2 * i], s[2 * i + 1]) : 0;
 }
 
-// Adds a head's query bias, fp32 in shared memory, in place to a warp's 16 rows of a tile of queries, which
-// wgmma reads there. Lane l takes piece l % 8 of rows l / 8, l / 8 + 4, ...: eight lanes share a row and no bank.
+// Adds a head's query bias, fp32 in shared memory, in place to a warp's 16 rows of a tile of
+// queries, which wgmma reads there. Lane l takes piece l % 8 of rows l / 8, l / 8 + 4, ...: eight
+// lanes share a row and no bank.
 __device__ __forceinline__ void add_piece_bias(uint32_t warp_rows, uint32_t head_bias) {
   uint32_t q[4][4], bias[4];
 #pragma unroll
@@ -557,7 +578,9 @@ __device__ __forceinline__ void add_piece_bias(uint32_t warp_rows, uint32_t head
     bias[i] = pack_half2(x[0], x[1]);
     bias[i + 1] = pack_half2(x[2], x[3]);
   }
-  auto address = [&](int i) { return warp_rows + swizzled(((threadIdx.x & 31) >> 3) + 4 * i, threadIdx.x & 7); };
+  auto address = [&](int i) {
+    return warp_rows + swizzled(((threadIdx.x & 31) >> 3) + 4 * i, threadIdx.x & 7);
+  };
 #pragma unroll
   for (int i = 0; i < 4; ++i)
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -568,16 +591,17 @@ __device__ __forceinline__ void add_piece_bias(uint32_t warp_rows, uint32_t head
   for (int i = 0; i < 4; ++i) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) q[i][j] = add_half2(q[i][j], bias[j]);
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address(i)), "r"(q[i][0]), "r"(q[i][1]),
-                 "r"(q[i][2]), "r"(q[i][3])
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address(i)), "r"(q[i][0]),
+                 "r"(q[i][1]), "r"(q[i][2]), "r"(q[i][3])
                  : "memory");
   }
 }
 
 #endif
 
-// A walk over a block's list of tiles: those of unit blockIdx.x, then of unit blockIdx.x + gridDim.x, ...
-// Steps are additions with carry, since a division per tile would cost as much as a chunk's softmax.
+// A walk over a block's list of tiles: those of unit blockIdx.x, then of unit blockIdx.x +
+// gridDim.x, ... Steps are additions with carry, since a division per tile would cost as much as a
+// chunk's softmax.
 struct Cursor {
   int unit, image, head, part;
   int tile;          // in the unit
@@ -632,7 +656,8 @@ __global__ void __launch_bounds__(Shape::threads, 1)
   // The swizzle is a function of the address, so tiles start at multiples of 1024.
   const uint32_t queries = (shared_address(shared) + 1023) & ~1023u;
   const uint32_t ring = queries + Shape::query_bytes;
-  const uint32_t biases = ring + plan.stages * 2 * Shape::chunk_bytes;  // one for each tile of queries
+  const uint32_t biases =
+      ring + plan.stages * 2 * Shape::chunk_bytes;  // one for each tile of queries
   const uint32_t k_full = shared_address(barriers);
   const uint32_t v_full = k_full + 8 * kMaxStages;
   const uint32_t empty = v_full + 8 * kMaxStages;
@@ -673,8 +698,8 @@ __global__ void __launch_bounds__(Shape::threads, 1)
           barrier_expect(k_full + 8 * stage, bytes);
           copy_tensor(k_shared, &map, k_full + 8 * stage, k_column, c * Shape::keys, at.image);
           barrier_expect(v_full + 8 * stage, bytes);
-          copy_tensor(k_shared + Shape::chunk_bytes, &map, v_full + 8 * stage, v_column, c * Shape::keys,
-                      at.image);
+          copy_tensor(k_shared + Shape::chunk_bytes, &map, v_full + 8 * stage, v_column,
+                      c * Shape::keys, at.image);
           if (++stage == plan.stages) {
             stage = 0;
             phase ^= 1;
@@ -690,10 +715,12 @@ __global__ void __launch_bounds__(Shape::threads, 1)
         const int which = group * Shape::queries + buffer;
         barrier_wait(q_empty + 8 * which, phase ^ 1);
         barrier_expect(q_full + 8 * which, kTileBytes + (query_bias != nullptr ? kBiasBytes : 0));
-        copy_tensor(queries + which * kTileBytes, &query_map, q_full + 8 * which, at.head * kHeadDim,
-                    (at.part * plan.tiles_per_unit + at.tile) * kTileRows, at.image);
+        copy_tensor(queries + which * kTileBytes, &query_map, q_full + 8 * which,
+                    at.head * kHeadDim, (at.part * plan.tiles_per_unit + at.tile) * kTileRows,
+                    at.image);
         if (query_bias != nullptr)
-          copy_bytes(biases + which * kBiasBytes, query_bias + at.head * kHeadDim, kBiasBytes, q_full + 8 * which);
+          copy_bytes(biases + which * kBiasBytes, query_bias + at.head * kHeadDim, kBiasBytes,
+                     q_full + 8 * which);
         if (++group == Shape::groups) {
           group = 0;
           if (++buffer == Shape::queries) {
@@ -787,7 +814,8 @@ __global__ void __launch_bounds__(Shape::threads, 1)
       wgmma::settle(s);
       release_queries();
       if (busy) {
-        mask_step<Shape::tail_keys, Shape::causal ? 0 : Shape::tail_seen>(s, c * Shape::keys, limit);
+        mask_step<Shape::tail_keys, Shape::causal ? 0 : Shape::tail_seen>(s, c * Shape::keys,
+                                                                          limit);
         softmax_step<Shape::tail_keys>(s, rows, c == 0);
       }
       pack_weights<Shape::tail_keys>(s, p);
@@ -809,7 +837,8 @@ __global__ void __launch_bounds__(Shape::threads, 1)
     }
     if (visible > 0 && busy) {
       const int width = plan.heads * kHeadDim;
-      store_rows(rows, out + static_cast<int64_t>(at.image) * plan.tokens * width + at.head * kHeadDim,
+      store_rows(rows,
+                 out + static_cast<int64_t>(at.image) * plan.tokens * width + at.head * kHeadDim,
                  width, row, plan.tokens);
     }
     if (++buffer == Shape::queries) {
@@ -827,13 +856,13 @@ struct ShortPlan {
   int pairs;  // (image, head)
   int heads;
   int tokens;
-  int tiles;  // of 16 rows, per head
-  int stages;  // of the ring, each q, k and v of one head
+  int tiles;                  // of 16 rows, per head
+  int stages;                 // of the ring, each q, k and v of one head
   int step_image, step_head;  // gridDim.x as a step in (image, head)
 };
 
-// kRows: rows of q, k and v that are copied, at least the tokens. kWarps: warps that compute, each on its own
-// tile of 16 rows, beside the one that copies.
+// kRows: rows of q, k and v that are copied, at least the tokens. kWarps: warps that compute, each
+// on its own tile of 16 rows, beside the one that copies.
 template <int kRows, int kWarps, int kBlocks>
 __global__ void __launch_bounds__(kWarps * 32 + 32, kBlocks)
     short_kernel(const __grid_constant__ CUtensorMap map, __half* __restrict__ out,
@@ -881,16 +910,18 @@ __global__ void __launch_bounds__(kWarps * 32 + 32, kBlocks)
           copy_tensor(ring + (3 * stage + part) * kPartBytes, &map, full + 8 * stage,
                       (part * plan.heads + head) * kHeadDim, 0, image);
         if (query_bias != nullptr)
-          copy_bytes(biases + stage * kBiasBytes, query_bias + head * kHeadDim, kBiasBytes, full + 8 * stage);
+          copy_bytes(biases + stage * kBiasBytes, query_bias + head * kHeadDim, kBiasBytes,
+                     full + 8 * stage);
       }
     }
     return;
   }
 
   const int width = plan.heads * kHeadDim;
-  // Tiles go to the warps in turn, over the heads' ends; this warp's next one is `tile`, of this head or a
-  // later one. A warp with no tile in a head still waits for it and releases it: a barrier tells its phases
-  // apart by parity, so a warp that left a filling out could take the next one for it.
+  // Tiles go to the warps in turn, over the heads' ends; this warp's next one is `tile`, of this
+  // head or a later one. A warp with no tile in a head still waits for it and releases it: a
+  // barrier tells its phases apart by parity, so a warp that left a filling out could take the next
+  // one for it.
   int tile = warp;
   for (; pair < plan.pairs; next_pair(), tile -= plan.tiles) {
     barrier_wait(full + 8 * stage, phase);
@@ -912,15 +943,16 @@ __global__ void __launch_bounds__(kWarps * 32 + 32, kBlocks)
       load_matrices(q[d], q_shared + swizzled(tile * 16 + (lane & 15), 2 * d + (lane >> 4)));
     if (query_bias != nullptr) {
       uint32_t bias[8];
-      load_fragment_bias(bias, reinterpret_cast<const float*>(shared + (biases - shared_address(shared)) +
-                                                              stage * kBiasBytes));
+      load_fragment_bias(bias,
+                         reinterpret_cast<const float*>(shared + (biases - shared_address(shared)) +
+                                                        stage * kBiasBytes));
       add_fragment_bias(q, bias);
     }
     Rows rows;
     float s[kRows / 2];
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      float(&part)[8] = *reinterpret_cast<float(*)[8]>(&s[8 * g]);
+      float (&part)[8] = *reinterpret_cast<float (*)[8]>(&s[8 * g]);
 #pragma unroll
       for (int i = 0; i < 8; ++i) part[i] = g <= last ? 0.0f : -INFINITY;
       if (g <= last) {
@@ -947,7 +979,8 @@ __global__ void __launch_bounds__(kWarps * 32 + 32, kBlocks)
 #pragma unroll
         for (int d = 0; d < 4; ++d) {
           uint32_t b[4];
-          load_matrices_transposed(b, v_shared + swizzled(g * 16 + (lane & 15), 2 * d + (lane >> 4)));
+          load_matrices_transposed(b,
+                                   v_shared + swizzled(g * 16 + (lane & 15), 2 * d + (lane >> 4)));
           mma_16x8x16(&rows.o[8 * d], p, b[0], b[1]);
           mma_16x8x16(&rows.o[8 * d + 4], p, b[2], b[3]);
         }
@@ -955,8 +988,8 @@ __global__ void __launch_bounds__(kWarps * 32 + 32, kBlocks)
     }
     __syncwarp();
     if (lane == 0) barrier_arrive(empty + 8 * stage);
-    store_rows(rows, out + static_cast<int64_t>(image) * plan.tokens * width + head * kHeadDim, width, row,
-               plan.tokens);
+    store_rows(rows, out + static_cast<int64_t>(image) * plan.tokens * width + head * kHeadDim,
+               width, row, plan.tokens);
     tile += kWarps;
   }
 #endif
@@ -979,7 +1012,8 @@ cudaError_t current_device(Device& device) {
   if (status == cudaSuccess)
     status = cudaDeviceGetAttribute(&device.sm_count, cudaDevAttrMultiProcessorCount, id);
   if (status == cudaSuccess)
-    status = cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
+    status =
+        cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
   return status;
 }
 
@@ -989,12 +1023,14 @@ template <int kWarps, int kTiles, int kKeys, int kStages, int kBlocks>
 cudaError_t launch_portable(const ClipAttentionParams& params, const Device&, cudaStream_t stream) {
   constexpr int kQueryRows = kWarps * kTiles * 16;
   const int row_blocks = ceil_div(params.tokens, kQueryRows);
-  const int stages = ceil_div(params.tokens, kKeys) < kStages ? ceil_div(params.tokens, kKeys) : kStages;
+  const int stages =
+      ceil_div(params.tokens, kKeys) < kStages ? ceil_div(params.tokens, kKeys) : kStages;
   const int shared = (kQueryRows + stages * kKeys * 2) * kRowBytes;
   const int64_t units = params.batch * params.heads * row_blocks;
   const int64_t blocks = units < (int64_t(1) << 30) ? units : int64_t(1) << 30;
   auto kernel = portable_kernel<kWarps, kTiles, kKeys, kStages, kBlocks>;
-  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (status != cudaSuccess) return status;
   kernel<<<static_cast<unsigned>(blocks), kWarps * 32, shared, stream>>>(
       static_cast<const __half*>(params.qkv), static_cast<__half*>(params.out),
@@ -1039,10 +1075,10 @@ cudaError_t encode_map(CUtensorMap& map, const ClipAttentionParams& params, int 
   const cuuint64_t strides[2] = {columns * 2, columns * 2 * params.tokens};
   const cuuint32_t box[3] = {kHeadDim, static_cast<cuuint32_t>(rows), 1};
   const cuuint32_t element_strides[3] = {1, 1, 1};
-  const CUresult result =
-      encode(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3, const_cast<void*>(params.qkv), sizes, strides, box,
-             element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode(
+      &map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3, const_cast<void*>(params.qkv), sizes, strides, box,
+      element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -1057,9 +1093,10 @@ bool hopper_serves(int tokens, int causal) {
   return tail >= 1 && tail >= Shape::tail_seen && (causal != 0) == Shape::causal;
 }
 
-// How many tiles of a head one block takes at a time. A larger unit loads keys and values less often,
-// a smaller one spreads a small batch over the chip: the cost of a unit is taken as its tiles plus one
-// for its keys and values, and the cost of the launch as that of the units of the busiest block.
+// How many tiles of a head one block takes at a time. A larger unit loads keys and values less
+// often, a smaller one spreads a small batch over the chip: the cost of a unit is taken as its
+// tiles plus one for its keys and values, and the cost of the launch as that of the units of the
+// busiest block.
 int choose_tiles_per_unit(int64_t pairs, int tiles, int sm_count) {
   int best = tiles;
   int64_t best_cost = INT64_MAX;
@@ -1074,12 +1111,14 @@ int choose_tiles_per_unit(int64_t pairs, int tiles, int sm_count) {
   return best;
 }
 
-constexpr int greatest_common_divisor(int a, int b) { return b == 0 ? a : greatest_common_divisor(b, a % b); }
+constexpr int greatest_common_divisor(int a, int b) {
+  return b == 0 ? a : greatest_common_divisor(b, a % b);
+}
 
-// Stages of the ring so that every warpgroup uses every filling of each stage that it waits on. With a tile
-// of every unit for every warpgroup any number will do. With fewer tiles, the warpgroups that a unit occupies
-// repeat after groups / gcd(groups, tiles) units, so the ring must hold a multiple of the chunks of so many.
-// 0: no such number fits.
+// Stages of the ring so that every warpgroup uses every filling of each stage that it waits on.
+// With a tile of every unit for every warpgroup any number will do. With fewer tiles, the
+// warpgroups that a unit occupies repeat after groups / gcd(groups, tiles) units, so the ring must
+// hold a multiple of the chunks of so many. 0: no such number fits.
 constexpr int ring_stages(int most, int chunks, int groups, int tiles_per_unit) {
   if (tiles_per_unit >= groups) return most;
   const int period = chunks * (groups / greatest_common_divisor(groups, tiles_per_unit));
@@ -1087,7 +1126,8 @@ constexpr int ring_stages(int most, int chunks, int groups, int tiles_per_unit) 
 }
 
 template <class Shape>
-cudaError_t launch_hopper(const ClipAttentionParams& params, const Device& device, cudaStream_t stream) {
+cudaError_t launch_hopper(const ClipAttentionParams& params, const Device& device,
+                          cudaStream_t stream) {
   auto kernel = hopper_kernel<Shape>;
   HopperPlan plan;
   plan.heads = params.heads;
@@ -1098,10 +1138,13 @@ cudaError_t launch_hopper(const ClipAttentionParams& params, const Device& devic
   const int tiles = ceil_div(params.tokens, kTileRows);
   const int64_t pairs = params.batch * params.heads;
   plan.tiles_per_unit = choose_tiles_per_unit(pairs, tiles, device.sm_count);
-  // A warpgroup that meets a unit again for another tile starts over at the unit's first chunk, which
-  // must then still be there. (With one unit per block no stage is filled twice, and any number will do.)
-  if (plan.stages < chunks && plan.tiles_per_unit > Shape::groups) plan.tiles_per_unit = Shape::groups;
-  if (pairs * ceil_div(tiles, plan.tiles_per_unit) > device.sm_count) {  // blocks with several units
+  // A warpgroup that meets a unit again for another tile starts over at the unit's first chunk,
+  // which must then still be there. (With one unit per block no stage is filled twice, and any
+  // number will do.)
+  if (plan.stages < chunks && plan.tiles_per_unit > Shape::groups)
+    plan.tiles_per_unit = Shape::groups;
+  if (pairs * ceil_div(tiles, plan.tiles_per_unit) >
+      device.sm_count) {  // blocks with several units
     const int stages = ring_stages(plan.stages, chunks, Shape::groups, plan.tiles_per_unit);
     if (stages > 0)
       plan.stages = stages;
@@ -1127,14 +1170,15 @@ cudaError_t launch_hopper(const ClipAttentionParams& params, const Device& devic
   if (status == cudaSuccess)
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (status != cudaSuccess) return status;
-  kernel<<<grid, Shape::threads, shared, stream>>>(query_map, key_map, tail_map,
-                                                   static_cast<__half*>(params.out),
-                                                   static_cast<const float*>(params.query_bias), plan);
+  kernel<<<grid, Shape::threads, shared, stream>>>(
+      query_map, key_map, tail_map, static_cast<__half*>(params.out),
+      static_cast<const float*>(params.query_bias), plan);
   return cudaGetLastError();
 }
 
 template <int kRows, int kWarps, int kBlocks>
-cudaError_t launch_short(const ClipAttentionParams& params, const Device& device, cudaStream_t stream) {
+cudaError_t launch_short(const ClipAttentionParams& params, const Device& device,
+                         cudaStream_t stream) {
   constexpr int kStageBytes = 3 * kRows * kRowBytes + kBiasBytes;
   auto kernel = short_kernel<kRows, kWarps, kBlocks>;
   const int64_t pairs = params.batch * params.heads;
@@ -1159,8 +1203,8 @@ cudaError_t launch_short(const ClipAttentionParams& params, const Device& device
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (status != cudaSuccess) return status;
   kernel<<<grid, kWarps * 32 + 32, shared, stream>>>(map, static_cast<__half*>(params.out),
-                                                     static_cast<const float*>(params.query_bias), plan,
-                                                     params.causal);
+                                                     static_cast<const float*>(params.query_bias),
+                                                     plan, params.causal);
   return cudaGetLastError();
 }
 
@@ -1259,7 +1303,8 @@ extern "C" int32_t clip_attention_supported(int64_t batch, int32_t heads, int32_
 }
 
 extern "C" const char* clip_attention_variant(int32_t index, int32_t* id) {
-  if (index < 0 || index >= static_cast<int32_t>(sizeof(kVariants) / sizeof(kVariants[0]))) return nullptr;
+  if (index < 0 || index >= static_cast<int32_t>(sizeof(kVariants) / sizeof(kVariants[0])))
+    return nullptr;
   if (id != nullptr) *id = kVariants[index].id;
   return kVariants[index].name;
 }
@@ -1270,10 +1315,11 @@ extern "C" int32_t clip_attention_variant_serves(int32_t variant, int32_t tokens
   return found != nullptr && variant_serves(*found, tokens, causal, sm_major, sm_minor);
 }
 
-// The measurements behind this are in NOTES.md. CLIP's lengths are 50, 77 (and shorter prompts), 197, 257
-// and 577; other lengths take what serves them with the least padding.
-extern "C" int32_t clip_attention_choose(int64_t batch, int32_t heads, int32_t tokens, int32_t causal,
-                                         int32_t sm_major, int32_t sm_minor, int32_t sm_count) {
+// The measurements behind this are in NOTES.md. CLIP's lengths are 50, 77 (and shorter prompts),
+// 197, 257 and 577; other lengths take what serves them with the least padding.
+extern "C" int32_t clip_attention_choose(int64_t batch, int32_t heads, int32_t tokens,
+                                         int32_t causal, int32_t sm_major, int32_t sm_minor,
+                                         int32_t sm_count) {
   if (sm_major != 9 || sm_minor != 0) return kPortable;
   const int64_t pairs = batch * heads;
   const auto serves = [&](int id) { return find_variant(id)->serves(tokens, causal); };
@@ -1295,8 +1341,10 @@ extern "C" int32_t clip_attention_choose(int64_t batch, int32_t heads, int32_t t
   return kHopper96;
 }
 
-extern "C" cudaError_t clip_attention_launch(const ClipAttentionParams* params, cudaStream_t stream) {
-  if (params == nullptr || params->qkv == nullptr || params->out == nullptr) return cudaErrorInvalidValue;
+extern "C" cudaError_t clip_attention_launch(const ClipAttentionParams* params,
+                                             cudaStream_t stream) {
+  if (params == nullptr || params->qkv == nullptr || params->out == nullptr)
+    return cudaErrorInvalidValue;
   if (reinterpret_cast<uintptr_t>(params->qkv) % 16 != 0 ||
       reinterpret_cast<uintptr_t>(params->out) % 16 != 0 ||
       reinterpret_cast<uintptr_t>(params->query_bias) % 16 != 0)
@@ -1305,13 +1353,14 @@ extern "C" cudaError_t clip_attention_launch(const ClipAttentionParams* params, 
   cudaError_t status = current_device(device);
   if (status != cudaSuccess) return status;
   if (device.sm_major < 8) return cudaErrorNoKernelImageForDevice;
-  if (!clip_attention_supported(params->batch, params->heads, params->tokens, kHeadDim, device.sm_major,
-                                device.sm_minor))
+  if (!clip_attention_supported(params->batch, params->heads, params->tokens, kHeadDim,
+                                device.sm_major, device.sm_minor))
     return cudaErrorInvalidValue;
-  const int id = params->variant != 0
-                     ? params->variant
-                     : clip_attention_choose(params->batch, params->heads, params->tokens, params->causal,
-                                             device.sm_major, device.sm_minor, device.sm_count);
+  const int id =
+      params->variant != 0
+          ? params->variant
+          : clip_attention_choose(params->batch, params->heads, params->tokens, params->causal,
+                                  device.sm_major, device.sm_minor, device.sm_count);
   const Variant* variant = find_variant(id);
   if (variant == nullptr ||
       !variant_serves(*variant, params->tokens, params->causal, device.sm_major, device.sm_minor))

@@ -1,16 +1,17 @@
 // Fused attention for CLIP: the interface between callers (the TensorRT plugin, the PyTorch op, the
 // benchmark) and the kernels. Pointers, sizes and a stream only: neither Torch nor TensorRT.
 //
-//   qkv  fp16 [batch, tokens, 3 * heads * 64], contiguous, as CLIP's QKV linear writes it: the blocks
+//   qkv  fp16 [batch, tokens, 3 * heads * 64], contiguous, as CLIP's QKV linear writes it: blocks
 //        q | k | v, each heads * 64 wide, head h in columns 64 h .. 64 h + 63 of its block
 //   out  fp16 [batch, tokens, heads * 64], contiguous
 //   query_bias  fp32 [heads * 64], or NULL for none
-//   out = softmax((q + query_bias) k^T / sqrt(64)) v per image and head; with `causal`, token i sees tokens
-//   0 .. i. The bias is rounded to fp16 and added in fp16, as the linear layer of an fp16 model adds it.
+//   out = softmax((q + query_bias) k^T / sqrt(64)) v per image and head; with `causal`, token i
+//   sees tokens 0 .. i. The bias is rounded to fp16 and added in fp16, as the linear layer of an
+//   fp16 model adds it.
 //
-// The bias of a QKV linear layer need not be in qkv: that of k adds the same to every score of a row and so
-// drops out of the softmax, that of v adds itself to the output (weights sum to 1) and can be folded into the
-// bias of the layer behind; that of q is `query_bias`.
+// The bias of a QKV linear layer need not be in qkv: that of k adds the same to every score of a
+// row and so drops out of the softmax, that of v adds itself to the output (weights sum to 1) and
+// can be folded into the bias of the layer behind; that of q is `query_bias`.
 //
 // Products and softmax accumulate in fp32. Same input, same bits.
 #ifndef CLIP_TTRT_ATTENTION_H_
@@ -29,7 +30,7 @@ enum {
   kClipAttentionMaxTokens = 1024,
 };
 
-// Plain data, also filled through ctypes (experiments/attention_bench.py): keep the two alike.
+// Plain data, also filled through ctypes (clip_ttrt/kernels.py): keep the two alike.
 typedef struct ClipAttentionParams {
   const void* qkv;         // device, 16-byte aligned
   void* out;               // device, 16-byte aligned
@@ -46,7 +47,8 @@ typedef struct ClipAttentionParams {
 // serve these sizes. cudaErrorNoKernelImageForDevice: the GPU is older than sm_80.
 cudaError_t clip_attention_launch(const ClipAttentionParams* params, cudaStream_t stream);
 
-// 1 where clip_attention_launch serves these sizes on a GPU of compute capability sm_major.sm_minor.
+// 1 where clip_attention_launch serves these sizes on a GPU of compute capability
+// sm_major.sm_minor.
 int32_t clip_attention_supported(int64_t batch, int32_t heads, int32_t tokens, int32_t head_dim,
                                  int32_t sm_major, int32_t sm_minor);
 
@@ -62,7 +64,8 @@ int32_t clip_attention_variant_serves(int32_t variant, int32_t tokens, int32_t c
                                       int32_t sm_major, int32_t sm_minor);
 
 // For tests: how many of `most` stages the Hopper kernel's ring uses (attention.cu, ring_stages).
-int32_t clip_attention_ring_stages(int32_t most, int32_t chunks, int32_t groups, int32_t tiles_per_unit);
+int32_t clip_attention_ring_stages(int32_t most, int32_t chunks, int32_t groups,
+                                   int32_t tiles_per_unit);
 
 // sizeof(ClipAttentionParams): lets a caller in another language check that its copy agrees.
 int32_t clip_attention_params_size(void);

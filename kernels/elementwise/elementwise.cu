@@ -1,9 +1,11 @@
-// Bias and QuickGELU, and residual addition and layer norm, between CLIP's matrix products. Interface: elementwise.h.
+// Bias and QuickGELU, and residual addition and layer norm, between CLIP's matrix products.
+// Interface: elementwise.h.
 //
-// Both move bytes and compute little, so all that counts is how many loads are in flight and how few
-// instructions stand around them. Every access is 16 bytes (8 halves: a vector).
+// Both move bytes and compute little, so all that counts is how many loads are in flight and how
+// few instructions stand around them. Every access is 16 bytes (8 halves: a vector).
 //   quick_gelu_kernel  a thread keeps to one vector of columns and takes one or two rows of it.
-//   layer_norm_kernel  a row stays in the registers of a block's warps: one read, mean, then centred variance, one write.
+//   layer_norm_kernel  a row stays in the registers of a block's warps: one read, mean, then
+//                      centred variance, one write.
 // How each choice was reached: NOTES.md.
 
 #include "rows.cuh"
@@ -16,7 +18,8 @@ using namespace rows;
 // Bias and QuickGELU
 
 constexpr int kGeluThreads = 128;
-constexpr float kGeluSlope = -1.702f * 1.4426950408889634f;  // sigmoid(1.702 y) = 1 / (1 + 2^(kGeluSlope y))
+// sigmoid(1.702 y) = 1 / (1 + 2^(kGeluSlope y))
+constexpr float kGeluSlope = -1.702f * 1.4426950408889634f;
 
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
@@ -30,11 +33,12 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
   return y;
 }
 
-// A block takes kRows * (kGeluThreads >> column_bits) rows by (1 << column_bits) vectors of columns.
+// A block takes kRows * (kGeluThreads >> column_bits) rows by (1 << column_bits) vectors of
+// columns.
 template <int kRows>
 __global__ void __launch_bounds__(kGeluThreads)
-    quick_gelu_kernel(const uint4* __restrict__ in, const float4* __restrict__ bias, uint4* __restrict__ out,
-                      int64_t rows, int vectors, int column_bits) {
+    quick_gelu_kernel(const uint4* __restrict__ in, const float4* __restrict__ bias,
+                      uint4* __restrict__ out, int64_t rows, int vectors, int column_bits) {
   const int column = (blockIdx.x << column_bits) + (threadIdx.x & ((1 << column_bits) - 1));
   if (column >= vectors) return;
   const int step = kGeluThreads >> column_bits;
@@ -70,10 +74,11 @@ cudaError_t launch_quick_gelu(const ClipBiasQuickGeluParams& params, cudaStream_
   while (column_bits > 5 && vectors % (1 << column_bits) != 0) --column_bits;
   while (column_bits > 0 && (1 << (column_bits - 1)) >= vectors) --column_bits;
   const int64_t block_rows = kRows * (kGeluThreads >> column_bits);
-  return launch(quick_gelu_kernel<kRows>, grid(ceil_div(vectors, 1 << column_bits), ceil_div(params.rows, block_rows)),
+  return launch(quick_gelu_kernel<kRows>,
+                grid(ceil_div(vectors, 1 << column_bits), ceil_div(params.rows, block_rows)),
                 kGeluThreads, stream, static_cast<const uint4*>(params.in),
-                static_cast<const float4*>(params.bias), static_cast<uint4*>(params.out), params.rows, vectors,
-                column_bits);
+                static_cast<const float4*>(params.bias), static_cast<uint4*>(params.out),
+                params.rows, vectors, column_bits);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -81,8 +86,9 @@ cudaError_t launch_quick_gelu(const ClipBiasQuickGeluParams& params, cudaStream_
 
 template <class Team, int kRows, bool kResidual>
 __global__ void __launch_bounds__(Team::kThreads)
-    layer_norm_kernel(const uint4* __restrict__ x, const uint4* __restrict__ delta, const float4* __restrict__ bias,
-                      const float4* __restrict__ scale, const float4* __restrict__ shift, uint4* __restrict__ sum_out,
+    layer_norm_kernel(const uint4* __restrict__ x, const uint4* __restrict__ delta,
+                      const float4* __restrict__ bias, const float4* __restrict__ scale,
+                      const float4* __restrict__ shift, uint4* __restrict__ sum_out,
                       uint4* __restrict__ out, int64_t rows, int vectors, Norm norm) {
   __shared__ float partial[2][Team::kWarps][kRows];
   const int64_t first = Team::row(kRows);
@@ -112,10 +118,12 @@ __global__ void __launch_bounds__(Team::kThreads)
       float additions[kVector];
       unpack(added[r][v], additions);
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) values[r][v][i] = values[r][v][i] + additions[i] + constants[i];
+      for (int i = 0; i < kVector; ++i)
+        values[r][v][i] = values[r][v][i] + additions[i] + constants[i];
       const uint4 sum = pack(values[r][v]);
       unpack(sum, values[r][v]);
-      if (sum_out != nullptr && columns.here(v) && row_here(r)) sum_out[(first + r) * vectors + columns[v]] = sum;
+      if (sum_out != nullptr && columns.here(v) && row_here(r))
+        sum_out[(first + r) * vectors + columns[v]] = sum;
     }
   }
   normalise<Team, kRows>(values, columns, norm, partial);
@@ -127,60 +135,74 @@ __global__ void __launch_bounds__(Team::kThreads)
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) values[r][v][i] = fmaf(values[r][v][i], scaling[i], shifting[i]);
-      if (columns.here(v) && row_here(r)) out[(first + r) * vectors + columns[v]] = pack(values[r][v]);
+      for (int i = 0; i < kVector; ++i)
+        values[r][v][i] = fmaf(values[r][v][i], scaling[i], shifting[i]);
+      if (columns.here(v) && row_here(r))
+        out[(first + r) * vectors + columns[v]] = pack(values[r][v]);
     }
   }
 }
 
 template <class Team, int kRows, bool kResidual>
 cudaError_t launch_layer_norm(const ClipResidualLayerNormParams& params, cudaStream_t stream) {
-  return launch(layer_norm_kernel<Team, kRows, kResidual>, grid(ceil_div(params.rows, Team::kTeams * kRows), 1),
-                Team::kThreads, stream, static_cast<const uint4*>(params.x),
-                static_cast<const uint4*>(params.delta), static_cast<const float4*>(params.bias),
-                static_cast<const float4*>(params.scale), static_cast<const float4*>(params.shift),
-                static_cast<uint4*>(params.sum_out), static_cast<uint4*>(params.out), params.rows,
-                params.width / kVector, norm_of(params.width, params.epsilon));
+  return launch(layer_norm_kernel<Team, kRows, kResidual>,
+                grid(ceil_div(params.rows, Team::kTeams * kRows), 1), Team::kThreads, stream,
+                static_cast<const uint4*>(params.x), static_cast<const uint4*>(params.delta),
+                static_cast<const float4*>(params.bias), static_cast<const float4*>(params.scale),
+                static_cast<const float4*>(params.shift), static_cast<uint4*>(params.sum_out),
+                static_cast<uint4*>(params.out), params.rows, params.width / kVector,
+                norm_of(params.width, params.epsilon));
 }
 
 }  // namespace
 
-extern "C" int32_t clip_bias_quick_gelu_params_size(void) { return sizeof(ClipBiasQuickGeluParams); }
+extern "C" int32_t clip_bias_quick_gelu_params_size(void) {
+  return sizeof(ClipBiasQuickGeluParams);
+}
 
-extern "C" int32_t clip_residual_layer_norm_params_size(void) { return sizeof(ClipResidualLayerNormParams); }
+extern "C" int32_t clip_residual_layer_norm_params_size(void) {
+  return sizeof(ClipResidualLayerNormParams);
+}
 
-extern "C" cudaError_t clip_bias_quick_gelu_launch(const ClipBiasQuickGeluParams* params, cudaStream_t stream) {
+extern "C" cudaError_t clip_bias_quick_gelu_launch(const ClipBiasQuickGeluParams* params,
+                                                   cudaStream_t stream) {
   if (params == nullptr || params->rows < 0 || params->rows > kClipElementwiseMaxRows ||
       !width_ok(params->width, kClipQuickGeluMaxWidth))
     return cudaErrorInvalidValue;
   if (params->rows == 0) return cudaSuccess;
-  if (!usable(params->in) || !aligned(params->bias) || !usable(params->out)) return cudaErrorInvalidValue;
+  if (!usable(params->in) || !aligned(params->bias) || !usable(params->out))
+    return cudaErrorInvalidValue;
   int sm_count = 0;
   const cudaError_t status = current_sm_count(sm_count);
   if (status != cudaSuccess) return status;
   // Two rows to a thread once there are several blocks for every multiprocessor.
-  const bool many = params->rows * (params->width / kVector) >= int64_t(sm_count) * 64 * kGeluThreads;
+  const bool many =
+      params->rows * (params->width / kVector) >= int64_t(sm_count) * 64 * kGeluThreads;
   return many ? launch_quick_gelu<2>(*params, stream) : launch_quick_gelu<1>(*params, stream);
 }
 
-extern "C" cudaError_t clip_residual_layer_norm_launch(const ClipResidualLayerNormParams* params, cudaStream_t stream) {
+extern "C" cudaError_t clip_residual_layer_norm_launch(const ClipResidualLayerNormParams* params,
+                                                       cudaStream_t stream) {
   if (params == nullptr || params->rows < 0 || params->rows > kClipElementwiseMaxRows ||
       !width_ok(params->width, kClipLayerNormMaxWidth) || !(params->epsilon > 0))
     return cudaErrorInvalidValue;
   if (params->rows == 0) return cudaSuccess;
-  if (!usable(params->x) || !usable(params->scale) || !usable(params->shift) || !usable(params->out) ||
-      !aligned(params->delta) || !aligned(params->bias) || !aligned(params->sum_out))
+  if (!usable(params->x) || !usable(params->scale) || !usable(params->shift) ||
+      !usable(params->out) || !aligned(params->delta) || !aligned(params->bias) ||
+      !aligned(params->sum_out))
     return cudaErrorInvalidValue;
   int sm_count = 0;
   const cudaError_t status = current_sm_count(sm_count);
   if (status != cudaSuccess) return status;
-  const bool residual = params->delta != nullptr || params->bias != nullptr || params->sum_out != nullptr;
+  const bool residual =
+      params->delta != nullptr || params->bias != nullptr || params->sum_out != nullptr;
   return with_team(params->width, [&](auto team) {
     using Team = decltype(team);
     if (residual) return launch_layer_norm<Team, 1, true>(*params, stream);
     // Without a residual a row is half the loads; two rows make up for it, once there are enough.
     if constexpr (Team::kVectors == 1)
-      if (params->rows >= int64_t(sm_count) * 8) return launch_layer_norm<Team, 2, false>(*params, stream);
+      if (params->rows >= int64_t(sm_count) * 8)
+        return launch_layer_norm<Team, 2, false>(*params, stream);
     return launch_layer_norm<Team, 1, false>(*params, stream);
   });
 }

@@ -1,11 +1,12 @@
-// The work around CLIP's matrix products that is not one: the interface between callers (the TensorRT plugins,
-// PyTorch, the benchmark) and the kernels. Pointers, sizes and a stream only: neither Torch nor TensorRT.
+// The work around CLIP's matrix products that is not one: the interface between callers (the
+// TensorRT plugins, PyTorch, the benchmark) and the kernels. Pointers, sizes and a stream only:
+// neither Torch nor TensorRT.
 //
-// Tensors are fp16 rows, contiguous; constants are fp32. All are in device memory and 16-byte aligned; outputs
-// overlap nothing. Widths are multiples of 8. Arithmetic is fp32. Same input, same bits. The launches enqueue on
-// `stream` and return at once, are safe in CUDA-graph capture, and allocate nothing. No rows: nothing to do.
-// cudaErrorInvalidValue: a size or a pointer outside the contract. cudaErrorNoKernelImageForDevice: the GPU is
-// older than sm_80.
+// Tensors are fp16 rows, contiguous; constants are fp32. All are in device memory and 16-byte
+// aligned; outputs overlap nothing. Widths are multiples of 8. Arithmetic is fp32. Same input, same
+// bits. The launches enqueue on `stream` and return at once, are safe in CUDA-graph capture, and
+// allocate nothing. No rows: nothing to do. cudaErrorInvalidValue: a size or a pointer outside the
+// contract. cudaErrorNoKernelImageForDevice: the GPU is older than sm_80.
 #ifndef CLIP_TTRT_ELEMENTWISE_H_
 #define CLIP_TTRT_ELEMENTWISE_H_
 
@@ -25,7 +26,7 @@ enum {
   kClipImageChannels = 3,
 };
 
-// Plain data, also filled through ctypes (clip_ttrt/elementwise.py): keep the two alike.
+// Plain data, also filled through ctypes (clip_ttrt/kernels.py): keep the two alike.
 
 // [rows, width] and [width]: out = y sigmoid(1.702 y) with y = in + bias
 typedef struct ClipBiasQuickGeluParams {
@@ -39,7 +40,8 @@ typedef struct ClipBiasQuickGeluParams {
 cudaError_t clip_bias_quick_gelu_launch(const ClipBiasQuickGeluParams* params, cudaStream_t stream);
 
 // [rows, width] and [width]: sum_out = s, rounded to fp16, with s = x + delta + bias
-// out = (s - mean(s)) / sqrt(variance(s) + epsilon) * scale + shift, of the rounded s: what sum_out holds
+// out = (s - mean(s)) / sqrt(variance(s) + epsilon) * scale + shift, of the rounded s: what sum_out
+// holds
 typedef struct ClipResidualLayerNormParams {
   const void* x;
   const void* delta;  // or NULL
@@ -53,11 +55,13 @@ typedef struct ClipResidualLayerNormParams {
   float epsilon;  // > 0
 } ClipResidualLayerNormParams;
 
-cudaError_t clip_residual_layer_norm_launch(const ClipResidualLayerNormParams* params, cudaStream_t stream);
+cudaError_t clip_residual_layer_norm_launch(const ClipResidualLayerNormParams* params,
+                                            cudaStream_t stream);
 
-// Images [batch, 3, resolution, resolution], fp32 or fp16, to one row for each patch, fp16 [batch * side * side,
-// 3 * patch_size * patch_size] with side = resolution / patch_size. A row holds a patch by channel, row and column, as a
-// convolution's weight does; an image's patches are in rows of the image.
+// Images [batch, 3, resolution, resolution], fp32 or fp16, to one row for each patch, fp16 [batch *
+// side * side, 3 * patch_size * patch_size] with side = resolution / patch_size. A row holds a
+// patch by channel, row and column, as a convolution's weight does; an image's patches are in rows
+// of the image.
 typedef struct ClipExtractPatchesParams {
   const void* images;
   void* out;
@@ -67,11 +71,13 @@ typedef struct ClipExtractPatchesParams {
   int32_t half;        // 1: the images are fp16, 0: fp32
 } ClipExtractPatchesParams;
 
-cudaError_t clip_extract_patches_launch(const ClipExtractPatchesParams* params, cudaStream_t stream);
+cudaError_t clip_extract_patches_launch(const ClipExtractPatchesParams* params,
+                                        cudaStream_t stream);
 
-// An image's first rows: the class token [width], then its tokens - 1 patches [batch * (tokens - 1), width], plus
-// positions [tokens, width]; of that x, the layer norm with epsilon_pre, scale_pre and shift_pre, rounded; and of
-// the rounded x, y, the layer norm with epsilon_1, scale_1 and shift_1. x and y: [batch * tokens, width].
+// An image's first rows: the class token [width], then its tokens - 1 patches [batch * (tokens -
+// 1), width], plus positions [tokens, width]; of that x, the layer norm with epsilon_pre, scale_pre
+// and shift_pre, rounded; and of the rounded x, y, the layer norm with epsilon_1, scale_1 and
+// shift_1. x and y: [batch * tokens, width].
 typedef struct ClipEmbedImageParams {
   const void* patches;  // the only fp16 input
   const void* class_token;
@@ -82,9 +88,9 @@ typedef struct ClipEmbedImageParams {
   const void* shift_1;
   void* x;
   void* y;
-  int64_t batch;   // >= 0; batch * tokens at most kClipElementwiseMaxRows
-  int32_t tokens;  // >= 2: the class token and a patch
-  int32_t width;   // 8 .. kClipLayerNormMaxWidth
+  int64_t batch;      // >= 0; batch * tokens at most kClipElementwiseMaxRows
+  int32_t tokens;     // >= 2: the class token and a patch
+  int32_t width;      // 8 .. kClipLayerNormMaxWidth
   float epsilon_pre;  // > 0
   float epsilon_1;    // > 0
 } ClipEmbedImageParams;

@@ -191,12 +191,13 @@ class Embed final : public Plugin<Embed, EmbedData> {
   }
 
   int32_t launch(const Call& call) const {
-    const Dims& patches = call.in[0];
+    const auto [tokens, epsilon_pre, epsilon_1] = data_;
+    const int64_t batch = call.in[0].d[0] / (tokens - 1);
+    const int32_t width = narrow(call.in[0].d[1]);
     const void* const* x = call.x;  // in the order of the struct
-    const ClipEmbedImageParams params = {
-        x[0], x[1], x[2], x[3], x[4], x[5], x[6], call.y[0], call.y[1],
-        patches.d[0] / (data_.tokens - 1), data_.tokens, narrow(patches.d[1]), data_.epsilon_pre,
-        data_.epsilon_1};
+    void* const* y = call.y;
+    const ClipEmbedImageParams params = {x[0], x[1], x[2],  x[3],   x[4],  x[5],        x[6],
+                                         y[0], y[1], batch, tokens, width, epsilon_pre, epsilon_1};
     return clip_embed_image_launch(&params, call.stream);
   }
 };

@@ -1,4 +1,5 @@
-// What the kernels on rows share: 16-byte pieces of fp16 (vectors of 8 halves), sums over a row, the launch.
+// What the kernels on rows share: 16-byte pieces of fp16 (vectors of 8 halves), sums over a row,
+// the launch.
 #ifndef CLIP_TTRT_ROWS_CUH_
 #define CLIP_TTRT_ROWS_CUH_
 
@@ -21,7 +22,8 @@ __device__ __forceinline__ uint32_t pack_half2(float low, float high) {
 }
 
 __device__ __forceinline__ uint4 pack(const float (&x)[kVector]) {
-  return make_uint4(pack_half2(x[0], x[1]), pack_half2(x[2], x[3]), pack_half2(x[4], x[5]), pack_half2(x[6], x[7]));
+  return make_uint4(pack_half2(x[0], x[1]), pack_half2(x[2], x[3]), pack_half2(x[4], x[5]),
+                    pack_half2(x[6], x[7]));
 }
 
 __device__ __forceinline__ void unpack(uint4 packed, float (&x)[kVector]) {
@@ -34,7 +36,8 @@ __device__ __forceinline__ void unpack(uint4 packed, float (&x)[kVector]) {
   }
 }
 
-__device__ __forceinline__ void load_floats(const float4* from, int64_t vector, float (&x)[kVector]) {
+__device__ __forceinline__ void load_floats(const float4* from, int64_t vector,
+                                            float (&x)[kVector]) {
   const float4 low = __ldg(from + 2 * vector), high = __ldg(from + 2 * vector + 1);
   x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
   x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
@@ -48,9 +51,12 @@ __device__ __forceinline__ void load_bias(const float4* bias, int vector, float 
 }
 
 // The outer index of a grid that `grid` made.
-__device__ __forceinline__ int64_t outer_block() { return int64_t(blockIdx.z) * gridDim.y + blockIdx.y; }
+__device__ __forceinline__ int64_t outer_block() {
+  return int64_t(blockIdx.z) * gridDim.y + blockIdx.y;
+}
 
-// How a block shares out rows: kWarps warps hold a row, kVectors vectors a lane; kTeams times that in a block.
+// How a block shares out rows: kWarps warps hold a row, kVectors vectors a lane; kTeams times that
+// in a block.
 template <int kWarps_, int kTeams_, int kVectors_>
 struct Team {
   static constexpr int kWarps = kWarps_, kTeams = kTeams_, kVectors = kVectors_;
@@ -64,8 +70,8 @@ struct Team {
   }
 };
 
-// Which of a row's vectors a lane holds. Only its last one can lie past the width. It then reads the row's last
-// vector, so that there is no branch to wait at, does not count and is not stored.
+// Which of a row's vectors a lane holds. Only its last one can lie past the width. It then reads
+// the row's last vector, so that there is no branch to wait at, does not count and is not stored.
 template <class Team>
 struct Columns {
   int lane, vectors;
@@ -76,10 +82,13 @@ struct Columns {
         vectors(vectors),
         last_here(lane + (Team::kVectors - 1) * Team::kStep < vectors) {}
   __device__ __forceinline__ bool here(int v) const { return v < Team::kVectors - 1 || last_here; }
-  __device__ __forceinline__ int operator[](int v) const { return here(v) ? lane + v * Team::kStep : vectors - 1; }
+  __device__ __forceinline__ int operator[](int v) const {
+    return here(v) ? lane + v * Team::kStep : vectors - 1;
+  }
 };
 
-// Sum of each x over a row's warps; every thread gets it. The order is fixed: same input, same bits.
+// Sum of each x over a row's warps; every thread gets it. The order is fixed: same input, same
+// bits.
 template <class Team, int kRows>
 __device__ __forceinline__ void row_sums(float (&x)[kRows], float (&partial)[Team::kWarps][kRows]) {
 #pragma unroll
@@ -103,11 +112,12 @@ struct Norm {
   float width, inverse_width, epsilon;
 };
 
-// (x - mean) / sqrt(variance + epsilon) of each row, in place. The two sums take turns with two places for partial
-// sums: whoever writes one again has passed the other's barrier.
+// (x - mean) / sqrt(variance + epsilon) of each row, in place. The two sums take turns with two
+// places for partial sums: whoever writes one again has passed the other's barrier.
 template <class Team, int kRows>
-__device__ __forceinline__ void normalise(float (&x)[kRows][Team::kVectors][kVector], const Columns<Team>& columns,
-                                          const Norm& norm, float (&partial)[2][Team::kWarps][kRows]) {
+__device__ __forceinline__ void normalise(float (&x)[kRows][Team::kVectors][kVector],
+                                          const Columns<Team>& columns, const Norm& norm,
+                                          float (&partial)[2][Team::kWarps][kRows]) {
   float mean[kRows], deviation[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
@@ -123,7 +133,8 @@ __device__ __forceinline__ void normalise(float (&x)[kRows][Team::kVectors][kVec
   row_sums<Team, kRows>(mean, partial[0]);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    // A division by Newton's step: exact where all values are equal, as the product alone would not be.
+    // A division by Newton's step: exact where all values are equal, as the product alone would not
+    // be.
     const float quotient = mean[r] * norm.inverse_width;
     mean[r] = fmaf(fmaf(-quotient, norm.width, mean[r]), norm.inverse_width, quotient);
     deviation[r] = 0;
@@ -159,7 +170,9 @@ inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(po
 // There, and where a kernel can read or write it.
 inline bool usable(const void* pointer) { return pointer != nullptr && aligned(pointer); }
 
-inline bool width_ok(int32_t width, int32_t most) { return width >= kVector && width <= most && width % kVector == 0; }
+inline bool width_ok(int32_t width, int32_t most) {
+  return width >= kVector && width <= most && width % kVector == 0;
+}
 
 inline Norm norm_of(int32_t width, float epsilon) {
   return {static_cast<float>(width), 1.0f / static_cast<float>(width), epsilon};
@@ -169,27 +182,31 @@ inline Norm norm_of(int32_t width, float epsilon) {
 inline cudaError_t current_sm_count(int& sm_count) {
   int device = 0, sm_major = 0;
   cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&sm_major, cudaDevAttrComputeCapabilityMajor, device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device);
+  if (status == cudaSuccess)
+    status = cudaDeviceGetAttribute(&sm_major, cudaDevAttrComputeCapabilityMajor, device);
+  if (status == cudaSuccess)
+    status = cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device);
   if (status != cudaSuccess) return status;
   return sm_major < 8 ? cudaErrorNoKernelImageForDevice : cudaSuccess;
 }
 
-// Blocks (inner, outer), the inner ones one after the other. Many outer ones are spread evenly over z, so that few
-// blocks lie past the end, where `outer_block` still counts them.
+// Blocks (inner, outer), the inner ones one after the other. Many outer ones are spread evenly over
+// z, so that few blocks lie past the end, where `outer_block` still counts them.
 inline dim3 grid(int64_t inner, int64_t outer) {
   const int64_t z = ceil_div(outer, kGridY);
-  return dim3(static_cast<unsigned>(inner), static_cast<unsigned>(ceil_div(outer, z)), static_cast<unsigned>(z));
+  return dim3(static_cast<unsigned>(inner), static_cast<unsigned>(ceil_div(outer, z)),
+              static_cast<unsigned>(z));
 }
 
 template <class... Params>
-cudaError_t launch(void (*kernel)(Params...), dim3 blocks, int threads, cudaStream_t stream, Params... params) {
+cudaError_t launch(void (*kernel)(Params...), dim3 blocks, int threads, cudaStream_t stream,
+                   Params... params) {
   kernel<<<blocks, threads, 0, stream>>>(params...);
   return cudaGetLastError();
 }
 
-// Calls `with` with the Team for a width: as many warps as give each lane one vector, which measures best, up to 4;
-// past 1024 columns 8 warps with more vectors a lane.
+// Calls `with` with the Team for a width: as many warps as give each lane one vector, which
+// measures best, up to 4; past 1024 columns 8 warps with more vectors a lane.
 template <class With>
 cudaError_t with_team(int32_t width, With with) {
   const int vectors = width / kVector;

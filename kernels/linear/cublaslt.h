@@ -1,9 +1,9 @@
-// The part of cuBLASLt's C interface that linear.cpp uses, found at run time: the library is never linked, and what nvcc
-// comes with need not include cublasLt.h.
+// The part of cuBLASLt's C interface that linear.cpp uses, found at run time: the library is never
+// linked, and what nvcc comes with need not include cublasLt.h.
 //
-// Names, values and layouts are those of cublasLt.h and cublas_api.h of 13.1. Descriptors are made by the library and
-// held by pointer.
-// tests/kernels/test_linear.py compares this file with the header of PyTorch's cuBLAS wheel.
+// Names, values and layouts are those of cublasLt.h and cublas_api.h of 13.1. Descriptors are made
+// by the library and held by pointer. tests/kernels/test_launchers.py compares this file with the
+// header of PyTorch's cuBLAS wheel.
 #ifndef CLIP_TTRT_CUBLASLT_H_
 #define CLIP_TTRT_CUBLASLT_H_
 
@@ -29,9 +29,9 @@ enum : int {
   CUBLASLT_REDUCTION_SCHEME_NONE = 0,
   CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE = 2,
   // attributes of a product
-  CUBLASLT_MATMUL_DESC_TRANSA = 3,         // int32_t
-  CUBLASLT_MATMUL_DESC_EPILOGUE = 7,       // uint32_t
-  CUBLASLT_MATMUL_DESC_BIAS_POINTER = 8,   // const void*
+  CUBLASLT_MATMUL_DESC_TRANSA = 3,        // int32_t
+  CUBLASLT_MATMUL_DESC_EPILOGUE = 7,      // uint32_t
+  CUBLASLT_MATMUL_DESC_BIAS_POINTER = 8,  // const void*
   // attributes of a preference
   CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1,    // uint64_t
   CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK = 3,  // uint32_t
@@ -57,26 +57,34 @@ struct cublasLtMatmulHeuristicResult_t {
 struct Functions {
   size_t (*cublasLtGetVersion)();
   cublasStatus_t (*cublasLtCreate)(cublasLtHandle_t*);
-  cublasStatus_t (*cublasLtMatmulDescCreate)(cublasLtMatmulDesc_t*, int compute_type, cudaDataType_t scale_type);
+  cublasStatus_t (*cublasLtMatmulDescCreate)(cublasLtMatmulDesc_t*, int compute_type,
+                                             cudaDataType_t scale_type);
   cublasStatus_t (*cublasLtMatmulDescDestroy)(cublasLtMatmulDesc_t);
-  cublasStatus_t (*cublasLtMatmulDescSetAttribute)(cublasLtMatmulDesc_t, int attribute, const void*, size_t);
-  cublasStatus_t (*cublasLtMatrixLayoutCreate)(cublasLtMatrixLayout_t*, cudaDataType type, uint64_t rows, uint64_t columns,
+  cublasStatus_t (*cublasLtMatmulDescSetAttribute)(cublasLtMatmulDesc_t, int attribute, const void*,
+                                                   size_t);
+  cublasStatus_t (*cublasLtMatrixLayoutCreate)(cublasLtMatrixLayout_t*, cudaDataType type,
+                                               uint64_t rows, uint64_t columns,
                                                int64_t leading_dimension);
   cublasStatus_t (*cublasLtMatrixLayoutDestroy)(cublasLtMatrixLayout_t);
   cublasStatus_t (*cublasLtMatmulPreferenceCreate)(cublasLtMatmulPreference_t*);
   cublasStatus_t (*cublasLtMatmulPreferenceDestroy)(cublasLtMatmulPreference_t);
-  cublasStatus_t (*cublasLtMatmulPreferenceSetAttribute)(cublasLtMatmulPreference_t, int attribute, const void*, size_t);
-  cublasStatus_t (*cublasLtMatmulAlgoGetHeuristic)(cublasLtHandle_t, cublasLtMatmulDesc_t, cublasLtMatrixLayout_t a,
-                                                   cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
-                                                   cublasLtMatmulPreference_t, int wanted, cublasLtMatmulHeuristicResult_t*,
-                                                   int* found);
-  cublasStatus_t (*cublasLtMatmulAlgoCheck)(cublasLtHandle_t, cublasLtMatmulDesc_t, cublasLtMatrixLayout_t a,
-                                            cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
-                                            const cublasLtMatmulAlgo_t*, cublasLtMatmulHeuristicResult_t*);
-  cublasStatus_t (*cublasLtMatmul)(cublasLtHandle_t, cublasLtMatmulDesc_t, const void* alpha, const void* a,
-                                   cublasLtMatrixLayout_t, const void* b, cublasLtMatrixLayout_t, const void* beta,
-                                   const void* c, cublasLtMatrixLayout_t, void* d, cublasLtMatrixLayout_t,
-                                   const cublasLtMatmulAlgo_t*, void* workspace, size_t workspace_bytes, cudaStream_t);
+  cublasStatus_t (*cublasLtMatmulPreferenceSetAttribute)(cublasLtMatmulPreference_t, int attribute,
+                                                         const void*, size_t);
+  cublasStatus_t (*cublasLtMatmulAlgoGetHeuristic)(
+      cublasLtHandle_t, cublasLtMatmulDesc_t, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
+      cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d, cublasLtMatmulPreference_t, int wanted,
+      cublasLtMatmulHeuristicResult_t*, int* found);
+  cublasStatus_t (*cublasLtMatmulAlgoCheck)(cublasLtHandle_t, cublasLtMatmulDesc_t,
+                                            cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
+                                            cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
+                                            const cublasLtMatmulAlgo_t*,
+                                            cublasLtMatmulHeuristicResult_t*);
+  cublasStatus_t (*cublasLtMatmul)(cublasLtHandle_t, cublasLtMatmulDesc_t, const void* alpha,
+                                   const void* a, cublasLtMatrixLayout_t, const void* b,
+                                   cublasLtMatrixLayout_t, const void* beta, const void* c,
+                                   cublasLtMatrixLayout_t, void* d, cublasLtMatrixLayout_t,
+                                   const cublasLtMatmulAlgo_t*, void* workspace,
+                                   size_t workspace_bytes, cudaStream_t);
 };
 
 }  // namespace cublaslt

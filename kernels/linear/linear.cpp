@@ -1,11 +1,11 @@
-// Linear layers through cuBLASLt: finding the library, choosing an algorithm for a number of rows, launching, and measuring
-// which algorithm is fastest. NOTES.md says what is known about it.
+// Linear layers through cuBLASLt: finding the library, choosing an algorithm for a number of rows,
+// launching, and measuring which algorithm is fastest. NOTES.md says what is known about it.
 //
-// cuBLASLt is column-major. out[rows, outputs] in rows is D[outputs, rows] in columns: D = A^T B with A = weight, which is
-// [inputs, outputs] in columns, and B = x, which is [inputs, rows].
+// cuBLASLt is column-major. out[rows, outputs] in rows is D[outputs, rows] in columns: D = A^T B
+// with A = weight, which is [inputs, outputs] in columns, and B = x, which is [inputs, rows].
 //
-// Algorithms that split the inner dimension may add their parts in fp32 in the workspace, in a step of its own. Adding them
-// in the output, in fp16 and part after part, is excluded: it loses digits.
+// Algorithms that split the inner dimension may add their parts in fp32 in the workspace, in a step
+// of its own. Adding them in the output, in fp16 and part after part, is excluded: it loses digits.
 
 #include "linear.h"
 
@@ -28,12 +28,12 @@ namespace {
 
 using namespace cublaslt;
 
-constexpr uint32_t kAlignment = 16;       // of every pointer; asked for as such, since algorithms may want more
+constexpr uint32_t kAlignment = 16;       // of every pointer, and told to cuBLASLt
 constexpr size_t kMaxChoices = 1024;      // that a layer remembers, then it begins again
 constexpr int kSuggestions = 16;          // asked for when measuring
 constexpr int64_t kColdBytes = 96 << 20;  // of weights between two uses of one, beyond the L2 cache
 constexpr int kMaxLaunches = 64;          // in a measured graph
-constexpr float kGraphUs = 400;           // that a measured graph should take at most, if it has several launches
+constexpr float kGraphUs = 400;           // of a measured graph at most, if it has several launches
 constexpr float kNear = 1.15f;            // slower than this at first sight is not measured again
 constexpr size_t kFinalists = 4;
 constexpr int kRounds = 7;
@@ -42,7 +42,7 @@ int32_t from_cublas(cublasStatus_t status) { return -status; }
 int32_t from_cuda(cudaError_t status) { return static_cast<int32_t>(status); }
 constexpr int32_t kInvalid = cudaErrorInvalidValue;
 
-#define RETURN_IF(status)                          \
+#define RETURN_IF(status) \
   if (const int32_t failed_ = (status)) return failed_
 
 // cuBLASLt of this process
@@ -56,14 +56,16 @@ bool find(void* library, const char* name, F& function) {
 bool find_all(void* library, Functions& f) {
 #define FIND(name) find(library, #name, f.name)
   return FIND(cublasLtGetVersion) && FIND(cublasLtCreate) && FIND(cublasLtMatmulDescCreate) &&
-         FIND(cublasLtMatmulDescDestroy) && FIND(cublasLtMatmulDescSetAttribute) && FIND(cublasLtMatrixLayoutCreate) &&
-         FIND(cublasLtMatrixLayoutDestroy) && FIND(cublasLtMatmulPreferenceCreate) &&
-         FIND(cublasLtMatmulPreferenceDestroy) && FIND(cublasLtMatmulPreferenceSetAttribute) &&
-         FIND(cublasLtMatmulAlgoGetHeuristic) && FIND(cublasLtMatmulAlgoCheck) && FIND(cublasLtMatmul);
+         FIND(cublasLtMatmulDescDestroy) && FIND(cublasLtMatmulDescSetAttribute) &&
+         FIND(cublasLtMatrixLayoutCreate) && FIND(cublasLtMatrixLayoutDestroy) &&
+         FIND(cublasLtMatmulPreferenceCreate) && FIND(cublasLtMatmulPreferenceDestroy) &&
+         FIND(cublasLtMatmulPreferenceSetAttribute) && FIND(cublasLtMatmulAlgoGetHeuristic) &&
+         FIND(cublasLtMatmulAlgoCheck) && FIND(cublasLtMatmul);
 #undef FIND
 }
 
-// The functions, or null; once for a process where it is there. RTLD_LOCAL: nobody else is to find them by these names.
+// The functions, or null; once for a process where it is there. RTLD_LOCAL: nobody else is to find
+// them by these names.
 const Functions* library() {
   static std::mutex mutex;
   static Functions functions = {};
@@ -102,39 +104,48 @@ class Product {
   }
 
   int32_t describe(int64_t rows, int32_t inputs, int32_t outputs, const void* bias) {
-    RETURN_IF(from_cublas(lt_.cublasLtMatmulDescCreate(&operation_, CUBLAS_COMPUTE_32F, CUDA_R_32F)));
+    RETURN_IF(
+        from_cublas(lt_.cublasLtMatmulDescCreate(&operation_, CUBLAS_COMPUTE_32F, CUDA_R_32F)));
     RETURN_IF(set(CUBLASLT_MATMUL_DESC_TRANSA, int32_t{CUBLAS_OP_T}));
     if (bias != nullptr) {
       RETURN_IF(set(CUBLASLT_MATMUL_DESC_EPILOGUE, uint32_t{CUBLASLT_EPILOGUE_BIAS}));
       RETURN_IF(set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias));
     }
-    RETURN_IF(from_cublas(lt_.cublasLtMatrixLayoutCreate(&weight_, CUDA_R_16F, inputs, outputs, inputs)));
+    RETURN_IF(
+        from_cublas(lt_.cublasLtMatrixLayoutCreate(&weight_, CUDA_R_16F, inputs, outputs, inputs)));
     RETURN_IF(from_cublas(lt_.cublasLtMatrixLayoutCreate(&x_, CUDA_R_16F, inputs, rows, inputs)));
     return from_cublas(lt_.cublasLtMatrixLayoutCreate(&out_, CUDA_R_16F, outputs, rows, outputs));
   }
 
-  // What cuBLASLt suggests, the best first by its own estimate; NOT_SUPPORTED where that is nothing.
+  // What cuBLASLt suggests, the best first by its own estimate; NOT_SUPPORTED where that is
+  // nothing.
   int32_t suggest(int wanted, std::vector<cublasLtMatmulHeuristicResult_t>& results) const {
     cublasLtMatmulPreference_t preference = nullptr;
     RETURN_IF(from_cublas(lt_.cublasLtMatmulPreferenceCreate(&preference)));
     const auto prefer = [&](int attribute, auto value) {
-      return from_cublas(lt_.cublasLtMatmulPreferenceSetAttribute(preference, attribute, &value, sizeof(value)));
+      return from_cublas(
+          lt_.cublasLtMatmulPreferenceSetAttribute(preference, attribute, &value, sizeof(value)));
     };
-    int32_t status = prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, uint64_t{kClipLinearWorkspaceBytes});
-    const uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    int32_t status =
+        prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, uint64_t{kClipLinearWorkspaceBytes});
+    const uint32_t schemes =
+        CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
     if (status == 0) status = prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, schemes);
-    for (const int operand : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
-                              CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+    for (const int operand :
+         {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+          CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
       if (status == 0) status = prefer(operand, kAlignment);
     int found = 0;
     results.resize(wanted);
     if (status == 0)
-      status = from_cublas(lt_.cublasLtMatmulAlgoGetHeuristic(handle_, operation_, weight_, x_, out_, out_, preference, wanted,
+      status = from_cublas(lt_.cublasLtMatmulAlgoGetHeuristic(handle_, operation_, weight_, x_,
+                                                              out_, out_, preference, wanted,
                                                               results.data(), &found));
     lt_.cublasLtMatmulPreferenceDestroy(preference);
     results.resize(status == 0 ? found : 0);
     const auto unusable = [](const cublasLtMatmulHeuristicResult_t& result) {
-      return result.state != CUBLAS_STATUS_SUCCESS || result.workspaceSize > kClipLinearWorkspaceBytes;
+      return result.state != CUBLAS_STATUS_SUCCESS ||
+             result.workspaceSize > kClipLinearWorkspaceBytes;
     };
     results.erase(std::remove_if(results.begin(), results.end(), unusable), results.end());
     return status == 0 && results.empty() ? from_cublas(CUBLAS_STATUS_NOT_SUPPORTED) : status;
@@ -143,21 +154,24 @@ class Product {
   // Whether cuBLASLt can run an algorithm for it within the workspace.
   bool accepts(const cublasLtMatmulAlgo_t& algorithm) const {
     cublasLtMatmulHeuristicResult_t result = {};
-    return lt_.cublasLtMatmulAlgoCheck(handle_, operation_, weight_, x_, out_, out_, &algorithm, &result) == CUBLAS_STATUS_SUCCESS &&
+    return lt_.cublasLtMatmulAlgoCheck(handle_, operation_, weight_, x_, out_, out_, &algorithm,
+                                       &result) == CUBLAS_STATUS_SUCCESS &&
            result.workspaceSize <= kClipLinearWorkspaceBytes;
   }
 
-  int32_t launch(const cublasLtMatmulAlgo_t& algorithm, const void* x, const void* weight, void* out, void* workspace,
-                 cudaStream_t stream) const {
+  int32_t launch(const cublasLtMatmulAlgo_t& algorithm, const void* x, const void* weight,
+                 void* out, void* workspace, cudaStream_t stream) const {
     static constexpr float kOne = 1, kZero = 0;
-    return from_cublas(lt_.cublasLtMatmul(handle_, operation_, &kOne, weight, weight_, x, x_, &kZero, out, out_, out, out_,
-                                          &algorithm, workspace, kClipLinearWorkspaceBytes, stream));
+    return from_cublas(lt_.cublasLtMatmul(handle_, operation_, &kOne, weight, weight_, x, x_,
+                                          &kZero, out, out_, out, out_, &algorithm, workspace,
+                                          kClipLinearWorkspaceBytes, stream));
   }
 
  private:
   template <class T>
   int32_t set(int attribute, const T& value) {
-    return from_cublas(lt_.cublasLtMatmulDescSetAttribute(operation_, attribute, &value, sizeof(value)));
+    return from_cublas(
+        lt_.cublasLtMatmulDescSetAttribute(operation_, attribute, &value, sizeof(value)));
   }
 
   const Functions& lt_;
@@ -172,24 +186,31 @@ struct Choice {
   cublasLtMatmulAlgo_t algorithm = {};
 };
 
-bool aligned(const void* pointer) { return pointer != nullptr && reinterpret_cast<uintptr_t>(pointer) % kAlignment == 0; }
+bool aligned(const void* pointer) {
+  return pointer != nullptr && reinterpret_cast<uintptr_t>(pointer) % kAlignment == 0;
+}
 
 bool valid_sizes(int32_t inputs, int32_t outputs) {
-  return inputs > 0 && inputs <= kClipLinearMaxWidth && inputs % kClipLinearInputsStep == 0 && outputs > 0 &&
-         outputs <= kClipLinearMaxWidth && outputs % kClipLinearOutputsStep == 0;
+  return inputs > 0 && inputs <= kClipLinearMaxWidth && inputs % kClipLinearInputsStep == 0 &&
+         outputs > 0 && outputs <= kClipLinearMaxWidth && outputs % kClipLinearOutputsStep == 0;
 }
 
 // A table of bytes as its parts; false where it is none.
-bool read_table(const void* bytes, int64_t size, ClipLinearTable& about, std::vector<ClipLinearEntry>& entries) {
+bool read_table(const void* bytes, int64_t size, ClipLinearTable& about,
+                std::vector<ClipLinearEntry>& entries) {
   if (bytes == nullptr || size < static_cast<int64_t>(sizeof(about))) return false;
   std::memcpy(&about, bytes, sizeof(about));
-  if (!valid_sizes(about.inputs, about.outputs) || (about.bias != 0 && about.bias != 1) || about.count < 0 ||
-      about.count > kClipLinearMaxEntries || size != static_cast<int64_t>(sizeof(about) + about.count * sizeof(ClipLinearEntry)))
+  if (!valid_sizes(about.inputs, about.outputs) || (about.bias != 0 && about.bias != 1) ||
+      about.count < 0 || about.count > kClipLinearMaxEntries ||
+      size != static_cast<int64_t>(sizeof(about) + about.count * sizeof(ClipLinearEntry)))
     return false;
   entries.resize(about.count);
-  if (about.count > 0) std::memcpy(entries.data(), static_cast<const char*>(bytes) + sizeof(about), about.count * sizeof(ClipLinearEntry));
-  return std::all_of(entries.begin(), entries.end(),
-                     [](const ClipLinearEntry& entry) { return entry.rows >= 1 && entry.rows <= kClipLinearMaxRows; });
+  if (about.count > 0)
+    std::memcpy(entries.data(), static_cast<const char*>(bytes) + sizeof(about),
+                about.count * sizeof(ClipLinearEntry));
+  return std::all_of(entries.begin(), entries.end(), [](const ClipLinearEntry& entry) {
+    return entry.rows >= 1 && entry.rows <= kClipLinearMaxRows;
+  });
 }
 
 // Runs what returns a status; an exception, which can only be of memory, becomes one.
@@ -229,15 +250,18 @@ struct ClipLinear {
   }
 
  private:
-  int32_t choose(int device, int64_t rows, const void* bias, std::shared_ptr<const Choice>& chosen) const {
+  int32_t choose(int device, int64_t rows, const void* bias,
+                 std::shared_ptr<const Choice>& chosen) const {
     cublasLtHandle_t handle = nullptr;
     RETURN_IF(handle_of(lt, device, handle));
     if (!entries.empty() && about.version == lt.cublasLtGetVersion()) {
-      const ClipLinearEntry& entry = *std::min_element(entries.begin(), entries.end(), [&](const ClipLinearEntry& a, const ClipLinearEntry& b) {
-        return ratio(a.rows, rows) < ratio(b.rows, rows);
-      });
+      const ClipLinearEntry& entry = *std::min_element(
+          entries.begin(), entries.end(), [&](const ClipLinearEntry& a, const ClipLinearEntry& b) {
+            return ratio(a.rows, rows) < ratio(b.rows, rows);
+          });
       auto measured = std::make_shared<Choice>(lt, handle);
-      static_assert(sizeof(measured->algorithm) == sizeof(entry.algorithm), "an algorithm is 64 bytes");
+      static_assert(sizeof(measured->algorithm) == sizeof(entry.algorithm),
+                    "an algorithm is 64 bytes");
       std::memcpy(&measured->algorithm, entry.algorithm, sizeof(entry.algorithm));
       RETURN_IF(measured->product.describe(rows, about.inputs, about.outputs, bias));
       if (measured->product.accepts(measured->algorithm)) {
@@ -254,7 +278,9 @@ struct ClipLinear {
     return 0;
   }
 
-  static double ratio(int64_t a, int64_t b) { return static_cast<double>(std::max(a, b)) / std::min(a, b); }
+  static double ratio(int64_t a, int64_t b) {
+    return static_cast<double>(std::max(a, b)) / std::min(a, b);
+  }
 };
 
 namespace {
@@ -290,7 +316,8 @@ struct Candidate {
 
 class Measurement {
  public:
-  Measurement(const ClipLinearTuneParams& params, const Product& product) : params_(params), product_(product) {}
+  Measurement(const ClipLinearTuneParams& params, const Product& product)
+      : params_(params), product_(product) {}
 
   int32_t begin() {
     RETURN_IF(from_cuda(cudaStreamCreateWithFlags(&stream_.stream, cudaStreamNonBlocking)));
@@ -298,7 +325,8 @@ class Measurement {
     return from_cuda(cudaEventCreate(&ended_.event));
   }
 
-  // A first launch, which may load the kernel, and then a graph of several. How many is found out with the first candidate.
+  // A first launch, which may load the kernel, and then a graph of several. How many is found out
+  // with the first candidate.
   int32_t capture(Candidate& candidate) {
     RETURN_IF(launch(candidate, 0));
     RETURN_IF(from_cuda(cudaStreamSynchronize(stream_.stream)));
@@ -307,7 +335,8 @@ class Measurement {
       RETURN_IF(time([&] { return launch(candidate, 1); }, us));
       const int64_t bytes = int64_t{2} * params_.inputs * params_.outputs;
       const int64_t cold = std::clamp<int64_t>((kColdBytes + bytes - 1) / bytes, 4, kMaxLaunches);
-      launches_ = static_cast<int>(std::clamp<int64_t>(static_cast<int64_t>(kGraphUs / std::max(us, 1.0f)), 1, cold));
+      launches_ = static_cast<int>(
+          std::clamp<int64_t>(static_cast<int64_t>(kGraphUs / std::max(us, 1.0f)), 1, cold));
     }
     RETURN_IF(from_cuda(cudaStreamBeginCapture(stream_.stream, cudaStreamCaptureModeThreadLocal)));
     int32_t status = 0;
@@ -323,7 +352,8 @@ class Measurement {
 
   // Microseconds of a launch, the average over one replay.
   int32_t replay(const Candidate& candidate, float& us) {
-    RETURN_IF(time([&] { return from_cuda(cudaGraphLaunch(candidate.graph, stream_.stream)); }, us));
+    RETURN_IF(
+        time([&] { return from_cuda(cudaGraphLaunch(candidate.graph, stream_.stream)); }, us));
     us /= launches_;
     return 0;
   }
@@ -332,7 +362,8 @@ class Measurement {
   int32_t launch(const Candidate& candidate, int i) const {
     const int64_t bytes = int64_t{2} * params_.inputs * params_.outputs;
     const char* weight = static_cast<const char*>(params_.weight) + i % params_.weights * bytes;
-    return product_.launch(candidate.algorithm, params_.x, weight, params_.out, params_.workspace, stream_.stream);
+    return product_.launch(candidate.algorithm, params_.x, weight, params_.out, params_.workspace,
+                           stream_.stream);
   }
 
   template <class Work>
@@ -353,12 +384,16 @@ class Measurement {
   int launches_ = 0;
 };
 
-bool faster(const std::unique_ptr<Candidate>& a, const std::unique_ptr<Candidate>& b) { return a->us < b->us; }
+bool faster(const std::unique_ptr<Candidate>& a, const std::unique_ptr<Candidate>& b) {
+  return a->us < b->us;
+}
 
 // The nearest to the fastest, fastest first.
 void keep_finalists(std::vector<std::unique_ptr<Candidate>>& candidates) {
   std::sort(candidates.begin(), candidates.end(), faster);
-  while (candidates.size() > 1 && (candidates.size() > kFinalists || candidates.back()->us > kNear * candidates.front()->us)) candidates.pop_back();
+  while (candidates.size() > 1 &&
+         (candidates.size() > kFinalists || candidates.back()->us > kNear * candidates.front()->us))
+    candidates.pop_back();
 }
 
 int32_t tune(const ClipLinearTuneParams& params, ClipLinearEntry& best, float& microseconds) {
@@ -437,23 +472,28 @@ extern "C" int32_t clip_linear_prepare(void) {
 }
 
 extern "C" int32_t clip_linear_launch(const ClipLinearParams* params, cudaStream_t stream) {
-  if (params == nullptr || params->layer == nullptr || params->rows < 0 || params->rows > kClipLinearMaxRows) return kInvalid;
+  if (params == nullptr || params->layer == nullptr || params->rows < 0 ||
+      params->rows > kClipLinearMaxRows)
+    return kInvalid;
   if (params->rows == 0) return 0;
   const bool has_bias = params->layer->about.bias != 0;
-  if (!aligned(params->x) || !aligned(params->weight) || !aligned(params->out) || !aligned(params->workspace) ||
-      (has_bias ? !aligned(params->bias) : params->bias != nullptr))
+  if (!aligned(params->x) || !aligned(params->weight) || !aligned(params->out) ||
+      !aligned(params->workspace) || (has_bias ? !aligned(params->bias) : params->bias != nullptr))
     return kInvalid;
   return guarded([&] {
     std::shared_ptr<const Choice> choice;
     RETURN_IF(params->layer->choice_for(params->rows, params->bias, choice));
-    return choice->product.launch(choice->algorithm, params->x, params->weight, params->out, params->workspace, stream);
+    return choice->product.launch(choice->algorithm, params->x, params->weight, params->out,
+                                  params->workspace, stream);
   });
 }
 
-extern "C" int32_t clip_linear_tune(const ClipLinearTuneParams* params, ClipLinearEntry* best, float* microseconds) {
-  if (params == nullptr || best == nullptr || !valid_sizes(params->inputs, params->outputs) || params->rows < 1 ||
-      params->rows > kClipLinearMaxRows || params->weights < 1 || !(params->milliseconds >= 0) ||
-      !aligned(params->x) || !aligned(params->weight) || !aligned(params->out) || !aligned(params->workspace) ||
+extern "C" int32_t clip_linear_tune(const ClipLinearTuneParams* params, ClipLinearEntry* best,
+                                    float* microseconds) {
+  if (params == nullptr || best == nullptr || !valid_sizes(params->inputs, params->outputs) ||
+      params->rows < 1 || params->rows > kClipLinearMaxRows || params->weights < 1 ||
+      !(params->milliseconds >= 0) || !aligned(params->x) || !aligned(params->weight) ||
+      !aligned(params->out) || !aligned(params->workspace) ||
       (params->bias != nullptr && !aligned(params->bias)))
     return kInvalid;
   float us = 0;

@@ -1,12 +1,15 @@
-// Linear layers through cuBLASLt with algorithms that were measured: the interface between callers (the TensorRT plugin,
-// PyTorch, the benchmark) and the launcher. Pointers, sizes and a stream only: neither Torch nor TensorRT.
+// Linear layers through cuBLASLt with algorithms that were measured: the interface between callers
+// (the TensorRT plugin, PyTorch, the benchmark) and the launcher. Pointers, sizes and a stream
+// only: neither Torch nor TensorRT.
 //
-// out[rows, outputs] = x[rows, inputs] weight[outputs, inputs]^T + bias[outputs], all fp16, contiguous, in device memory
-// and 16-byte aligned; out and workspace overlap nothing. Sums are fp32. cuBLASLt is not linked: it is PyTorch's, the
-// libcublasLt.so.13 that the process has loaded, or else the one that dlopen finds.
+// out[rows, outputs] = x[rows, inputs] weight[outputs, inputs]^T + bias[outputs], all fp16,
+// contiguous, in device memory and 16-byte aligned; out and workspace overlap nothing. Sums are
+// fp32. cuBLASLt is not linked: it is PyTorch's, the libcublasLt.so.13 that the process has loaded,
+// or else the one that dlopen finds.
 //
-// Every function that returns int32_t returns 0, a cudaError_t (above 0; cudaErrorInvalidValue: outside the contract,
-// found before any call to the driver), minus a cublasStatus_t, or kClipLinearNoLibrary. None throws.
+// Every function that returns int32_t returns 0, a cudaError_t (above 0; cudaErrorInvalidValue:
+// outside the contract, found before any call to the driver), minus a cublasStatus_t, or
+// kClipLinearNoLibrary. None throws.
 #ifndef CLIP_TTRT_LINEAR_H_
 #define CLIP_TTRT_LINEAR_H_
 
@@ -27,7 +30,7 @@ enum {
   kClipLinearNoLibrary = -1000,
 };
 
-// Plain data, also filled through ctypes (clip_ttrt/linear.py): keep the two alike.
+// Plain data, also filled through ctypes (clip_ttrt/kernels.py and linear.py): keep the two alike.
 
 // The algorithm that was fastest for some rows.
 typedef struct ClipLinearEntry {
@@ -44,16 +47,17 @@ typedef struct ClipLinearTable {
   uint64_t version;  // cublasLtGetVersion() of the cuBLASLt that the entries are of
 } ClipLinearTable;
 
-// A layer, which remembers the algorithm of every number of rows that it has run: that of the table's entry whose rows are
-// nearest by ratio, where cuBLASLt is of the table's version and accepts it; else the first of cuBLASLt's own suggestions.
-// Any thread may launch it at any time.
+// A layer, which remembers the algorithm of every number of rows that it has run: that of the
+// table's entry whose rows are nearest by ratio, where cuBLASLt is of the table's version and
+// accepts it; else the first of cuBLASLt's own suggestions. Any thread may launch it at any time.
 typedef struct ClipLinear ClipLinear;
 
 // table: `bytes` bytes, copied. cudaErrorInvalidValue: not a table.
 int32_t clip_linear_create(const void* table, int64_t bytes, ClipLinear** made);
 void clip_linear_destroy(ClipLinear* layer);
 
-// Makes cuBLASLt ready on the current device, which the first launch does otherwise; a CUDA graph can then be captured.
+// Makes cuBLASLt ready on the current device, which the first launch does otherwise; a CUDA graph
+// can then be captured.
 int32_t clip_linear_prepare(void);
 
 typedef struct ClipLinearParams {
@@ -66,25 +70,29 @@ typedef struct ClipLinearParams {
   int64_t rows;     // 0 .. kClipLinearMaxRows; 0: nothing to do
 } ClipLinearParams;
 
-// Enqueues on `stream` and returns at once; safe in CUDA-graph capture, allocates nothing on the GPU. Same input, same bits.
+// Enqueues on `stream` and returns at once; safe in CUDA-graph capture, allocates nothing on the
+// GPU. Same input, same bits.
 int32_t clip_linear_launch(const ClipLinearParams* params, cudaStream_t stream);
 
 // Which algorithm is fastest on the current device, from what cuBLASLt suggests.
 typedef struct ClipLinearTuneParams {
-  const void* x;         // random, not zeros: a GPU computes with zeros faster
-  const void* weight;    // `weights` matrices one after the other, which launches take in turns as the layers of a network do
-  const void* bias;      // or NULL
+  const void* x;       // random, not zeros: a GPU computes with zeros faster
+  const void* weight;  // `weights` matrices one after the other, which launches take in turns as
+                       // the layers of a network do
+  const void* bias;    // or NULL
   void* out;
-  void* workspace;       // kClipLinearWorkspaceBytes
-  int64_t rows;          // 1 .. kClipLinearMaxRows
+  void* workspace;  // kClipLinearWorkspaceBytes
+  int64_t rows;     // 1 .. kClipLinearMaxRows
   int32_t inputs;
   int32_t outputs;
-  int32_t weights;       // >= 1
-  float milliseconds;    // suggestions are no longer added after this long, one being tried anyway
+  int32_t weights;     // >= 1
+  float milliseconds;  // suggestions are no longer added after this long, one being tried anyway
 } ClipLinearTuneParams;
 
-// Waits for its own work, on a stream of its own; the inputs must be complete. microseconds: of a launch; may be NULL.
-int32_t clip_linear_tune(const ClipLinearTuneParams* params, ClipLinearEntry* best, float* microseconds);
+// Waits for its own work, on a stream of its own; the inputs must be complete. microseconds: of a
+// launch; may be NULL.
+int32_t clip_linear_tune(const ClipLinearTuneParams* params, ClipLinearEntry* best,
+                         float* microseconds);
 
 // cublasLtGetVersion(), such as 130100; 0 where there is no cuBLASLt.
 uint64_t clip_linear_version(void);

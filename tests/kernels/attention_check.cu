@@ -1,5 +1,5 @@
-// Runs variants of the attention kernel on small cases and compares with a float64 loop on the host.
-// For compute-sanitizer, where Python and PyTorch would take minutes:
+// Runs variants of the attention kernel on small cases and compares with a float64 loop on the
+// host. For compute-sanitizer, where Python and PyTorch would take minutes:
 //   nvcc -std=c++17 -gencode=arch=compute_90a,code=sm_90a -o check
 //       tests/kernels/attention_check.cu kernels/attention/attention.cu
 //   compute-sanitizer --tool racecheck ./check 0          (variant 0: the automatic choice)
@@ -18,18 +18,19 @@
 
 namespace {
 
-#define CHECK(call)                                                                            \
-  do {                                                                                         \
-    const cudaError_t status = (call);                                                         \
-    if (status != cudaSuccess) {                                                               \
-      std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(status));    \
-      return false;                                                                            \
-    }                                                                                          \
+#define CHECK(call)                                                                         \
+  do {                                                                                      \
+    const cudaError_t status = (call);                                                      \
+    if (status != cudaSuccess) {                                                            \
+      std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(status)); \
+      return false;                                                                         \
+    }                                                                                       \
   } while (0)
 
 bool run(int variant, int batch, int heads, int tokens, int causal, int biased) {
   const int width = heads * 64;
-  const size_t in_count = size_t(batch) * tokens * 3 * width, out_count = size_t(batch) * tokens * width;
+  const size_t in_count = size_t(batch) * tokens * 3 * width,
+               out_count = size_t(batch) * tokens * width;
   std::vector<__half> qkv(in_count), out(out_count);
   unsigned state = 12345u + tokens;
   for (auto& x : qkv) {  // uniform in [-2, 2)
@@ -50,7 +51,8 @@ bool run(int variant, int batch, int heads, int tokens, int causal, int biased) 
   }
   CHECK(cudaMemcpy(device_qkv, qkv.data(), in_count * 2, cudaMemcpyHostToDevice));
   CHECK(cudaMemset(device_out, 0xff, out_count * 2));  // NaN
-  const ClipAttentionParams params = {device_qkv, device_out, device_bias, batch, heads, tokens, causal, variant};
+  const ClipAttentionParams params = {device_qkv, device_out, device_bias, batch,
+                                      heads,      tokens,     causal,      variant};
   CHECK(clip_attention_launch(&params, nullptr));
   CHECK(cudaDeviceSynchronize());
   CHECK(cudaMemcpy(out.data(), device_out, out_count * 2, cudaMemcpyDeviceToHost));
@@ -61,10 +63,12 @@ bool run(int variant, int batch, int heads, int tokens, int causal, int biased) 
   double worst = 0;
   std::vector<double> weight(tokens);
   const int pairs = batch * heads;
-  for (int pair = 0; pair < pairs; pair += pairs > 64 ? 1 + pairs / 61 : 1) {  // a sample of a large batch
+  const int step = pairs > 64 ? 1 + pairs / 61 : 1;  // a sample of a large batch
+  for (int pair = 0; pair < pairs; pair += step) {
     const float* head_bias = bias.data() + pair % heads * 64;
     const __half* base = qkv.data() + size_t(pair / heads) * tokens * 3 * width + pair % heads * 64;
-    // Of a long sequence, some rows: 61 is prime to every tile size, so all positions in a tile occur.
+    // Of a long sequence, some rows: 61 is prime to every tile size, so all positions in a tile
+    // occur.
     for (int i = tokens - 1; i >= 0; i -= tokens > 200 || pairs > 64 ? 61 : 1) {
       const int keys = causal ? i + 1 : tokens;
       double query[64];  // as the interface says: the bias in fp16, added in fp16
@@ -91,9 +95,10 @@ bool run(int variant, int batch, int heads, int tokens, int causal, int biased) 
       }
     }
   }
-  const bool ok = worst < 4e-3;  // values up to 2: fp16 rounding of weights and result is under 2e-3
-  std::printf("variant %2d  %4dx%2dx%4d causal %d  bias %d  error %.2e  %s\n", variant, batch, heads, tokens,
-              causal, biased, worst, ok ? "ok" : "WRONG");
+  // Values up to 2: fp16 rounding of weights and result is under 2e-3.
+  const bool ok = worst < 4e-3;
+  std::printf("variant %2d  %4dx%2dx%4d causal %d  bias %d  error %.2e  %s\n", variant, batch,
+              heads, tokens, causal, biased, worst, ok ? "ok" : "WRONG");
   return ok;
 }
 

@@ -1,5 +1,6 @@
-// Launches the elementwise kernels at sizes that leave lanes, rows and blocks over. For compute-sanitizer, where Python
-// and PyTorch would take minutes; the numbers are checked in test_elementwise.py.
+// Launches the elementwise kernels at sizes that leave lanes, rows and blocks over. For
+// compute-sanitizer, where Python and PyTorch would take minutes; the numbers are checked in
+// test_launchers.py.
 //   nvcc -std=c++17 -gencode=arch=compute_90a,code=sm_90a -o check
 //       tests/kernels/elementwise_check.cu kernels/elementwise/*.cu
 //   compute-sanitizer --tool memcheck ./check      (also racecheck, initcheck, synccheck)
@@ -19,7 +20,8 @@ std::vector<void*> buffers;
 // Exactly so many bytes of zeros, so that the sanitizer sees what goes past them.
 void* zeros(size_t bytes) {
   void* pointer = nullptr;
-  if (cudaMalloc(&pointer, bytes) != cudaSuccess || cudaMemset(pointer, 0, bytes) != cudaSuccess) return nullptr;
+  if (cudaMalloc(&pointer, bytes) != cudaSuccess || cudaMemset(pointer, 0, bytes) != cudaSuccess)
+    return nullptr;
   buffers.push_back(pointer);
   return pointer;
 }
@@ -35,21 +37,27 @@ bool finish(cudaError_t status, const char* what, int64_t rows, int width) {
   if (status == cudaSuccess) status = cudaDeviceSynchronize();
   for (void* pointer : buffers) cudaFree(pointer);
   buffers.clear();
-  if (status != cudaSuccess) std::printf("%s %lld x %d: %s\n", what, static_cast<long long>(rows), width, cudaGetErrorString(status));
+  if (status != cudaSuccess)
+    std::printf("%s %lld x %d: %s\n", what, static_cast<long long>(rows), width,
+                cudaGetErrorString(status));
   return status == cudaSuccess;
 }
 
 bool gelu(int64_t rows, int width, bool bias) {
   ClipBiasQuickGeluParams p = {};
-  p.in = zeros(rows * width * 2), p.out = output(rows * width * 2), p.bias = bias ? zeros(width * 4) : nullptr;
+  p.in = zeros(rows * width * 2), p.out = output(rows * width * 2),
+  p.bias = bias ? zeros(width * 4) : nullptr;
   p.rows = rows, p.width = width;
   return finish(clip_bias_quick_gelu_launch(&p, nullptr), "quick_gelu", rows, width);
 }
 
 bool layer_norm(int64_t rows, int width, bool residual) {
   ClipResidualLayerNormParams p = {};
-  p.x = zeros(rows * width * 2), p.scale = zeros(width * 4), p.shift = zeros(width * 4), p.out = output(rows * width * 2);
-  if (residual) p.delta = zeros(rows * width * 2), p.bias = zeros(width * 4), p.sum_out = output(rows * width * 2);
+  p.x = zeros(rows * width * 2), p.scale = zeros(width * 4), p.shift = zeros(width * 4),
+  p.out = output(rows * width * 2);
+  if (residual)
+    p.delta = zeros(rows * width * 2), p.bias = zeros(width * 4),
+    p.sum_out = output(rows * width * 2);
   p.rows = rows, p.width = width, p.epsilon = 1e-5f;
   return finish(clip_residual_layer_norm_launch(&p, nullptr), "layer_norm", rows, width);
 }
@@ -64,10 +72,12 @@ bool patches(int batch, int patch, int resolution, int half) {
 
 bool embed(int batch, int tokens, int width) {
   ClipEmbedImageParams p = {};
-  p.patches = zeros(size_t(batch) * (tokens - 1) * width * 2), p.positions = zeros(size_t(tokens) * width * 4);
+  p.patches = zeros(size_t(batch) * (tokens - 1) * width * 2),
+  p.positions = zeros(size_t(tokens) * width * 4);
   p.class_token = zeros(width * 4), p.scale_pre = zeros(width * 4), p.shift_pre = zeros(width * 4);
   p.scale_1 = zeros(width * 4), p.shift_1 = zeros(width * 4);
-  p.x = output(size_t(batch) * tokens * width * 2), p.y = output(size_t(batch) * tokens * width * 2);
+  p.x = output(size_t(batch) * tokens * width * 2),
+  p.y = output(size_t(batch) * tokens * width * 2);
   p.batch = batch, p.tokens = tokens, p.width = width, p.epsilon_pre = p.epsilon_1 = 1e-5f;
   return finish(clip_embed_image_launch(&p, nullptr), "embed_image", batch, width);
 }
@@ -88,7 +98,8 @@ int main() {
       for (int patch : {2, 6, 12, 14}) ok = patches(batch, patch, 3 * patch, half) && ok;
       for (int patch : {14, 16, 32}) ok = patches(batch, patch, 224, half) && ok;
     }
-  for (int patch : {14, 16, 32}) ok = patches(9, patch, 224, 0) && patches(9, patch, 7 * patch, 0) && ok;
+  for (int patch : {14, 16, 32})
+    ok = patches(9, patch, 224, 0) && patches(9, patch, 7 * patch, 0) && ok;
   for (int width : {8, 264, 512, 768, 1000, 1024, 4104})
     ok = embed(3, 50, width) && embed(2, 2, width) && embed(33, 50, width) && ok;
   std::printf("%s\n", ok ? "every launch ran" : "FAILED");

@@ -23,17 +23,13 @@ cudaError_t note(const Params* params) {
   return static_cast<cudaError_t>(launch_status);
 }
 
-cudaError_t clip_attention_launch(const ClipAttentionParams* p, cudaStream_t) { return note(p); }
-cudaError_t clip_bias_quick_gelu_launch(const ClipBiasQuickGeluParams* p, cudaStream_t) {
-  return note(p);
-}
-cudaError_t clip_residual_layer_norm_launch(const ClipResidualLayerNormParams* p, cudaStream_t) {
-  return note(p);
-}
-cudaError_t clip_extract_patches_launch(const ClipExtractPatchesParams* p, cudaStream_t) {
-  return note(p);
-}
-cudaError_t clip_embed_image_launch(const ClipEmbedImageParams* p, cudaStream_t) { return note(p); }
+#define LAUNCHER(launcher, Params) \
+  cudaError_t launcher(const Params* p, cudaStream_t) { return note(p); }
+LAUNCHER(clip_attention_launch, ClipAttentionParams)
+LAUNCHER(clip_bias_quick_gelu_launch, ClipBiasQuickGeluParams)
+LAUNCHER(clip_residual_layer_norm_launch, ClipResidualLayerNormParams)
+LAUNCHER(clip_extract_patches_launch, ClipExtractPatchesParams)
+LAUNCHER(clip_embed_image_launch, ClipEmbedImageParams)
 
 #else
 
@@ -60,8 +56,8 @@ struct Registry final : IPluginRegistry {
     *count = static_cast<int32_t>(creators.size());
     return creators.empty() ? nullptr : creators.data();
   }
-  IPluginCreatorInterface* const* getAllCreatorsRecursive(int32_t* const count) noexcept {
-    return getAllCreators(count);
+  IPluginCreatorInterface* const* getAllCreatorsRecursive(int32_t* const) noexcept {
+    return nullptr;
   }
   IPluginCreatorInterface* getCreator(const char* const, const char* const,
                                       const char* const) noexcept override {
@@ -126,18 +122,15 @@ struct Sizes final : IExprBuilder, apiv::VExprBuilder {
 };
 
 template <class Part>
-Part* part(IPluginV3* plugin, PluginCapabilityType type) {
-  return static_cast<Part*>(plugin->getCapabilityInterface(type));
+Part& part(IPluginV3* plugin, PluginCapabilityType type) {
+  return *static_cast<Part*>(plugin->getCapabilityInterface(type));
 }
-IPluginV3OneCore* core(IPluginV3* plugin) {
-  return part<IPluginV3OneCore>(plugin, PluginCapabilityType::kCORE);
-}
-IPluginV3OneBuild* build(IPluginV3* plugin) {
-  return part<IPluginV3OneBuild>(plugin, PluginCapabilityType::kBUILD);
-}
-IPluginV3OneRuntime* runtime(IPluginV3* plugin) {
-  return part<IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME);
-}
+auto& core(IPluginV3* p) { return part<IPluginV3OneCore>(p, PluginCapabilityType::kCORE); }
+auto& build(IPluginV3* p) { return part<IPluginV3OneBuild>(p, PluginCapabilityType::kBUILD); }
+auto& runtime(IPluginV3* p) { return part<IPluginV3OneRuntime>(p, PluginCapabilityType::kRUNTIME); }
+
+// A shape as its rank, then up to 8 sizes, below 0 where they are not known.
+constexpr int kSizes = 9;
 
 IPluginCreatorV3One& creator(int32_t i) {
   return static_cast<IPluginCreatorV3One&>(*registry.creators.at(i));
@@ -160,25 +153,25 @@ IPluginV3* create(int32_t i, const PluginFieldCollection* fields, int32_t phase)
   return creator(i).createPlugin("layer", fields, static_cast<TensorRTPhase>(phase));
 }
 
-const char* plugin_name(IPluginV3* plugin) { return core(plugin)->getPluginName(); }
-const char* plugin_version(IPluginV3* plugin) { return core(plugin)->getPluginVersion(); }
+const char* plugin_name(IPluginV3* plugin) { return core(plugin).getPluginName(); }
+const char* plugin_version(IPluginV3* plugin) { return core(plugin).getPluginVersion(); }
 IPluginV3* copy(IPluginV3* plugin) { return plugin->clone(); }
-IPluginV3* attach(IPluginV3* plugin) { return runtime(plugin)->attachToContext(nullptr); }
+IPluginV3* attach(IPluginV3* plugin) { return runtime(plugin).attachToContext(nullptr); }
 void destroy(IPluginV3* plugin) { delete plugin; }
 const PluginFieldCollection* fields(IPluginV3* plugin) {
-  return runtime(plugin)->getFieldsToSerialize();
+  return runtime(plugin).getFieldsToSerialize();
 }
-int32_t outputs(IPluginV3* plugin) { return build(plugin)->getNbOutputs(); }
+int32_t outputs(IPluginV3* plugin) { return build(plugin).getNbOutputs(); }
 size_t workspace(IPluginV3* plugin) {
-  return build(plugin)->getWorkspaceSize(nullptr, 0, nullptr, 0);
+  return build(plugin).getWorkspaceSize(nullptr, 0, nullptr, 0);
 }
 
 int32_t output_types(IPluginV3* plugin, const int32_t* in, int32_t inputs, int32_t* out) {
-  std::vector<DataType> types(inputs), found(outputs(plugin), DataType::kINT8);
-  for (int32_t i = 0; i < inputs; ++i) types[i] = static_cast<DataType>(in[i]);
   const int32_t count = outputs(plugin);
+  std::vector<DataType> types(inputs), found(count, DataType::kINT8);
+  for (int32_t i = 0; i < inputs; ++i) types[i] = static_cast<DataType>(in[i]);
   const int32_t status =
-      build(plugin)->getOutputDataTypes(found.data(), count, types.data(), inputs);
+      build(plugin).getOutputDataTypes(found.data(), count, types.data(), inputs);
   for (int32_t i = 0; i < count; ++i) out[i] = static_cast<int32_t>(found[i]);
   return status;
 }
@@ -189,25 +182,24 @@ int32_t supports(IPluginV3* plugin, int32_t at, int32_t type, int32_t format, in
   std::vector<DynamicPluginTensorDesc> tensors(inputs + outputs);
   tensors.at(at).desc.type = static_cast<DataType>(type);
   tensors.at(at).desc.format = static_cast<TensorFormat>(format);
-  return build(plugin)->supportsFormatCombination(at, tensors.data(), inputs, outputs) ? 1 : 0;
+  return build(plugin).supportsFormatCombination(at, tensors.data(), inputs, outputs) ? 1 : 0;
 }
 
-// dims: of each input its rank, then 8 sizes; below 0 where it is not known. out: the same.
 int32_t output_shapes(IPluginV3* plugin, const int64_t* dims, int32_t inputs, int64_t* out) {
   Sizes sizes;
   std::vector<DimsExprs> in(inputs), found(outputs(plugin));
   for (int32_t i = 0; i < inputs; ++i) {
-    in[i].nbDims = static_cast<int32_t>(dims[9 * i]);
+    in[i].nbDims = static_cast<int32_t>(dims[kSizes * i]);
     for (int32_t axis = 0; axis < in[i].nbDims; ++axis)
-      in[i].d[axis] = sizes.constant(dims[9 * i + 1 + axis]);
+      in[i].d[axis] = sizes.constant(dims[kSizes * i + 1 + axis]);
   }
   const int32_t count = static_cast<int32_t>(found.size());
   const int32_t status =
-      build(plugin)->getOutputShapes(in.data(), inputs, nullptr, 0, found.data(), count, sizes);
+      build(plugin).getOutputShapes(in.data(), inputs, nullptr, 0, found.data(), count, sizes);
   for (int32_t i = 0; status == 0 && i < count; ++i) {
-    out[9 * i] = found[i].nbDims;
+    out[kSizes * i] = found[i].nbDims;
     for (int32_t axis = 0; axis < found[i].nbDims; ++axis)
-      out[9 * i + 1 + axis] = static_cast<const Size*>(found[i].d[axis])->size;
+      out[kSizes * i + 1 + axis] = static_cast<const Size*>(found[i].d[axis])->size;
   }
   return status;
 }
@@ -218,15 +210,15 @@ int32_t enqueue(IPluginV3* plugin, const int64_t* dims, const int32_t* types, in
   std::vector<const void*> x(inputs);
   std::vector<void*> y(outputs(plugin));
   for (int32_t i = 0; i < inputs; ++i) {
-    in[i].dims.nbDims = static_cast<int32_t>(dims[9 * i]);
+    in[i].dims.nbDims = static_cast<int32_t>(dims[kSizes * i]);
     for (int32_t axis = 0; axis < in[i].dims.nbDims; ++axis)
-      in[i].dims.d[axis] = dims[9 * i + 1 + axis];
+      in[i].dims.d[axis] = dims[kSizes * i + 1 + axis];
     in[i].type = static_cast<DataType>(types[i]);
     x[i] = reinterpret_cast<const void*>(uintptr_t(16) * (i + 1));
   }
   for (size_t i = 0; i < y.size(); ++i) y[i] = reinterpret_cast<void*>(1600 + 16 * i);
-  return runtime(plugin)->enqueue(in.data(), nullptr, x.data(), y.data(),
-                                  reinterpret_cast<void*>(uintptr_t{16000}), nullptr);
+  return runtime(plugin).enqueue(in.data(), nullptr, x.data(), y.data(),
+                                 reinterpret_cast<void*>(uintptr_t{16000}), nullptr);
 }
 
 }  // extern "C"
