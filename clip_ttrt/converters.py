@@ -7,7 +7,7 @@ batch: a reshape writes 0 ("keep") or -1 ("what is left") for it.
 Networks are strongly typed: a layer computes in the type of its inputs, and constants take that
 type, but for layer norm, which is put between casts to fp32, and the plugins' fp32 constants.
 """
-from typing import Any, Callable, Optional, Sequence, Union
+from typing import Any, Callable, Sequence, Union
 
 import numpy as np
 import torch

@@ -24,7 +24,7 @@ DIFFERENTIABLE = SimpleNamespace(**{name: ops.REFERENCES[getattr(ops, name)] for
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block: [B, T, W] -> [B, T, W], or [B, W] where `pool` picks a row."""
+    """A pre-norm transformer block: [B, T, W] -> [B, T, W], or [B, W] where `pool` picks a row."""
 
     def __init__(self, width: int, heads: int, causal: bool, called: SimpleNamespace):
         super().__init__()

@@ -22,7 +22,7 @@ Pass = Callable[[fx.GraphModule], int]
 
 
 class GraphError(RuntimeError):
-    """An encoder cannot become one graph of our operations; the message names what is in the way."""
+    """An encoder cannot become one graph of our operations; the message names the obstacle."""
 
 
 def capture(encoder: nn.Module, example: torch.Tensor) -> fx.GraphModule:
@@ -264,7 +264,7 @@ def fuse_image_embedding(module: fx.GraphModule) -> int:
 
 
 def fuse_rest(module: fx.GraphModule) -> int:
-    """What layer norms are left, and linear of sizes that the library takes, become the plugins'."""
+    """What layer norms are left, and linear of sizes that the library has, become plugins."""
     norms = calls(module, ops.layer_norm)
     for node in norms:
         node.target = ops.fused_layer_norm

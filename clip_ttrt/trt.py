@@ -88,22 +88,18 @@ def runtime_library(wheel: str) -> Path:
     raise ImportError(f"{wheel} holds no libtorchtrt.so")
 
 
-@contextmanager
-def python_warnings_kept() -> Iterator[None]:
-    """Python's warnings stay warnings: `torch_tensorrt` hands those of the process to logging."""
+def _torch_tensorrt(path: str) -> Any:
+    """Something of the package, by its dotted path there.
+
+    Python's warnings, which its import hands to logging, stay warnings.
+    """
+    module, _, name = f"torch_tensorrt.{path}".rpartition(".")
     show = warnings.showwarning
     try:
-        yield
+        return getattr(importlib.import_module(module), name)
     finally:
         logging.captureWarnings(False)
         warnings.showwarning = show
-
-
-def _torch_tensorrt(path: str) -> Any:
-    """Something of the package, by its dotted path there."""
-    module, _, name = f"torch_tensorrt.{path}".rpartition(".")
-    with python_warnings_kept():
-        return getattr(importlib.import_module(module), name)
 
 
 @functools.cache
@@ -137,7 +133,7 @@ _current: Optional[Build] = None
 def building() -> Iterator[Build]:
     """The one build of this moment, which collects what TensorRT logs; nothing is printed."""
     global _current
-    with _lock, python_warnings_kept():
+    with _lock:
         log, build = logging.getLogger(LOGGER), Build()
         level = log.level
         log.addFilter(build.collect)
