@@ -1,17 +1,15 @@
-"""Converters of our operations: a graph's nodes -> TensorRT layers.
+"""Converters of our operations: a graph's nodes -> TensorRT layers, registered by the import.
 
-Importing this module registers them with Torch-TensorRT: `trt.py` does when it builds.  Only ops of
-our own have one here, so no other model's network changes.  Every converter works with a dynamic
-batch: a reshape writes 0 ("keep") or -1 ("what is left") for it.
-
-Networks are strongly typed: a layer computes in the type of its inputs, and constants take that
-type, but for layer norm, which is put between casts to fp32, and the plugins' fp32 constants.
+Only ops of our own have one here, so no other model's network changes.  Every converter works with
+a dynamic batch: a reshape writes 0 ("keep") or -1 ("what is left") for it.  Networks are strongly
+typed: a layer computes in the type of its inputs, and constants take that type, but for layer
+norm, which is put between casts to fp32, and the plugins' fp32 constants.
 """
-from typing import Any, Callable, Sequence, Union
+from dataclasses import dataclass
+from typing import Any, Callable, Union
 
 import numpy as np
 import torch
-from torch import fx
 
 from clip_ttrt import kernels, linear, ops, trt as seam
 from clip_ttrt.models import HEAD_DIM
@@ -29,14 +27,15 @@ TORCH_TYPES = {
 TRT_TYPES = {value: key for key, value in TORCH_TYPES.items()}
 
 
+@dataclass
 class Layers:
     """Adds one node's layers to a network, each under the node's name and a suffix of its own.
 
     Every method returns the layer's first output.
     """
 
-    def __init__(self, net: Any, name: str):
-        self.net, self.name = net, name
+    net: Any
+    name: str
 
     def named(self, layer: Any, suffix: str = "") -> Any:
         layer.name = f"{self.name}_{suffix}" if suffix else self.name
@@ -53,8 +52,7 @@ class Layers:
         value = value.reshape((1,) * (len(x.shape) - value.dim()) + tuple(value.shape))
         return self.constant(value, suffix, TORCH_TYPES[x.dtype])
 
-    def shuffle(self, x: Any, suffix: str = "", shape: Sequence[int] = (),
-                order: Sequence[int] = ()) -> Any:
+    def shuffle(self, x: Any, suffix: str = "", shape: tuple = (), order: tuple = ()) -> Any:
         """Reshape (0 keeps a dimension), then transpose; either may be left out."""
         layer = self.net.add_shuffle(x)
         if shape:
@@ -69,8 +67,8 @@ class Layers:
 
     def product(self, a: Any, b: Any, b_is: str, suffix: str = "") -> Any:
         """a·b, where b is NONE or TRANSPOSE."""
-        kinds = trt.MatrixOperation.NONE, getattr(trt.MatrixOperation, b_is)
-        return self.named(self.net.add_matrix_multiply(a, kinds[0], b, kinds[1]), suffix)
+        none, b_is = trt.MatrixOperation.NONE, getattr(trt.MatrixOperation, b_is)
+        return self.named(self.net.add_matrix_multiply(a, none, b, b_is), suffix)
 
     def reduce(self, operation: str, x: Any, suffix: str) -> Any:
         """[B, N] -> [B, 1]."""
@@ -81,8 +79,7 @@ class Layers:
         """x in a type of TensorRT's: a layer where it has another."""
         return x if x.dtype == dtype else self.named(self.net.add_cast(x, dtype), suffix)
 
-    def row(self, x: Any, start: Sequence[int], strides: Sequence[int], batch: Any,
-            suffix: str) -> Any:
+    def row(self, x: Any, start: tuple, strides: tuple, batch: Any, suffix: str) -> Any:
         """A slice [B, 1, W] of x, where B is another tensor's batch."""
         sizes = (1, x.shape[2])
         layer = self.net.add_slice(x, start, (max(batch.shape[0], 1), *sizes), strides)
@@ -90,24 +87,17 @@ class Layers:
             shape = self.net.add_shape(batch).get_output(0)
             first = self.net.add_slice(shape, (0,), (1,), (1,)).get_output(0)
             rest = self.beside(shape, torch.tensor(sizes), f"{suffix}_sizes")
-            shape = self.named(self.net.add_concatenation([first, rest]), f"{suffix}_shape")
-            layer.set_input(2, shape)
+            shape = self.net.add_concatenation([first, rest])
+            layer.set_input(2, self.named(shape, f"{suffix}_shape"))
         return self.named(layer, suffix)
 
 
-def converter(op: Any, valid: Callable[[fx.Node], bool] = lambda node: True):
+def converter(op: Any):
     """Register a function of `Layers` and the op's arguments as its converter."""
-    def register(convert: Callable) -> Callable:
-        seam.register(op, lambda net, name, args: convert(Layers(net, name), *args), valid)
-        return convert
+    def register(convert: Callable) -> None:
+        seam.register(op, lambda net, name, args: convert(Layers(net, name), *args))
 
     return register
-
-
-def attends(node: fx.Node) -> bool:
-    """Whether qkv is [B, T, 3·heads·64], as both kinds of attention take it."""
-    qkv, heads = node.args[0].meta["val"], node.args[1]
-    return qkv.dim() == 3 and qkv.shape[2] == 3 * heads * HEAD_DIM
 
 
 # In TensorRT's own layers
@@ -158,10 +148,12 @@ def convert_embedding(to, weight, tokens):
     return to.named(to.net.add_gather(weight, tokens, 0))
 
 
-@converter(ops.attention, attends)
+@converter(ops.attention)
 def convert_attention(to, qkv, heads, causal):
     """TensorRT's own attention where the network has one, else what it fuses."""
-    tokens = qkv.shape[1]
+    tokens, width = qkv.shape[1:]
+    if width != 3 * heads * HEAD_DIM:
+        raise ValueError(f"attention of {heads} heads of {HEAD_DIM} cannot have width {width}")
     split = to.shuffle(qkv, "split", (0, tokens, 3, heads, HEAD_DIM), (2, 0, 3, 1, 4))
 
     def part(index: int, which: str) -> Any:
@@ -176,7 +168,7 @@ def convert_attention(to, qkv, heads, causal):
     return to.shuffle(attended, shape=(0, tokens, heads * HEAD_DIM))
 
 
-def attention_layer(to: Layers, query: Any, key: Any, value: Any, causal: bool) -> Any:
+def attention_layer(to, query, key, value, causal):
     """Attention as one layer, which TensorRT takes apart where it has no kernel for it."""
     softmax = trt.AttentionNormalizationOp.SOFTMAX
     layer = seam.hold(to.net.add_attention(query, key, value, softmax, causal))
@@ -184,7 +176,7 @@ def attention_layer(to: Layers, query: Any, key: Any, value: Any, causal: bool) 
     return layer.get_output(0)
 
 
-def composed_attention(to: Layers, query: Any, key: Any, value: Any, causal: bool) -> Any:
+def composed_attention(to, query, key, value, causal):
     """Attention as product, softmax in fp32 and product.
 
     With a mask TensorRT 10.6 has no one kernel for a range, and what it takes instead adds up in
@@ -192,9 +184,8 @@ def composed_attention(to: Layers, query: Any, key: Any, value: Any, causal: boo
     """
     dtype = value.dtype
     if causal:
-        query = to.cast(query, trt.float32, "query_fp32")
-        key = to.cast(key, trt.float32, "key_fp32")
-        value = to.cast(value, trt.float32, "value_fp32")
+        query, key, value = (to.cast(x, trt.float32, f"{which}_fp32") for which, x in
+                             (("query", query), ("key", key), ("value", value)))
     scores = to.cast(to.product(query, key, "TRANSPOSE", "scores"), trt.float32, "wide")
     if causal:
         mask = torch.full((scores.shape[2],) * 2, MASKED).triu(1)
@@ -271,13 +262,13 @@ def convert_split_tokens(to, x, tokens):
 
 
 def plugin(op: Any, plugin: str, fields: Callable[..., dict[str, Any]],
-           constants: torch.dtype = torch.float, **valid: Callable) -> None:
+           constants: torch.dtype = torch.float) -> None:
     """Register the converter of an op that is one plugin, which `kernels.load` has registered.
 
     Its inputs are the op's tensors in their order, parameters as constants of a dtype.  fields: the
     op's arguments -> the plugin's fields, which are int32, float32 or, of bytes, int8.
     """
-    @converter(op, **valid)
+    @converter(op)
     def convert(to, *args):
         inputs = [to.constant(value, f"constant{i}", constants)
                   if isinstance(value, torch.Tensor) else value
@@ -300,7 +291,7 @@ def plugin(op: Any, plugin: str, fields: Callable[..., dict[str, Any]],
 
 plugin(ops.fused_attention, kernels.ATTENTION, lambda qkv, heads, causal, query_bias=None: {
     "tokens": qkv.shape[1], "heads": heads, "causal": causal,
-    "query_bias": query_bias is not None}, valid=attends)
+    "query_bias": query_bias is not None})
 # A table says what was measured before the network was built, and the sizes.
 plugin(ops.fused_linear, kernels.LINEAR, lambda x, weight, bias, table="": {
     "table": bytes.fromhex(table) or linear.pack(*weight.shape, bias is not None)}, torch.half)

@@ -1,10 +1,8 @@
 """CLIP's two encoders in plain PyTorch, batch first: all that is fast is a rewrite of them.
 
-Built from OpenAI's weights (https://github.com/openai/CLIP, `clip/model.py`), equal to the
-original model with three exact rearrangements: query, key and value come from one packed linear
-layer; the patch convolution, whose stride is its kernel, is a linear layer on cut-out patches;
-and the last block pools before its output projection, since no other token of that block is
-read afterwards.
+Equal to OpenAI's `clip/model.py` with three exact rearrangements: query, key and value come from
+one linear layer; the patch convolution, whose stride is its kernel, is a linear layer on cut-out
+patches; and the last block, of which one token is read, pools before its output projection.
 """
 import re
 from types import SimpleNamespace
@@ -21,6 +19,7 @@ CALLED = ("attention", "quick_gelu", "extract_patches", "prepend_class_token", "
           "clamp_tokens", "mask_unknown", "cast")
 INFERENCE = SimpleNamespace(**{name: getattr(ops, name) for name in CALLED})
 DIFFERENTIABLE = SimpleNamespace(**{name: ops.REFERENCES[getattr(ops, name)] for name in CALLED})
+StateDict = Mapping[str, torch.Tensor]
 
 
 class Block(nn.Module):
@@ -131,8 +130,7 @@ def openai_name(ours: str, names: Mapping[str, str]) -> str:
     return re.sub(rf"\b({parts})\b", lambda part: names[part[0]], ours)
 
 
-def _load(encoder: nn.Module, names: Mapping[str, str],
-          state_dict: Mapping[str, torch.Tensor]) -> nn.Module:
+def _load(encoder: nn.Module, names: Mapping[str, str], state_dict: StateDict) -> nn.Module:
     """Fill an encoder from OpenAI's state dict.
 
     OpenAI multiplies by its projections from the right, where a linear layer holds the transpose,
@@ -146,14 +144,12 @@ def _load(encoder: nn.Module, names: Mapping[str, str],
     return encoder.eval().requires_grad_(False)
 
 
-def image_encoder(state_dict: Mapping[str, torch.Tensor],
-                  called: SimpleNamespace = INFERENCE) -> ImageEncoder:
+def image_encoder(state_dict: StateDict, called: SimpleNamespace = INFERENCE) -> ImageEncoder:
     """The image encoder of a state dict in OpenAI's naming, fp32, in evaluation mode."""
     return _load(ImageEncoder(dimensions_from(state_dict), called), IMAGE_NAMES, state_dict)
 
 
-def text_encoder(state_dict: Mapping[str, torch.Tensor],
-                 called: SimpleNamespace = INFERENCE) -> TextEncoder:
+def text_encoder(state_dict: StateDict, called: SimpleNamespace = INFERENCE) -> TextEncoder:
     """The text encoder of a state dict in OpenAI's naming, fp32, in evaluation mode."""
     return _load(TextEncoder(dimensions_from(state_dict), called), TEXT_NAMES, state_dict)
 

@@ -10,13 +10,13 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
-from clip_ttrt import accuracy, backends, graph, kernels, linear, stack, trt
+from clip_ttrt import accuracy, backends, deprecations, graph, kernels, linear, stack, trt
 from clip_ttrt.artifact import Artifact, draft
 from clip_ttrt.backends import Backend
 from clip_ttrt.checkpoint import Checkpoint, load_checkpoint
 from clip_ttrt.encoders import ENCODERS
 from clip_ttrt.errors import UserError, VerificationError
-from clip_ttrt.guard import guard, trace
+from clip_ttrt.guard import Guarded, trace
 from clip_ttrt.models import Dimensions
 from clip_ttrt.options import BatchRange, Options
 from clip_ttrt.progress import Progress
@@ -143,7 +143,9 @@ def build_encoder(plan: Plan, checkpoint: Checkpoint, batch: BatchRange, progres
             module, about = trt.build(module, example, **plan.builder)
             facts |= {"engines": 1, **about}
             example = example[:1].expand(batch.optimal, *example.shape[1:]).contiguous().cuda()
-        module = guard(trace(module, example), example, batch)
+        module = Guarded(trace(module, example), example, batch).eval()
+        with deprecations.hidden():
+            module = torch.jit.script(module)
     return module, {**facts, "build_seconds": round(time["seconds"], 2)}
 
 

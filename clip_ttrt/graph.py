@@ -52,10 +52,9 @@ def run(module: fx.GraphModule, passes: Iterable[Pass]) -> dict[str, int]:
     """
     counts = {}
     for rewrite in passes:
-        count = rewrite(module)
-        if count == 0:
+        counts[rewrite.__name__] = rewrite(module)
+        if counts[rewrite.__name__] == 0:
             raise GraphError(f"{rewrite.__name__} found nothing to rewrite")
-        counts[rewrite.__name__] = count
         module.graph.eliminate_dead_code()
     module.graph.lint()
     module.recompile()
@@ -141,6 +140,11 @@ def is_biased_linear(node: object) -> bool:
     return isinstance(node, fx.Node) and node.target is ops.linear and node.args[2] is not None
 
 
+def gives_bias(node: object) -> bool:
+    """Whether a node is a linear layer whose bias its one reader can take over."""
+    return is_biased_linear(node) and len(node.users) == 1
+
+
 def without_bias(layer: fx.Node) -> fx.Node:
     """Take a linear layer's bias away; returns the bias."""
     bias = layer.args[2]
@@ -178,7 +182,7 @@ def fuse_attention(module: fx.GraphModule) -> int:
     for node in calls(module, ops.attention):
         projection, heads, causal = node.args
         outputs = readers(node)
-        if not (is_biased_linear(projection) and len(projection.users) == 1 and outputs):
+        if not (gives_bias(projection) and outputs):
             continue
         query, _, value = parameter(module, without_bias(projection)).chunk(3)
         for output in outputs:
@@ -197,24 +201,21 @@ def fuse_bias_quick_gelu(module: fx.GraphModule) -> int:
     count = 0
     for node in calls(module, ops.quick_gelu):
         x = node.args[0]
-        if is_biased_linear(x) and len(x.users) == 1:
+        if gives_bias(x):
             node.target, node.args = ops.bias_quick_gelu, (x, without_bias(x))
             count += 1
     return count
 
 
 def fuse_residual_layer_norm(module: fx.GraphModule) -> int:
-    """x + linear with bias, then layer norm: linear without bias, then residual_layer_norm.
-
-    That gives the sum and its layer norm.
-    """
+    """x + linear with bias, then layer norm: linear without, then one that gives both results."""
     count = 0
     for norm in calls(module, ops.layer_norm):
         total = norm.args[0]
         if total.target is not ops.add:
             continue
         x, delta = total.args
-        if is_biased_linear(delta) and len(delta.users) == 1:
+        if gives_bias(delta):
             args = (x, delta, without_bias(delta), *norm.args[1:])
             values = (total.meta["val"], norm.meta["val"])
             both = insert(module, total, ops.residual_layer_norm, args, values)
@@ -231,10 +232,7 @@ def only_user(node: Optional[fx.Node], op: Callable) -> Optional[fx.Node]:
 
 
 def fuse_image_embedding(module: fx.GraphModule) -> int:
-    """From images to the first block's layer norm: two operations around the projection.
-
-    Between are patches, class token, positions and the encoder's own layer norm.
-    """
+    """From images to the first block's layer norm: two operations around the projection."""
     count = 0
     for patches in calls(module, ops.extract_patches):
         projection = only_user(patches, ops.linear)

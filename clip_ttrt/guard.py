@@ -51,10 +51,3 @@ def trace(encoder: nn.Module, example: torch.Tensor) -> torch.jit.ScriptModule:
     """An encoder or engine as a TorchScript module; example: an input within its batch range."""
     with torch.no_grad(), deprecations.hidden():
         return torch.jit.trace(encoder, (example,), check_trace=False)
-
-
-def guard(encoder: torch.jit.ScriptModule, example: torch.Tensor,
-          batch: BatchRange) -> torch.jit.ScriptModule:
-    """An encoder behind its guard; `example` tells shape after the batch, dtype and device."""
-    with deprecations.hidden():
-        return torch.jit.script(Guarded(encoder, example, batch).eval())

@@ -153,7 +153,8 @@ def builder_kept() -> Iterator[Any]:
 
     TensorRT reads its kernels, which takes seconds, for the first and forgets them with the last.
     """
-    yield api().Builder(_torch_tensorrt("logging.TRT_LOGGER"))  # the logger of all builders
+    builder = api().Builder(_torch_tensorrt("logging.TRT_LOGGER"))  # held by this frame
+    yield builder
 
 
 def hold(value: Any) -> Any:
@@ -163,12 +164,8 @@ def hold(value: Any) -> Any:
     return value
 
 
-def register(op: Any, convert: Callable[[Any, str, tuple], Any],
-             valid: Callable[[fx.Node], bool]) -> None:
-    """Register the converter of one of our ops, for any batch.
-
-    convert: network, name, arguments -> outputs.  valid: whether it takes a node.
-    """
+def register(op: Any, convert: Callable[[Any, str, tuple], Any]) -> None:
+    """Register the converter of one of our ops: network, name, arguments -> outputs."""
     def converter(ctx, target, args, kwargs, name):
         outputs = convert(ctx.net, name, args)
         if _current is not None:
@@ -178,8 +175,7 @@ def register(op: Any, convert: Callable[[Any, str, tuple], Any],
         return outputs
 
     decorator = _torch_tensorrt("dynamo.conversion._ConverterRegistry.dynamo_tensorrt_converter")
-    decorator(op, capability_validator=lambda node, settings: valid(node),
-              supports_dynamic_shapes=True)(converter)
+    decorator(op, supports_dynamic_shapes=True)(converter)
 
 
 def _settings(precision: str, optimization_level: int, timing_cache: Optional[Path]) -> Any:
