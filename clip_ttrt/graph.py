@@ -63,7 +63,7 @@ def run(module: fx.GraphModule, passes: Iterable[Pass]) -> dict[str, int]:
 
 def calls(module: fx.GraphModule, op: Callable) -> list[fx.Node]:
     """The calls of one operation, in graph order."""
-    return module.graph.find_nodes(op="call_function", target=op)
+    return [node for node in module.graph.nodes if node.target is op]
 
 
 def parameter(module: nn.Module, node: fx.Node) -> torch.Tensor:
