@@ -12,7 +12,7 @@ import types
 from clip_ttrt import kernels, trt
 from clip_ttrt.artifact import Artifact
 from clip_ttrt.errors import UserError, VerificationError
-from clip_ttrt.pipeline import compile
+from clip_ttrt.engine import compile
 from clip_ttrt.runtime import CompiledCLIP, load
 
 __all__ = ["Artifact", "CompiledCLIP", "UserError", "VerificationError", "compile", "load"]

@@ -8,7 +8,7 @@ from typing import Optional
 from clip_ttrt.artifact import Artifact
 from clip_ttrt.models import MODELS
 from clip_ttrt.options import BACKENDS, ENCODER_CHOICES, KERNELS, PRECISIONS, BatchRange, Options
-from clip_ttrt.pipeline import compile_with
+from clip_ttrt.engine import compile_with
 from clip_ttrt.progress import Progress
 from clip_ttrt.shell import VERIFICATION_FAILED, fail, run
 

@@ -1,12 +1,12 @@
-"""CLIP's two encoders in plain PyTorch, batch first: the reference that everything fast is a rewrite of.
+"""CLIP's two encoders in plain PyTorch, batch first: all that is fast is a rewrite of them.
 
-Built from OpenAI's weights (https://github.com/openai/CLIP, `clip/model.py`), equal to the
-original model with three exact rearrangements: query, key and value come from one packed linear
-layer; the patch convolution, whose stride is its kernel, is a linear layer on cut-out patches;
-and the last block pools before its output projection, since no other token of that block is
-read afterwards.
+Equal to OpenAI's `clip/model.py` with three exact rearrangements: query, key and value come from
+one linear layer; the patch convolution, whose stride is its kernel, is a linear layer on cut-out
+patches; and the last block, of which one token is read, pools before its output projection.
 """
-from typing import Callable, Mapping, NamedTuple, Optional
+import re
+from types import SimpleNamespace
+from typing import Callable, Mapping, Optional
 
 import torch
 from torch import nn
@@ -14,39 +14,20 @@ from torch import nn
 from clip_ttrt import ops
 from clip_ttrt.models import Dimensions, dimensions_from
 
-
-class FusedOps(NamedTuple):
-    """The implementations an encoder calls: the inference ops, or their differentiable references."""
-
-    attention: Callable = ops.attention
-    quick_gelu: Callable = ops.quick_gelu
-    extract_patches: Callable = ops.extract_patches
-    prepend_class_token: Callable = ops.prepend_class_token
-    pool_end_of_text: Callable = ops.pool_end_of_text
-    clamp_tokens: Callable = ops.clamp_tokens
-    mask_unknown: Callable = ops.mask_unknown
-    cast: Callable = ops.cast
-
-
-DIFFERENTIABLE = FusedOps(*(ops.REFERENCES[op] for op in FusedOps._field_defaults.values()))
-
-
-def in_dtype(x: torch.Tensor, dtype: torch.dtype, fused: FusedOps) -> torch.Tensor:
-    """x in a dtype: a cast where it has another, and nothing where it has not."""
-    return x if x.dtype == dtype else fused.cast(x, dtype)
-
-
-def as_features(x: torch.Tensor, fused: FusedOps) -> torch.Tensor:
-    """Features in fp32, or in fp64 where an encoder computes in it."""
-    return in_dtype(x, torch.promote_types(x.dtype, torch.float), fused)
+# What an encoder calls: the ops, for inference, or their differentiable references.
+CALLED = ("attention", "quick_gelu", "extract_patches", "prepend_class_token", "pool_end_of_text",
+          "clamp_tokens", "mask_unknown", "cast")
+INFERENCE = SimpleNamespace(**{name: getattr(ops, name) for name in CALLED})
+DIFFERENTIABLE = SimpleNamespace(**{name: ops.REFERENCES[getattr(ops, name)] for name in CALLED})
+StateDict = Mapping[str, torch.Tensor]
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block: [B, T, W] -> [B, T, W], or [B, W] where `pool` picks a row."""
+    """A pre-norm transformer block: [B, T, W] -> [B, T, W], or [B, W] where `pool` picks a row."""
 
-    def __init__(self, width: int, heads: int, causal: bool, fused: FusedOps):
+    def __init__(self, width: int, heads: int, causal: bool, called: SimpleNamespace):
         super().__init__()
-        self.heads, self.causal, self.fused = heads, causal, fused
+        self.heads, self.causal, self.called = heads, causal, called
         self.norm_1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
@@ -55,153 +36,136 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width)
 
     def forward(self, x: torch.Tensor, pool: Optional[Callable] = None) -> torch.Tensor:
-        attended = self.fused.attention(self.qkv(self.norm_1(x)), self.heads, self.causal)
+        attended = self.called.attention(self.qkv(self.norm_1(x)), self.heads, self.causal)
         if pool is not None:
             x, attended = pool(x), pool(attended)
         x = x + self.out(attended)
-        return x + self.down(self.fused.quick_gelu(self.up(self.norm_2(x))))
+        return x + self.down(self.called.quick_gelu(self.up(self.norm_2(x))))
 
 
-class ImageEncoder(nn.Module):
+class Encoder(nn.Module):
+    """What both encoders have, which compute in the dtype of their weights."""
+
+    def __init__(self, width: int, heads: int, layers: int, tokens: int, embed_dim: int,
+                 causal: bool, called: SimpleNamespace):
+        super().__init__()
+        self.called = called
+        self.positions = nn.Parameter(torch.empty(tokens, width))
+        self.blocks = nn.ModuleList(Block(width, heads, causal, called) for _ in range(layers))
+        self.norm_post = nn.LayerNorm(width)
+        self.projection = nn.Linear(width, embed_dim, bias=False)
+
+    def cast(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return x if x.dtype == dtype else self.called.cast(x, dtype)
+
+    def features(self, x: torch.Tensor, pool: Callable) -> torch.Tensor:
+        """Features in fp32, or in fp64 where the encoder computes in it."""
+        for block in self.blocks[:-1]:
+            x = block(x)
+        x = self.projection(self.norm_post(self.blocks[-1](x, pool)))
+        return self.cast(x, torch.promote_types(x.dtype, torch.float))
+
+
+class ImageEncoder(Encoder):
     """Vision transformer: images [B, 3, R, R], any floating dtype -> features fp32 [B, embed_dim].
 
     It computes in the dtype of its weights.
     """
 
-    def __init__(self, dims: Dimensions, fused: FusedOps = FusedOps()):
-        super().__init__()
-        self.fused = fused
+    def __init__(self, dims: Dimensions, called: SimpleNamespace = INFERENCE):
         width = dims.image_width
+        super().__init__(width, dims.image_heads, dims.image_layers, dims.image_tokens,
+                         dims.embed_dim, False, called)
         self.patch_size = dims.patch_size
         self.patches = nn.Linear(3 * dims.patch_size ** 2, width, bias=False)
         self.class_token = nn.Parameter(torch.empty(width))
-        self.positions = nn.Parameter(torch.empty(dims.image_tokens, width))
         self.norm_pre = nn.LayerNorm(width)
-        self.blocks = nn.ModuleList(Block(width, dims.image_heads, False, fused) for _ in range(dims.image_layers))
-        self.norm_post = nn.LayerNorm(width)
-        self.projection = nn.Linear(width, dims.embed_dim, bias=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        images = in_dtype(images, self.patches.weight.dtype, self.fused)
-        x = self.patches(self.fused.extract_patches(images, self.patch_size))
-        x = self.fused.prepend_class_token(x, self.class_token)
+        images = self.cast(images, self.patches.weight.dtype)
+        x = self.patches(self.called.extract_patches(images, self.patch_size))
+        x = self.called.prepend_class_token(x, self.class_token)
         x = self.norm_pre(x + self.positions)
-        for block in self.blocks[:-1]:
-            x = block(x)
-        x = self.blocks[-1](x, pool=lambda rows: rows.select(1, 0))
-        return as_features(self.projection(self.norm_post(x)), self.fused)
+        return self.features(x, lambda rows: rows.select(1, 0))
 
 
-class TextEncoder(nn.Module):
-    """Causal text transformer: tokens int [B, T], T <= context_length -> features fp32 [B, embed_dim].
+class TextEncoder(Encoder):
+    """Causal text transformer: tokens int [B, T] -> features fp32 [B, embed_dim].
 
-    It computes in the dtype of its weights.  A row with an id outside the vocabulary gets features
-    of NaN: on a GPU nobody can look at ids without waiting for them.
+    T <= context_length.  It computes in the dtype of its weights.  A row with an id outside the
+    vocabulary gets features of NaN: on a GPU nobody can look at ids without waiting for them.
     """
 
-    def __init__(self, dims: Dimensions, fused: FusedOps = FusedOps()):
-        super().__init__()
-        self.fused = fused
-        width = dims.text_width
-        self.tokens = nn.Embedding(dims.vocab_size, width)
-        self.positions = nn.Parameter(torch.empty(dims.context_length, width))
-        self.blocks = nn.ModuleList(Block(width, dims.text_heads, True, fused) for _ in range(dims.text_layers))
-        self.norm_final = nn.LayerNorm(width)
-        self.projection = nn.Linear(width, dims.embed_dim, bias=False)
+    def __init__(self, dims: Dimensions, called: SimpleNamespace = INFERENCE):
+        super().__init__(dims.text_width, dims.text_heads, dims.text_layers, dims.context_length,
+                         dims.embed_dim, True, called)
+        self.tokens = nn.Embedding(dims.vocab_size, dims.text_width)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        known = self.fused.clamp_tokens(tokens, self.tokens.num_embeddings)
+        known = self.called.clamp_tokens(tokens, self.tokens.num_embeddings)
         x = self.tokens(known) + self.positions[: tokens.shape[1]]
-        for block in self.blocks[:-1]:
-            x = block(x)
-        x = self.blocks[-1](x, pool=lambda rows: self.fused.pool_end_of_text(rows, known))
-        features = as_features(self.projection(self.norm_final(x)), self.fused)
-        return self.fused.mask_unknown(features, tokens, known)
+        features = self.features(x, lambda rows: self.called.pool_end_of_text(rows, known))
+        return self.called.mask_unknown(features, tokens, known)
 
 
+# Parts of parameter names: ours -> OpenAI's.
 BLOCK_NAMES = {
-    "norm_1": "ln_1",
-    "out": "attn.out_proj",
-    "norm_2": "ln_2",
-    "up": "mlp.c_fc",
-    "down": "mlp.c_proj",
+    "blocks": "transformer.resblocks", "norm_1": "ln_1", "qkv.weight": "attn.in_proj_weight",
+    "qkv.bias": "attn.in_proj_bias", "out": "attn.out_proj", "norm_2": "ln_2",
+    "up": "mlp.c_fc", "down": "mlp.c_proj",
+}
+IMAGE_NAMES = BLOCK_NAMES | {
+    "blocks": "visual.transformer.resblocks", "patches": "visual.conv1",
+    "class_token": "visual.class_embedding", "positions": "visual.positional_embedding",
+    "norm_pre": "visual.ln_pre", "norm_post": "visual.ln_post", "projection.weight": "visual.proj",
+}
+TEXT_NAMES = BLOCK_NAMES | {
+    "tokens": "token_embedding", "positions": "positional_embedding", "norm_post": "ln_final",
+    "projection.weight": "text_projection",
 }
 
 
-def _block_names(ours: str, theirs: str, layers: int) -> dict[str, str]:
-    """Parameter names of a stack of blocks: ours -> OpenAI's."""
-    names = {}
-    for layer in range(layers):
-        for kind in ("weight", "bias"):
-            names[f"{ours}.{layer}.qkv.{kind}"] = f"{theirs}.{layer}.attn.in_proj_{kind}"
-            for mine, original in BLOCK_NAMES.items():
-                names[f"{ours}.{layer}.{mine}.{kind}"] = f"{theirs}.{layer}.{original}.{kind}"
-    return names
+def openai_name(ours: str, names: Mapping[str, str]) -> str:
+    parts = "|".join(map(re.escape, names))
+    return re.sub(rf"\b({parts})\b", lambda part: names[part[0]], ours)
 
 
-def image_names(dims: Dimensions) -> dict[str, str]:
-    """Parameter names of the image encoder: ours -> OpenAI's."""
-    return {
-        "patches.weight": "visual.conv1.weight",
-        "class_token": "visual.class_embedding",
-        "positions": "visual.positional_embedding",
-        "norm_pre.weight": "visual.ln_pre.weight",
-        "norm_pre.bias": "visual.ln_pre.bias",
-        "norm_post.weight": "visual.ln_post.weight",
-        "norm_post.bias": "visual.ln_post.bias",
-        "projection.weight": "visual.proj",
-        **_block_names("blocks", "visual.transformer.resblocks", dims.image_layers),
-    }
-
-
-def text_names(dims: Dimensions) -> dict[str, str]:
-    """Parameter names of the text encoder: ours -> OpenAI's."""
-    return {
-        "tokens.weight": "token_embedding.weight",
-        "positions": "positional_embedding",
-        "norm_final.weight": "ln_final.weight",
-        "norm_final.bias": "ln_final.bias",
-        "projection.weight": "text_projection",
-        **_block_names("blocks", "transformer.resblocks", dims.text_layers),
-    }
-
-
-def _load(encoder: nn.Module, names: Mapping[str, str], state_dict: Mapping[str, torch.Tensor]) -> nn.Module:
-    encoder.load_state_dict({ours: _converted(ours, state_dict[theirs]) for ours, theirs in names.items()})
-    return encoder.eval().requires_grad_(False)
-
-
-def _converted(ours: str, value: torch.Tensor) -> torch.Tensor:
-    """OpenAI's tensor in the shape of ours.
+def _load(encoder: nn.Module, names: Mapping[str, str], state_dict: StateDict) -> nn.Module:
+    """Fill an encoder from OpenAI's state dict.
 
     OpenAI multiplies by its projections from the right, where a linear layer holds the transpose,
     and its patch convolution's weight [W, 3, P, P] is our linear layer's [W, 3·P²].
     """
-    return value.T if ours == "projection.weight" else value.flatten(1) if ours == "patches.weight" else value
+    values = {ours: state_dict[openai_name(ours, names)] for ours in encoder.state_dict()}
+    values["projection.weight"] = values["projection.weight"].T
+    if "patches.weight" in values:
+        values["patches.weight"] = values["patches.weight"].flatten(1)
+    encoder.load_state_dict(values)
+    return encoder.eval().requires_grad_(False)
 
 
-def image_encoder(state_dict: Mapping[str, torch.Tensor], fused: FusedOps = FusedOps()) -> ImageEncoder:
+def image_encoder(state_dict: StateDict, called: SimpleNamespace = INFERENCE) -> ImageEncoder:
     """The image encoder of a state dict in OpenAI's naming, fp32, in evaluation mode."""
-    dims = dimensions_from(state_dict)
-    return _load(ImageEncoder(dims, fused), image_names(dims), state_dict)
+    return _load(ImageEncoder(dimensions_from(state_dict), called), IMAGE_NAMES, state_dict)
 
 
-def text_encoder(state_dict: Mapping[str, torch.Tensor], fused: FusedOps = FusedOps()) -> TextEncoder:
+def text_encoder(state_dict: StateDict, called: SimpleNamespace = INFERENCE) -> TextEncoder:
     """The text encoder of a state dict in OpenAI's naming, fp32, in evaluation mode."""
-    dims = dimensions_from(state_dict)
-    return _load(TextEncoder(dims, fused), text_names(dims), state_dict)
-
-
-def to_openai(image: ImageEncoder, text: TextEncoder, dims: Dimensions, logit_scale: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A state dict in OpenAI's naming from two trained encoders and log of the logit scale []."""
-    out = {"logit_scale": logit_scale.detach().clone()}
-    for encoder, names in ((image, image_names(dims)), (text, text_names(dims))):
-        ours = encoder.state_dict()
-        for mine, theirs in names.items():
-            value = ours[mine].detach()
-            value = value.unflatten(1, (3, dims.patch_size, dims.patch_size)) if mine == "patches.weight" else _converted(mine, value)
-            out[theirs] = value.contiguous().clone()
-    return out
+    return _load(TextEncoder(dimensions_from(state_dict), called), TEXT_NAMES, state_dict)
 
 
 ENCODERS = {"image": image_encoder, "text": text_encoder}
+
+
+def to_openai(image: ImageEncoder, text: TextEncoder, dims: Dimensions,
+              logit_scale: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A state dict in OpenAI's naming from two trained encoders and log of the logit scale []."""
+    out = {"logit_scale": logit_scale}
+    for encoder, names in ((image, IMAGE_NAMES), (text, TEXT_NAMES)):
+        values = encoder.state_dict()
+        values["projection.weight"] = values["projection.weight"].T
+        out |= {openai_name(ours, names): value for ours, value in values.items()}
+    convolution = (3, dims.patch_size, dims.patch_size)
+    out["visual.conv1.weight"] = out["visual.conv1.weight"].unflatten(1, convolution)
+    return {name: value.detach().clone(memory_format=torch.contiguous_format)
+            for name, value in out.items()}

@@ -1,29 +1,28 @@
 """Encoder -> exported graph -> a graph of our own operations (`ops.py`), as a backend reads it.
 
-`capture` exports; `lower` maps what PyTorch's operations are left to ours, for every backend;
-`fuse` puts the plugins' operations in the place of several, and is exact in real arithmetic.  On
-the CPU a graph runs through the references at any stage.  One runner makes all passes and counts;
-what cannot be rewritten is an error that names it.
+`capture` exports.  What follows are passes, which rewrite a graph in place and return how often:
+`lower` for every backend, those of `FUSE`, exact in real arithmetic, and `tuning` for the plugins,
+`inline_references` for TorchScript.  `run` is their one runner.
 """
+import functools
 import inspect
+import math
 import operator
-from typing import Callable, Iterable, Optional
+from typing import Any, Callable, Iterable, Optional
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, export
 
 from clip_ttrt import linear, ops
 from clip_ttrt.options import LARGEST_BATCH, BatchRange
 
 aten = torch.ops.aten
-
-NO_END = torch.iinfo(torch.int64).max  # how an exported slice writes "to the end"
+Pass = Callable[[fx.GraphModule], int]
 
 
 class GraphError(RuntimeError):
-    """An encoder cannot become one graph of our operations; the message names what stands in the way."""
+    """An encoder cannot become one graph of our operations; the message names the obstacle."""
 
 
 def capture(encoder: nn.Module, example: torch.Tensor) -> fx.GraphModule:
@@ -40,42 +39,36 @@ def capture(encoder: nn.Module, example: torch.Tensor) -> fx.GraphModule:
     # The exported module wraps its inputs and outputs in trees.
     graph = exported.graph
     graph.set_codegen(fx.graph.CodeGen())
-    [output] = [node for node in graph.nodes if node.op == "output"]
+    [output] = graph.find_nodes(op="output")
     output.args = output.args[0]  # ((features,),) -> (features,)
+    graph.eliminate_dead_code()
     return fx.GraphModule(exported, graph)
 
 
-Pass = Callable[[fx.GraphModule], int]
-
-
-def run(module: fx.GraphModule, passes: Iterable[Pass], needed: Iterable[Pass] = ()) -> dict[str, int]:
+def run(module: fx.GraphModule, passes: Iterable[Pass]) -> dict[str, int]:
     """Run passes on a graph, in place; returns how often each one rewrote.
 
-    Raises GraphError where one of the needed ones rewrote nothing.
+    Raises GraphError where one rewrote nothing: who asks for a pass counts on it.
     """
     counts = {}
     for rewrite in passes:
         counts[rewrite.__name__] = rewrite(module)
+        if counts[rewrite.__name__] == 0:
+            raise GraphError(f"{rewrite.__name__} found nothing to rewrite")
         module.graph.eliminate_dead_code()
     module.graph.lint()
     module.recompile()
-    idle = [rewrite.__name__ for rewrite in needed if not counts[rewrite.__name__]]
-    if idle:
-        raise GraphError(f"the plan counts on {', '.join(idle)}, which found nothing to rewrite")
     return counts
 
 
-def find_nodes(module: fx.GraphModule, target) -> list[fx.Node]:
-    """The call_function nodes of one target, in graph order."""
-    return [node for node in module.graph.nodes if node.op == "call_function" and node.target is target]
+def calls(module: fx.GraphModule, op: Callable) -> list[fx.Node]:
+    """The calls of one operation, in graph order."""
+    return [node for node in module.graph.nodes if node.target is op]
 
 
 def parameter(module: nn.Module, node: fx.Node) -> torch.Tensor:
     """The parameter or buffer that a get_attr node names."""
-    *path, name = node.target.split(".")
-    for part in path:
-        module = getattr(module, part)
-    return getattr(module, name)
+    return operator.attrgetter(node.target)(module)
 
 
 def add_parameter(module: fx.GraphModule, name: str, value: torch.Tensor) -> fx.Node:
@@ -88,122 +81,68 @@ def add_parameter(module: fx.GraphModule, name: str, value: torch.Tensor) -> fx.
     return node
 
 
-def call(module: fx.GraphModule, before: fx.Node, target, args: tuple, like=None) -> fx.Node:
-    """Insert a call; like: the node, or value of `meta`, whose shape and dtype the result has."""
+def insert(module: fx.GraphModule, before: fx.Node, op: Callable, args: tuple, val: Any) -> fx.Node:
+    """Insert a call; val: of its result's shape and dtype."""
     with module.graph.inserting_before(before):
-        node = module.graph.call_function(target, args)
-    if isinstance(like, fx.Node):
-        node.meta = dict(like.meta)
-    elif like is not None:
-        node.meta["val"] = like
+        node = module.graph.call_function(op, args)
+    node.meta["val"] = val
     return node
 
 
-def value_of(node: fx.Node) -> torch.Tensor:
-    """A node's fake tensor, or a parameter's own."""
-    return node.meta["val"]
-
-
-# Lowering
-
-
-def fold_parameter_slices(module: fx.GraphModule) -> int:
-    """A slice of a parameter (positions of a shorter text) becomes a parameter of that size."""
-    count = 0
-    for node in find_nodes(module, aten.slice.Tensor):
-        given = (*node.args, *(None, 0, None, None, 1)[len(node.args):])
-        source, dim, start, end, step = given
-        if node.kwargs or step != 1 or source.op != "get_attr":
-            raise GraphError(f"{node.target}{node.args} with {node.kwargs}: only a parameter's slice of step 1 can be folded")
-        value = parameter(module, source)
-        if (start or 0) == 0 and (end is None or end >= value.shape[dim]):
-            node.replace_all_uses_with(source)
-        else:
-            folded = aten.slice.Tensor(value.detach(), dim, start, end)
-            node.replace_all_uses_with(add_parameter(module, f"folded_{node.name}", folded))
-        count += 1
-    return count
-
-
-def _layer_norm(x, shape, scale=None, shift=None, epsilon=1e-5, cudnn_enable=True):
-    if len(shape) != 1 or scale is None or shift is None:
+def in_ours(node: fx.Node) -> Optional[tuple[Callable, tuple]]:
+    """Our operation for a call of PyTorch's, and its arguments; None where there is none."""
+    if node.kwargs:
         return None
-    return x, scale, shift, epsilon
+    match (node.target, *node.args):
+        case (aten.linear.default, x, weight, *bias):
+            return ops.linear, (x, weight, bias[0] if bias else None)
+        case (aten.layer_norm.default, x, [_], fx.Node() as scale, fx.Node() as shift, *rest):
+            return ops.layer_norm, (x, scale, shift, rest[0] if rest else 1e-5)
+        case (aten.embedding.default, weight, tokens):
+            return ops.embedding, (weight, tokens)
+        case (aten.select.int, x, 1, index) if x.meta["val"].dim() == 3:
+            return ops.select_token, (x, index)
+        case (aten.add.Tensor, fx.Node() as a, fx.Node() as b):
+            return ops.add, (a, b)
+    return None
 
 
-def _select(x, axis, index):
-    return (x, index) if axis == 1 and value_of(x).dim() == 3 else None
+def lower(module: fx.GraphModule) -> int:
+    """PyTorch's operations become ours, and a slice of a parameter (positions) a parameter.
 
-
-def _add(a, b):
-    return (a, b) if isinstance(a, fx.Node) and isinstance(b, fx.Node) else None
-
-
-# PyTorch's operation -> ours, and its arguments as ours takes them (None: not of this form).
-MAPPED = {
-    aten.linear.default: (ops.linear, lambda x, weight, bias=None: (x, weight, bias)),
-    aten.layer_norm.default: (ops.layer_norm, _layer_norm),
-    aten.embedding.default: (ops.embedding, lambda weight, tokens: (weight, tokens)),
-    aten.select.int: (ops.select_token, _select),
-    aten.add.Tensor: (ops.add, _add),
-}
-
-
-def map_operations(module: fx.GraphModule) -> int:
-    """PyTorch's operations become ours, which alone have converters."""
+    Raises GraphError, naming it, for an operation that is none of ours.
+    """
     count = 0
     for node in list(module.graph.nodes):
-        if node.op != "call_function" or node.target not in MAPPED:
+        if not node.op.startswith("call_") or node.target in ops.REFERENCES:
             continue
-        target, arrange = MAPPED[node.target]
-        try:
-            args = arrange(*node.args, **node.kwargs)
-        except TypeError:  # an argument that ours does not have
-            args = None
-        if args is None:
-            raise GraphError(f"{node.target} with {node.args} and {node.kwargs} has no form among our operations")
-        node.replace_all_uses_with(call(module, node, target, args, like=node))
+        if node.target is aten.slice.Tensor and node.args[0].op == "get_attr":
+            value = node.target(parameter(module, node.args[0]).detach(), *node.args[1:])
+            node.replace_all_uses_with(add_parameter(module, f"folded_{node.name}", value))
+        elif found := in_ours(node):
+            node.target, node.args = found
+        else:
+            raise GraphError(f"no backend implements {node.target} with {node.args} and "
+                             f"{node.kwargs}; the encoder cannot become one piece")
         count += 1
     return count
 
 
-LOWER: tuple[Pass, ...] = (fold_parameter_slices, map_operations)
-
-
-def lower(module: fx.GraphModule) -> dict[str, int]:
-    """Run the lowering passes on an exported graph, in place; returns how often each one rewrote.
-
-    Raises GraphError, naming them, where operations remain that no backend implements.
-    """
-    counts = run(module, LOWER, needed=(map_operations,))
-    left = sorted({str(node.target) for node in module.graph.nodes
-                   if node.op.startswith("call_") and node.target not in ops.REFERENCES})
-    if left:
-        raise GraphError(f"no backend implements {', '.join(left)}; the encoder cannot become one piece")
-    return counts
-
-
-# Fusing
+def inline_references(module: fx.GraphModule) -> int:
+    """Our operations become their PyTorch references, so that a module needs no library of ours."""
+    nodes = [node for node in module.graph.nodes if node.target in ops.REFERENCES]
+    for node in nodes:
+        node.target = ops.REFERENCES[node.target]
+    return len(nodes)
 
 
 def is_biased_linear(node: object) -> bool:
     return isinstance(node, fx.Node) and node.target is ops.linear and node.args[2] is not None
 
 
-def readers(node: fx.Node) -> Optional[list[fx.Node]]:
-    """The linear layers with bias that read a node's rows, directly or after a choice of rows; None where anything else does."""
-    found: list[fx.Node] = []
-    for user in node.users:
-        if is_biased_linear(user) and user.args[0] is node:
-            found.append(user)
-        elif user.target in (ops.select_token, ops.pool_end_of_text) and user.args[0] is node:
-            below = readers(user)
-            if below is None:
-                return None
-            found += below
-        else:
-            return None
-    return found
+def gives_bias(node: object) -> bool:
+    """Whether a node is a linear layer whose bias its one reader can take over."""
+    return is_biased_linear(node) and len(node.users) == 1
 
 
 def without_bias(layer: fx.Node) -> fx.Node:
@@ -211,6 +150,25 @@ def without_bias(layer: fx.Node) -> fx.Node:
     bias = layer.args[2]
     layer.args = (*layer.args[:2], None)
     return bias
+
+
+def readers(node: fx.Node) -> list[fx.Node]:
+    """The linear layers with bias that read a node's rows, directly or after a choice of rows.
+
+    None at all where anything else reads them.
+    """
+    found: list[fx.Node] = []
+    for user in node.users:
+        if is_biased_linear(user) and user.args[0] is node:
+            below = [user]
+        elif user.target in (ops.select_token, ops.pool_end_of_text):
+            below = readers(user)
+        else:
+            below = []
+        if not below:
+            return []
+        found += below
+    return found
 
 
 def fuse_attention(module: fx.GraphModule) -> int:
@@ -221,19 +179,19 @@ def fuse_attention(module: fx.GraphModule) -> int:
     queries' goes to the attention kernel.
     """
     count = 0
-    for node in find_nodes(module, ops.attention):
+    for node in calls(module, ops.attention):
         projection, heads, causal = node.args
-        outputs, query_bias = readers(node), None
-        if is_biased_linear(projection) and len(projection.users) == 1 and outputs:
-            query, _, value = parameter(module, without_bias(projection)).chunk(3)
-            for output in outputs:
-                weight, bias = (parameter(module, arg) for arg in output.args[1:])
-                folded = bias.double() + weight.double() @ value.double()
-                name = f"{output.name}_folded_bias"
-                output.args = (*output.args[:2], add_parameter(module, name, folded.to(bias.dtype)))
-            query_bias = add_parameter(module, f"{node.name}_query_bias", query)
-        args = (projection, heads, causal, query_bias)
-        node.replace_all_uses_with(call(module, node, ops.fused_attention, args, like=node))
+        outputs = readers(node)
+        if not (gives_bias(projection) and outputs):
+            continue
+        query, _, value = parameter(module, without_bias(projection)).chunk(3)
+        for output in outputs:
+            weight, bias = (parameter(module, arg) for arg in output.args[1:])
+            folded = (bias.double() + weight.double() @ value.double()).to(bias.dtype)
+            folded = add_parameter(module, f"{output.name}_folded_bias", folded)
+            output.args = (*output.args[:2], folded)
+        query_bias = add_parameter(module, f"{node.name}_query_bias", query)
+        node.target, node.args = ops.fused_attention, (projection, heads, causal, query_bias)
         count += 1
     return count
 
@@ -241,143 +199,105 @@ def fuse_attention(module: fx.GraphModule) -> int:
 def fuse_bias_quick_gelu(module: fx.GraphModule) -> int:
     """linear with bias, then quick_gelu: linear without bias, then bias_quick_gelu."""
     count = 0
-    for node in find_nodes(module, ops.quick_gelu):
+    for node in calls(module, ops.quick_gelu):
         x = node.args[0]
-        if is_biased_linear(x) and len(x.users) == 1:
-            args = (x, without_bias(x))
-            node.replace_all_uses_with(call(module, node, ops.bias_quick_gelu, args, like=node))
+        if gives_bias(x):
+            node.target, node.args = ops.bias_quick_gelu, (x, without_bias(x))
             count += 1
     return count
 
 
 def fuse_residual_layer_norm(module: fx.GraphModule) -> int:
-    """x + linear with bias, then layer norm: linear without bias, then residual_layer_norm, which also gives the sum."""
+    """x + linear with bias, then layer norm: linear without, then one that gives both results."""
     count = 0
-    for norm in find_nodes(module, ops.layer_norm):
+    for norm in calls(module, ops.layer_norm):
         total = norm.args[0]
-        if total.target is not ops.add or not is_biased_linear(total.args[1]) or len(total.args[1].users) != 1:
+        if total.target is not ops.add:
             continue
         x, delta = total.args
-        args = (x, delta, without_bias(delta), *norm.args[1:])
-        both = call(module, total, ops.residual_layer_norm, args, like=(value_of(total), value_of(norm)))
-        total.replace_all_uses_with(call(module, total, operator.getitem, (both, 0), like=total))
-        norm.replace_all_uses_with(call(module, total, operator.getitem, (both, 1), like=norm))
-        count += 1
+        if gives_bias(delta):
+            args = (x, delta, without_bias(delta), *norm.args[1:])
+            values = (total.meta["val"], norm.meta["val"])
+            both = insert(module, total, ops.residual_layer_norm, args, values)
+            total.target, total.args = operator.getitem, (both, 0)
+            norm.target, norm.args = operator.getitem, (both, 1)
+            count += 1
     return count
 
 
-def only_user(node: Optional[fx.Node], target) -> Optional[fx.Node]:
-    """The one node that reads a node, if it is a call of the target."""
+def only_user(node: Optional[fx.Node], op: Callable) -> Optional[fx.Node]:
+    """The one node that reads a node, if it is a call of the operation."""
     users = list(node.users) if node is not None else []
-    return users[0] if len(users) == 1 and users[0].target is target else None
+    return users[0] if len(users) == 1 and users[0].target is op else None
 
 
 def fuse_image_embedding(module: fx.GraphModule) -> int:
-    """Patches, class token, positions, layer norm, and the first block's: two operations around the projection."""
+    """From images to the first block's layer norm: two operations around the projection."""
     count = 0
-    for patches in find_nodes(module, ops.extract_patches):
+    for patches in calls(module, ops.extract_patches):
         projection = only_user(patches, ops.linear)
         prepend = only_user(projection, ops.prepend_class_token)
         positioned = only_user(prepend, ops.add)
         norm_pre = only_user(positioned, ops.layer_norm)
-        norms = [user for user in norm_pre.users if user.target is ops.layer_norm] if norm_pre else []
+        norms = [user for user in (norm_pre.users if norm_pre else ())
+                 if user.target is ops.layer_norm]
         if len(norms) != 1 or projection.args[2] is not None:
             continue
         [norm_1] = norms
         images, size = patches.args
         images = images.args[0] if images.target is ops.cast else images
-        rows, tokens = value_of(patches), value_of(norm_pre).shape[1]
-        rows = call(module, projection, ops.extract_patch_rows, (images, size, rows.dtype),
-                    like=rows.flatten(0, 1))
-        projected = value_of(projection).flatten(0, 1)
-        projection = call(module, projection, ops.linear, (rows, *projection.args[1:]), like=projected)
-        args = (projection, prepend.args[1], positioned.args[1], *norm_pre.args[1:], *norm_1.args[1:])
-        flat = value_of(norm_pre).flatten(0, 1)
-        both = call(module, norm_pre, ops.embed_image, args, like=(flat, flat))
+        patches.target = ops.extract_patch_rows
+        patches.args = (images, size, patches.meta["val"].dtype)
+        for node in (patches, projection):
+            node.meta["val"] = node.meta["val"].flatten(0, 1)
+        args = (projection, prepend.args[1], positioned.args[1],
+                *norm_pre.args[1:], *norm_1.args[1:])
+        rows, tokens = norm_pre.meta["val"].flatten(0, 1), norm_pre.meta["val"].shape[1]
+        both = insert(module, norm_pre, ops.embed_image, args, (rows, rows))
         for index, norm in enumerate((norm_pre, norm_1)):
-            out = call(module, norm_pre, operator.getitem, (both, index), like=flat)
-            norm.replace_all_uses_with(call(module, norm_pre, ops.split_tokens, (out, tokens), like=norm))
+            out = insert(module, norm_pre, operator.getitem, (both, index), rows)
+            norm.target, norm.args = ops.split_tokens, (out, tokens)
         count += 1
     return count
 
 
-def fuse_layer_norm(module: fx.GraphModule) -> int:
-    """What layer norms are left become the plugin's."""
-    norms = find_nodes(module, ops.layer_norm)
+def fuse_rest(module: fx.GraphModule) -> int:
+    """What layer norms are left, and linear of sizes that the library has, become plugins."""
+    norms = calls(module, ops.layer_norm)
     for node in norms:
         node.target = ops.fused_layer_norm
-    return len(norms)
-
-
-def fuse_linear(module: fx.GraphModule) -> int:
-    """linear of sizes that the library takes becomes the plugin's."""
-    fused = [node for node in find_nodes(module, ops.linear)
-             if node.args[1].op == "get_attr" and linear.takes(*parameter(module, node.args[1]).shape)]
-    for node in fused:
+    layers = [node for node in calls(module, ops.linear) if node.args[1].op == "get_attr"
+              and linear.takes(*parameter(module, node.args[1]).shape)]
+    for node in layers:
         node.target = ops.fused_linear
-    return len(fused)
+    return len(norms) + len(layers)
 
 
-FUSE: tuple[Pass, ...] = (
-    fuse_attention,
-    fuse_bias_quick_gelu,
-    fuse_residual_layer_norm,
-    fuse_image_embedding,
-    fuse_layer_norm,
-    fuse_linear,
-)
+# Encoder -> its fusing passes in their order.
+BLOCKS: tuple[Pass, ...] = (fuse_attention, fuse_bias_quick_gelu, fuse_residual_layer_norm)
+FUSE = {"image": (*BLOCKS, fuse_image_embedding, fuse_rest), "text": (*BLOCKS, fuse_rest)}
 
 
-def fuse(module: fx.GraphModule) -> dict[str, int]:
-    """Run the fusing passes on a lowered encoder, in place; returns how often each one rewrote.
-
-    Raises GraphError where a block's attention, activation, layer norms or linear layers were not
-    found.
-    """
-    is_image = bool(find_nodes(module, ops.extract_patches))
-    needed = [rewrite for rewrite in FUSE if rewrite is not fuse_layer_norm]
-    return run(module, FUSE, needed if is_image else [rewrite for rewrite in needed if rewrite is not fuse_image_embedding])
+def rows_of_a_sample(layer: fx.Node) -> int:
+    """How many rows a linear layer has in a batch of one."""
+    rows = math.prod(layer.meta["val"].shape[:-1]).node.expr
+    return int(rows.subs(dict.fromkeys(rows.free_symbols, 1)))  # the one symbol is the batch
 
 
-# Tuning
+def tuning(batch: BatchRange) -> Pass:
+    """The pass that measures the plugin's linear layers on the current GPU for a batch range."""
+    batches = linear.measured_batches(batch)
 
+    @functools.cache  # one measurement serves all layers of the same sizes
+    def table(rows: int, weight_shape: tuple[int, int], bias: bool) -> str:
+        return linear.tune([rows * size for size in batches], weight_shape, bias).hex()
 
-class _RowCounter(fx.Interpreter):
-    """Runs a graph on shapes alone, for a batch of one, and notes how many rows every linear layer has."""
+    def tune(module: fx.GraphModule) -> int:
+        layers = calls(module, ops.fused_linear)
+        for node in layers:
+            x, weight, bias = node.args[:3]
+            shape = tuple(parameter(module, weight).shape)
+            node.args = (x, weight, bias, table(rows_of_a_sample(node), shape, bias is not None))
+        return len(layers)
 
-    def __init__(self, module: fx.GraphModule):
-        super().__init__(module)
-        self.rows: dict[fx.Node, int] = {}
-
-    def run_node(self, node: fx.Node):
-        result = super().run_node(node)
-        if node.target is ops.fused_linear:
-            self.rows[node] = result.numel() // result.shape[-1]
-        return result
-
-
-def linear_rows(module: fx.GraphModule) -> dict[fx.Node, int]:
-    """How many rows each of the plugin's linear layers has in a batch of one."""
-    counter = _RowCounter(module)
-    [example] = [value_of(node) for node in module.graph.nodes if node.op == "placeholder"]
-    with FakeTensorMode(allow_non_fake_inputs=True):  # the parameters
-        counter.run(torch.empty((1, *example.shape[1:]), dtype=example.dtype))
-    return counter.rows
-
-
-def tune(module: fx.GraphModule, batch: BatchRange) -> int:
-    """Measure every linear layer of a fused graph on the current GPU for the row counts of a range; returns how many there are.
-
-    One measurement serves all layers of the same sizes.
-    """
-    tables: dict[tuple, str] = {}
-    layers = linear_rows(module)
-    for node, rows in layers.items():
-        x, weight, bias = node.args[:3]
-        sizes = (rows, tuple(parameter(module, weight).shape), bias is not None)
-        if sizes not in tables:
-            counts = [rows * size for size in linear.measured_batches(batch)]
-            tables[sizes] = linear.tune(counts, *sizes[1:]).hex()
-        node.args = (x, weight, bias, tables[sizes])
-    module.recompile()
-    return len(layers)
+    return tune

@@ -1,8 +1,7 @@
 """The module that is saved: an encoder behind checks that hold wherever TorchScript runs.
 
 Torch-TensorRT's runtime ignores what TensorRT answers to a wrong shape, and reads its input's
-memory through a temporary when that is not contiguous.  These checks are compiled into the saved
-module, so that they hold in C++ too.
+memory through a temporary when that is not contiguous.
 """
 from typing import List
 
@@ -22,23 +21,25 @@ class Guarded(nn.Module):
     Raises ValueError (from C++: an exception with the same text) for anything else.
     """
 
-    def __init__(self, encoder: torch.jit.ScriptModule, shape: List[int], dtype: torch.dtype, batch: BatchRange, device: str):
+    def __init__(self, encoder: torch.jit.ScriptModule, example: torch.Tensor, batch: BatchRange):
         super().__init__()
         self.encoder = encoder
-        self.shape: List[int] = list(shape)
-        self.dtype = dtype
-        self.floating: bool = dtype.is_floating_point
+        self.shape: List[int] = list(example.shape[1:])
+        self.dtype = example.dtype
+        self.floating: bool = example.is_floating_point()
         self.minimum: int = batch.minimum
         self.maximum: int = batch.maximum
-        self.on_cuda: bool = device == "cuda"
+        self.on_cuda: bool = example.is_cuda
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dim() != len(self.shape) + 1 or x.size()[1:] != self.shape:
             raise ValueError(f"expected an input of shape [batch] + {self.shape}, got {x.size()}")
         if x.size(0) < self.minimum or x.size(0) > self.maximum:
-            raise ValueError(f"batch {x.size(0)} is outside the compiled range {self.minimum} to {self.maximum}")
+            raise ValueError(f"batch {x.size(0)} is outside the compiled range {self.minimum} "
+                             f"to {self.maximum}")
         if x.is_floating_point() != self.floating or x.is_complex():
-            raise ValueError(f"expected {'floating-point images' if self.floating else 'integer tokens'}, got another type")
+            kind = "floating-point images" if self.floating else "integer tokens"
+            raise ValueError(f"expected {kind}, got another type")
         if x.is_cuda != self.on_cuda:
             raise ValueError(f"expected an input on the {'GPU' if self.on_cuda else 'CPU'}")
         if x.dtype == torch.int64:  # an id beyond int32 may not come back into the vocabulary
@@ -46,8 +47,7 @@ class Guarded(nn.Module):
         return self.encoder(x.to(self.dtype).contiguous()).float()
 
 
-def guard(encoder: torch.jit.ScriptModule, example: torch.Tensor, batch: BatchRange) -> torch.jit.ScriptModule:
-    """Compile an encoder's guard; `example` gives the input's shape after the batch, dtype and device."""
-    guarded = Guarded(encoder, list(example.shape[1:]), example.dtype, batch, example.device.type)
-    with deprecations.hidden():
-        return torch.jit.script(guarded.eval())
+def trace(encoder: nn.Module, example: torch.Tensor) -> torch.jit.ScriptModule:
+    """An encoder or engine as a TorchScript module; example: an input within its batch range."""
+    with torch.no_grad(), deprecations.hidden():
+        return torch.jit.trace(encoder, (example,), check_trace=False)

@@ -84,7 +84,7 @@ class PlainTextEncoder(torch.nn.Module):
         for block in encoder.blocks:
             x = block(x)
         rows = torch.arange(x.shape[0], device=x.device)
-        return encoder.projection(encoder.norm_final(x)[rows, tokens.argmax(dim=-1)])
+        return encoder.projection(encoder.norm_post(x)[rows, tokens.argmax(dim=-1)])
 
 
 PLAIN = {"image": PlainImageEncoder, "text": PlainTextEncoder}

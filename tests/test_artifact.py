@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import clip_ttrt
-from clip_ttrt import accuracy, artifact, pipeline
+from clip_ttrt import accuracy, artifact, engine
 from clip_ttrt.artifact import MANIFEST, read_artifact
 from clip_ttrt.errors import UserError, VerificationError
 
@@ -96,7 +96,7 @@ def test_an_interrupted_compile_leaves_nothing_new(tmp_path, monkeypatch, interr
 
 def test_an_output_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(pipeline, "load_checkpoint", lambda *a: pytest.fail("work was done before the output was tried"))
+    monkeypatch.setattr(engine, "load_checkpoint", lambda *a: pytest.fail("work was done before the output was tried"))
     with pytest.raises(UserError, match="cannot be written"):
         clip_ttrt.compile(output=tmp_path / "file" / "a", **SMALL)
 

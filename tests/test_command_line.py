@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import clip_ttrt
-from clip_ttrt import accuracy, classify, pipeline, progress, shell, verify
+from clip_ttrt import accuracy, classify, engine, progress, shell, verify
 from clip_ttrt.demo import scenes
 from clip_ttrt.options import Options
 
@@ -25,7 +25,7 @@ def command(*arguments, **settings):
 
 def test_the_function_stays_one_and_shows_its_options():
     program = importlib.import_module("clip_ttrt.compile")
-    assert callable(program.main) and clip_ttrt.compile is pipeline.compile
+    assert callable(program.main) and clip_ttrt.compile is engine.compile
     parameters = inspect.signature(clip_ttrt.compile).parameters
     assert list(parameters) == [*(field.name for field in dataclasses.fields(Options)), "progress"]
     assert parameters["precision"].default == Options().precision == "fp16"

@@ -1,4 +1,7 @@
-"""Real networks without a GPU: tests/rtx with TensorRT-RTX, in a process of its own, since a GPU is pretended there."""
+"""Real networks without a GPU: tests/rtx with TensorRT-RTX.
+
+In a process of its own, since a GPU is pretended there.
+"""
 import platform
 import subprocess
 import sys
@@ -8,14 +11,16 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-WHERE = sys.platform == "linux" and platform.machine() == "x86_64" and not torch.cuda.is_available()
+WHERE = (sys.platform == "linux" and platform.machine() == "x86_64"
+         and not torch.cuda.is_available())
 
 
-@pytest.mark.skipif(not WHERE, reason="TensorRT-RTX builds for the CPU on Linux x86-64; with a GPU its place is TensorRT's")
+@pytest.mark.skipif(not WHERE, reason="TensorRT-RTX builds for the CPU on Linux x86-64; "
+                                      "with a GPU its place is TensorRT's")
 def test_networks_are_built_without_a_gpu():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--confcutdir={HERE / 'rtx'}", str(HERE / "rtx")]
-    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
+    options = ["-q", "-p", "no:cacheprovider", f"--confcutdir={HERE / 'rtx'}", str(HERE / "rtx")]
+    done = subprocess.run([sys.executable, "-m", "pytest", *options], cwd=HERE.parent,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     last = done.stdout.strip().splitlines()[-1]
     assert " passed" in last and "skipped" not in last, last
-    print(last)

@@ -1,4 +1,4 @@
-"""One builder for all tests here: TensorRT reads its kernels for the first and forgets them with the last."""
+"""One builder for all: TensorRT reads its kernels for the first and drops them with the last."""
 import pytest
 import torch
 

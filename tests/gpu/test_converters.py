@@ -1,4 +1,7 @@
-"""Converters in engines of their own, against the PyTorch reference in fp64, static and dynamic: what tests/rtx cannot run."""
+"""Converters in engines of their own against the reference in fp64: what tests/rtx cannot run.
+
+And networks of whole encoders with plugins, constructed and not built.
+"""
 import sys
 
 import pytest
@@ -7,33 +10,28 @@ from torch import nn
 
 import needs
 from clip_ttrt import graph, kernels, ops, trt
-from clip_ttrt.encoders import Block, FusedOps
+from clip_ttrt.encoders import ENCODERS, INFERENCE, Block
+from clip_ttrt.engine import DTYPES
+from clip_ttrt.guard import trace
+from clip_ttrt.models import MODELS
 from clip_ttrt.options import BatchRange
-from clip_ttrt.pipeline import DTYPES
+from lowering import DYNAMIC, STATIC, One, encoder_in, lowered
 
 pytestmark = pytest.mark.gpu
 
-STATIC, DYNAMIC = BatchRange(4, 4, 4), BatchRange(1, 4, 8)
 HALF_ERROR = 4e-3  # a few roundings to half (2^-11 each) of values of order 1
-
-
-class One(nn.Module):
-    """A function of one input and a parameter, as a module."""
-
-    def __init__(self, function, *shape):
-        super().__init__()
-        self.function, self.value = function, nn.Parameter(torch.randn(shape or (1,)))
-
-    def forward(self, x):
-        return self.function(x, self.value)
 
 
 class Blocks(nn.Module):
     """Transformer blocks and a last layer norm, so that every addition has one behind it."""
 
-    def __init__(self, blocks):
+    def __init__(self, count, width, causal, std, bias):
         super().__init__()
-        self.blocks, self.norm = blocks, nn.LayerNorm(blocks[0].out.in_features).to(blocks[0].qkv.weight)
+        self.blocks = nn.ModuleList(Block(width, width // 64, causal, INFERENCE)
+                                    for _ in range(count))
+        for parameter in self.blocks.parameters():
+            nn.init.normal_(parameter, std=std if parameter.dim() > 1 else bias)
+        self.norm = nn.LayerNorm(width)
 
     def forward(self, x):
         for block in self.blocks:
@@ -41,20 +39,21 @@ class Blocks(nn.Module):
         return self.norm(x)
 
 
+def load_plugins():
+    trt.load_runtime("tensorrt")
+    kernels.load(kernels.version())
+
+
 def run_in_engine(module, example, precision, passes=(), batch=DYNAMIC, count=5, level=1):
-    """Export, lower, rewrite by passes, build and run; returns what the engine gives for `count` fresh rows, and the rows."""
+    """What an engine gives for `count` fresh rows, and the rows."""
     dtype = DTYPES[precision]
     example = example.to(dtype) if example.is_floating_point() else example
-    module = module.to(dtype).eval().requires_grad_(False)
-    lowered = graph.capture(module, example)
-    graph.run(lowered, graph.LOWER)
     if passes:
-        trt.load_runtime("tensorrt")
-        kernels.load(kernels.version())
-        assert all(graph.run(lowered, passes, needed=passes).values())
-    engine = trt.build(lowered, example, batch, precision, level)
+        load_plugins()
+    module = lowered(module.to(dtype), example, *passes)
+    engine, _ = trt.build(module, example, batch, precision, level)
     rows = fresh_rows(example, batch.optimal if batch.static else count)
-    compiled = trt.to_torchscript(engine, fresh_rows(example, batch.optimal).cuda())
+    compiled = trace(engine, fresh_rows(example, batch.optimal).cuda())
     with torch.no_grad():
         return compiled(rows.cuda()).cpu(), rows
 
@@ -70,7 +69,7 @@ def fresh_rows(example, count):
 
 
 def attention_in_half(qkv, heads, causal):
-    """Attention whose scores and weights are rounded to half between its steps, as where no kernel does it in one."""
+    """Attention rounded to half between its steps, as where no kernel does it in one."""
     query, key, value = qkv.unflatten(-1, (3, heads, 64)).permute(2, 0, 3, 1, 4).float()
     scores = (query / 8 @ key.mT).half().float()
     if causal:
@@ -78,19 +77,27 @@ def attention_in_half(qkv, heads, causal):
     return (scores.softmax(-1).half().float() @ value).half().transpose(1, 2).flatten(2)
 
 
-@pytest.mark.parametrize("tokens, causal, batch", [(50, False, DYNAMIC), (77, True, STATIC), (77, True, DYNAMIC), (257, False, DYNAMIC), (577, False, DYNAMIC)], ids=str)
+@pytest.mark.parametrize("tokens, causal, batch", [
+    (50, False, DYNAMIC), (77, True, STATIC), (77, True, DYNAMIC), (257, False, DYNAMIC),
+    (577, False, DYNAMIC)], ids=str)
 def test_attention(tokens, causal, batch):
-    """At most twice the error of the same steps in half: with a mask TensorRT 10.6 has no one kernel for a range."""
+    """At most twice the error of the same steps in half.
+
+    With a mask TensorRT 10.6 has no one kernel for a range.
+    """
     torch.manual_seed(0)
-    actual, rows = run_in_engine(One(lambda x, _: ops.attention(x, 3, causal)), torch.zeros(2, tokens, 576), "fp16", batch=batch)
+    module = One(lambda x, _: ops.attention(x, 3, causal))
+    actual, rows = run_in_engine(module, torch.zeros(2, tokens, 576), "fp16", batch=batch)
     exact = ops.attention_reference(rows.double(), 3, causal)
-    error, half_error = ((features - exact).abs().max() for features in (actual, attention_in_half(rows, 3, causal)))
+    in_half = attention_in_half(rows, 3, causal)
+    error, half_error = ((features - exact).abs().max() for features in (actual, in_half))
     assert error < 2 * half_error, (error, half_error)
     assert (actual - exact).norm() / exact.norm() < HALF_ERROR / 4
 
 
 def test_extract_patches():
-    actual, rows = run_in_engine(One(lambda x, _: ops.extract_patches(x, 4)), torch.zeros(2, 3, 16, 16), "fp32")
+    module = One(lambda x, _: ops.extract_patches(x, 4))
+    actual, rows = run_in_engine(module, torch.zeros(2, 3, 16, 16), "fp32")
     assert torch.equal(actual, ops.extract_patches_reference(rows, 4))
 
 
@@ -99,7 +106,8 @@ def test_prepend_class_token_whatever_the_patches_hold(monkeypatch):
     module = One(ops.prepend_class_token, 64)
 
     def rows_with_an_infinity(example, count):
-        return torch.randn(count, *example.shape[1:]).index_fill(1, torch.tensor([0]), torch.inf)
+        rows = torch.randn(count, *example.shape[1:])
+        return rows.index_fill(1, torch.tensor([0]), torch.inf)
 
     monkeypatch.setattr(sys.modules[__name__], "fresh_rows", rows_with_an_infinity)
     actual, rows = run_in_engine(module, torch.zeros(2, 49, 64), "fp32")
@@ -114,7 +122,8 @@ def test_pool_end_of_text_is_exact(precision):
     class Pool(nn.Module):
         def __init__(self):
             super().__init__()
-            self.tokens, self.positions = nn.Embedding(49408, 64), nn.Parameter(torch.randn(77, 64))
+            self.tokens = nn.Embedding(49408, 64)
+            self.positions = nn.Parameter(torch.randn(77, 64))
             self.tokens.weight.data.zero_()
 
         def forward(self, x):
@@ -127,7 +136,7 @@ def test_pool_end_of_text_is_exact(precision):
 
 @pytest.mark.parametrize("shape", [(50, 768), (768,)])
 def test_layer_norm_does_not_overflow_in_half(shape, monkeypatch):
-    """Rows of a deviation of 400: their squares, and sums of 768 of them, are beyond half's range."""
+    """Rows of deviation 400: their squares, and sums of 768 of them, are beyond half's range."""
     torch.manual_seed(0)
     module = One(lambda x, value: nn.functional.layer_norm(x, (768,), value, value), 768)
 
@@ -144,86 +153,93 @@ def test_layer_norm_does_not_overflow_in_half(shape, monkeypatch):
 
 def test_quick_gelu_keeps_its_tails_in_half():
     torch.manual_seed(0)
-    actual, rows = run_in_engine(One(lambda x, _: ops.quick_gelu(x)), torch.zeros(2, 50, 768), "fp16")
+    module = One(lambda x, _: ops.quick_gelu(x))
+    actual, rows = run_in_engine(module, torch.zeros(2, 50, 768), "fp16")
     assert (actual - ops.quick_gelu_reference(rows.double())).abs().max() < HALF_ERROR
 
 
-def blocks(count, width, causal, std, bias):
-    module = nn.ModuleList([Block(width, width // 64, causal, FusedOps()) for _ in range(count)])
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=std if parameter.dim() > 1 else bias)
-    return Blocks(module)
-
-
-FUSED = [rewrite for rewrite in graph.FUSE if rewrite is not graph.fuse_image_embedding]
-KERNELS = pytest.mark.parametrize("passes", [pytest.param((), id="tensorrt"), pytest.param(FUSED, id="fused", marks=needs.fused)])
-
-
-@KERNELS
-@pytest.mark.parametrize("tokens, causal, batch", [(50, False, STATIC), (50, False, DYNAMIC), (77, True, DYNAMIC), (257, False, DYNAMIC)], ids=str)
-def test_two_blocks(tokens, causal, batch, passes):
+# What an earlier TensorRT's own matrix products computed wrongly, without a warning: a block
+# optimised for a thousand rows.
+@pytest.mark.parametrize("blocks, width, std, level, tokens, causal, batch", [
+    (2, 128, 0.05, 1, 50, False, STATIC), (2, 128, 0.05, 1, 50, False, DYNAMIC),
+    (2, 128, 0.05, 1, 77, True, DYNAMIC), (2, 128, 0.05, 1, 257, False, DYNAMIC),
+    (1, 768, 0.03, 3, 197, False, DYNAMIC), (1, 1024, 0.03, 3, 257, False, DYNAMIC)], ids=str)
+@pytest.mark.parametrize("passes", [
+    pytest.param((), id="tensorrt"),
+    pytest.param(graph.FUSE["text"], id="fused", marks=needs.fused)])
+def test_blocks(passes, blocks, width, std, level, tokens, causal, batch):
     """Everything that blocks are fused to, biases included."""
     torch.manual_seed(0)
-    module = blocks(2, 128, causal, 0.05, 0.5)
-    actual, rows = run_in_engine(module, torch.zeros(2, tokens, 128), "fp16", passes, batch)
-    expected = module.double().cpu()(rows.double())
-    assert ((actual - expected).norm() / expected.norm()) < HALF_ERROR
-
-
-@KERNELS
-@pytest.mark.parametrize("tokens, width", [(197, 768), (257, 1024)])
-def test_a_block_optimised_for_a_thousand_rows(tokens, width, passes):
-    """What an earlier TensorRT's own matrix products computed wrongly, without a warning."""
-    torch.manual_seed(0)
-    module = blocks(1, width, False, 0.03, 0.5)
-    actual, rows = run_in_engine(module, torch.zeros(2, tokens, width), "fp16", passes, level=3)
+    module, example = Blocks(blocks, width, causal, std, 0.5), torch.zeros(2, tokens, width)
+    actual, rows = run_in_engine(module, example, "fp16", passes, batch, level=level)
     expected = module.double().cpu()(rows.double())
     assert ((actual - expected).norm() / expected.norm()) < HALF_ERROR
 
 
 @needs.fused
 def test_a_weight_in_bf16_has_no_fused_kernels():
-    with pytest.raises(trt.EngineError, match="could not build the engine: .*(?i:format|type|attention)"):
-        run_in_engine(One(lambda x, _: ops.fused_attention(x, 2, True)), torch.zeros(2, 77, 384), "bf16")
+    load_plugins()
+    module = One(lambda x, _: ops.fused_attention(x, 2, True))
+    with pytest.raises(trt.EngineError, match="not build the engine: .*(?i:format|type|attention)"):
+        run_in_engine(module, torch.zeros(2, 77, 384), "bf16")
+
+
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=needs.fused)],
+                         ids=["tensorrt", "fused"])
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("model", ["demo", "ViT-B/32"])
+def test_an_encoder_is_one_network_of_the_layers_that_were_planned(model, encoder, fused):
+    if fused:
+        load_plugins()
+    passes = graph.FUSE[encoder] if fused else ()
+    plain, example, module = encoder_in(model, encoder, "fp16", *passes)
+    interpreter, _ = trt.construct(module, example, BatchRange(1, 32, 256), "fp16")
+    network, api = interpreter.ctx.net, trt.api()
+    kinds = [network.get_layer(i).type for i in range(network.num_layers)]
+    assert network.num_inputs == network.num_outputs == 1
+    output = network.get_output(0)
+    assert tuple(output.shape) == (-1, MODELS[model].embed_dim) and output.dtype == api.float32
+    # Attention, four linear layers, an activation and two layer norms a block, and what stands
+    # around the blocks.
+    plugins = 8 * len(plain.blocks) + (4 if encoder == "image" else 2)
+    assert kinds.count(api.LayerType.PLUGIN_V3) == (plugins if fused else 0)
+    if hasattr(network, "add_attention") and not fused:
+        assert sum("ATTENTION" in str(kind) for kind in kinds) >= len(plain.blocks)
 
 
 def test_a_refused_network_is_told_in_tensorrt_s_words():
-    lowered = graph.capture(One(ops.add, 5).requires_grad_(False), torch.zeros(2, 5))
-    lowered.value = nn.Parameter(torch.zeros(4), requires_grad=False)
+    module = lowered(One(ops.add, 5), torch.zeros(2, 5))
+    module.value = nn.Parameter(torch.zeros(4), requires_grad=False)
     with pytest.raises(trt.EngineError, match="(?i)broadcast|dimension"):
-        trt.build(lowered, torch.zeros(2, 5), STATIC, "fp32")
+        trt.build(module, torch.zeros(2, 5), STATIC, "fp32")
+
+
+def linear_in_engine(**options):
+    example = torch.zeros(2, 64)
+    return trt.build(lowered(nn.Linear(64, 64), example), example, STATIC, "fp32", **options)[1]
 
 
 def test_a_timing_cache_is_written_reused_and_harmless(tmp_path):
     """Missing, garbage and unwritable cost time only, and nothing is printed for it."""
-    module, example = nn.Linear(64, 64), torch.zeros(2, 64)
+    (tmp_path / "garbage.cache").write_bytes(b"no cache" * 100)
+    (tmp_path / "folder.cache").mkdir()
     for name in ("missing/timing.cache", "garbage.cache", "folder.cache"):
         path = tmp_path / name
-        if name.startswith("garbage"):
-            path.write_bytes(b"no cache" * 100)
-        if name.startswith("folder"):
-            path.mkdir()
-        lowered = graph.capture(module.eval().requires_grad_(False), example)
-        graph.run(lowered, graph.LOWER)
-        engine = trt.build(lowered, example, STATIC, "fp32", timing_cache=str(path))
-        assert engine.timing_cache == str(path)
-        assert path.is_dir() if name.startswith("folder") else trt.usable_timing_cache(path.read_bytes())
-    assert trt.build(lowered, example, STATIC, "fp32", timing_cache="none").timing_cache is None
+        assert linear_in_engine(timing_cache=str(path))["timing_cache"] == str(path)
+        assert path.is_dir() or trt.usable_timing_cache(path.read_bytes())
+    assert (tmp_path / "folder.cache").is_dir()
+    assert linear_in_engine(timing_cache="none")["timing_cache"] is None
     assert not any(child.name.startswith(".timing") for child in tmp_path.rglob("*"))
 
 
 def test_ours_is_the_same_after_another_s_compile():
-    """Settings of Torch-TensorRT's converters are of the whole process: another's must not leak into ours."""
+    """Settings of Torch-TensorRT's converters are of the process: another's must not leak."""
     import torch_tensorrt
 
-    module, example = nn.Linear(64, 64), torch.zeros(2, 64)
-
-    def layers():
-        lowered = graph.capture(module.eval().requires_grad_(False), example)
-        graph.run(lowered, graph.LOWER)
-        return trt.build(lowered, example, STATIC, "fp32").layers
-
-    before = layers()
-    other = torch.export.export(nn.Sequential(nn.Linear(8, 8), nn.ReLU()).cuda(), (torch.zeros(2, 8, device="cuda"),))
-    torch_tensorrt.dynamo.compile(other, inputs=[torch.zeros(2, 8, device="cuda")], min_block_size=1, torch_executed_ops={"clip_ttrt::linear", ops.linear})
-    assert layers() == before
+    before = linear_in_engine()["network_layers"]
+    module = nn.Sequential(nn.Linear(8, 8), nn.ReLU()).cuda()
+    x = torch.zeros(2, 8, device="cuda")
+    torch_tensorrt.dynamo.compile(
+        torch.export.export(module, (x,)), inputs=[x], min_block_size=1,
+        torch_executed_ops={"clip_ttrt::linear", ops.linear})
+    assert linear_in_engine()["network_layers"] == before

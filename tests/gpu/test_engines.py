@@ -13,7 +13,7 @@ import torch
 
 import clip_ttrt
 import needs
-from clip_ttrt import kernels, pipeline
+from clip_ttrt import engine, kernels
 from clip_ttrt.accuracy import COSINE_BOUND
 from clip_ttrt.artifact import MANIFEST, read_artifact
 from experiments.timing import graphed
@@ -21,53 +21,60 @@ from experiments.timing import graphed
 pytestmark = pytest.mark.gpu
 
 STATIC, DYNAMIC = "32", "1:32:256"
-FEW, FEW_DYNAMIC = "4", "1:4:8"  # the demo model, where a batch beyond the range is part of the test
+FEW, FEW_DYNAMIC = "4", "1:4:8"  # the demo model, where a batch beyond the range is tested
 KERNELS = ["tensorrt", pytest.param("fused", marks=needs.fused)]
 MODELS = ("demo", "ViT-B/32", "ViT-L/14")
 
 
 @pytest.fixture(scope="session")
 def artifact_of(tmp_path_factory):
-    """A function from (model, precision, batch, kernels) to an artifact with random weights (demo: trained)."""
+    """(model, precision, batch, kernels) -> an artifact with random weights (demo: trained)."""
     root = Path(os.environ.get("CLIP_TTRT_ARTIFACTS") or tmp_path_factory.mktemp("engines"))
+    load = functools.lru_cache(maxsize=1)(engine.load_checkpoint)  # big models take long to draw
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "load_checkpoint", functools.lru_cache(maxsize=1)(pipeline.load_checkpoint))  # big models take long to draw
+        patch.setattr(engine, "load_checkpoint", load)
 
         def find_or_compile(model, precision, batch, kernels="tensorrt"):
-            folder = root / "-".join((model, precision, batch, kernels)).replace("/", "-").replace(":", "-")
+            name = "-".join((model, precision, batch, kernels))
+            folder = root / name.replace("/", "-").replace(":", "-")
             if (folder / MANIFEST).is_file():
                 return read_artifact(folder)
-            weights = None if model == "demo" else "random"
-            return clip_ttrt.compile(model=model, weights=weights, precision=precision, batch=batch, kernels=kernels, backend="tensorrt", output=folder)
+            return clip_ttrt.compile(
+                model=model, weights=None if model == "demo" else "random", precision=precision,
+                batch=batch, kernels=kernels, backend="tensorrt", output=folder)
 
         yield find_or_compile
 
 
 def cases():
-    """(model, precision, batch, kernels): fp16 with both kernels, the other precisions on the smaller models."""
+    """fp16 with both kernels, the other precisions on the smaller models."""
     for model in MODELS:
         yield pytest.param(model, "fp16", DYNAMIC, "fused", marks=needs.fused)
         yield model, "fp16", DYNAMIC, "tensorrt"
         if model != "ViT-L/14":
             yield pytest.param(model, "fp16", STATIC, "fused", marks=needs.fused)
-            yield from ((model, precision, DYNAMIC, "tensorrt") for precision in ("fp32", "tf32", "bf16"))
+            for precision in ("fp32", "tf32", "bf16"):
+                yield model, precision, DYNAMIC, "tensorrt"
 
 
 @pytest.mark.parametrize("model, precision, batch, kernels_", list(cases()))
 def test_each_encoder_is_one_engine_and_right(artifact_of, model, precision, batch, kernels_):
     artifact = artifact_of(model, precision, batch, kernels_)
     manifest = artifact.manifest
-    assert manifest["backend"] == "tensorrt" and manifest["computes_in"] == precision and manifest["kernels"] == kernels_
+    assert manifest["backend"] == "tensorrt" and manifest["computes_in"] == precision
+    assert manifest["kernels"] == kernels_
     assert manifest["kernels_version"] == (kernels.version() if kernels_ == "fused" else None)
     assert all(module["engines"] == 1 for module in manifest["modules"].values())
     assert artifact.verified, manifest["verification"]["failures"]
+    bound = COSINE_BOUND[precision]
     for encoder in artifact.encoders:
-        assert manifest["verification"]["errors"][encoder]["cos_min"] >= COSINE_BOUND[precision]
+        assert manifest["verification"]["errors"][encoder]["cos_min"] >= bound
     model_, _ = clip_ttrt.load(artifact.folder, device="cuda")
     images = torch.randn(5, 3, *[artifact.dimensions.image_resolution] * 2, device="cuda")
     features = model_.encode_image(images)
     assert features.shape == (5, artifact.dimensions.embed_dim) and torch.isfinite(features).all()
-    assert torch.cosine_similarity(model_.encode_image(images[3:]), features[3:]).min() >= COSINE_BOUND[precision]  # another batch size
+    fewer = model_.encode_image(images[3:])  # another batch size
+    assert torch.cosine_similarity(fewer, features[3:]).min() >= bound
 
 
 @pytest.mark.parametrize("kernels_", KERNELS)
@@ -78,11 +85,13 @@ def test_a_new_process_loads_with_plain_torch(artifact_of, tmp_path, kernels_):
     torch.save(images, tmp_path / "images.pt")
     expected = torch.jit.load(str(artifact.path("image")))(images.cuda()).cpu()
     program = ("import sys, torch, clip_ttrt; module = torch.jit.load(sys.argv[1]); "
-               "torch.save(module(torch.load(sys.argv[2]).cuda()).cpu(), sys.argv[3]); print('torch_tensorrt' in sys.modules)")
-    done = subprocess.run([sys.executable, "-c", program, str(artifact.path("image")), str(tmp_path / "images.pt"), str(tmp_path / "features.pt")],
-                          capture_output=True, text=True)
+               "torch.save(module(torch.load(sys.argv[2]).cuda()).cpu(), sys.argv[3]); "
+               "print('torch_tensorrt' in sys.modules)")
+    files = [str(artifact.path("image")), *(str(tmp_path / name)
+                                            for name in ("images.pt", "features.pt"))]
+    done = subprocess.run([sys.executable, "-c", program, *files], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "False"  # the runtime library alone is loaded, which takes no seconds
+    assert done.stdout.splitlines()[-1] == "False"  # the runtime library alone is loaded
     assert torch.equal(torch.load(tmp_path / "features.pt"), expected)
 
 

@@ -1,9 +1,15 @@
-"""Networks built for real without a GPU, with TensorRT-RTX: run by tests/test_rtx.py, in a process of its own.
+"""Networks built for real without a GPU, with TensorRT-RTX: run by tests/test_rtx.py.
 
-`torch_tensorrt` asks for the current GPU when it is imported and when settings are made; this process answers for one.
+`torch_tensorrt` asks for the current GPU when it is imported and when settings are made; this
+process answers for one.
 """
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # lowering.py
 
 
 @pytest.fixture(scope="session", autouse=True)

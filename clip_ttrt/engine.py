@@ -1,0 +1,171 @@
+"""Checkpoint -> encoder -> graph -> engine -> TorchScript module, for each encoder of an artifact.
+
+`plan_for` decides everything that depends on backend, kernels and options; the rest carries it out.
+"""
+import inspect
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any, Optional
+
+import torch
+from torch import nn
+
+from clip_ttrt import accuracy, backends, deprecations, graph, kernels, linear, stack, trt
+from clip_ttrt.artifact import Artifact, draft
+from clip_ttrt.backends import Backend
+from clip_ttrt.checkpoint import Checkpoint, load_checkpoint
+from clip_ttrt.encoders import ENCODERS
+from clip_ttrt.errors import UserError, VerificationError
+from clip_ttrt.guard import Guarded, trace
+from clip_ttrt.models import Dimensions
+from clip_ttrt.options import BatchRange, Options
+from clip_ttrt.progress import Progress
+
+DTYPES = {"fp32": torch.float, "tf32": torch.float, "fp16": torch.half, "bf16": torch.bfloat16}
+
+
+def compile(*, progress: Optional[Progress] = None, **options: Any) -> Artifact:
+    """Compile a model's encoders into an artifact folder and verify them against the original.
+
+    options: the fields of `Options`, whose defaults apply; `batch` may be N or "MIN:OPT:MAX".
+    progress: where stages are reported; silent by default.
+
+    Raises UserError for bad input, with nothing written; VerificationError where the compiled
+    encoders lie outside their precision's bounds, with the artifact written and marked.
+    """
+    if "batch" in options:
+        options["batch"] = BatchRange.parse(options["batch"])
+    artifact = compile_with(Options(**options), progress or Progress(quiet=True))
+    if artifact.verified is False:
+        failures = artifact.manifest["verification"]["failures"]
+        raise VerificationError(f"{artifact.folder} is marked unverified: {'; '.join(failures)}")
+    return artifact
+
+
+compile.__signature__ = inspect.Signature(  # as `help` shows it
+    [each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+     for each in (*inspect.signature(Options).parameters.values(),
+                  inspect.signature(compile).parameters["progress"])],
+    return_annotation=Artifact)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done to one encoder."""
+
+    encoder: str  # image or text
+    precision: str  # that it computes in
+    exported_on: str  # cuda or cpu
+    passes: tuple[graph.Pass, ...]  # over its graph, each of which has to find something
+    builder: Optional[dict[str, Any]]  # `trt.build`'s settings; None: traced for TorchScript
+
+
+def plan_for(encoder: str, options: Options, backend: Backend, chosen: Optional[str]) -> Plan:
+    """The plan for an encoder; chosen: whose kernels an engine has, `fused` or `tensorrt`."""
+    if backend.name == "torchscript":
+        passes = (graph.lower, graph.inline_references)
+        return Plan(encoder, backend.computes_in, backend.device, passes, None)
+    passes = (graph.lower,)
+    if chosen == "fused":  # linear layers are tuned here, before the network is built
+        passes += (*graph.FUSE[encoder], graph.tuning(options.batch))
+    builder = {"batch": options.batch, "precision": options.precision, "name": encoder,
+               "optimization_level": options.optimization_level,
+               "timing_cache": options.timing_cache}
+    return Plan(encoder, backend.computes_in, "cpu", passes, builder)
+
+
+def compile_with(options: Options, progress: Progress) -> Artifact:
+    """Compile as `compile` does; a failed verification is recorded in the artifact, not raised."""
+    backend = backends.choose(options.backend, options.precision)
+    choice = backends.choose_kernels(options.kernels, backend, options.precision)
+    progress.say(f"backend: {backend.reason}")
+    if backend.computes_in != options.precision:
+        progress.say(f"note: {options.precision} was asked for, and this backend computes in "
+                     f"{backend.computes_in}")
+    if choice.kernels is not None:
+        progress.say(f"kernels: {choice.kernels} ({choice.reason})")
+    kernels_version = kernels.version() if choice.kernels == "fused" else None
+    with ExitStack() as compiler, draft(options.folder, options.force) as writing:
+        if backend.name != "torchscript":
+            with progress.stage("load Torch-TensorRT"):
+                trt.load_runtime(backend.name)
+                compiler.enter_context(trt.builder_kept())
+        kernels.load(kernels_version)
+        with progress.stage(f"read weights of {options.model}"):
+            checkpoint = load_checkpoint(
+                options.model, options.weights, options.seed, options.trust_weights)
+        warned = "WARNING" if checkpoint.origin.kind == "random" else "weights"
+        progress.say(f"{warned}: {checkpoint.origin.describe()}")
+        for encoder in options.encoders:
+            plan = plan_for(encoder, options, backend, choice.kernels)
+            module, facts = build_encoder(plan, checkpoint, options.batch, progress)
+            writing.add(encoder, module, **facts)
+            del module
+        manifest = {
+            "model": options.model,
+            "dimensions": asdict(checkpoint.dimensions),
+            "weights": asdict(checkpoint.origin),
+            "logit_scale": checkpoint.state_dict["logit_scale"].item(),
+            "precision": options.precision,
+            "computes_in": backend.computes_in,
+            "batch": asdict(options.batch),
+            "backend": backend.name,
+            "backend_reason": backend.reason,
+            "device": backend.device,
+            "optimization_level": options.optimization_level,
+            "gpu": stack.gpu() if backend.device == "cuda" else {},
+            "kernels": choice.kernels,
+            "kernels_reason": choice.reason,
+            "kernels_version": kernels_version,
+            "versions": stack.versions(),
+        }
+        if kernels_version is not None:
+            manifest["versions"]["cublaslt"] = linear.version_text()
+        artifact = writing.write_manifest(**manifest, verification=None)
+        if options.verify:
+            with progress.stage("verify against the original model in fp32"):
+                report = accuracy.compare(artifact, checkpoint)
+            artifact = writing.write_manifest(**manifest, verification=report)
+        return writing.publish(artifact)
+
+
+def build_encoder(plan: Plan, checkpoint: Checkpoint, batch: BatchRange, progress: Progress
+                  ) -> tuple[torch.jit.ScriptModule, dict[str, Any]]:
+    """Carry out a plan: the TorchScript module to save, and facts about it for the manifest."""
+    encoder = in_precision(ENCODERS[plan.encoder](checkpoint.state_dict), plan.precision)
+    example = example_input(plan.encoder, checkpoint.dimensions).to(plan.exported_on)
+    with progress.stage(f"export the {plan.encoder} encoder"):
+        module = graph.capture(encoder.to(plan.exported_on), example)
+    work = "build the {} engine" if plan.builder else "trace the {} encoder"
+    with progress.stage(work.format(plan.encoder)) as time:
+        facts: dict[str, Any] = {"rewrites": graph.run(module, plan.passes)}
+        if plan.builder:
+            module, about = trt.build(module, example, **plan.builder)
+            facts |= {"engines": 1, **about}
+            example = example[:1].expand(batch.optimal, *example.shape[1:]).contiguous().cuda()
+        module = Guarded(trace(module, example), example, batch).eval()
+        with deprecations.hidden():
+            module = torch.jit.script(module)
+    return module, {**facts, "build_seconds": round(time["seconds"], 2)}
+
+
+def in_precision(encoder: nn.Module, precision: str) -> nn.Module:
+    """An encoder whose weights are of a precision's type.
+
+    Raises UserError where that cannot hold one of them.
+    """
+    dtype = DTYPES[precision]
+    for name, value in encoder.named_parameters():
+        found, largest = value.abs().max().item(), torch.finfo(dtype).max
+        if found > largest:
+            raise UserError(f"{name} has values that {precision} cannot hold, {found:.4g} where "
+                            f"{largest:.0f} is the largest; compile in another precision, such as "
+                            f"bf16")
+    return encoder.to(dtype)
+
+
+def example_input(encoder: str, dims: Dimensions) -> torch.Tensor:
+    """A batch of two (torch.export takes 0 and 1 for constants): images float32 or tokens int32."""
+    if encoder == "image":
+        return torch.zeros(2, 3, dims.image_resolution, dims.image_resolution)
+    return torch.zeros(2, dims.context_length, dtype=torch.int32)

@@ -1,0 +1,39 @@
+"""What the tests of graphs and networks share: one small module, batch ranges, lowered graphs."""
+import torch
+from torch import nn
+
+from clip_ttrt import graph
+from clip_ttrt.checkpoint import load_checkpoint
+from clip_ttrt.encoders import ENCODERS
+from clip_ttrt.engine import example_input, in_precision
+from clip_ttrt.models import MODELS
+from clip_ttrt.options import BatchRange
+
+STATIC, DYNAMIC = BatchRange(4, 4, 4), BatchRange(1, 4, 8)
+
+
+class One(nn.Module):
+    """A function of one input and a parameter, as a module."""
+
+    def __init__(self, function, *shape):
+        super().__init__()
+        self.function, self.value = function, nn.Parameter(torch.randn(shape or (1,)))
+
+    def forward(self, x):
+        return self.function(x, self.value)
+
+
+def lowered(module, example, *passes):
+    """A module's graph after lowering, which need not find anything here, and passes."""
+    found = graph.capture(module.eval().requires_grad_(False), example)
+    graph.lower(found)
+    graph.run(found, passes)
+    return found
+
+
+def encoder_in(model, encoder, precision, *passes, state_dict=None):
+    """An encoder with random weights, its example, and its lowered graph after passes."""
+    state_dict = state_dict or load_checkpoint(model, "random").state_dict
+    plain = in_precision(ENCODERS[encoder](state_dict), precision)
+    example = example_input(encoder, MODELS[model])
+    return plain, example, lowered(plain, example, *passes)
