@@ -54,7 +54,7 @@ class Artifact:
     def verified(self) -> Optional[bool]:
         """Whether verification passed; None where it was not run."""
         verification = self.manifest["verification"]
-        return None if verification is None else verification["passed"]
+        return verification and verification["passed"]
 
     def path(self, encoder: str) -> Path:
         return self.folder / self.manifest["modules"][encoder]["file"]
@@ -190,7 +190,7 @@ def draft(target: Path, force: bool) -> Iterator[Draft]:
         scratch = tempfile.TemporaryDirectory(prefix=f".{target.name}.partial-", dir=target.parent,
                                               ignore_cleanup_errors=True)
     except OSError as problem:
-        raise UserError(f"{target} cannot be written ({problem}); choose another --output") \
-            from problem
+        raise UserError(f"{target} cannot be written ({problem}); choose another --output"
+                        ) from problem
     with scratch:
         yield Draft(Path(scratch.name, "artifact"), target)

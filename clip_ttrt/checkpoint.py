@@ -4,7 +4,7 @@ import http.client
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Mapping, Optional, Union
+from typing import Mapping, Optional
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -103,8 +103,7 @@ def original_model(dims: Dimensions) -> torch.nn.Module:
                 dims.text_heads, dims.text_layers)
 
 
-def original_with_weights(checkpoint: Checkpoint,
-                          device: Union[str, torch.device]) -> torch.nn.Module:
+def original_with_weights(checkpoint: Checkpoint, device: str) -> torch.nn.Module:
     """The original model with a checkpoint's weights in fp32, for inference on a device."""
     with torch.device("meta"):  # its initialisation takes seconds
         model = original_model(checkpoint.dimensions)
@@ -123,15 +122,14 @@ def sha256_of_file(path: Path) -> str:
 def _openai(model: str) -> tuple[dict, Origin]:
     clip = deprecations.clip()
     if model not in clip._MODELS:
-        raise UserError(f"OpenAI published no weights for {model!r}; "
-                        "use --weights demo, random or a file")
+        raise UserError(f"OpenAI published no {model}; use --weights demo, random or a file")
     url, folder = clip._MODELS[model], Path.home() / ".cache" / "clip"
     try:
         path = Path(clip._download(url, str(folder)))
     except (OSError, http.client.HTTPException, RuntimeError) as problem:
         raise UserError(f"OpenAI's weights for {model} could not be downloaded ({problem}); place "
-                        f"the file {url.rsplit('/', 1)[1]} in {folder}, or use --weights random "
-                        "or --weights FILE") from problem
+                        f"the file {url.rsplit('/', 1)[1]} in {folder}, or use --weights random"
+                        ) from problem
     return _read_trusted(path), Origin("openai", sha256_of_file(path))
 
 
@@ -142,24 +140,22 @@ def _random(dims: Dimensions, seed: int) -> tuple[dict, Origin]:
         for parameter in model.parameters():
             if parameter.ndim == 1:  # biases of 0 and norms of 1 would hide a mistake in them
                 parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.contiguous().numpy())
-    return model.state_dict(), Origin("random", digest.hexdigest(), seed=seed)
+    state_dict, digest = model.state_dict(), hashlib.sha256()
+    for tensor in state_dict.values():
+        digest.update(tensor.numpy())
+    return state_dict, Origin("random", digest.hexdigest(), seed=seed)
 
 
 def _file(path: Path, trust: bool) -> tuple[dict, Origin]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; --weights takes demo, openai, random or a file")
-    digest = sha256_of_file(path)
-    origin = Origin("file", digest, path=str(path.resolve()))
+    origin = Origin("file", sha256_of_file(path), path=str(path.resolve()))
     if path.suffix == ".safetensors":
         return _read_safetensors(path)[0], origin
     published = [url.split("/")[-2] for url in deprecations.clip()._MODELS.values()]
-    if not trust and digest not in published:
-        raise UserError(f"{path} is neither safetensors nor one of OpenAI's archives (by SHA-256);"
-                        " a pickle or TorchScript archive can run code when it is read: convert it"
-                        " to safetensors, or pass --trust-weights if you trust its source")
+    if not trust and origin.sha256 not in published:
+        raise UserError(f"{path} is neither safetensors nor one of OpenAI's archives, so reading it"
+                        " can run code: convert it to safetensors, or trust it: --trust-weights")
     return _read_trusted(path), origin
 
 
@@ -180,7 +176,8 @@ def _read_trusted(path: Path) -> dict:
     except Exception as problem:  # a pickle can raise anything at all
         reason = (str(problem) or repr(problem)).strip().partition("\n")[0]
         raise UserError(f"{path} cannot be read: {reason}") from problem
-    content = content.state_dict() if isinstance(content, torch.nn.Module) else content
+    if isinstance(content, torch.nn.Module):
+        content = content.state_dict()
     if not isinstance(content, dict) or not all(map(torch.is_tensor, content.values())):
         raise UserError(f"{path} holds no state dict of tensors")
     return content

@@ -29,11 +29,9 @@ def load(folder: Union[str, Path], device: Optional[str] = None, force: bool = F
     """
     artifact = read_artifact(folder)
     if artifact.verified is False and not force:
-        raise UserError(f"{folder} failed its verification; compile again, or use force=True "
-                        "(--force)")
+        raise UserError(f"{folder} failed its verification; compile anew, or force=True (--force)")
     if artifact.verified is None:
-        warnings.warn(f"{folder} was never verified; run python -m clip_ttrt.verify {folder}",
-                      stacklevel=2)
+        warnings.warn(f"{folder} was never verified; run python -m clip_ttrt.verify", stacklevel=2)
     device = str(device or artifact.device)
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UserError(f"unknown device {device!r}; write cuda, cuda:N or cpu")
@@ -81,8 +79,7 @@ class CompiledCLIP(nn.Module):
         if contexts < 1:
             raise UserError(f"contexts={contexts}: a model needs at least 1")
         dims, on_gpu = artifact.dimensions, artifact.device == "cuda"
-        side = dims.image_resolution
-        self.artifact = artifact
+        self.artifact, side = artifact, dims.image_resolution
         self.context_length, self.vocab_size = dims.context_length, dims.vocab_size
         self.visual = SimpleNamespace(input_resolution=side, output_dim=dims.embed_dim)
         here = f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu"

@@ -90,26 +90,23 @@ def test_tokens_of_both_integer_dtypes_and_of_any_length(model, tokens):
         assert close(model.encode_text(change), model.encode_text(tokens))
 
 
-@pytest.mark.parametrize("name, bad, found", [
-    ("images", torch.zeros(2, 3, 111, 112), r"torch.float32 \[2, 3, 111, 112\]"),
-    ("images", torch.zeros(3, 112, 112), r"torch.float32 \[3, 112, 112\]"),
-    ("images", torch.zeros(2, 3, 112, 112, dtype=torch.uint8), "torch.uint8"),
-    ("images", "picture.png", "str"),
-    ("tokens", torch.zeros(2, 78, dtype=torch.int32), r"torch.int32 \[2, 78\]"),
-    ("tokens", torch.zeros(2, 0, dtype=torch.int32), r"torch.int32 \[2, 0\]"),
-    ("tokens", torch.zeros(77, dtype=torch.int32), r"torch.int32 \[77\]"),
-    ("tokens", torch.zeros(2, 77), "torch.float32"),
-    ("tokens", ["a cat"], "list"),
+@pytest.mark.parametrize("name, bad, sentence", [
+    ("images", torch.zeros(2, 3, 111, 112), r"expected images .*float32 \[2, 3, 111, 112\]"),
+    ("images", torch.zeros(3, 112, 112), r"expected images .*float32 \[3, 112, 112\]"),
+    ("images", torch.zeros(2, 3, 112, 112, dtype=torch.uint8), "expected images .*torch.uint8"),
+    ("images", "picture.png", "expected images .*str"),
+    ("images", torch.zeros(2, 3, 112, 112, device="meta"), "on meta, and the model is on"),
+    ("tokens", torch.zeros(2, 78, dtype=torch.int32), r"expected tokens .*int32 \[2, 78\]"),
+    ("tokens", torch.zeros(2, 0, dtype=torch.int32), r"expected tokens .*int32 \[2, 0\]"),
+    ("tokens", torch.zeros(77, dtype=torch.int32), r"expected tokens .*int32 \[77\]"),
+    ("tokens", torch.zeros(2, 77), "expected tokens .*torch.float32"),
+    ("tokens", torch.zeros(2, 77, dtype=torch.long, device="meta"), "on meta, and the model is"),
 ])
-def test_bad_inputs(model, name, bad, found):
-    with pytest.raises(ValueError, match=rf"expected {name} \[batch, .*, got {found}"):
+def test_bad_inputs(model, tokens, name, bad, sentence):
+    expected = model.encode_text(tokens)
+    with pytest.raises(ValueError, match=sentence):
         (model.encode_image if name == "images" else model.encode_text)(bad)
-
-
-def test_a_tensor_on_another_device(model, images, tokens):
-    for call, rows in ((model.encode_image, images), (model.encode_text, tokens)):
-        with pytest.raises(ValueError, match="is on meta, and the model is on"):
-            call(rows.to("meta"))
+    assert torch.equal(model.encode_text(tokens), expected)
 
 
 @pytest.mark.parametrize("token", [-1, 49408, 2**31 - 1, -2**31, 2**32 + 5, -2**32 + 5])
@@ -118,7 +115,7 @@ def test_tokens_outside_the_vocabulary_never_give_an_answer(loaded, tokens, toke
     model, artifact = loaded[0], loaded[0].artifact
     module = torch.jit.load(str(artifact.path("text")), map_location=artifact.device)
     calls = [module] if artifact.device == "cpu" else [module, model.encode_text]
-    bad = tokens[:3].long()
+    bad = tokens[:3].long() if abs(token) > 2**31 else tokens[:3].clone()
     bad[1, 40] = token
     with torch.no_grad():
         for call in calls:
@@ -168,37 +165,17 @@ def test_a_size_gets_a_graph_of_its_own_while_there_are_few():
     assert bucket(77, range(100, 100 + MOST_GRAPHS - 1), span) == 77
 
 
-def test_beyond_that_a_size_is_padded_where_padding_is_cheap():
+def test_beyond_that_only_powers_of_two_and_the_maximum_are_captured():
     span, full = BatchRange(2, 8, 200), range(3, 3 + MOST_GRAPHS)
-    for counts, sizes in (((3, 7, 14), [3, 7, 14]),  # captured
-                          ((1, 2, 15, 17, 31, 32), [2, 2, 16, 32, 32, 32]),
-                          ((33, 100, 129, 199), [None] * 4),
-                          ((64, 128, 200), [64, 128, 200])):
-        assert [bucket(count, full, span) for count in counts] == sizes
+    assert [bucket(count, full, span) for count in (3, 7, 14)] == [3, 7, 14]  # captured before
+    assert [bucket(count, full, span) for count in (1, 2, 15, 17, 32)] == [2, 2, 16, 32, 32]
+    assert {bucket(count, full, span) for count in range(33, 201)} == {None, 64, 128, 200}
     assert bucket(17, full, BatchRange(1, 4, 24)) == 24  # no graph is larger than the engine serves
 
 
-def test_no_call_order_needs_more_graphs_than_padded_sizes_and_bounds():
-    """Whatever comes, once the graphs are many their sizes are few: none is captured for long."""
-    graphs, captures = {}, 0
-    for step in range(3000):
-        size = bucket(1 + (step * 97) % 256, graphs, BatchRange(1, 32, 256))
-        if size is None:
-            continue
-        if size not in graphs:
-            captures += 1
-            if len(graphs) == MOST_GRAPHS:
-                graphs.pop(next(iter(graphs)))
-        graphs[size] = graphs.pop(size, None)
-    assert captures <= MOST_GRAPHS + 9  # powers of two up to 256
-
-
-def test_a_model_needs_a_context(demo_artifact):
+def test_warmup_memory_and_contexts_on_any_device(model):
     with pytest.raises(clip_ttrt.UserError, match="contexts=0: a model needs at least 1"):
-        clip_ttrt.load(demo_artifact.folder, contexts=0)
-
-
-def test_warmup_and_memory_on_any_device(model):
+        clip_ttrt.load(model.artifact.folder, contexts=0)
     model.warmup([1, 3])
     model.warmup()
     memory = model.memory()
