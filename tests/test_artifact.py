@@ -1,4 +1,4 @@
-"""The artifact folder: what compile writes, how it is written, and every way it can be bad."""
+"""The artifact folder: what compile writes, and every way in which it can be bad."""
 import itertools
 import json
 import os
