@@ -1,9 +1,10 @@
-"""A name or a file -> weights in OpenAI's naming, with their dimensions and where they came from."""
+"""A name or a file -> weights in OpenAI's naming, with their dimensions and their origin."""
 import hashlib
 import http.client
-from dataclasses import asdict, dataclass
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Mapping, Optional, Union
+from typing import Mapping, Optional
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,7 +14,7 @@ from clip_ttrt.demo import packing
 from clip_ttrt.errors import UserError
 from clip_ttrt.models import MODELS, Dimensions, dimensions_from, dimensions_of
 
-NOT_PARAMETERS = ("input_resolution", "context_length", "vocab_size")  # stored beside the weights in OpenAI's archives
+NOT_PARAMETERS = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives
 
 
 @dataclass(frozen=True)
@@ -28,60 +29,67 @@ class Origin:
     def describe(self) -> str:
         if self.kind == "random":
             return f"RANDOM weights (seed {self.seed}): the features mean nothing"
-        where = f" {self.path}" if self.path else ""
-        return f"{self.kind} weights{where} (SHA-256 {self.sha256[:12]}...)"
+        return f"{self.path or self.kind} weights (SHA-256 {self.sha256[:12]}...)"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """Weights of one model: fp32 CPU tensors in OpenAI's naming."""
 
-    model: str
     dimensions: Dimensions
     state_dict: Mapping[str, torch.Tensor]
     origin: Origin
 
 
-def load_checkpoint(model: str, weights: Optional[str] = None, seed: int = 0, trust: bool = False) -> Checkpoint:
+def load_checkpoint(model: str, weights: Optional[str] = None, seed: int = 0,
+                    trust: bool = False) -> Checkpoint:
     """Load weights for a model of the table.
 
-    model: a name in `MODELS`.  weights: `demo`, `openai`, `random`, or a file (safetensors in
-    OpenAI's naming, or one of OpenAI's archives); by default `demo` for the demo model, else
-    `openai`.  seed: for random weights.  trust: read a pickle or archive that is not one of
-    OpenAI's, which runs whatever code it holds.
-
-    Raises UserError for an unknown model, weights that are missing, truncated, not CLIP's or
-    another model's, and for an untrusted pickle.
+    weights: `demo`, `openai` (the defaults), `random` (by the seed), or a file: safetensors in
+    OpenAI's naming or one of OpenAI's archives.  trust: any pickle, whose code runs.
+    Raises UserError for weights that are missing, broken, another model's, or not trusted.
     """
     wanted = dimensions_of(model)
     weights = weights or ("demo" if model == "demo" else "openai")
     if weights == "demo":
-        state_dict, origin = _demo()
+        tensors, metadata = _read_safetensors(demo.WEIGHTS)
+        state_dict = packing.unpack(tensors, int(metadata["vocab_size"]))
+        origin = Origin("demo", sha256_of_file(demo.WEIGHTS))
     elif weights == "openai":
         state_dict, origin = _openai(model)
     elif weights == "random":
         state_dict, origin = _random(wanted, seed)
     else:
         state_dict, origin = _file(Path(weights), trust)
-    found = dimensions_from(state_dict)
-    if found != wanted:
-        raise UserError(f"the weights ({origin.kind}{' ' + origin.path if origin.path else ''}) are not {model}: {_difference(found, wanted)}")
-    state_dict = {name: tensor.detach().float().cpu() for name, tensor in state_dict.items() if name not in NOT_PARAMETERS}
-    _check(state_dict, wanted)
-    return Checkpoint(model, wanted, state_dict, origin)
+    state_dict = {name: tensor.detach().float().cpu() for name, tensor in state_dict.items()
+                  if name not in NOT_PARAMETERS}
+    with torch.device("meta"):
+        expected = original_model(wanted).state_dict()
+    theirs, ours = ({f"{name} {list(tensor.shape)}" for name, tensor in tensors.items()}
+                    for tensors in (state_dict, expected))
+    what = f"these weights ({origin.path or origin.kind})"
+    if theirs != ours:
+        found, missing, unknown = dimensions_from(state_dict), ours - theirs, theirs - ours
+        names = [name for name, row in MODELS.items() if row == found] or ["no known model"]
+        raise UserError(f"{what} are not a whole {model}: they have the dimensions of {names[0]}, "
+                        f"{len(missing)} missing ({', '.join(sorted(missing)[:3])}) and "
+                        f"{len(unknown)} unknown tensors ({', '.join(sorted(unknown)[:3])})")
+    if broken := [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]:
+        raise UserError(f"{what} are not finite: {', '.join(broken[:3])}")
+    return Checkpoint(wanted, state_dict, origin)
 
 
-def reload_checkpoint(model: str, origin: Origin, weights: Optional[str] = None, trust: bool = False) -> Checkpoint:
-    """Load the weights that an artifact was compiled from, or fail.
+def reload_checkpoint(model: str, origin: Origin, weights: Optional[str] = None,
+                      trust: bool = False) -> Checkpoint:
+    """Load the weights that an artifact was compiled from; UserError where they are not the same.
 
     weights: a file to read instead of the recorded path, where it has moved.
-    Raises UserError where they cannot be found or are not the same (by SHA-256).
     """
-    source = weights or (origin.path if origin.kind == "file" else origin.kind)
-    checkpoint = load_checkpoint(model, source, seed=origin.seed or 0, trust=trust)
+    source = weights or origin.path or origin.kind
+    checkpoint = load_checkpoint(model, source, origin.seed or 0, trust)
     if checkpoint.origin.sha256 != origin.sha256:
-        raise UserError(f"{source} does not hold the weights that the artifact was compiled from (SHA-256 "
-                        f"{checkpoint.origin.sha256[:12]}..., compiled from {origin.sha256[:12]}...)")
+        raise UserError(f"{source} does not hold the weights that the artifact was compiled from: "
+                        f"its SHA-256 is {checkpoint.origin.sha256}, not {origin.sha256}")
     return checkpoint
 
 
@@ -90,13 +98,14 @@ def original_model(dims: Dimensions) -> torch.nn.Module:
     deprecations.clip()
     from clip.model import CLIP
 
-    return CLIP(dims.embed_dim, dims.image_resolution, dims.image_layers, dims.image_width, dims.patch_size,
-                dims.context_length, dims.vocab_size, dims.text_width, dims.text_heads, dims.text_layers)
+    return CLIP(dims.embed_dim, dims.image_resolution, dims.image_layers, dims.image_width,
+                dims.patch_size, dims.context_length, dims.vocab_size, dims.text_width,
+                dims.text_heads, dims.text_layers)
 
 
-def original_with_weights(checkpoint: Checkpoint, device: Union[str, torch.device]) -> torch.nn.Module:
-    """The original model with a checkpoint's weights in fp32, for inference on a device; made without the initialisation, which takes seconds."""
-    with torch.device("meta"):
+def original_with_weights(checkpoint: Checkpoint, device: str) -> torch.nn.Module:
+    """The original model with a checkpoint's weights in fp32, for inference on a device."""
+    with torch.device("meta"):  # its initialisation takes seconds
         model = original_model(checkpoint.dimensions)
     model.to_empty(device=device).load_state_dict(checkpoint.state_dict)
     mask = model.build_attention_mask()  # no parameter: on the CPU, where the original leaves it
@@ -107,75 +116,47 @@ def original_with_weights(checkpoint: Checkpoint, device: Union[str, torch.devic
 
 def sha256_of_file(path: Path) -> str:
     """SHA-256 of a file's bytes, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _demo() -> tuple[dict, Origin]:
-    tensors, metadata = _read_safetensors(demo.WEIGHTS)
-    if metadata.get("format") != packing.FORMAT:
-        raise UserError(f"the embedded weights have format {metadata.get('format')!r}, not {packing.FORMAT!r}; reinstall the package")
-    return packing.unpack(tensors, int(metadata["vocab_size"])), Origin("demo", sha256_of_file(demo.WEIGHTS))
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _openai(model: str) -> tuple[dict, Origin]:
     clip = deprecations.clip()
     if model not in clip._MODELS:
-        raise UserError(f"OpenAI published no weights for {model!r}; use --weights demo, random or a file")
-    url = clip._MODELS[model]
-    folder = Path("~/.cache/clip").expanduser()
-    target = folder / url.rsplit("/", 1)[1]
+        raise UserError(f"OpenAI published no {model}; use --weights demo, random or a file")
+    url, folder = clip._MODELS[model], Path.home() / ".cache" / "clip"
     try:
         path = Path(clip._download(url, str(folder)))
-    except (OSError, http.client.HTTPException) as problem:
-        # A download that broke off is not a file to find next time.
-        if target.is_file() and target.stat().st_size == 0:
-            target.unlink()
-        raise UserError(f"OpenAI's weights for {model} could not be downloaded ({problem}); place the file {target.name} "
-                        f"in {folder}, or use --weights random or --weights FILE") from problem
-    except RuntimeError as problem:
-        raise UserError(f"OpenAI's weights for {model} are damaged: {problem}; delete {target} and try again") from problem
-    return _read_archive(path), Origin("openai", sha256_of_file(path))
+    except (OSError, http.client.HTTPException, RuntimeError) as problem:
+        raise UserError(f"OpenAI's weights for {model} could not be downloaded ({problem}); place "
+                        f"the file {url.rsplit('/', 1)[1]} in {folder}, or use --weights random"
+                        ) from problem
+    return _read_trusted(path), Origin("openai", sha256_of_file(path))
 
 
 def _random(dims: Dimensions, seed: int) -> tuple[dict, Origin]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = original_model(dims)
-        # Biases start at zero and norms as the identity; without noise a mistake in them would not show.
         for parameter in model.parameters():
-            if parameter.ndim == 1:
+            if parameter.ndim == 1:  # biases of 0 and norms of 1 would hide a mistake in them
                 parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
-    state_dict = model.state_dict()
-    digest = hashlib.sha256()
-    for name in sorted(state_dict):
-        digest.update(name.encode())
-        digest.update(state_dict[name].contiguous().numpy())
+    state_dict, digest = model.state_dict(), hashlib.sha256()
+    for tensor in state_dict.values():
+        digest.update(tensor.numpy())
     return state_dict, Origin("random", digest.hexdigest(), seed=seed)
 
 
 def _file(path: Path, trust: bool) -> tuple[dict, Origin]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; --weights takes demo, openai, random or a file")
-    digest = sha256_of_file(path)
-    origin = Origin("file", digest, path=str(path.resolve()))
+    origin = Origin("file", sha256_of_file(path), path=str(path.resolve()))
     if path.suffix == ".safetensors":
         return _read_safetensors(path)[0], origin
-    if digest in published_digests():
-        return _read_archive(path), origin
-    if not trust:
-        raise UserError(f"{path} is neither safetensors nor one of OpenAI's archives (by SHA-256); a pickle or TorchScript archive "
-                        f"can run code when it is read: convert it to safetensors, or pass --trust-weights if you trust its source")
-    return _read_pickle(path), origin
-
-
-def published_digests() -> dict[str, str]:
-    """SHA-256 of each archive that OpenAI published -> the model's name."""
-    clip = deprecations.clip()
-    return {url.split("/")[-2]: name for name, url in clip._MODELS.items()}
+    published = [url.split("/")[-2] for url in deprecations.clip()._MODELS.values()]
+    if not trust and origin.sha256 not in published:
+        raise UserError(f"{path} is neither safetensors nor one of OpenAI's archives, so reading it"
+                        " can run code: convert it to safetensors, or trust it: --trust-weights")
+    return _read_trusted(path), origin
 
 
 def _read_safetensors(path: Path) -> tuple[dict, dict]:
@@ -186,52 +167,17 @@ def _read_safetensors(path: Path) -> tuple[dict, dict]:
         raise UserError(f"{path} is not a whole safetensors file: {problem}") from problem
 
 
-def _read_archive(path: Path) -> dict:
+def _read_trusted(path: Path) -> dict:
+    """A state dict from a TorchScript archive or a pickle, whose code runs."""
     try:
         with deprecations.hidden():
-            return torch.jit.load(str(path), map_location="cpu").state_dict()
-    except RuntimeError as problem:
-        raise UserError(f"{path} is not a whole TorchScript archive: {_first_line(problem)}") from problem
-
-
-def _read_pickle(path: Path) -> dict:
-    try:
-        return _read_archive(path)
-    except UserError:
-        pass
-    try:
-        content = torch.load(str(path), map_location="cpu", weights_only=False)  # trusted
+            warnings.filterwarnings("ignore", "'torch.load' received a zip file", UserWarning)
+            content = torch.load(str(path), map_location="cpu", weights_only=False)
     except Exception as problem:  # a pickle can raise anything at all
-        raise UserError(f"{path} cannot be read: {_first_line(problem)}") from problem
-    content = content.state_dict() if isinstance(content, torch.nn.Module) else content
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        reason = (str(problem) or repr(problem)).strip().partition("\n")[0]
+        raise UserError(f"{path} cannot be read: {reason}") from problem
+    if isinstance(content, torch.nn.Module):
+        content = content.state_dict()
+    if not isinstance(content, dict) or not all(map(torch.is_tensor, content.values())):
         raise UserError(f"{path} holds no state dict of tensors")
     return content
-
-
-def _first_line(problem: BaseException) -> str:
-    return (str(problem).strip().splitlines() or [type(problem).__name__])[0]
-
-
-def _difference(found: Dimensions, wanted: Dimensions) -> str:
-    """Why two models' dimensions differ, and which model it is if the table knows it."""
-    for name, row in MODELS.items():
-        if row == found:
-            return f"they have the dimensions of {name}"
-    parts = [f"{field} {value}, not {asdict(wanted)[field]}" for field, value in asdict(found).items() if value != asdict(wanted)[field]]
-    return "they have " + ", ".join(parts)
-
-
-def _check(state_dict: Mapping[str, torch.Tensor], dims: Dimensions) -> None:
-    """Every parameter is there, in its shape, and finite."""
-    with torch.device("meta"):
-        expected = original_model(dims).state_dict()
-    missing, unknown = sorted(expected.keys() - state_dict.keys()), sorted(state_dict.keys() - expected.keys())
-    if missing or unknown:
-        raise UserError(f"these weights are not a whole CLIP model: {len(missing)} missing ({', '.join(missing[:3])}), "
-                        f"{len(unknown)} unknown ({', '.join(unknown[:3])})")
-    for name, tensor in state_dict.items():
-        if tensor.shape != expected[name].shape:
-            raise UserError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{name} holds values that are not finite")

@@ -1,10 +1,7 @@
-"""An encoder's calls: contexts, and the CUDA graphs that they replay.
+"""An encoder's calls, spread over contexts, which replay CUDA graphs.
 
-A `Context` is one loaded module with the graphs captured from it, one for each batch size that
-`bucket` gives it; an `Encoder` spreads calls over its contexts.  Work of one context is ordered by
-events on the GPU, and nothing but a capture waits for the GPU.
+Work of one context is ordered by events on the GPU; nothing but a capture waits for the GPU.
 """
-import contextlib
 import ctypes
 import itertools
 import threading
@@ -12,7 +9,7 @@ from collections import OrderedDict
 from typing import Collection, Iterable, Optional
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clip_ttrt.options import BatchRange
 
@@ -29,9 +26,8 @@ def is_out_of_memory(problem: RuntimeError) -> bool:
 def bucket(count: int, captured: Collection[int], batch: BatchRange) -> Optional[int]:
     """The batch size whose graph serves `count` rows, count <= batch.maximum; None: no graph.
 
-    While there are fewer than 12 graphs each size gets its own; beyond that a size without one is
-    padded to the next power of two up to 32, and larger ones run as they are, powers of two and
-    the engine's maximum excepted, whose graphs take the place of the one used longest ago.
+    While there are few graphs each size gets its own; then a size without one is padded to a power
+    of two up to 32, and of the larger ones only powers of two and the engine's maximum get one.
     """
     size = max(count, batch.minimum)
     if size in captured or len(captured) < MOST_GRAPHS:
@@ -40,37 +36,26 @@ def bucket(count: int, captured: Collection[int], batch: BatchRange) -> Optional
     return power if power <= PADDED or power == size else None
 
 
-@contextlib.contextmanager
-def relaxed_capture():
-    """Inside, a thread that captures may do on other streams what captures forbid: allocate."""
-    driver, mode = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED
-    driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
-    try:
-        yield
-    finally:
-        driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
-
-
 class Captured:
     """A CUDA graph of a module at one batch size, with its input and output."""
 
-    def __init__(self, module: torch.jit.ScriptModule, size: int, shape: tuple[int, ...],
-                 dtype: torch.dtype, stream: torch.cuda.Stream, pool):
-        free, self.columns = torch.cuda.mem_get_info()[0], shape[-1]
+    def __init__(self, context: "Context", size: int):
+        encoder, stream = context.encoder, context.side
+        free, self.columns = torch.cuda.mem_get_info()[0], encoder.example.shape[-1]
         self.graph = torch.cuda.CUDAGraph()
         # The outer stream is there for a capture that fails, which leaves its own current.
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(stream):
-            rows = torch.zeros(size, *shape, dtype=dtype, device="cuda")
+            rows = encoder.zeros(size)
             for _ in range(3):  # TorchScript's own optimiser looks at two calls
-                module(rows)
-            with torch.cuda.graph(self.graph, pool=pool, stream=stream,
+                context.module(rows)
+            with torch.cuda.graph(self.graph, pool=context.pool, stream=stream,
                                   capture_error_mode="thread_local"):
-                self.input = torch.empty(size, *shape, dtype=dtype, device="cuda")
-                self.output = module(self.input)
-        held = self.input.nbytes + self.output.nbytes
-        self.bytes = max(free - torch.cuda.mem_get_info()[0], held)
+                self.input = torch.empty_like(rows)
+                self.output = context.module(self.input)
+        own = self.input.nbytes + self.output.nbytes
+        self.bytes = max(free - torch.cuda.mem_get_info()[0], own)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """x [B, ...], B <= size, texts of any length -> features of the caller's own [B, E]."""
         count, columns, rows = x.shape[0], x.shape[-1], self.input
         if columns < self.columns:  # of a longer text before
@@ -88,12 +73,7 @@ class Captured:
 
 
 class Context:
-    """A loaded module on a GPU, called by one thread at a time; its work is done in that order.
-
-    A call on another CUDA stream than the one before it waits for that one, on the GPU.  While a
-    caller captures a graph of his own nothing is awaited: his graph may not run at the same time
-    as calls of the context on other streams.
-    """
+    """A loaded module on a GPU and its graphs, called by one thread at a time, on any stream."""
 
     def __init__(self, encoder: "Encoder", module: torch.jit.ScriptModule):
         self.encoder, self.module = encoder, module
@@ -104,13 +84,13 @@ class Context:
         self.side = torch.cuda.Stream()
         self.size = encoder.batch.minimum  # of the module's last run
 
-    def __call__(self, x: torch.Tensor, stream: torch.cuda.Stream) -> torch.Tensor:
+    def __call__(self, x: Tensor, stream: torch.cuda.Stream) -> Tensor:
         """x [B, ...], B within the range or below -> features float32 [B, E], on the stream."""
         with self.lock:
             if torch.cuda.is_current_stream_capturing():
                 self.prepare_for_capture(max(x.shape[0], self.encoder.batch.minimum))
-                return self.module(self.encoder.whole(x))[:x.shape[0]]
-            if stream != self.stream:
+                return self.encoder.run(self.module, x)
+            if stream != self.stream:  # the GPU waits for the call before this one
                 stream.wait_event(self.done)
                 self.stream = stream
             try:
@@ -118,69 +98,69 @@ class Context:
                 if graph is not None:
                     return graph(x)
                 self.size = max(x.shape[0], self.encoder.batch.minimum)
-                return self.module(self.encoder.whole(x))[:x.shape[0]]
+                return self.encoder.run(self.module, x)
             finally:
                 self.done.record(stream)
 
     def prepare_for_capture(self, size: int) -> None:
-        """Run the module, beside a caller's capture, where its last run had another batch size.
-
-        TensorRT sets itself up for a size in the first run of it, which cannot be captured.
-        """
-        if size != self.size:
-            encoder, self.size = self.encoder, size
-            with relaxed_capture(), torch.cuda.stream(self.side):
+        """Run the module beside a caller's capture: the first run of a size cannot be captured."""
+        if size == self.size:
+            return
+        self.size = size
+        # CU_STREAM_CAPTURE_MODE_RELAXED: a thread that captures may allocate on other streams.
+        driver, relaxed = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(2)
+        driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(relaxed))
+        try:
+            with torch.cuda.stream(self.side):
                 self.side.wait_event(self.done)
-                shape = (size, *encoder.shape)
-                self.module(torch.zeros(shape, dtype=encoder.dtype, device=encoder.device))
+                self.module(self.encoder.zeros(size))
                 self.side.synchronize()
+        finally:
+            driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(relaxed))
 
     def graph_for(self, count: int) -> Optional[Captured]:
-        """The graph for a batch size, captured now if there is none; None: run without."""
+        """The graph for a batch size, captured if there is none; None: run without."""
         size = bucket(count, self.graphs, self.encoder.batch)
-        if size is None:
-            return None
-        if size not in self.graphs:
-            with _capturing:
-                self.graphs[size] = self.capture(size)
-        self.graphs.move_to_end(size)
-        return self.graphs[size]
+        if size in self.graphs:
+            self.graphs.move_to_end(size)
+            return self.graphs[size]
+        return None if size is None else self.capture(size)
 
     def capture(self, size: int) -> Optional[Captured]:
         """A graph of a batch size, in place of the one used longest ago; None: no memory for it."""
-        self.done.synchronize()  # nothing of the context runs any more
-        if len(self.graphs) == MOST_GRAPHS:
-            self.graphs.popitem(last=False)
-        if not any(self.graphs.values()):
-            self.pool = torch.cuda.graph_pool_handle()  # PyTorch forgets one without graphs
-        self.size = size
-        try:
-            return Captured(self.module, size, self.encoder.shape, self.encoder.dtype,
-                            self.side, self.pool)
-        except RuntimeError as problem:
-            if not is_out_of_memory(problem):
-                raise
-            return None
+        with _capturing:
+            self.done.synchronize()  # nothing of the context runs any more
+            if len(self.graphs) == MOST_GRAPHS:
+                self.graphs.popitem(last=False)
+            if not any(self.graphs.values()):
+                self.pool = torch.cuda.graph_pool_handle()  # PyTorch forgets one without graphs
+            self.size = size
+            try:
+                self.graphs[size] = Captured(self, size)
+            except RuntimeError as problem:
+                if not is_out_of_memory(problem):
+                    raise
+                self.graphs[size] = None
+            return self.graphs[size]
 
 
 class Encoder:
     """An encoder's contexts on a GPU, or its module on the CPU: any batch in, features out."""
 
     def __init__(self, modules: list[torch.jit.ScriptModule], batch: BatchRange, width: int,
-                 shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
-                 cuda_graphs: bool):
-        self.module, self.batch, self.width, self.device = modules[0], batch, width, device
-        self.shape, self.dtype, self.cuda_graphs = shape, dtype, cuda_graphs
+                 example: Tensor, cuda_graphs: bool):  # example: of no rows
+        self.module, self.batch, self.width = modules[0], batch, width
+        self.example, self.device, self.cuda_graphs = example, example.device, cuda_graphs
         self.contexts: list[Context] = []
         self._turns = itertools.count()
-        if device.type == "cuda":
+        if example.is_cuda:
             self.contexts = [Context(self, module) for module in modules]
             with torch.no_grad():  # two first calls at once race in Torch-TensorRT
                 for module in modules:
-                    module(torch.zeros(batch.minimum, *shape, dtype=dtype, device=device))
+                    module(self.zeros(batch.minimum))
             torch.cuda.current_stream().synchronize()
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """x [B, ...], B >= 0 -> features float32 [B, width].  Splits over MAX, pads under MIN."""
         if x.shape[0] > self.batch.maximum:
             return torch.cat([self(part) for part in x.split(self.batch.maximum)])
@@ -188,8 +168,8 @@ class Encoder:
             return torch.empty(0, self.width, device=self.device)
         with torch.no_grad():
             if not self.contexts:
-                return self.module(self.whole(x))[:x.shape[0]]
-            # The runtime allocates outputs on, and takes the stream of, the current device.
+                return self.run(self.module, x)
+            # The runtime allocates outputs on, and runs on the stream of, the current device.
             with torch.cuda.device(self.device):
                 stream = torch.cuda.current_stream()
                 return self._choose(stream)(x, stream)
@@ -198,8 +178,7 @@ class Encoder:
         """Call every context with zeros, batches larger than MAX in parts, and wait for it."""
         for context, count in itertools.product(self.contexts, batches):
             with torch.no_grad(), torch.cuda.device(self.device):
-                rows = torch.zeros(count, *self.shape, dtype=self.dtype, device=self.device)
-                for part in rows.split(self.batch.maximum):
+                for part in self.zeros(count).split(self.batch.maximum):
                     context(part, torch.cuda.current_stream())
                 context.done.synchronize()
 
@@ -211,16 +190,21 @@ class Encoder:
             if context.stream == stream:
                 return context
         turn = next(self._turns) % len(self.contexts)
-        if torch.cuda.is_current_stream_capturing():
-            return self.contexts[turn]
         turns = self.contexts[turn:] + self.contexts[:turn]
-        return next((each for each in turns if not each.lock.locked() and each.done.query()),
-                    turns[0])
+        if torch.cuda.is_current_stream_capturing():
+            return turns[0]
+        idle = (each for each in turns if not each.lock.locked() and each.done.query())
+        return next(idle, turns[0])
 
-    def whole(self, x: torch.Tensor) -> torch.Tensor:
-        """x as the module takes it: on its device, of its length and of at least MIN rows."""
+    def zeros(self, size: int) -> Tensor:
+        return self.example.new_zeros(size, *self.example.shape[1:])
+
+    def run(self, module: torch.jit.ScriptModule, x: Tensor) -> Tensor:
+        """A module's features of x, moved to its device, of full length and at least MIN rows."""
+        count, length = x.shape[0], self.example.shape[-1]
         x = x.to(self.device, non_blocking=True)
-        if x.shape[-1] < self.shape[-1]:
-            x = nn.functional.pad(x, (0, self.shape[-1] - x.shape[-1]))
-        lacking = self.batch.minimum - x.shape[0]
-        return torch.cat([x, x[-1:].expand(lacking, *x.shape[1:])]) if lacking > 0 else x
+        if x.shape[-1] < length:
+            x = nn.functional.pad(x, (0, length - x.shape[-1]))
+        if count < self.batch.minimum:
+            x = torch.cat([x, x[-1:].expand(self.batch.minimum - count, *x.shape[1:])])
+        return module(x)[:count]

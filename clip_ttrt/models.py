@@ -1,18 +1,14 @@
-"""The models: names, dimensions, and dimensions read from a checkpoint's shapes."""
+"""The models: names and dimensions, from one table or from a checkpoint's shapes."""
 from dataclasses import dataclass
 
 from clip_ttrt.errors import UserError
 
-HEAD_DIM = 64  # every CLIP transformer, image or text, splits its width into heads of 64
+HEAD_DIM = 64  # of every CLIP transformer, image or text
 
 
 @dataclass(frozen=True)
 class Dimensions:
-    """Sizes of one CLIP model with a vision transformer.
-
-    Source of the numbers: the shapes in OpenAI's checkpoints (https://github.com/openai/CLIP,
-    `clip/model.py`, `build_model`).
-    """
+    """Sizes of one CLIP model with a vision transformer, as in OpenAI's checkpoints."""
 
     embed_dim: int
     image_resolution: int  # pixels, height and width
@@ -45,52 +41,43 @@ MODELS = {
     "ViT-L/14": Dimensions(768, 224, 14, 1024, 24, 77, 49408, 768, 12),
     "ViT-L/14@336px": Dimensions(768, 336, 14, 1024, 24, 77, 49408, 768, 12),
 }
-
 RESNETS = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64")
 
 
 def dimensions_of(name: str) -> Dimensions:
-    """The row of the table for a model's name.
-
-    Raises UserError for an unknown name (the message lists the known ones) and for OpenAI's
-    ResNet models, which are known and not supported yet.
-    """
+    """The dimensions of a model in the table; UserError, which lists the names, for any other."""
     if name in MODELS:
         return MODELS[name]
     if name in RESNETS:
-        raise UserError(f"{name} is one of OpenAI's ResNet models, which are not supported yet; "
-                        f"supported: {', '.join(MODELS)}")
+        raise UserError(f"{name} is a ResNet, not supported yet; supported: {', '.join(MODELS)}")
     raise UserError(f"unknown model {name!r}; known: {', '.join([*MODELS, *RESNETS])}")
 
 
 def dimensions_from(state_dict) -> Dimensions:
-    """Dimensions from the shapes of a state dict in OpenAI's naming.
+    """The dimensions by the shapes of a state dict in OpenAI's naming.
 
     Raises UserError where the tensors are not those of a CLIP model with a vision transformer.
     """
     if "visual.layer1.0.conv1.weight" in state_dict:
         raise UserError("these weights are a CLIP model with a ResNet, which is not supported yet")
+
+    def blocks(prefix: str) -> int:
+        names = (name.removeprefix(prefix) for name in state_dict if name.startswith(prefix))
+        return len({name.split(".")[0] for name in names})
+
     try:
         patch = state_dict["visual.conv1.weight"]
-        image_positions = state_dict["visual.positional_embedding"].shape[0]
-        grid = round((image_positions - 1) ** 0.5)
-        if grid * grid + 1 != image_positions:
-            raise UserError(f"these weights are not a CLIP model: {image_positions} image positions are not a square grid and a class token")
+        grid = round((len(state_dict["visual.positional_embedding"]) - 1) ** 0.5)
         return Dimensions(
             embed_dim=state_dict["text_projection"].shape[1],
             image_resolution=patch.shape[-1] * grid,
             patch_size=patch.shape[-1],
             image_width=patch.shape[0],
-            image_layers=count_blocks(state_dict, "visual.transformer.resblocks."),
+            image_layers=blocks("visual.transformer.resblocks."),
             context_length=state_dict["positional_embedding"].shape[0],
             vocab_size=state_dict["token_embedding.weight"].shape[0],
             text_width=state_dict["ln_final.weight"].shape[0],
-            text_layers=count_blocks(state_dict, "transformer.resblocks."),
+            text_layers=blocks("transformer.resblocks."),
         )
-    except (KeyError, IndexError, AttributeError) as missing:
-        raise UserError(f"these weights are not a CLIP model in OpenAI's naming: {missing}") from missing
-
-
-def count_blocks(state_dict, prefix: str) -> int:
-    """How many transformer blocks are stored under a prefix."""
-    return len({key[len(prefix):].split(".")[0] for key in state_dict if key.startswith(prefix)})
+    except (KeyError, IndexError, TypeError, AttributeError) as problem:
+        raise UserError(f"not a CLIP model in OpenAI's naming: {problem}") from problem

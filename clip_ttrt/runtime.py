@@ -1,12 +1,13 @@
 """`load`: an artifact as a drop-in for what `clip.load` returns."""
 import contextlib
+import re
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, Iterable, Optional, Union
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clip_ttrt import deprecations
 from clip_ttrt.artifact import Artifact, check_runs_here, load_modules, read_artifact
@@ -18,44 +19,29 @@ def load(folder: Union[str, Path], device: Optional[str] = None, force: bool = F
          cuda_graphs: bool = True, contexts: int = 1) -> tuple["CompiledCLIP", Callable]:
     """Load an artifact: `model, preprocess = clip_ttrt.load(DIR, device="cuda")`.
 
-    device: `cuda`, `cuda:N` or `cpu`; by default the kind the artifact was compiled for, and no
-    other kind is possible.  force: load although verification failed.  cuda_graphs: replay CUDA
-    graphs on a GPU, captured at the first use of a batch size or by `model.warmup`.  contexts: how
-    many calls may run on a GPU at once, each with weights of its own.
-    Returns the model and the transform from a PIL image to float32 [3, R, R], which is OpenAI's.
-
-    Raises UserError where the folder is no artifact, was altered, failed its verification, or
-    cannot run on this machine, where the GPU's memory runs out, and for contexts below 1.
+    device: `cuda`, `cuda:N` or `cpu`; by default, and at most, what the artifact was compiled for.
+    force: load although verification failed.  cuda_graphs: replay CUDA graphs on a GPU, captured
+    at the first use of a batch size or by `model.warmup`.  contexts: the number of calls that may
+    run on a GPU at once, each with weights of its own.
+    Returns the model and OpenAI's transform from a PIL image to float32 [3, R, R].
+    Raises UserError where the folder is no artifact, was altered, failed its verification or
+    cannot run here, where the GPU's memory runs out, and for contexts below 1.
     """
     artifact = read_artifact(folder)
     if artifact.verified is False and not force:
-        raise UserError(f"{folder} failed its verification; compile again, or load it all the same "
-                        "with force=True (--force)")
+        raise UserError(f"{folder} failed its verification; compile anew, or force=True (--force)")
     if artifact.verified is None:
-        warnings.warn(f"{folder} was never verified; python -m clip_ttrt.verify {folder} compares "
-                      "it with the original model", stacklevel=2)
-    with current_device(device):
-        check_runs_here(artifact, device)
-        model = CompiledCLIP(artifact, cuda_graphs, contexts)
-    return model, preprocess(artifact.dimensions.image_resolution)
-
-
-def current_device(device: Optional[str]):
-    """A context in which `cuda:N` is the current GPU, on which the runtime places an engine."""
-    try:
-        index = None if device is None else torch.device(device).index
-    except RuntimeError as problem:
-        raise UserError(f"unknown device {device!r}; write cuda, cuda:N or cpu") from problem
-    if index is None or not torch.cuda.is_available():
-        return contextlib.nullcontext()
+        warnings.warn(f"{folder} was never verified; run python -m clip_ttrt.verify", stacklevel=2)
+    device = str(device or artifact.device)
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UserError(f"unknown device {device!r}; write cuda, cuda:N or cpu")
+    index = int(device.partition(":")[2] or -1)
     if index >= torch.cuda.device_count():
         raise UserError(f"there is no {device} here: {torch.cuda.device_count()} GPUs answer")
-    return torch.cuda.device(index)
-
-
-def preprocess(resolution: int) -> Callable:
-    """OpenAI's transform: PIL image -> resized, cropped, normalised float32 [3, R, R]."""
-    return deprecations.clip()._transform(resolution)
+    with torch.cuda.device(index):  # on which the runtime places an engine; -1: the current one
+        check_runs_here(artifact, device)
+        model = CompiledCLIP(artifact, cuda_graphs, contexts)
+    return model, deprecations.clip()._transform(artifact.dimensions.image_resolution)
 
 
 def out_of_memory(what: str) -> UserError:
@@ -71,9 +57,9 @@ def memory_errors(what: str):
     try:
         yield
     except RuntimeError as problem:
-        if not is_out_of_memory(problem):
-            raise
-        raise out_of_memory(what) from problem
+        if is_out_of_memory(problem):
+            raise out_of_memory(what) from problem
+        raise
 
 
 class CompiledCLIP(nn.Module):
@@ -86,80 +72,62 @@ class CompiledCLIP(nn.Module):
     caller's own, on the model's device, in the order of the caller's stream.
     """
 
+    dtype = torch.float32  # of features
+
     def __init__(self, artifact: Artifact, cuda_graphs: bool = True, contexts: int = 1):
         super().__init__()
         if contexts < 1:
             raise UserError(f"contexts={contexts}: a model needs at least 1")
         dims, on_gpu = artifact.dimensions, artifact.device == "cuda"
-        side = dims.image_resolution
-        self.artifact = artifact
+        self.artifact, side = artifact, dims.image_resolution
         self.context_length, self.vocab_size = dims.context_length, dims.vocab_size
         self.visual = SimpleNamespace(input_resolution=side, output_dim=dims.embed_dim)
-        self.device = torch.device("cpu")
-        if on_gpu:
-            self.device = torch.device("cuda", torch.cuda.current_device())
+        here = f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu"
+        self.device = torch.device(here)
         scale = torch.tensor(artifact.manifest["logit_scale"], device=self.device)
         self.logit_scale = nn.Parameter(scale, requires_grad=False)
-        inputs = {"image": ((3, side, side), torch.float),
-                  "text": ((dims.context_length,), torch.int32)}
+        examples = {"image": torch.empty(0, 3, side, side, device=here),
+                    "text": torch.empty(0, dims.context_length, dtype=torch.int32, device=here)}
         with memory_errors(f"loading {artifact.folder}"):
             free = torch.cuda.mem_get_info()[0] if on_gpu else 0
-            copies = [load_modules(artifact, checked=bool(copy))
-                      for copy in range(contexts if on_gpu else 1)]
+            copies = [load_modules(artifact) for _ in range(contexts if on_gpu else 1)]
             # Not registered as submodules: engines cannot follow .to(), .half() or .float().
             self._encoders = {
                 name: Encoder([modules[name] for modules in copies], artifact.batch,
-                              dims.embed_dim, *inputs[name], self.device, cuda_graphs)
+                              dims.embed_dim, examples[name], cuda_graphs)
                 for name in artifact.encoders}
-        files = artifact.manifest["modules"].values()
-        weights = sum(each.get("mib", 0) for each in files) * len(copies)
-        taken = (free - torch.cuda.mem_get_info()[0]) / 2**20 if on_gpu else 0
+            taken = (free - torch.cuda.mem_get_info()[0]) / 2**20 if on_gpu else 0
+        weights = sum(each["mib"] for each in artifact.manifest["modules"].values()) * len(copies)
         self._loaded = {"weights": weights, "contexts": max(0, taken - weights)}
         self.eval()
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of features: float32."""
-        return torch.float32
-
-    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+    def encode_image(self, images: Tensor) -> Tensor:
         """Images [B, 3, R, R], any floating dtype -> features float32 [B, embed_dim].
 
-        Raises ValueError for another shape, dtype or device; UserError where the GPU's memory
-        runs out.
+        Raises ValueError for other inputs, UserError where the GPU's memory runs out.
         """
-        self._expect(images, "images", "a floating-point tensor [batch, 3, R, R]")
         side = self.visual.input_resolution
-        if images.ndim != 4 or images.shape[1:] != (3, side, side):
-            raise ValueError(f"images have shape {list(images.shape)}, "
-                             f"expected [batch, 3, {side}, {side}]")
-        if not images.is_floating_point():
-            raise ValueError(f"images have dtype {images.dtype}, expected a floating-point dtype; "
-                             "apply `preprocess` first")
+        if not (isinstance(images, Tensor) and images.is_floating_point()
+                and images.shape[1:] == (3, side, side)):
+            raise _unexpected(images, f"images [batch, 3, {side}, {side}] of a floating-point dtype"
+                                      ", as `preprocess` returns them")
         return self._encode("image", images)
 
-    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
+    def encode_text(self, tokens: Tensor) -> Tensor:
         """Tokens [B, T], int32 or int64, T <= context_length -> features float32 [B, embed_dim].
 
-        Shorter rows are padded with zeros, which changes nothing behind the end-of-text token.
-        Raises ValueError for another shape, dtype or device and for CPU tokens outside the
-        vocabulary; a row of GPU tokens outside it, which cannot be looked at without waiting for
-        the GPU, gets features of NaN.  UserError where the GPU's memory runs out.
+        Raises ValueError for other inputs and for CPU tokens outside the vocabulary; a row of GPU
+        tokens outside it gets features of NaN.  UserError where the GPU's memory runs out.
         """
-        self._expect(tokens, "tokens", "an integer tensor [batch, T]")
-        if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= self.context_length:
-            raise ValueError(f"tokens have shape {list(tokens.shape)}, "
-                             f"expected [batch, T] with 1 <= T <= {self.context_length}")
-        if tokens.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"tokens have dtype {tokens.dtype}, "
-                             "expected torch.int32 or torch.int64")
-        if not tokens.is_cuda and not ((tokens >= 0) & (tokens < self.vocab_size)).all():
+        if not (isinstance(tokens, Tensor) and tokens.dtype in (torch.int32, torch.int64)
+                and tokens.ndim == 2 and 1 <= tokens.shape[1] <= self.context_length):
+            raise _unexpected(tokens, "tokens [batch, T] of int32 or int64, with "
+                                      f"1 <= T <= {self.context_length}")
+        if tokens.is_cpu and not ((tokens >= 0) & (tokens < self.vocab_size)).all():
             raise ValueError(f"tokens lie outside the vocabulary, 0 to {self.vocab_size - 1}")
         return self._encode("text", tokens)
 
-    def forward(
-        self, images: torch.Tensor, tokens: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled cosine similarities float32: logits [images, texts], and their transpose."""
         image = nn.functional.normalize(self.encode_image(images), dim=-1)
         text = nn.functional.normalize(self.encode_text(tokens), dim=-1)
@@ -188,16 +156,18 @@ class CompiledCLIP(nn.Module):
                      for graph in list(context.graphs.values()) if graph)
         return {**self._loaded, "graphs": graphs / 2**20}
 
-    def _expect(self, value, name: str, what: str) -> None:
-        if not isinstance(value, torch.Tensor):
-            raise ValueError(f"{name}: expected {what}, got {type(value).__name__}")
-        if value.device != self.device and value.device.type != "cpu":
-            raise ValueError(f"{name} are on {value.device}, and the model is on {self.device}; "
-                             f"move them with .to({str(self.device)!r})")
-
-    def _encode(self, encoder: str, x: torch.Tensor) -> torch.Tensor:
+    def _encode(self, encoder: str, x: Tensor) -> Tensor:
         if encoder not in self._encoders:
             raise ValueError(f"{self.artifact.folder} holds no {encoder} encoder; "
                              f"compile with --encoder {encoder} or both")
+        if x.device != self.device and not x.is_cpu:
+            raise ValueError(f"the batch is on {x.device}, and the model is on {self.device}; "
+                             f"move it with .to({str(self.device)!r})")
         with memory_errors(f"encoding a batch of {x.shape[0]}"):
             return self._encoders[encoder](x)
+
+
+def _unexpected(value, expected: str) -> ValueError:
+    is_tensor = isinstance(value, Tensor)
+    found = f"{value.dtype} {list(value.shape)}" if is_tensor else type(value).__name__
+    return ValueError(f"expected {expected}, got {found}")

@@ -1,4 +1,4 @@
-"""examples/cpp: the compiled modules from C++ give Python's features, and bad input one sentence."""
+"""examples/cpp: the compiled modules from C++ give Python's features, bad input one sentence."""
 import importlib.util
 import os
 import shutil
@@ -13,31 +13,26 @@ import clip_ttrt
 import needs
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cpp"
-BINARY = "CLIP_TTRT_CPP_BINARY"  # a binary built elsewhere, for machines without a compiler or Torch's headers
+# A binary built elsewhere, for machines without a compiler or Torch's headers.
+BINARY = os.environ.get("CLIP_TTRT_CPP_BINARY")
+RANGE = "clip_features: images: batch 9 is outside the compiled range 1 to 8"
 
-
-def imported(path: Path):
-    """The example's script as a module: it is no part of a package."""
-    spec = importlib.util.spec_from_file_location("compare_cpp", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-example = imported(EXAMPLE / "compare.py")
+spec = importlib.util.spec_from_file_location("compare_cpp", EXAMPLE / "compare.py")
+example = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(example)
 
 
 @pytest.fixture(scope="session")
 def binary(tmp_path_factory) -> Path:
     """The example, built as its README says."""
-    if BINARY in os.environ:
-        return Path(os.environ[BINARY]).resolve()
-    if not shutil.which("cmake"):
-        pytest.skip("building examples/cpp needs cmake")
-    if not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", ""), "c++", "g++", "clang++") if compiler):
-        pytest.skip("building examples/cpp needs a C++ compiler")
+    if BINARY:
+        return Path(BINARY).resolve()
+    compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
+    if not shutil.which("cmake") or not any(map(shutil.which, compilers)):
+        pytest.skip("building examples/cpp needs cmake and a C++ compiler")
     build = tmp_path_factory.mktemp("cpp")
-    for command in (["cmake", "-S", EXAMPLE, "-B", build, f"-DPython3_EXECUTABLE={sys.executable}"], ["cmake", "--build", build]):
+    python = f"-DPython3_EXECUTABLE={sys.executable}"
+    for command in (["cmake", "-S", EXAMPLE, "-B", build, python], ["cmake", "--build", build]):
         result = subprocess.run(command, text=True, capture_output=True)
         assert result.returncode == 0, result.stdout + result.stderr
     return build / "clip_features"
@@ -45,7 +40,8 @@ def binary(tmp_path_factory) -> Path:
 
 def compiled(tmp_path_factory, backend: str, kernels: str = "auto"):
     folder = tmp_path_factory.mktemp(backend) / "artifact"
-    return clip_ttrt.compile(model="demo", weights="random", batch="1:4:8", backend=backend, kernels=kernels, verify=False, output=folder)
+    return clip_ttrt.compile(model="demo", weights="random", batch="1:4:8", backend=backend,
+                             kernels=kernels, verify=False, output=folder)
 
 
 @pytest.fixture(scope="session")
@@ -61,46 +57,39 @@ def engines(tmp_path_factory, request):
 
 def outcome(binary, artifact, inputs, tmp_path, device=None) -> tuple[int, str]:
     """Exit code and the last line on stderr: TensorRT's own warnings may stand before it."""
-    path = tmp_path / "inputs.pt"
+    path, output = tmp_path / "inputs.pt", tmp_path / "output.pt"
     if inputs is not None:
         torch.save(inputs, path)
-    result = example.run_binary(binary, artifact, path, tmp_path / "output.pt", device or artifact.device)
+    result = example.run_binary(binary, artifact, path, output, device or artifact.device)
     lines = result.stderr.splitlines()
     assert artifact.device == "cuda" or len(lines) == 1, result.stderr
-    assert not (tmp_path / "output.pt").exists()
+    assert not output.exists()
     return result.returncode, lines[-1]
 
 
 @pytest.mark.parametrize("batch", [1, 4, 8])
-def test_features_are_pythons(binary, artifact, batch):
+def test_features_are_pythons_and_printed(binary, artifact, capsys, batch):
     errors = example.compare(artifact, binary, artifact.device, batch)
     assert set(errors) == {"image", "text"} and max(errors.values()) <= example.TOLERANCE
-
-
-def test_what_is_printed_are_the_features(binary, artifact, capsys):
-    example.compare(artifact, binary, artifact.device, 3)
     lines = capsys.readouterr().out.splitlines()
-    features = example.python_features(artifact, example.make_inputs(artifact, 3), artifact.device)
-    rows = [(encoder, index, row) for encoder in ("image", "text") for index, row in enumerate(features[encoder])]
-    assert len(lines) == len(rows)
-    for line, (encoder, index, row) in zip(lines, rows):
+    inputs = example.make_inputs(artifact, batch)
+    features = example.python_features(artifact, inputs, artifact.device)
+    rows = [(name, i, row) for name in ("image", "text") for i, row in enumerate(features[name])]
+    for line, (encoder, index, row) in zip(lines, rows, strict=True):
         name, number, *values, dots, word, norm = line.replace(":", " ").split()
         assert (name, int(number), dots, word) == (encoder, index, "...", "norm")
         shown = torch.tensor([float(value) for value in (*values, norm)])
-        assert len(values) == 4 and (shown - torch.stack((*row[:4], row.norm()))).abs().max() <= example.TOLERANCE * row.norm()
+        expected = torch.stack((*row[:4], row.norm()))
+        assert (shown - expected).abs().max() <= example.TOLERANCE * row.norm()
 
 
 def test_relative_error_sees_differences():
     features = torch.tensor([[3.0, 4.0], [0.6, 0.8]])
     assert example.relative_error(features, features) == 0
-    assert example.relative_error(features + torch.tensor([[0.0], [0.1]]), features) == pytest.approx(0.1 * 2**0.5, rel=1e-5)
+    apart = example.relative_error(features + torch.tensor([[0.0], [0.1]]), features)
+    assert apart == pytest.approx(0.1 * 2**0.5, rel=1e-5)
     for wrong in (features[:1], features * float("nan")):
         assert example.relative_error(wrong, features) == float("inf")
-
-
-def test_batch_outside_the_range_is_one_sentence(binary, artifact, tmp_path):
-    assert outcome(binary, artifact, example.make_inputs(artifact, 9), tmp_path) == \
-        (2, "clip_features: images: batch 9 is outside the compiled range 1 to 8")
 
 
 @pytest.mark.parametrize("inputs, says", [
@@ -108,9 +97,11 @@ def test_batch_outside_the_range_is_one_sentence(binary, artifact, tmp_path):
     (torch.zeros(2, 77), "inputs.pt: holds no dict of tensors"),
     ({"pictures": torch.zeros(2, 77)}, "inputs.pt: holds neither images nor tokens"),
     ({"images": 3}, "images: Expected Tensor but got Int"),
-    ({"images": torch.zeros(2, 3, 5, 5)}, "images: expected an input of shape [batch] + [3, 112, 112], got [2, 3, 5, 5]"),
+    ({"images": torch.zeros(9, 3, 112, 112)}, RANGE),
+    ({"images": torch.zeros(2, 3, 5, 5)},
+     "images: expected an input of shape [batch] + [3, 112, 112], got [2, 3, 5, 5]"),
     ({"tokens": torch.zeros(2, 77)}, "tokens: expected integer tokens, got another type"),
-], ids=["missing", "no dict", "other keys", "no tensor", "shape", "dtype"])
+], ids=["missing", "no dict", "other keys", "no tensor", "batch", "shape", "dtype"])
 def test_bad_inputs_are_one_sentence(binary, artifact, tmp_path, inputs, says):
     code, line = outcome(binary, artifact, inputs, tmp_path)
     assert code == 2 and line.startswith("clip_features: ") and line.endswith(says)
@@ -119,18 +110,19 @@ def test_bad_inputs_are_one_sentence(binary, artifact, tmp_path, inputs, says):
 def test_truncated_module_is_one_sentence(binary, artifact, tmp_path):
     folder = shutil.copytree(artifact.folder, tmp_path / "artifact")
     (folder / "image.ts").write_bytes((artifact.folder / "image.ts").read_bytes()[:100_000])
-    code, line = outcome(binary, clip_ttrt.Artifact(folder, artifact.manifest), example.make_inputs(artifact, 2), tmp_path)
+    truncated = clip_ttrt.Artifact(folder, artifact.manifest)
+    code, line = outcome(binary, truncated, example.make_inputs(artifact, 2), tmp_path)
     assert code == 2 and line.startswith(f"clip_features: {folder}/image.ts: ")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_cuda_asked_for_and_absent_is_one_sentence(binary, artifact, tmp_path):
-    assert outcome(binary, artifact, example.make_inputs(artifact, 2), tmp_path, "cuda") == (2, "clip_features: --device cuda: no CUDA GPU answers")
+    assert outcome(binary, artifact, example.make_inputs(artifact, 2), tmp_path, "cuda") == \
+        (2, "clip_features: --device cuda: no CUDA GPU answers")
 
 
 @pytest.mark.gpu
 def test_engines_give_pythons_features(binary, engines, tmp_path):
     for batch in (1, 4, 8):
         assert max(example.compare(engines, binary, "cuda", batch).values()) <= example.TOLERANCE
-    assert outcome(binary, engines, example.make_inputs(engines, 9), tmp_path) == \
-        (2, "clip_features: images: batch 9 is outside the compiled range 1 to 8")
+    assert outcome(binary, engines, example.make_inputs(engines, 9), tmp_path) == (2, RANGE)

@@ -24,11 +24,9 @@ CAPTIONS = {
 
 
 def load(resolution: int) -> tuple[torch.Tensor, list[str]]:
-    """The pictures through OpenAI's preprocessing, float32 [8, 3, resolution, resolution], and their captions."""
+    """The pictures through OpenAI's preprocessing, float32 [8, 3, R, R], and their captions."""
     from PIL import Image
 
-    preprocess, images = deprecations.clip()._transform(resolution), []
-    for name in CAPTIONS:
-        with Image.open(FOLDER / f"{name}.jpg") as picture:
-            images.append(preprocess(picture))
+    preprocess = deprecations.clip()._transform(resolution)
+    images = [preprocess(Image.open(FOLDER / f"{name}.jpg")) for name in CAPTIONS]
     return torch.stack(images), [f"This is {caption}" for caption in CAPTIONS.values()]

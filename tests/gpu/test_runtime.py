@@ -66,10 +66,12 @@ def test_graphs_of_one_context_stay_right(model, plain, encoder):
 
 
 @ENCODERS
-def test_results_are_the_caller_s_own(model, encoder):
-    call = encode(model, encoder)
+def test_results_are_the_caller_s_own(model, plain, encoder):
+    """Also where the first call, which captures, is in inference mode."""
+    call, kept = encode(model, encoder), encode(plain, encoder)(rows(encoder, 4, 1))
+    with torch.inference_mode():
+        call(rows(encoder, 4, 2))
     first = call(rows(encoder, 4, 1))
-    kept = first.clone()
     second = call(rows(encoder, 4, 2))
     assert torch.equal(first, kept) and not torch.equal(first, second)
     second.zero_()
@@ -122,26 +124,18 @@ def forms(encoder, x):
 
 @ENCODERS
 def test_inputs_of_any_type_layout_and_place(model, plain, encoder):
-    for seed in range(2):
-        for x in forms(encoder, rows(encoder, 3, seed)):
-            whole = x.detach().cuda().contiguous()
-            if encoder == "image":
-                whole = whole.float()
-            else:
-                whole = torch.nn.functional.pad(whole, (0, 77 - x.shape[1])).int()
-            expected = encode(plain, encoder)(whole)
-            for each in (model, plain):
-                features = encode(each, encoder)(x)
-                assert features.is_cuda and not features.requires_grad
-                assert torch.equal(features, expected)
+    for x in (x for seed in range(2) for x in forms(encoder, rows(encoder, 3, seed))):
+        whole = x.detach().cuda().contiguous()
+        if encoder == "image":
+            whole = whole.float()
+        else:
+            whole = torch.nn.functional.pad(whole, (0, 77 - x.shape[1])).int()
+        expected = encode(plain, encoder)(whole)
+        for each in (model, plain):
+            features = encode(each, encoder)(x)
+            assert features.is_cuda and not features.requires_grad
+            assert torch.equal(features, expected)
     assert list(context_of(model, encoder).graphs) == [3]
-
-
-def test_a_first_call_in_inference_mode_does_not_spoil_later_ones(model, plain):
-    x = rows("image", 4)
-    with torch.inference_mode():
-        model.encode_image(x)
-    assert torch.equal(model.encode_image(x), plain.encode_image(x))
 
 
 @ENCODERS
@@ -166,23 +160,6 @@ def test_a_call_does_not_wait(model, encoder, place):
         torch.cuda.set_sync_debug_mode("default")
     stream.synchronize()
     assert not waited and torch.equal(features, expected)
-
-
-@pytest.mark.parametrize("token", [-1, 49408, 2**31 - 1, -2**31, 2**32 + 5])
-def test_a_row_with_an_id_out_of_range_is_nan(model, plain, demo_engines, token):
-    module = torch.jit.load(str(demo_engines.path("text")))
-    tokens = rows("text", 4)
-    expected = plain.encode_text(tokens)
-    bad = tokens.long() if abs(token) > 2**31 else tokens.clone()
-    bad[1, 40] = token  # behind the end of the text
-    with torch.no_grad():
-        found = [model.encode_text(bad), plain.encode_text(bad), module(bad)]
-    for features in found:
-        assert features[1].isnan().all()
-        assert torch.equal(features[[0, 2, 3]], expected[[0, 2, 3]])
-    with pytest.raises(ValueError, match="outside the vocabulary"):
-        model.encode_text(bad.cpu())
-    assert torch.equal(model.encode_text(tokens), expected)
 
 
 @ENCODERS
@@ -220,26 +197,25 @@ def test_threads_on_streams_get_their_own_answers(demo_engines, plain, at_once):
                 found = [encode(model, encoder)(x) for encoder, x, _ in asked]
                 for features, (_, _, expected) in zip(found, asked, strict=True):
                     assert torch.equal(features, expected)
-        return True
 
     def allocate(seed):
-        order, count = random.Random(seed), 0
+        order = random.Random(seed)
         with torch.cuda.stream(torch.cuda.Stream()):
             while not ended.is_set():
                 sizes = [order.randrange(1, 1 << 23) for _ in range(4)]
                 held = [torch.full((size,), 1.0, device="cuda") for size in sizes]
                 assert all(float(each[-1]) == 1 for each in held)
-                count += 1
-        return count
 
     with ThreadPoolExecutor(10) as pool:
         others = [pool.submit(allocate, seed) for seed in range(2)]
         workers = [pool.submit(work, seed) for seed in range(8)]
         try:
-            assert all([future.result() for future in workers])
+            for future in workers:
+                future.result()
         finally:
             ended.set()
-        assert all(future.result() for future in others)
+        for future in others:
+            future.result()
 
 
 def test_calls_on_two_streams_take_two_contexts(demo_engines, plain):
@@ -290,7 +266,7 @@ def test_memory_and_warmup(demo_engines):
 def test_a_graph_that_the_memory_does_not_suffice_for_is_done_without(model, plain, monkeypatch):
     asked = []
 
-    def exhausted(module, size, *_):
+    def exhausted(context, size):
         asked.append(size)
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
@@ -318,19 +294,6 @@ def test_a_failed_capture_leaves_stream_and_context_as_they_were(model, plain, m
     two = rows("image", 2)
     assert torch.equal(model.encode_image(two), plain.encode_image(two))
     assert context.graphs[2] is not None
-
-
-def test_a_wrong_input_does_not_spoil_the_next_call(model, plain):
-    x, tokens = rows("image", 4), rows("text", 4)
-    images, texts = plain.encode_image(x), plain.encode_text(tokens)
-    for bad in (x[:, :2], x[0], x.int(), x.to("meta"), "a cat"):
-        with pytest.raises(ValueError, match="expected|and the model is on"):
-            model.encode_image(bad)
-        assert torch.equal(model.encode_image(x), images)
-    for bad in (tokens[0], tokens.float(), torch.zeros(4, 78, dtype=torch.int32), ["a cat"]):
-        with pytest.raises(ValueError, match="expected"):
-            model.encode_text(bad)
-        assert torch.equal(model.encode_text(tokens), texts)
 
 
 def test_logits_are_those_without_graphs(model, plain):
