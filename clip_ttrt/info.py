@@ -2,13 +2,11 @@
 
 It never fails: what cannot be told is a sentence.
 """
-import argparse
-import json
 import platform
 import re
 import subprocess
 import sys
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 import torch
 
@@ -20,163 +18,98 @@ PRECISION = "fp16"
 
 def collect() -> dict[str, Any]:
     """Everything that is shown, as JSON can hold it."""
-    nvidia_smi = attempt(stack.driver)
     return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "nvidia_smi": nvidia_smi,
+        "warnings": attempt(gpus_not_used),
+        "python": f"{platform.python_version()}, {platform.platform()}",
+        "nvidia_smi": attempt(stack.driver),
         "pytorch": {"version": torch.__version__, "cuda": torch.version.cuda,
                     "gpus": attempt(gpus_of_pytorch)},
         "versions": attempt(stack.versions),
         "kernels": attempt(library),
         "nvcc": attempt(nvcc),
         "compile": attempt(what_a_compile_uses),
-        "warnings": attempt(lambda: warnings_about(nvidia_smi)),
     }
 
 
-def attempt(told: Callable[[], Any]) -> Any:
+def attempt(tell: Callable[[], Any]) -> Any:
     """What a function tells; where it raises, that, in a sentence."""
     try:
-        return told()
+        return tell()
+    except (UserError, build_kernels.CannotBuild) as problem:
+        return str(problem)
     except Exception as problem:  # whatever it is: whoever asks is looking for what is wrong
-        return f"cannot be told: {type(problem).__name__}: {first_line(str(problem))}"
+        first_line = str(problem).strip().split("\n")[0]
+        return f"cannot be told: {type(problem).__name__}: {first_line}"
 
 
-def first_line(text: str) -> str:
-    return next(iter(text.strip().splitlines()), "")
+def gpus_not_used() -> list[str]:
+    """What a user would want to know before anything else: a GPU that is there and not used."""
+    seen = bool(stack.driver())
+    if torch.cuda.is_available() and not seen:
+        return ["PyTorch sees a GPU and nvidia-smi does not answer: `make` goes by nvidia-smi and "
+                "takes this machine for one without a GPU (`make compile GPU=1` tells it)"]
+    if seen and not torch.cuda.is_available():
+        return [f"{stack.no_gpu()}; nothing will run on it"]
+    return []
 
 
-def gpus_of_pytorch() -> list[dict[str, Any]]:
-    """Name, capability and memory of each GPU that PyTorch sees."""
-    if not torch.cuda.is_available():
-        return []
-    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+def gpus_of_pytorch() -> list[dict[str, str]]:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return [{"name": gpu.name, "compute_capability": f"{gpu.major}.{gpu.minor}",
-             "memory": f"{gpu.total_memory >> 20} MiB"} for gpu in found]
+             "memory": f"{gpu.total_memory >> 20} MiB"}
+            for gpu in map(torch.cuda.get_device_properties, range(count))]
 
 
 def library() -> dict[str, Any]:
     """The library of kernels, and why engines cannot have it, where they cannot."""
-    found = kernels.find()
-    facts: dict[str, Any] = {"expected": kernels.version(), "obstacle": kernels.obstacle()}
-    if found is not None:
-        facts |= {"path": str(found.path), "version": found.version,
-                  "current": found.version == kernels.version(),
-                  "architectures": list(found.architectures),
-                  "tensorrt_major": found.tensorrt_major}
-    return facts
+    found, expected = kernels.find(), kernels.version()
+    facts = {"expected": expected, "obstacle": kernels.obstacle()}
+    if found is None:
+        return {"path": None, **facts}
+    return {"path": str(found.path), "version": found.version,
+            "current": found.version == expected, "architectures": list(found.architectures),
+            "tensorrt_major": found.tensorrt_major, **facts}
 
 
-def nvcc() -> Optional[dict[str, str]]:
-    """Path and version of the compiler that the kernels would be built with."""
-    try:
-        path = build_kernels.find_nvcc()
-    except build_kernels.CannotBuild:
-        return None
+def nvcc() -> dict[str, str]:
+    """The compiler that the kernels would be built with."""
+    path = build_kernels.find_nvcc()
     answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60)
     release = re.search(r"release ([\d.]+)", answer.stdout)
-    return {"path": str(path), "version": release[1] if release else "unknown"}
+    return {"version": release[1] if release else "unknown", "path": str(path)}
 
 
 def what_a_compile_uses() -> dict[str, Any]:
-    """Backend and kernels of a compile in fp16 with every choice left to it, and the reasons."""
-    try:
-        backend = backends.choose("auto", PRECISION)
-    except UserError as problem:
-        return {"backend": None, "reason": str(problem)}
+    """Backend and kernels of a compile with every choice left to it, and the reasons."""
+    backend = backends.choose("auto", PRECISION)
     choice = backends.choose_kernels("auto", backend, PRECISION)
-    return {"backend": backend.name, "device": backend.device, "computes_in": backend.computes_in,
-            "reason": backend.reason, "kernels": choice.kernels, "kernels_reason": choice.reason}
-
-
-def warnings_about(nvidia_smi: Any) -> list[str]:
-    """What a user would want to know before anything else: a GPU that is there and not used."""
-    if torch.cuda.is_available():
-        if nvidia_smi:
-            return []
-        return ["PyTorch sees a GPU and nvidia-smi does not answer: `make` goes by nvidia-smi and "
-                "takes this machine for one without a GPU (`make compile GPU=1` tells it)"]
-    return [f"{stack.no_gpu()}; nothing will run on it"] if nvidia_smi else []
+    return {"precision": PRECISION, "backend": backend.name, "device": backend.device,
+            "computes_in": backend.computes_in, "reason": backend.reason,
+            "kernels": choice.kernels, "kernels_reason": choice.reason}
 
 
 def text(facts: dict[str, Any]) -> str:
-    """What was collected, a line for each thing."""
-    lines = [f"WARNING: {warning}" for warning in as_list(facts["warnings"])]
-    for gpu in as_list(facts["nvidia_smi"]) or ["does not answer, or is not there"]:
-        lines.append(line("nvidia-smi", gpu if isinstance(gpu, str) else
-                          f"{gpu['name']}, {capability(gpu)}{gpu['memory']}, "
-                          f"driver {gpu['driver']}"))
-    pytorch = facts["pytorch"]
-    lines.append(line("PyTorch", f"{pytorch['version']}, "
-                      + (f"CUDA {pytorch['cuda']}" if pytorch["cuda"] else "built without CUDA")))
-    for gpu in as_list(pytorch["gpus"]) or ["none that PyTorch sees"]:
-        lines.append(line("GPU", gpu if isinstance(gpu, str) else
-                          f"{gpu['name']}, {capability(gpu)}{gpu['memory']}"))
-    lines.append(line("Python", f"{facts['python']}, {facts['platform']}"))
-    versions = facts["versions"]
-    if isinstance(versions, str):
-        lines.append(line("packages", versions))
-    else:
-        lines += [line(name, versions.get(name, "not installed"))
-                  for name in stack.DISTRIBUTIONS if name != "torch"]
-    lines += [line("kernels", told) for told in about_library(facts["kernels"])]
-    found = facts["nvcc"]
-    lines.append(line("nvcc", found if isinstance(found, str) else
-                      f"{found['version']}, {found['path']}" if found else "not found"))
-    lines += [""] + about_compile(facts["compile"])
+    """What was collected, a line for each thing, what to be warned of first."""
+    lines = []
+    for name, told in facts.items():
+        if name == "warnings" and isinstance(told, list):
+            lines += [f"WARNING: {warning}" for warning in told]
+        elif isinstance(told, dict):
+            lines += [f"{name}:", *(f"    {key}: {flat(value)}" for key, value in told.items())]
+        else:
+            lines.append(f"{name}: {flat(told)}")
     return "\n".join(lines)
 
 
-def line(name: str, told: str) -> str:
-    return f"{name:18} {told}"
-
-
-def as_list(told: Any) -> list[Any]:
-    """A list as it is; the sentence of something that cannot be told as the only entry of one."""
-    return told if isinstance(told, list) else [told]
-
-
-def capability(gpu: dict[str, Any]) -> str:
-    return f"capability {gpu['compute_capability']}, " if "compute_capability" in gpu else ""
-
-
-def about_library(found: Any) -> list[str]:
-    if isinstance(found, str):
-        return [found]
-    lines = []
-    if "path" in found:
-        state = "current" if found["current"] else f"stale: the sources are {found['expected']}"
-        major = found["tensorrt_major"]  # 0: built without TensorRT's headers
-        plugins = f"for TensorRT {major}" if major else "without plugins"
-        lines = [found["path"], f"version {found['version']} ({state}), {plugins}, "
-                                f"{', '.join(found['architectures'])}"]
-    else:
-        lines = ["not built"]
-    return lines + ([found["obstacle"]] if found["obstacle"] else [])
-
-
-def about_compile(uses: Any) -> list[str]:
-    what = f"A compile at {PRECISION} uses"
-    if isinstance(uses, str):
-        return [f"{what}: {uses}"]
-    if uses["backend"] is None:
-        return [f"{what} nothing: {uses['reason']}"]
-    note = "" if uses["computes_in"] == PRECISION else f", which computes in {uses['computes_in']}"
-    return [f"{what} --backend {uses['backend']}{note}: {uses['reason']}",
-            f"  with these kernels: {uses['kernels_reason']}"]
-
-
-def main(arguments: Optional[list[str]] = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m clip_ttrt.info",
-                                     description="Tell what this machine has and what a compile "
-                                                 "would use, and why not something better.")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    options = parser.parse_args(arguments)
-    facts = collect()
-    print(json.dumps(facts, indent=2) if options.json else text(facts))
-    return 0
+def flat(told: Any) -> str:
+    if isinstance(told, list):
+        return "; ".join(map(flat, told)) or "none"
+    if isinstance(told, dict):
+        return ", ".join(f"{key} {flat(value)}" for key, value in told.items())
+    return "none" if told is None else str(told)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from clip_ttrt.cli import main
+
+    sys.exit(main(["info", *sys.argv[1:]]))

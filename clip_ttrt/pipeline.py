@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import fx, nn
 
-from clip_ttrt import accuracy, backends, graph, guard, kernels, linear, stack, torchscript, trt
+from clip_ttrt import backends, graph, guard, kernels, linear, stack, torchscript, trt, verify
 from clip_ttrt.artifact import Artifact, draft
 from clip_ttrt.backends import Backend
 from clip_ttrt.checkpoint import Checkpoint, load_checkpoint
@@ -91,7 +91,7 @@ def compile_with(options: Options, progress: Progress) -> Artifact:
         artifact = writing.write_manifest(**manifest, verification=None)
         if options.verify:
             with progress.stage("verify against the original model in fp32"):
-                report = accuracy.compare(artifact, checkpoint)
+                report = verify.compare(artifact, checkpoint)
             artifact = writing.write_manifest(**manifest, verification=report)
         return writing.publish(artifact)
 

@@ -9,9 +9,7 @@ class Progress:
     """Prints each stage's name and seconds to a stream (standard error by default)."""
 
     def __init__(self, stream=None, quiet: bool = False):
-        self.stream = stream or sys.stderr
-        self.quiet = quiet
-        self.live = not quiet and self.stream.isatty()
+        self.stream, self.quiet = stream or sys.stderr, quiet
 
     def say(self, line: str) -> None:
         """One line of its own."""
@@ -22,17 +20,18 @@ class Progress:
     def stage(self, name: str):
         """Time a stage; the yielded dictionary receives `seconds` at its end."""
         result, start, over = {}, time.perf_counter(), threading.Event()
+        live = not self.quiet and self.stream.isatty()
         ticker = threading.Thread(target=self._tick, args=(name, start, over), daemon=True)
-        if self.live:
+        if live:
             ticker.start()
-        elif not self.quiet:
-            print(f"{name} ...", file=self.stream, flush=True)
+        else:
+            self.say(f"{name} ...")
         try:
             yield result
         finally:
             result["seconds"] = time.perf_counter() - start
             over.set()
-            if self.live:
+            if live:
                 ticker.join()
                 self.stream.write("\r\x1b[K")
         self.say(f"{name}: {result['seconds']:.1f} s")

@@ -1,7 +1,8 @@
 """What is installed and what GPU answers, told without importing any of it.
 
-Versions are read from distribution metadata: both Torch-TensorRT wheels hold a package `torch_tensorrt`, and TensorRT-RTX takes
-the place of `tensorrt` when it is imported, so neither an import nor `find_spec` can tell them apart.
+Versions are read from distribution metadata: both Torch-TensorRT wheels hold a package
+`torch_tensorrt`, and TensorRT-RTX takes the place of `tensorrt` when it is imported, so neither an
+import nor `find_spec` can tell them apart.
 """
 import os
 import subprocess
@@ -10,24 +11,21 @@ from typing import Optional
 
 import torch
 
-# CUDA's major -> the oldest driver that serves it.
-OLDEST_DRIVER = {"12": 525, "13": 580}
-
-# Names in manifests and CSVs -> distributions that tell the version: packages from PyPI come in parts, and not all are always there.
+OLDEST_DRIVER = {"12": 525, "13": 580}  # CUDA's major -> the oldest driver that serves it
+# TensorRT's packages come in parts, of which not all are always there; the first tells the version.
+PARTS = [cuda + part for part in ("-bindings", "-libs", "") for cuda in ("-cu13", "-cu12", "")]
+# Names in manifests and CSVs -> distributions that tell the version.
 DISTRIBUTIONS = {
-    "clip_ttrt": ("clip_ttrt",),
-    "torch": ("torch",),
-    "torch-tensorrt": ("torch-tensorrt",),
-    "torch-tensorrt-rtx": ("torch-tensorrt-rtx",),
-    "tensorrt": tuple(f"tensorrt{cuda}{part}" for part in ("-bindings", "-libs", "") for cuda in ("-cu13", "-cu12", "")),
-    "tensorrt-rtx": tuple(f"tensorrt-rtx{cuda}{part}" for part in ("-bindings", "-libs", "") for cuda in ("-cu13", "-cu12", "")),
-    "clip-anytorch": ("clip-anytorch", "clip"),
-    "numpy": ("numpy",),
+    **{name: [name] for name in ("clip_ttrt", "torch", "torch-tensorrt", "torch-tensorrt-rtx")},
+    **{name: [name + part for part in PARTS] for name in ("tensorrt", "tensorrt-rtx")},
+    "clip-anytorch": ["clip-anytorch", "clip"],
+    "numpy": ["numpy"],
 }
 
 
 def versions() -> dict[str, str]:
-    """Versions of what compiles or runs an artifact, by the names of `DISTRIBUTIONS`; what is not installed is left out."""
+    """Versions of what compiles or runs an artifact, by the names of `DISTRIBUTIONS`; what is not
+    installed is left out."""
     found = {}
     for name, distributions in DISTRIBUTIONS.items():
         for distribution in distributions:
@@ -54,26 +52,20 @@ def gpu() -> dict[str, str]:
     """Name and compute capability of the current GPU; empty without one."""
     if not torch.cuda.is_available():
         return {}
-    major, minor_ = torch.cuda.get_device_capability()
-    return {"name": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor_}"}
+    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    return {"name": torch.cuda.get_device_name(), "compute_capability": capability}
 
 
 def driver() -> list[dict[str, str]]:
     """What nvidia-smi tells of each GPU; empty where it is not there or does not answer."""
-    fields = {"name": "name", "driver": "driver_version", "memory": "memory.total",
-              "compute_capability": "compute_cap"}
-    # Drivers older than CUDA 11.6 do not know compute_cap, and then answer nothing at all.
-    for asked in (list(fields), list(fields)[:-1]):
-        query = f"--query-gpu={','.join(fields[name] for name in asked)}"
-        try:
-            answer = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], text=True,
-                                    capture_output=True, errors="replace", timeout=60, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            return []
-        if answer.returncode == 0:
-            rows = (line.split(", ") for line in answer.stdout.splitlines())
-            return [dict(zip(asked, row)) for row in rows if len(row) == len(asked)]
-    return []
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, text=True, capture_output=True, errors="replace",
+                                timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = (line.split(", ") for line in answer.stdout.splitlines())
+    return [dict(zip(("name", "driver", "memory"), row)) for row in rows if len(row) == 3]
 
 
 def no_gpu() -> Optional[str]:

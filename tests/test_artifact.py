@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import clip_ttrt
-from clip_ttrt import accuracy, artifact, pipeline
+from clip_ttrt import artifact, pipeline, verify
 from clip_ttrt.artifact import MANIFEST, read_artifact
 from clip_ttrt.errors import UserError, VerificationError
 
@@ -86,7 +86,7 @@ def test_an_interrupted_compile_leaves_nothing_new(tmp_path, monkeypatch, interr
     if force:
         clip_ttrt.compile(output=tmp_path / "a", **SMALL)
         before = (tmp_path / "a" / "text.ts").read_bytes()
-    monkeypatch.setattr(accuracy, "compare", interrupted)  # at the very end, when the modules are written
+    monkeypatch.setattr(verify, "compare", interrupted)  # at the very end, when the modules are written
     with pytest.raises(type(interruption) if isinstance(interruption, Exception) else interruption):
         clip_ttrt.compile(output=tmp_path / "a", force=force, **{**SMALL, "verify": True})
     assert os.listdir(tmp_path) == (["a"] if force else [])
@@ -157,8 +157,8 @@ def test_two_folders_change_places(tmp_path):
 
 
 def test_a_failed_verification_is_raised_recorded_and_refused(tmp_path, monkeypatch):
-    for precision in accuracy.COSINE_BOUND:
-        monkeypatch.setitem(accuracy.COSINE_BOUND, precision, 1.0000001)  # a bound that nothing can meet
+    for precision in verify.COSINE_BOUND:
+        monkeypatch.setitem(verify.COSINE_BOUND, precision, 1.0000001)  # a bound that nothing can meet
     with pytest.raises(VerificationError, match="smallest cosine"):
         clip_ttrt.compile(output=tmp_path / "a", **{**SMALL, "verify": True})
     assert read_artifact(tmp_path / "a").verified is False
