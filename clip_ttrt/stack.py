@@ -1,11 +1,11 @@
-"""What is installed and what GPU answers, told without importing any of it.
+"""What is installed, by the metadata of distributions, and what GPU answers.
 
-Versions are read from distribution metadata: both Torch-TensorRT wheels hold a package
-`torch_tensorrt`, and TensorRT-RTX takes the place of `tensorrt` when it is imported, so neither an
-import nor `find_spec` can tell them apart.
+Imports tell nothing: both Torch-TensorRT wheels hold a package `torch_tensorrt`, and TensorRT-RTX
+takes the place of `tensorrt`.
 """
 import os
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Optional
 
@@ -24,16 +24,13 @@ DISTRIBUTIONS = {
 
 
 def versions() -> dict[str, str]:
-    """Versions of what compiles or runs an artifact, by the names of `DISTRIBUTIONS`; what is not
-    installed is left out."""
+    """Version of each of `DISTRIBUTIONS` that is installed."""
     found = {}
     for name, distributions in DISTRIBUTIONS.items():
         for distribution in distributions:
-            try:
+            with suppress(PackageNotFoundError):
                 found[name] = version(distribution)
                 break
-            except PackageNotFoundError:
-                continue
     return found
 
 
@@ -57,7 +54,7 @@ def gpu() -> dict[str, str]:
 
 
 def driver() -> list[dict[str, str]]:
-    """What nvidia-smi tells of each GPU; empty where it is not there or does not answer."""
+    """What nvidia-smi tells of each GPU; empty where it does not answer."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, text=True, capture_output=True, errors="replace",
@@ -71,32 +68,27 @@ def driver() -> list[dict[str, str]]:
 def no_gpu() -> Optional[str]:
     """Why nothing can run on a GPU here; None where PyTorch has one.
 
-    A GPU that nvidia-smi sees and PyTorch does not is named, with the likely reason: the loss of
-    one without a word is what users complain of most.
+    A GPU that nvidia-smi sees and PyTorch does not is named, with the likely reason and remedy:
+    the loss of one without a word is what users complain of most.
     """
     if torch.cuda.is_available():
         return None
-    gpus = driver()
-    if not gpus:
+    if not (gpus := driver()):
         return "no CUDA GPU answers"
-    return f"nvidia-smi sees {gpus[0]['name']} and PyTorch does not: {why_lost(gpus[0]['driver'])}"
-
-
-def why_lost(driver_version: str) -> str:
-    """The likely reason, with its remedy, why PyTorch does not see a GPU that nvidia-smi sees."""
-    cuda = torch.version.cuda
+    lost = f"nvidia-smi sees {gpus[0]['name']} and PyTorch does not: "
+    driver_version, cuda = gpus[0]["driver"], torch.version.cuda
     if cuda is None:
-        return (f"torch {torch.__version__} is built without CUDA (install one that is: "
+        return (f"{lost}torch {torch.__version__} is built without CUDA (install one that is: "
                 f"`pip install --force-reinstall torch=={torch.__version__.split('+')[0]}`)")
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if hidden is not None and not hidden.split(",")[0].strip().startswith(tuple("0123456789GM")):
-        return f"CUDA_VISIBLE_DEVICES is {hidden!r} (unset it)"
+        return f"{lost}CUDA_VISIBLE_DEVICES is {hidden!r} (unset it)"
     oldest, major = OLDEST_DRIVER.get(cuda.split(".")[0], 0), driver_version.split(".")[0]
     if major.isdigit() and int(major) < oldest:
-        return (f"its driver {driver_version} is too old for this torch's CUDA {cuda} "
+        return (f"{lost}its driver {driver_version} is too old for this torch's CUDA {cuda} "
                 f"(install driver {oldest} or newer)")
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as problem:
-        return str(problem).strip().splitlines()[0].rstrip(".")
-    return "for no reason that it tells"
+        return lost + str(problem).strip().splitlines()[0].rstrip(".")
+    return f"{lost}for no reason that it tells"

@@ -170,6 +170,13 @@ def all_captions():
             yield caption(codes, template)
 
 
+def unknown_words(lines: list[str]) -> list[str]:
+    """Words and marks of texts that are in no caption, each once, in lower case."""
+    known = {word for line in all_captions() for word in WORDS.findall(line)}
+    words = re.findall(r"\w+|[^\w\s]", " ".join(lines).lower())
+    return [word for word in dict.fromkeys(words) if word not in known]
+
+
 def word_tokens(line: str) -> list[int]:
     """Token ids of one caption, start and end of text included, without padding.
 
