@@ -110,7 +110,7 @@ def show(report: dict[str, Any]) -> None:
     print(f"inputs: {report['inputs']}; {report['weights']}")
     print(" " * 6, *(f"{key:>10}" for key in next(iter(report["errors"].values()))))
     for name, row in report["errors"].items():
-        print(f"{name:6}", *(f"{value:10.{7 if key.startswith('cos') else 3}g}"
+        print(f"{name:6}", *(f"{value:10.{7 if key.startswith('cos') else 4}g}"
                              for key, value in row.items()))
     if "top1" in report:
         print("zero-shot top-1: original {reference:.2f} %, compiled {compiled:.2f} %, "
