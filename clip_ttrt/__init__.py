@@ -23,9 +23,7 @@ __all__ = ["Artifact", "CompiledCLIP", "Options", "UserError", "VerificationErro
 def compile(*, progress: Optional[Progress] = None, **options: Any) -> Artifact:
     """Compile a model's encoders into an artifact folder and verify them against the original.
 
-    options: the fields of `Options`; `batch` may be N or "MIN:OPT:MAX".
     progress: where stages are reported; silent by default.
-
     Raises UserError for bad input, with nothing written; VerificationError where the compiled
     encoders lie outside their precision's bounds, with the artifact written and marked.
     """
@@ -39,9 +37,9 @@ def compile(*, progress: Optional[Progress] = None, **options: Any) -> Artifact:
 
 
 compile.__signature__ = inspect.Signature(
-    [*(each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-       for each in inspect.signature(Options).parameters.values()),
-     inspect.signature(compile).parameters["progress"]], return_annotation=Artifact)
+    [each.replace(kind=each.KEYWORD_ONLY) for function in (Options, compile)
+     for each in inspect.signature(function).parameters.values() if each.name != "options"],
+    return_annotation=Artifact)
 
 if trt.register_if_possible() == "tensorrt":
     kernels.register()

@@ -1,7 +1,7 @@
 """Which backend compiles and runs, and whose kernels its engines have.
 
-One rule for both: `auto` takes the first that can be had here and says why not a better one; what
-is asked for by name and cannot be had is a UserError.  Nothing is imported to find out.
+For both `auto` takes the best that can be had here and says why no better one; what is asked for by
+name and cannot be had is a UserError.
 """
 from typing import NamedTuple, Optional
 

@@ -93,8 +93,7 @@ def run_compile(**options: Any) -> int:
     return 0
 
 
-def run_verify(folder: Path, figures: Optional[Path], weights: Optional[str],
-               trust_weights: bool) -> int:
+def run_verify(folder: Path, figures: Path, weights: Optional[str], trust_weights: bool) -> int:
     artifact = read_artifact(folder)
     check_runs_here(artifact)
     model, origin = artifact.manifest["model"], artifact.origin
@@ -113,8 +112,8 @@ def show(report: dict[str, Any]) -> None:
         print(f"{name:6}", *(f"{value:10.{7 if key.startswith('cos') else 4}g}"
                              for key, value in row.items()))
     if "top1" in report:
-        print("zero-shot top-1: original {reference:.2f} %, compiled {compiled:.2f} %, "
-              "agreement {agreement:.2f} %".format(**report["top1"]))
+        shares = (f"{name} {share:.2f} %" for name, share in report["top1"].items())
+        print("zero-shot top-1:", ", ".join(shares))
     print("\n".join(f"FAILED: {failure}" for failure in report["failures"]) or "passed")
 
 

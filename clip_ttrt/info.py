@@ -7,20 +7,17 @@ import sys
 from dataclasses import asdict
 from typing import Any, Callable
 
-import torch
-
 from clip_ttrt import backends, build_kernels, kernels, stack
 
 PRECISION = "fp16"
 
 
 def collect() -> dict[str, Any]:
-    """Everything that is shown, in strings, lists and dictionaries; what matters most is first."""
+    """Everything that is shown, what matters most first."""
     return {
         "compile": attempt(what_a_compile_uses),
         "nvidia_smi": attempt(stack.driver),
         "gpu": attempt(stack.gpu),
-        "cuda": torch.version.cuda,
         "versions": attempt(stack.versions),
         "kernels": attempt(library),
         "nvcc": attempt(nvcc),
@@ -32,8 +29,7 @@ def attempt(tell: Callable[[], Any]) -> Any:
     try:
         return tell()
     except Exception as problem:  # whatever it is: whoever asks is looking for what is wrong
-        first_line = str(problem).strip().split("\n")[0]
-        return f"none ({type(problem).__name__}: {first_line})"
+        return "none ({}: {})".format(type(problem).__name__, str(problem).strip().split("\n")[0])
 
 
 def what_a_compile_uses() -> dict[str, Any]:

@@ -18,8 +18,7 @@ PARTS = [cuda + part for part in ("-bindings", "-libs", "") for cuda in ("-cu13"
 DISTRIBUTIONS = {
     **{name: [name] for name in ("clip_ttrt", "torch", "torch-tensorrt", "torch-tensorrt-rtx")},
     **{name: [name + part for part in PARTS] for name in ("tensorrt", "tensorrt-rtx")},
-    "clip-anytorch": ["clip-anytorch", "clip"],
-    "numpy": ["numpy"],
+    "clip-anytorch": ["clip-anytorch", "clip"], "numpy": ["numpy"],
 }
 
 
@@ -41,8 +40,7 @@ def minor(text: str) -> str:
 
 def tensorrt_major() -> Optional[int]:
     """The major version of the TensorRT that is installed; None where none is."""
-    found = versions().get("tensorrt")
-    return None if found is None else int(found.split(".")[0])
+    return int(versions().get("tensorrt", "0").split(".")[0]) or None
 
 
 def gpu() -> dict[str, str]:
@@ -66,11 +64,7 @@ def driver() -> list[dict[str, str]]:
 
 
 def no_gpu() -> Optional[str]:
-    """Why nothing can run on a GPU here; None where PyTorch has one.
-
-    A GPU that nvidia-smi sees and PyTorch does not is named, with the likely reason and remedy:
-    the loss of one without a word is what users complain of most.
-    """
+    """Why nothing can run on a GPU here, and the remedy; None where PyTorch has one."""
     if torch.cuda.is_available():
         return None
     if not (gpus := driver()):

@@ -1,7 +1,4 @@
-"""python -m clip_ttrt.verify: errors of compiled encoders against the original model.
-
-The reference is the `clip` package's model in fp32, on the same weights and inputs.
-"""
+"""python -m clip_ttrt.verify: errors of compiled encoders against the original model in fp32."""
 import sys
 from contextlib import contextmanager
 from typing import Any
@@ -98,9 +95,8 @@ def batches_to_probe(artifact: Artifact) -> tuple[int, ...]:
 def compare(artifact: Artifact, checkpoint: Checkpoint) -> dict[str, Any]:
     """Compare an artifact with the original model; the report is plain data for JSON.
 
-    The features of both run through the same logits in float64.  `passed` is false outside the
-    bounds of the artifact's precision, with the reasons in `failures`.
-    Raises UserError where the GPU's memory runs out.
+    `passed` is false outside the bounds of what the artifact computes in, with the reasons in
+    `failures`.  Raises UserError where the GPU's memory runs out.
     """
     sizes, side = batches_to_probe(artifact), artifact.dimensions.image_resolution
     inputs, labels, about = inputs_for(artifact.manifest["model"], side)
@@ -147,13 +143,11 @@ def failures(artifact: Artifact, checkpoint: Checkpoint, report: dict[str, Any])
         cosines |= {f" at batch {size}": each for size, each in report["batches"][name].items()}
         wrong = [f"{each:.7f}{where}" for where, each in cosines.items() if not each >= bound]
         if wrong:
-            found.append(f"{name}: smallest cosine {', '.join(wrong)} is below {bound} "
-                         f"({precision})")
+            found.append(f"{name}: smallest cosine {', '.join(wrong)} < {bound} ({precision})")
     if checkpoint.origin.kind == "demo" and "top1" in report:
         change = abs(report["top1"]["compiled"] - report["top1"]["reference"])
         if not change <= TOP1_BOUND[precision]:
-            found.append(f"zero-shot top-1 changed by {change:.2f} points, more than "
-                         f"{TOP1_BOUND[precision]}")
+            found.append(f"top-1 changed by {change:.2f} points, over {TOP1_BOUND[precision]}")
     return found
 
 
