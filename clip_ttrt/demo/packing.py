@@ -22,12 +22,13 @@ def pack(state_dict: Mapping[str, torch.Tensor], ids: torch.Tensor) -> dict[str,
     `ids`, int [K], ascending.  Everything else that floats becomes fp16, on the CPU.
     Raises ValueError where a value is not finite in fp16 or the ids do not fit the rows.
     """
-    tensors = {name: value for name, value in state_dict.items() if name != "token_embedding.weight"}
-    rows = state_dict["token_embedding.weight"]
+    tensors = dict(state_dict)
+    rows = tensors.pop("token_embedding.weight")
     if len(rows) != len(ids):
         rows = rows[ids.to(rows.device).long()]
     tensors["token_embedding.rows"] = rows
-    tensors = {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in tensors.items()}
+    tensors = {name: value.detach().to("cpu", torch.float16).contiguous()
+               for name, value in tensors.items()}
     broken = [name for name, value in tensors.items() if not value.isfinite().all()]
     if broken:
         raise ValueError(f"these weights are not finite in fp16: {', '.join(broken)}")
@@ -37,7 +38,8 @@ def pack(state_dict: Mapping[str, torch.Tensor], ids: torch.Tensor) -> dict[str,
 
 def unpack(tensors: Mapping[str, torch.Tensor], vocab_size: int) -> dict[str, torch.Tensor]:
     """A state dict in OpenAI's naming, fp32, token rows in full, from the tensors of a file."""
-    state_dict = {name: value.float() for name, value in tensors.items() if not name.startswith("token_embedding.")}
+    state_dict = {name: value.float() for name, value in tensors.items()
+                  if not name.startswith("token_embedding.")}
     rows = tensors["token_embedding.rows"].float()
     weight = torch.zeros(vocab_size, rows.shape[1])
     weight[tensors["token_embedding.ids"].long()] = rows

@@ -27,7 +27,7 @@ BACKDROPS = (  # two tones each: equal where there is no texture
     ((0.05, 0.05, 0.05), (0.05, 0.05, 0.05)), ((0.95, 0.95, 0.95), (0.95, 0.95, 0.95)),
     ((0.15, 0.30, 0.85), (0.15, 0.30, 0.85)), ((0.15, 0.60, 0.22), (0.15, 0.60, 0.22)),
     ((0.28, 0.28, 0.28), (0.52, 0.52, 0.52)), ((0.28, 0.28, 0.28), (0.52, 0.52, 0.52)))
-STRIPED, CHECKERED = ATTRIBUTES["background"].index("striped"), ATTRIBUTES["background"].index("checkered")
+STRIPED, CHECKERED = map(ATTRIBUTES["background"].index, ("striped", "checkered"))
 
 VARIATIONS = 32  # uniform numbers of one scene; `_Draws` hands them out
 NOISE_SIDE = 512  # pixels of the noise picture that every scene takes a window of
@@ -35,7 +35,8 @@ NOISE_SIDE = 512  # pixels of the noise picture that every scene takes a window 
 
 @dataclass(frozen=True)
 class Scenes:
-    """N scenes: `attributes` int64 [N, 6], indices into ATTRIBUTES; `variation` float32 [N, 32] in [0, 1)."""
+    """N scenes: `attributes` int64 [N, 6], indices into ATTRIBUTES; `variation` float32 [N, 32] in
+    [0, 1)."""
 
     attributes: torch.Tensor
     variation: torch.Tensor
@@ -66,7 +67,8 @@ class _Draws:
     def __call__(self, low: float, high: float, columns: int = 1) -> torch.Tensor:
         first, self.used = self.used, self.used + columns
         if self.used > self.variation.shape[1]:
-            raise ValueError(f"a scene has {self.variation.shape[1]} random numbers, {self.used} are asked for")
+            raise ValueError(f"a scene has {self.variation.shape[1]} random numbers, "
+                             f"{self.used} are asked for")
         return low + (high - low) * self.variation[:, first:self.used]
 
 
@@ -102,7 +104,8 @@ def training_scenes(count: int, generator: torch.Generator) -> Scenes:
 
 
 def _layout(scenes: Scenes, draw: _Draws):
-    """Where the objects are: centres [N, 4, 2], radii [N, 4], rotations [N, 4] in radians, shown bool [N, 4]."""
+    """Of the objects centres [N, 4, 2], radii [N, 4], rotations [N, 4] in radians, and which are
+    shown, bool [N, 4]."""
     attributes = scenes.attributes
     device = attributes.device
     number = attributes[:, :1] + 1
@@ -112,7 +115,7 @@ def _layout(scenes: Scenes, draw: _Draws):
 
     # Objects sit on a circle, far enough apart to stay separate shapes at 112 pixels.
     spacing = radius * draw(2.3, 2.6)
-    ring = torch.where(number > 1, spacing / (2 * torch.sin(torch.pi / number)), torch.zeros_like(spacing))
+    ring = torch.where(number > 1, spacing / (2 * torch.sin(torch.pi / number)), 0.0)
     angle = draw(0, 2 * torch.pi) + 2 * torch.pi * torch.arange(MOST, device=device) / number
     offsets = ring.unsqueeze(-1) * torch.stack([angle.cos(), angle.sin()], dim=-1)
 
@@ -129,7 +132,7 @@ def _layout(scenes: Scenes, draw: _Draws):
 
 
 def _star(x: torch.Tensor, y: torch.Tensor, points: int, inner: float) -> torch.Tensor:
-    """Signed distance to a star with `points` tips at radius 1, one up, and dents at radius `inner`.
+    """Signed distance to a star: `points` tips at radius 1, one up, and dents at radius `inner`.
 
     With inner = cos(pi/points) it is a regular polygon.  Exact near the edges, which is where
     anti-aliasing reads it; beyond the tips it is a lower bound.
@@ -152,15 +155,16 @@ def _heart(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     x, y = x.abs() * scale, y * scale + 0.55
     lobe = torch.sqrt((x - 0.25) ** 2 + (y - 0.75) ** 2) - 2 ** 0.5 / 4
     fold = 0.5 * (x + y).clamp_min(0)
-    point = torch.sqrt(torch.minimum(x * x + (y - 1) ** 2, (x - fold) ** 2 + (y - fold) ** 2)) * torch.sign(x - y)
-    return torch.where(x + y > 1, lobe, point) / scale
+    point = torch.minimum(x * x + (y - 1) ** 2, (x - fold) ** 2 + (y - fold) ** 2)
+    return torch.where(x + y > 1, lobe, torch.sqrt(point) * torch.sign(x - y)) / scale
 
 
 def _distances(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
-    """Signed distances to all shapes of radius 1, in the order of ATTRIBUTES["shape"]; negative inside."""
+    """Signed distances, negative inside, to all shapes of radius 1, as in ATTRIBUTES["shape"]."""
     length = torch.sqrt(x * x + y * y)
     across, along = x.abs(), y.abs()
-    bar = torch.minimum(torch.maximum(across - 0.3, along - 0.95), torch.maximum(along - 0.3, across - 0.95))
+    bar = torch.minimum(torch.maximum(across - 0.3, along - 0.95),
+                        torch.maximum(along - 0.3, across - 0.95))
     quarter = 2 ** -0.5
     return [
         length - 0.92,
@@ -175,7 +179,7 @@ def _distances(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
 
 
 def coverage(scenes: Scenes, resolution: int = 112) -> torch.Tensor:
-    """How much of each pixel the objects cover: float32 [N, R, R] in [0, 1], on the scenes' device."""
+    """The share of each pixel that objects cover: float32 [N, R, R], on the scenes' device."""
     return _coverage(scenes, _Draws(scenes.variation), resolution)
 
 
@@ -202,23 +206,24 @@ def _coverage(scenes: Scenes, draw: _Draws, resolution: int) -> torch.Tensor:
         distance = torch.where(shape == index, candidate, distance)
     covered = (0.5 - distance * radius / pixel).clamp(0, 1)
 
-    inside = (columns >= 0) & (columns < resolution) & (rows >= 0) & (rows < resolution) & shown.view(-1, 1, 1)
+    inside = (columns >= 0) & (columns < resolution) & (rows >= 0) & (rows < resolution)
     picture = torch.arange(len(scenes), device=device).repeat_interleave(MOST).view(-1, 1, 1)
-    places = (picture * resolution + rows.clamp(0, resolution - 1).long()) * resolution + columns.clamp(0, resolution - 1).long()
+    rows, columns = (steps.clamp(0, resolution - 1).long() for steps in (rows, columns))
+    places = (picture * resolution + rows) * resolution + columns
     canvas = torch.zeros(len(scenes) * resolution * resolution, device=device)
-    canvas.scatter_add_(0, places.flatten(), (covered * inside).flatten())
+    canvas.scatter_add_(0, places.flatten(), (covered * inside * shown.view(-1, 1, 1)).flatten())
     return canvas.view(-1, resolution, resolution).clamp(0, 1)
 
 
 @lru_cache(maxsize=None)
 def _noise(device: torch.device) -> torch.Tensor:
-    """The noise picture, [3, 512, 512], standard normal: the same in every process and on every device."""
+    """The noise picture, [3, 512, 512], standard normal: the same everywhere."""
     generator = torch.Generator().manual_seed(20240229)
     return torch.randn(3, NOISE_SIDE, NOISE_SIDE, generator=generator).to(device)
 
 
 def _texture(scenes: Scenes, draw: _Draws, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Share of the background's second tone, [N, R, R] in [0, 1]: stripes or squares, soft by about a pixel."""
+    """Share of the background's second tone, [N, R, R]: stripes or squares, soft by a pixel."""
     background = scenes.attributes[:, 5].view(-1, 1, 1)
     turn = draw(0, torch.pi).view(-1, 1, 1)
     frequency = draw(9, 14).view(-1, 1, 1)
@@ -250,7 +255,8 @@ def render(scenes: Scenes, resolution: int = 112, device=None) -> torch.Tensor:
     x, y = ticks.view(1, 1, -1), -ticks.view(1, -1, 1)
     second = _texture(scenes, draw, x, y).unsqueeze(1)
     shade = draw(-0.04, 0.04) + draw(-0.02, 0.02, 3)
-    tones = (_constant(BACKDROPS, device)[scenes.attributes[:, 5]] + shade.unsqueeze(1)).view(-1, 2, 3, 1, 1)
+    tones = _constant(BACKDROPS, device)[scenes.attributes[:, 5]] + shade.unsqueeze(1)
+    tones = tones.view(-1, 2, 3, 1, 1)
     colour = _constant(COLOURS, device)[scenes.attributes[:, 2]] + draw(-0.06, 0.06, 3)
 
     backdrop = torch.lerp(tones[:, 0], tones[:, 1], second)
@@ -259,7 +265,8 @@ def render(scenes: Scenes, resolution: int = 112, device=None) -> torch.Tensor:
     picture = picture * (1 + slope[:, 0] * x + slope[:, 1] * y)
 
     noise = _noise(device)
-    corner = (draw(0, 1, 2) * (NOISE_SIDE - resolution + 1)).long().clamp_max(NOISE_SIDE - resolution)
+    room = NOISE_SIDE - resolution
+    corner = (draw(0, 1, 2) * (room + 1)).long().clamp_max(room)
     steps = torch.arange(resolution, device=device)
     rows = (corner[:, :1] + steps).view(-1, resolution, 1)
     columns = (corner[:, 1:] + steps).view(-1, 1, resolution)
@@ -275,7 +282,7 @@ def to_image(picture: torch.Tensor):
 
 
 def to_input(pictures: torch.Tensor) -> torch.Tensor:
-    """What CLIP's `preprocess` makes of pictures of the right size: uint8 [N, 3, R, R] -> float32, same shape.
+    """What CLIP's `preprocess` makes of pictures of the right size: uint8 [N, 3, R, R] -> float32.
 
     The same operations in the same order (to [0, 1], minus the mean, over the deviation), so
     that the result is equal and not only close.
@@ -286,21 +293,26 @@ def to_input(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def held_out_classes() -> list[str]:
-    """Captions of 128 combinations that training never saw, all distinct, in the canonical template."""
+    """Canonical captions of 128 combinations that training never saw, all distinct."""
     return [captions.caption(row) for row in captions.held_out_sample().tolist()]
 
 
-def held_out_set(per_class: int = 8, seed: int = 1, resolution: int = 112) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures of the held-out classes, on the CPU: uint8 [128·per_class, 3, R, R] and labels int64 [128·per_class].
+def held_out_set(
+    per_class: int = 8, seed: int = 1, resolution: int = 112
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures of the held-out classes, on the CPU: uint8 [128·per_class, 3, R, R], labels int64.
 
     A label is an index into `held_out_classes()`; the pictures of a class follow each other.
     """
     return picture_set(captions.held_out_sample(), per_class, seed, resolution)
 
 
-def picture_set(combinations: torch.Tensor, per_class: int, seed: int, resolution: int = 112) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures of given combinations, int64 [C, 6], on the CPU: uint8 [C·per_class, 3, R, R] and labels int64."""
+def picture_set(
+    combinations: torch.Tensor, per_class: int, seed: int, resolution: int = 112
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures of combinations, int64 [C, 6], on the CPU: uint8 [C·per_class, 3, R, R], labels."""
     labels = torch.arange(len(combinations)).repeat_interleave(per_class)
     scenes = scenes_of(combinations[labels], torch.Generator().manual_seed(seed))
-    pictures = [render(scenes[start:start + 128], resolution) for start in range(0, len(labels), 128)]
+    pictures = [render(scenes[start:start + 128], resolution)
+                for start in range(0, len(labels), 128)]
     return torch.cat(pictures), labels
