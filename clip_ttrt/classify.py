@@ -9,10 +9,7 @@ from clip_ttrt.runtime import load
 
 
 def read_labels(values: list[str]) -> list[str]:
-    """Several texts as they are; one value is a UTF-8 file with a text in each line that holds any.
-
-    Raises UserError where there are not at least two texts.
-    """
+    """Several texts as they are; one value is a UTF-8 file of lines, of which empty ones drop."""
     if len(values) > 1:
         return values
     try:
@@ -27,8 +24,7 @@ def read_labels(values: list[str]) -> list[str]:
 
 
 def classify(folder: Path, image: Path, labels: list[str], force: bool) -> int:
-    """Print the probability of each label.  Raises UserError for bad input, OSError for a file
-    that is no picture."""
+    """Print each label's probability.  Raises UserError, or OSError where there is no picture."""
     from PIL import Image
 
     labels = read_labels(labels)

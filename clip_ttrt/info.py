@@ -1,7 +1,4 @@
-"""python -m clip_ttrt.info: what this machine has, and what a compile would use and why.
-
-It never fails: what cannot be told is a sentence.
-"""
+"""python -m clip_ttrt.info: what this machine has, and what a compile would use and why."""
 import subprocess
 import sys
 from dataclasses import asdict

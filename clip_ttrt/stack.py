@@ -1,8 +1,5 @@
-"""What is installed, by the metadata of distributions, and what GPU answers.
-
-Imports tell nothing: both Torch-TensorRT wheels hold a package `torch_tensorrt`, and TensorRT-RTX
-takes the place of `tensorrt`.
-"""
+"""What is installed, by metadata, since both Torch-TensorRT wheels hold `torch_tensorrt` and
+TensorRT-RTX takes the place of `tensorrt` when it is imported; and what GPU answers."""
 import os
 import subprocess
 from contextlib import suppress

@@ -24,7 +24,7 @@ def row(**values) -> list[int]:
 
 
 def components(mask: torch.Tensor, reach: int) -> list[int]:
-    """Number of connected regions of bool masks [N, R, R]; `reach` is 8 with diagonal neighbours."""
+    """Number of connected regions of bool masks [N, R, R], with diagonals where `reach` is 8."""
     number = torch.arange(1, mask[0].numel() + 1, dtype=torch.float32).view(1, *mask.shape[1:])
     label, spread = None, mask * number
     while label is None or not torch.equal(spread, label):

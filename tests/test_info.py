@@ -47,10 +47,6 @@ def tell(capsys):
     return run
 
 
-def no_nvcc():
-    raise build_kernels.CannotBuild("nvcc is missing; install it", 2)
-
-
 def test_a_machine_with_everything(machine, tell):
     machine()
     text, facts = tell()
@@ -64,12 +60,11 @@ def test_a_machine_with_everything(machine, tell):
     assert facts["compile"]["kernels"]["kernels"] == "fused"
 
 
-def test_a_machine_with_nothing(machine, tell, monkeypatch):
+def test_a_machine_with_nothing(machine, tell):
     machine(pytorch=False, nvidia_smi=(), installed={"torch": "2.14.1"}, library=None)
-    monkeypatch.setattr(build_kernels, "find_nvcc", no_nvcc)
     text, facts = tell()
-    for told in ("nvidia_smi: none", "gpu: none", "nvcc is missing; install it", NO_LIBRARY,
-                 "computes_in: fp32", "not tensorrt or rtx: no CUDA GPU answers"):
+    for told in ("nvidia_smi: none", "gpu: none", NO_LIBRARY, "computes_in: fp32",
+                 "not tensorrt or rtx: no CUDA GPU answers"):
         assert told in text
     assert facts["compile"]["backend"]["device"] == "cpu" and "path" not in facts["kernels"]
     assert facts["compile"]["kernels"]["kernels"] is None
