@@ -6,28 +6,40 @@
 
 Importing the package also makes plain `torch.jit.load` able to read compiled modules.
 """
-import sys
-import types
+import inspect
+from typing import Any, Optional
 
 from clip_ttrt import kernels, trt
 from clip_ttrt.artifact import Artifact
 from clip_ttrt.errors import UserError, VerificationError
-from clip_ttrt.engine import compile
+from clip_ttrt.options import Options
+from clip_ttrt.progress import Progress
 from clip_ttrt.runtime import CompiledCLIP, load
 
-__all__ = ["Artifact", "CompiledCLIP", "UserError", "VerificationError", "compile", "load"]
+__all__ = ["Artifact", "CompiledCLIP", "Options", "UserError", "VerificationError", "compile",
+           "load"]
 
 
+def compile(*, progress: Optional[Progress] = None, **options: Any) -> Artifact:
+    """Compile a model's encoders into an artifact folder and verify them against the original.
 
-class _Package(types.ModuleType):
-    """This package, whose `compile` stays the function where the program of that name is imported."""
+    progress: where stages are reported; silent by default.
+    Raises UserError for bad input, with nothing written; VerificationError where the compiled
+    encoders lie outside their precision's bounds, with the artifact written and marked.
+    """
+    from clip_ttrt.engine import compile_with  # the compiler: loading needs none of it
 
-    def __setattr__(self, name, value):
-        if name != "compile" or not isinstance(value, types.ModuleType):
-            super().__setattr__(name, value)
+    artifact = compile_with(Options(**options), progress or Progress(quiet=True))
+    if artifact.verified is False:
+        failures = artifact.manifest["verification"]["failures"]
+        raise VerificationError(f"{artifact.folder} is marked unverified: {'; '.join(failures)}")
+    return artifact
 
 
-sys.modules[__name__].__class__ = _Package
+compile.__signature__ = inspect.Signature(
+    [each.replace(kind=each.KEYWORD_ONLY) for function in (Options, compile)
+     for each in inspect.signature(function).parameters.values() if each.name != "options"],
+    return_annotation=Artifact)
 
 if trt.register_if_possible() == "tensorrt":
     kernels.register()

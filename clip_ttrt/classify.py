@@ -1,50 +1,51 @@
-"""python -m clip_ttrt.classify DIR --image FILE --labels "a cat" "a dog": zero-shot classification of one picture."""
-import argparse
+"""python -m clip_ttrt.classify: zero-shot classification of one picture."""
 import sys
 from pathlib import Path
-from typing import Optional
-
-import torch
 
 from clip_ttrt import deprecations
+from clip_ttrt.demo import captions
 from clip_ttrt.errors import UserError
 from clip_ttrt.runtime import load
-from clip_ttrt.shell import run
 
 
-def classify(folder: Path, image: Path, labels: list[str], force: bool = False) -> torch.Tensor:
-    """Probabilities float32 [labels] of texts for a picture.
-
-    Raises UserError for a bad artifact, a file that is no picture, or a label of over 77 tokens.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    model, preprocess = load(folder, force=force, cuda_graphs=False)  # one call is not worth two captures
+def read_labels(values: list[str]) -> list[str]:
+    """Several texts as they are; one value is a UTF-8 file of lines, of which empty ones drop."""
+    if len(values) > 1:
+        return values
     try:
-        with Image.open(image) as picture:
-            pixels = preprocess(picture)
-    except (OSError, UnidentifiedImageError) as problem:
-        raise UserError(f"{image} is not a picture that can be read: {problem}") from problem
+        lines = Path(values[0]).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as problem:
+        raise UserError(f"--labels {values[0]!r} is one text and no file in UTF-8 ({problem}); "
+                        "pass at least two texts, or a file with one in each line") from problem
+    labels = [line.strip() for line in lines if line.strip()]
+    if len(labels) < 2:
+        raise UserError(f"{values[0]} holds {len(labels)} texts; at least two are needed")
+    return labels
+
+
+def classify(folder: Path, image: Path, labels: list[str], force: bool) -> int:
+    """Print each label's probability.  Raises UserError, or OSError where there is no picture."""
+    from PIL import Image
+
+    labels = read_labels(labels)
+    model, preprocess = load(folder, force=force, cuda_graphs=False)  # no graph for one call
+    with Image.open(image) as picture:
+        pixels = preprocess(picture)
     try:
         tokens = deprecations.clip().tokenize(labels)
-    except RuntimeError as problem:
+    except RuntimeError as problem:  # over 77 tokens
         raise UserError(str(problem)) from problem
-    logits, _ = model(pixels[None].to(model.device), tokens.to(model.device))
-    return logits[0].softmax(dim=-1).cpu()
-
-
-def main(arguments: Optional[list[str]] = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m clip_ttrt.classify", description="Zero-shot classification of one picture.")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="the artifact")
-    parser.add_argument("--image", type=Path, required=True, metavar="FILE", help="a picture in any format that Pillow reads")
-    parser.add_argument("--labels", nargs="+", required=True, metavar="TEXT", help="the texts to choose from")
-    parser.add_argument("--force", action="store_true", help="use an artifact that failed its verification")
-    options = parser.parse_args(arguments)
-    probabilities = classify(options.folder, options.image, options.labels, options.force)
-    for probability, label in sorted(zip(probabilities.tolist(), options.labels), reverse=True):
+    logits, _ = model(pixels[None], tokens)
+    unknown = captions.unknown_words(labels) if model.artifact.origin.kind == "demo" else []
+    if unknown:
+        print(f"clip_ttrt: the embedded model was never trained on {', '.join(unknown)}: its "
+              "answer for labels with these words means nothing", file=sys.stderr)
+    probabilities = logits[0].softmax(dim=-1).tolist()
+    for probability, label in sorted(zip(probabilities, labels), reverse=True):
         print(f"{probability:7.2%}  {label}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    from clip_ttrt.cli import main
+    sys.exit(main(["classify", *sys.argv[1:]]))

@@ -1,4 +1,4 @@
-"""Deprecations that we know of and a user can do nothing about: TorchScript's, and pkg_resources' in the `clip` package."""
+"""Deprecations that no user can do anything about: TorchScript's, and pkg_resources' in `clip`."""
 import functools
 import warnings
 from contextlib import contextmanager

@@ -2,7 +2,6 @@
 
 `plan_for` decides everything that depends on backend, kernels and options; the rest carries it out.
 """
-import inspect
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any, Optional
@@ -10,43 +9,18 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
-from clip_ttrt import accuracy, backends, deprecations, graph, kernels, linear, stack, trt
+from clip_ttrt import backends, deprecations, graph, kernels, linear, stack, trt, verify
 from clip_ttrt.artifact import Artifact, draft
 from clip_ttrt.backends import Backend
 from clip_ttrt.checkpoint import Checkpoint, load_checkpoint
 from clip_ttrt.encoders import ENCODERS
-from clip_ttrt.errors import UserError, VerificationError
+from clip_ttrt.errors import UserError
 from clip_ttrt.guard import Guarded, trace
 from clip_ttrt.models import Dimensions
 from clip_ttrt.options import BatchRange, Options
 from clip_ttrt.progress import Progress
 
 DTYPES = {"fp32": torch.float, "tf32": torch.float, "fp16": torch.half, "bf16": torch.bfloat16}
-
-
-def compile(*, progress: Optional[Progress] = None, **options: Any) -> Artifact:
-    """Compile a model's encoders into an artifact folder and verify them against the original.
-
-    options: the fields of `Options`, whose defaults apply; `batch` may be N or "MIN:OPT:MAX".
-    progress: where stages are reported; silent by default.
-
-    Raises UserError for bad input, with nothing written; VerificationError where the compiled
-    encoders lie outside their precision's bounds, with the artifact written and marked.
-    """
-    if "batch" in options:
-        options["batch"] = BatchRange.parse(options["batch"])
-    artifact = compile_with(Options(**options), progress or Progress(quiet=True))
-    if artifact.verified is False:
-        failures = artifact.manifest["verification"]["failures"]
-        raise VerificationError(f"{artifact.folder} is marked unverified: {'; '.join(failures)}")
-    return artifact
-
-
-compile.__signature__ = inspect.Signature(  # as `help` shows it
-    [each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-     for each in (*inspect.signature(Options).parameters.values(),
-                  inspect.signature(compile).parameters["progress"])],
-    return_annotation=Artifact)
 
 
 @dataclass(frozen=True)
@@ -75,7 +49,7 @@ def plan_for(encoder: str, options: Options, backend: Backend, chosen: Optional[
 
 
 def compile_with(options: Options, progress: Progress) -> Artifact:
-    """Compile as `compile` does; a failed verification is recorded in the artifact, not raised."""
+    """Compile as `clip_ttrt.compile` does; a failed verification is recorded and not raised."""
     backend = backends.choose(options.backend, options.precision)
     choice = backends.choose_kernels(options.kernels, backend, options.precision)
     progress.say(f"backend: {backend.reason}")
@@ -124,7 +98,7 @@ def compile_with(options: Options, progress: Progress) -> Artifact:
         artifact = writing.write_manifest(**manifest, verification=None)
         if options.verify:
             with progress.stage("verify against the original model in fp32"):
-                report = accuracy.compare(artifact, checkpoint)
+                report = verify.compare(artifact, checkpoint)
             artifact = writing.write_manifest(**manifest, verification=report)
         return writing.publish(artifact)
 

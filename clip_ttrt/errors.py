@@ -2,10 +2,7 @@
 
 
 class UserError(ValueError):
-    """Bad input or a missing prerequisite.  The message names the value and the remedy.
-
-    The command-line programs turn it into that one sentence and exit code 2.
-    """
+    """Bad input or a missing prerequisite.  The message names the value and the remedy."""
 
 
 class VerificationError(RuntimeError):

@@ -1,41 +1,32 @@
-"""What is installed and what GPU answers, told without importing any of it.
-
-Versions are read from distribution metadata: both Torch-TensorRT wheels hold a package `torch_tensorrt`, and TensorRT-RTX takes
-the place of `tensorrt` when it is imported, so neither an import nor `find_spec` can tell them apart.
-"""
+"""What is installed, by metadata, since both Torch-TensorRT wheels hold `torch_tensorrt` and
+TensorRT-RTX takes the place of `tensorrt` when it is imported; and what GPU answers."""
 import os
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Optional
 
 import torch
 
-# CUDA's major -> the oldest driver that serves it.
-OLDEST_DRIVER = {"12": 525, "13": 580}
-
-# Names in manifests and CSVs -> distributions that tell the version: packages from PyPI come in parts, and not all are always there.
+OLDEST_DRIVER = {"12": 525, "13": 580}  # CUDA's major -> the oldest driver that serves it
+# TensorRT's packages come in parts, of which not all are always there; the first tells the version.
+PARTS = [cuda + part for part in ("-bindings", "-libs", "") for cuda in ("-cu13", "-cu12", "")]
+# Names in manifests and CSVs -> distributions that tell the version.
 DISTRIBUTIONS = {
-    "clip_ttrt": ("clip_ttrt",),
-    "torch": ("torch",),
-    "torch-tensorrt": ("torch-tensorrt",),
-    "torch-tensorrt-rtx": ("torch-tensorrt-rtx",),
-    "tensorrt": tuple(f"tensorrt{cuda}{part}" for part in ("-bindings", "-libs", "") for cuda in ("-cu13", "-cu12", "")),
-    "tensorrt-rtx": tuple(f"tensorrt-rtx{cuda}{part}" for part in ("-bindings", "-libs", "") for cuda in ("-cu13", "-cu12", "")),
-    "clip-anytorch": ("clip-anytorch", "clip"),
-    "numpy": ("numpy",),
+    **{name: [name] for name in ("clip_ttrt", "torch", "torch-tensorrt", "torch-tensorrt-rtx")},
+    **{name: [name + part for part in PARTS] for name in ("tensorrt", "tensorrt-rtx")},
+    "clip-anytorch": ["clip-anytorch", "clip"], "numpy": ["numpy"],
 }
 
 
 def versions() -> dict[str, str]:
-    """Versions of what compiles or runs an artifact, by the names of `DISTRIBUTIONS`; what is not installed is left out."""
+    """Version of each of `DISTRIBUTIONS` that is installed."""
     found = {}
     for name, distributions in DISTRIBUTIONS.items():
         for distribution in distributions:
-            try:
+            with suppress(PackageNotFoundError):
                 found[name] = version(distribution)
                 break
-            except PackageNotFoundError:
-                continue
     return found
 
 
@@ -46,65 +37,49 @@ def minor(text: str) -> str:
 
 def tensorrt_major() -> Optional[int]:
     """The major version of the TensorRT that is installed; None where none is."""
-    found = versions().get("tensorrt")
-    return None if found is None else int(found.split(".")[0])
+    return int(versions().get("tensorrt", "0").split(".")[0]) or None
 
 
 def gpu() -> dict[str, str]:
     """Name and compute capability of the current GPU; empty without one."""
     if not torch.cuda.is_available():
         return {}
-    major, minor_ = torch.cuda.get_device_capability()
-    return {"name": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor_}"}
+    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    return {"name": torch.cuda.get_device_name(), "compute_capability": capability}
 
 
 def driver() -> list[dict[str, str]]:
-    """What nvidia-smi tells of each GPU; empty where it is not there or does not answer."""
-    fields = {"name": "name", "driver": "driver_version", "memory": "memory.total",
-              "compute_capability": "compute_cap"}
-    # Drivers older than CUDA 11.6 do not know compute_cap, and then answer nothing at all.
-    for asked in (list(fields), list(fields)[:-1]):
-        query = f"--query-gpu={','.join(fields[name] for name in asked)}"
-        try:
-            answer = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], text=True,
-                                    capture_output=True, errors="replace", timeout=60, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            return []
-        if answer.returncode == 0:
-            rows = (line.split(", ") for line in answer.stdout.splitlines())
-            return [dict(zip(asked, row)) for row in rows if len(row) == len(asked)]
-    return []
+    """What nvidia-smi tells of each GPU; empty where it does not answer."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, text=True, capture_output=True, errors="replace",
+                                timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = (line.split(", ") for line in answer.stdout.splitlines())
+    return [dict(zip(("name", "driver", "memory"), row)) for row in rows if len(row) == 3]
 
 
 def no_gpu() -> Optional[str]:
-    """Why nothing can run on a GPU here; None where PyTorch has one.
-
-    A GPU that nvidia-smi sees and PyTorch does not is named, with the likely reason: the loss of
-    one without a word is what users complain of most.
-    """
+    """Why nothing can run on a GPU here, and the remedy; None where PyTorch has one."""
     if torch.cuda.is_available():
         return None
-    gpus = driver()
-    if not gpus:
+    if not (gpus := driver()):
         return "no CUDA GPU answers"
-    return f"nvidia-smi sees {gpus[0]['name']} and PyTorch does not: {why_lost(gpus[0]['driver'])}"
-
-
-def why_lost(driver_version: str) -> str:
-    """The likely reason, with its remedy, why PyTorch does not see a GPU that nvidia-smi sees."""
-    cuda = torch.version.cuda
+    lost = f"nvidia-smi sees {gpus[0]['name']} and PyTorch does not: "
+    driver_version, cuda = gpus[0]["driver"], torch.version.cuda
     if cuda is None:
-        return (f"torch {torch.__version__} is built without CUDA (install one that is: "
+        return (f"{lost}torch {torch.__version__} is built without CUDA (install one that is: "
                 f"`pip install --force-reinstall torch=={torch.__version__.split('+')[0]}`)")
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if hidden is not None and not hidden.split(",")[0].strip().startswith(tuple("0123456789GM")):
-        return f"CUDA_VISIBLE_DEVICES is {hidden!r} (unset it)"
+        return f"{lost}CUDA_VISIBLE_DEVICES is {hidden!r} (unset it)"
     oldest, major = OLDEST_DRIVER.get(cuda.split(".")[0], 0), driver_version.split(".")[0]
     if major.isdigit() and int(major) < oldest:
-        return (f"its driver {driver_version} is too old for this torch's CUDA {cuda} "
+        return (f"{lost}its driver {driver_version} is too old for this torch's CUDA {cuda} "
                 f"(install driver {oldest} or newer)")
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as problem:
-        return str(problem).strip().splitlines()[0].rstrip(".")
-    return "for no reason that it tells"
+        return lost + str(problem).strip().splitlines()[0].rstrip(".")
+    return f"{lost}for no reason that it tells"

@@ -1,46 +1,156 @@
-"""python -m clip_ttrt.verify DIR [--json FILE]: an artifact against the original `clip` model in fp32."""
-import argparse
-import json
+"""python -m clip_ttrt.verify: errors of compiled encoders against the original model in fp32."""
 import sys
-from pathlib import Path
-from typing import Any, Optional
+from contextlib import contextmanager
+from typing import Any
 
-from clip_ttrt.accuracy import compare
-from clip_ttrt.artifact import check_runs_here, read_artifact
-from clip_ttrt.checkpoint import reload_checkpoint
-from clip_ttrt.shell import run
+import torch
+from torch.nn.functional import cosine_similarity, normalize
 
+from clip_ttrt import deprecations, pictures
+from clip_ttrt.artifact import Artifact
+from clip_ttrt.checkpoint import Checkpoint, original_with_weights
+from clip_ttrt.demo import captions, scenes
+from clip_ttrt.runtime import CompiledCLIP, out_of_memory
 
-def table(report: dict[str, Any]) -> str:
-    """The report as text for a terminal."""
-    lines = [f"inputs: {report['inputs']}; {report['weights']}",
-             f"{'':8} {'abs max':>9} {'mean':>9} {'median':>9} {'rel max':>9} {'mean':>9} {'median':>9} {'cos min':>10} {'mean':>10}"]
-    for name, row in report["errors"].items():
-        figures = " ".join(f"{row[key]:9.2e}" for key in ("abs_max", "abs_mean", "abs_median", "rel_max", "rel_mean", "rel_median"))
-        lines.append(f"{name:8} {figures} {row['cos_min']:10.7f} {row['cos_mean']:10.7f}")
-    if "top1" in report:
-        top1 = report["top1"]
-        lines.append(f"zero-shot top-1: original {top1['reference']:.2f} %, compiled {top1['compiled']:.2f} %, agreement {top1['agreement']:.2f} %")
-    lines += [f"FAILED: {failure}" for failure in report["failures"]] or ["passed"]
-    return "\n".join(lines)
+COSINE_BOUND = {"fp32": 0.999999, "tf32": 0.9999, "fp16": 0.9999, "bf16": 0.999}
+TOP1_BOUND = {"fp32": 0.2, "tf32": 0.2, "fp16": 0.2, "bf16": 0.5}  # percentage points, demo model
+REFERENCE_BATCH = 64
+PROBED_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 33, 48, 64, 96, 127, 128, 192, 255, 256,
+                  384, 511, 512)
 
 
-def main(arguments: Optional[list[str]] = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m clip_ttrt.verify", description="Compare a compiled artifact with the original clip model in fp32.")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="the artifact")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON, too")
-    parser.add_argument("--weights", metavar="FILE", help="where the weights are now, if they were a file that has moved")
-    parser.add_argument("--trust-weights", action="store_true", help="read --weights even if it is a pickle, which can run code")
-    options = parser.parse_args(arguments)
-    artifact = read_artifact(options.folder)
-    check_runs_here(artifact)
-    checkpoint = reload_checkpoint(artifact.manifest["model"], artifact.origin, options.weights, options.trust_weights)
-    report = compare(artifact, checkpoint)
-    print(table(report))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    return 0 if report["passed"] else 1
+def errors(actual: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
+    """Errors of rows [N, D], features or logits, in float64; NaN where a row has no finite norm.
+
+    abs_*: absolute difference, over all elements.  rel_*: norm of a row's difference over the
+    norm of the reference row, over all rows.  cos_*: cosine between a row and its reference.
+    """
+    a, b = actual.detach().double().cpu(), reference.detach().double().cpu()
+    found = {"abs": (a - b).abs(), "rel": (a - b).norm(dim=1) / b.norm(dim=1),
+             "cos": cosine_similarity(a, b, dim=1)}
+    figures = {"rows": len(a)}
+    for name, values in found.items():
+        wanted = ("min", "mean") if name == "cos" else ("max", "mean", "median")
+        figures |= {f"{name}_{which}": getattr(values, which)().item() for which in wanted}
+    return figures
+
+
+def inputs_for(model: str, resolution: int) -> tuple[dict[str, torch.Tensor], torch.Tensor, str]:
+    """Held-out scenes for the demo model, eight photographs for the others: images float32
+    [N, 3, R, R] and tokens int32 [M, 77] by encoder, each image's right text [N], a description."""
+    if model == "demo":
+        drawn, labels = scenes.held_out_set()
+        images, lines = scenes.to_input(drawn), scenes.held_out_classes()
+        about = f"{len(images)} scenes of {len(lines)} combinations held out from training"
+    else:
+        images, lines = pictures.load(resolution)
+        labels, about = torch.arange(len(images)), f"{len(images)} pictures and their captions"
+    return {"image": images, "text": deprecations.clip().tokenize(lines)}, labels, about
+
+
+def different_scenes(count: int, resolution: int) -> dict[str, torch.Tensor]:
+    """Images float32 [count, 3, R, R] and their captions' tokens int32 [count, 77], no two alike
+    up to the 14,000 or so that there are, so that a row in another's place shows."""
+    combinations = captions.all_combinations()
+    combinations = combinations[captions.is_possible(combinations)]
+    order = torch.randperm(len(combinations), generator=torch.Generator().manual_seed(0))
+    chosen = combinations[order[torch.arange(count) % len(order)]]
+    images, _ = scenes.picture_set(chosen, per_class=1, seed=0, resolution=resolution)
+    lines = [captions.caption(row) for row in chosen.tolist()]
+    return {"image": scenes.to_input(images), "text": deprecations.clip().tokenize(lines)}
+
+
+@contextmanager
+def exact_fp32():
+    """No TF32 in PyTorch's own kernels, so that the fp32 reference is one."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def reference_features(checkpoint: Checkpoint, rows: dict, device: str) -> dict[str, torch.Tensor]:
+    """Features of the original model in fp32, float32 [rows, embed_dim], on the CPU."""
+    model = original_with_weights(checkpoint, device)
+    with torch.no_grad(), exact_fp32():
+        return {name: torch.cat([getattr(model, f"encode_{name}")(part.to(device)).cpu()
+                                 for part in inputs.split(REFERENCE_BATCH)])
+                for name, inputs in rows.items()}
+
+
+def batches_to_probe(artifact: Artifact) -> tuple[int, ...]:
+    """Batch sizes to try, since an engine can be right at one and wrong at another: up to 512 or
+    the optimum, and none for TorchScript, which chooses no kernels ahead of time."""
+    if artifact.manifest["backend"] == "torchscript":
+        return ()
+    batch = artifact.batch
+    largest = min(batch.maximum, max(batch.optimal, PROBED_BATCHES[-1]))
+    inside = (size for size in PROBED_BATCHES if batch.minimum <= size <= largest)
+    return tuple(sorted({batch.minimum, batch.optimal, largest, *inside}))
+
+
+def compare(artifact: Artifact, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Compare an artifact with the original model; the report is plain data for JSON.
+
+    `passed` is false outside the bounds of what the artifact computes in, with the reasons in
+    `failures`.  Raises UserError where the GPU's memory runs out.
+    """
+    sizes, side = batches_to_probe(artifact), artifact.dimensions.image_resolution
+    inputs, labels, about = inputs_for(artifact.manifest["model"], side)
+    probes = different_scenes(max(sizes, default=1), side)
+    features, found, batches = {}, {}, {}
+    try:
+        rows = {name: torch.cat([inputs[name], probes[name]]) for name in artifact.encoders}
+        references = reference_features(checkpoint, rows, artifact.device)
+        model = CompiledCLIP(artifact)
+        for name, reference in references.items():
+            encode, count = getattr(model, f"encode_{name}"), len(inputs[name])
+            x, probe = rows[name].to(model.device).tensor_split([count])
+            with torch.no_grad():
+                features[name] = encode(x).cpu(), reference[:count]
+                batches[name] = {
+                    str(size): errors(encode(probe[:size]), reference[count:][:size])["cos_min"]
+                    for size in sizes}
+            found[name] = errors(*features[name])
+    except torch.cuda.OutOfMemoryError as problem:
+        raise out_of_memory("verifying") from problem
+    report = {"inputs": about, "weights": checkpoint.origin.describe(), "errors": found,
+              "batches": batches}
+    if len(features) == 2:
+        scale = checkpoint.state_dict["logit_scale"].exp().item()
+        compiled, reference = (
+            scale * normalize(image.double(), dim=-1) @ normalize(text.double(), dim=-1).t()
+            for image, text in zip(features["image"], features["text"]))
+        found["logits"] = errors(compiled, reference)
+        chosen, right = compiled.argmax(dim=1), reference.argmax(dim=1)
+        hits = {"reference": right == labels, "compiled": chosen == labels,
+                "agreement": chosen == right}
+        report["top1"] = {name: hit.double().mean().item() * 100 for name, hit in hits.items()}
+    report["failures"] = failures(artifact, checkpoint, report)
+    report["passed"] = not report["failures"]
+    return report
+
+
+def failures(artifact: Artifact, checkpoint: Checkpoint, report: dict[str, Any]) -> list[str]:
+    """What lies outside the bounds, a sentence each.  A NaN is outside every bound."""
+    precision = artifact.manifest["computes_in"]  # whatever was asked
+    bound, found = COSINE_BOUND[precision], []
+    for name in artifact.encoders:
+        cosines = {"": report["errors"][name]["cos_min"]}
+        cosines |= {f" at batch {size}": each for size, each in report["batches"][name].items()}
+        wrong = [f"{each:.7f}{where}" for where, each in cosines.items() if not each >= bound]
+        if wrong:
+            found.append(f"{name}: smallest cosine {', '.join(wrong)} < {bound} ({precision})")
+    if checkpoint.origin.kind == "demo" and "top1" in report:
+        change = abs(report["top1"]["compiled"] - report["top1"]["reference"])
+        if not change <= TOP1_BOUND[precision]:
+            found.append(f"top-1 changed by {change:.2f} points, over {TOP1_BOUND[precision]}")
+    return found
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    from clip_ttrt.cli import main
+    sys.exit(main(["verify", *sys.argv[1:]]))

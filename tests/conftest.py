@@ -13,32 +13,34 @@ import clip_ttrt
 from clip_ttrt import stack
 
 collect_ignore = ["rtx"]  # run by test_rtx.py, in a process of its own
+OF_KERNELS = Path(__file__).parent / "kernels"
 
 
 def pytest_collection_modifyitems(items):
-    of_kernels = Path(__file__).parent / "kernels"
     missing = [name for name in ("torch-tensorrt", "tensorrt") if name not in stack.versions()]
     for item in items:
         if "gpu" not in item.keywords:
             continue
         if not torch.cuda.is_available():
             reason = "needs a GPU: no CUDA GPU answers"
-        elif missing and of_kernels not in item.path.parents:
+        elif missing and OF_KERNELS not in item.path.parents:
             reason = f"needs TensorRT: not installed: {', '.join(missing)}"
         else:
             continue
         item.add_marker(pytest.mark.skipif(True, reason=reason), append=False)
 
 
+def compiled(backend, folder):
+    """The embedded model, compiled and verified as `make compile` does, for batches of 2 to 8."""
+    return clip_ttrt.compile(batch="2:4:8", backend=backend, output=folder)
+
+
 @pytest.fixture(scope="session")
 def demo_artifact(tmp_path_factory):
-    """The embedded model, compiled and verified as `make compile` does, through TorchScript, for batches of 2 to 8."""
-    folder = tmp_path_factory.mktemp("artifacts") / "demo"
-    return clip_ttrt.compile(model="demo", precision="fp16", batch="2:4:8", backend="torchscript", output=folder)
+    return compiled("torchscript", tmp_path_factory.mktemp("artifacts") / "demo")
 
 
 @pytest.fixture(scope="session")
 def demo_engines(tmp_path_factory):
-    """The same, as TensorRT engines in fp16, with the fused kernels where they are built."""
-    folder = tmp_path_factory.mktemp("engines") / "demo"
-    return clip_ttrt.compile(model="demo", precision="fp16", batch="2:4:8", backend="tensorrt", output=folder)
+    """TensorRT engines, with the fused kernels where they are built."""
+    return compiled("tensorrt", tmp_path_factory.mktemp("engines") / "demo")

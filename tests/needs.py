@@ -7,8 +7,10 @@ import torch
 
 from clip_ttrt import kernels
 
-NOT_BUILT = "the library is not built: python -m clip_ttrt.build_kernels"
-built = pytest.mark.skipif(not kernels.available(), reason=NOT_BUILT)  # for PyTorch's ops
-_obstacle = kernels.obstacle()
-fused = pytest.mark.skipif(_obstacle is not None, reason=f"no fused kernels in engines: {_obstacle}")
-ampere = pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0), reason="needs a GPU of compute capability 8.0 or newer")
+obstacle = kernels.obstacle()
+built = pytest.mark.skipif(  # for PyTorch's ops
+    not kernels.available(), reason="the library is not built: python -m clip_ttrt.build_kernels")
+fused = pytest.mark.skipif(obstacle is not None, reason=f"no fused kernels in engines: {obstacle}")
+ampere = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0),
+    reason="needs a GPU of compute capability 8.0 or newer")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import clip_ttrt
-from clip_ttrt import accuracy, artifact, engine
+from clip_ttrt import artifact, engine, verify
 from clip_ttrt.artifact import MANIFEST, read_artifact, sha256_of_file
 from clip_ttrt.errors import UserError, VerificationError
 
@@ -88,7 +88,7 @@ def test_an_interrupted_compile_leaves_nothing_new(tmp_path, monkeypatch, interr
     if force:
         compile_small(tmp_path / "a")
     before = [(path, path.is_dir() or path.read_bytes()) for path in tmp_path.rglob("*")]
-    monkeypatch.setattr(accuracy, "compare", interrupted)
+    monkeypatch.setattr(verify, "compare", interrupted)
     with pytest.raises(interruption):
         compile_small(tmp_path / "a", verify=True, force=force)
     assert [(path, path.is_dir() or path.read_bytes()) for path in tmp_path.rglob("*")] == before
@@ -135,8 +135,8 @@ def test_nothing_is_lost_whenever_force_is_interrupted(tmp_path, exchanges, step
 
 
 def test_a_failed_verification_is_raised_recorded_and_refused(tmp_path, monkeypatch):
-    for precision in accuracy.COSINE_BOUND:  # a bound that nothing can meet
-        monkeypatch.setitem(accuracy.COSINE_BOUND, precision, 1.0000001)
+    for precision in verify.COSINE_BOUND:  # a bound that nothing can meet
+        monkeypatch.setitem(verify.COSINE_BOUND, precision, 1.0000001)
     with pytest.raises(VerificationError, match="smallest cosine"):
         compile_small(tmp_path / "a", verify=True)
     assert read_artifact(tmp_path / "a").verified is False

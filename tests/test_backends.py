@@ -1,9 +1,11 @@
 """Which backend and whose kernels: every rule, on machines that are made up of what is installed
 and what answers."""
+import re
+
 import pytest
 import torch
 
-from clip_ttrt import backends, kernels, stack
+from clip_ttrt import kernels, stack
 from clip_ttrt.backends import Backend, choose, choose_kernels
 from clip_ttrt.errors import UserError
 from clip_ttrt.options import BACKENDS, KERNELS, PRECISIONS
@@ -26,42 +28,25 @@ def machine(monkeypatch):
     return make
 
 
-def expected(installed, gpu, asked, precision):
-    """The backend's name, or None for a refusal: the rules once more, by what can be had."""
-    if asked == "torchscript":
-        return "torchscript"
-    if installed == "both":
-        return None
-    can = {"torchscript"}
-    if gpu and installed == "tensorrt":
-        can.add("tensorrt")
-    if gpu and installed == "rtx" and precision != "bf16":
-        can.add("rtx")
-    if asked != "auto":
-        return asked if asked in can else None
-    return next(name for name in ("tensorrt", "rtx", "torchscript") if name in can)
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("asked", BACKENDS)
 @pytest.mark.parametrize("gpu", [True, False])
 @pytest.mark.parametrize("installed", INSTALLED)
 def test_the_matrix(installed, gpu, asked, precision, machine):
     machine(INSTALLED[installed], gpu)
-    name = expected(installed, gpu, asked, precision)
-    if name is None:
+    possible = ["torchscript"]
+    if gpu and (installed == "tensorrt" or installed == "rtx" and precision != "bf16"):
+        possible.insert(0, installed)
+    wanted = possible[0] if asked == "auto" else asked
+    if wanted not in possible or installed == "both" and asked != "torchscript":
         with pytest.raises(UserError) as caught:
             choose(asked, precision)
         assert "\n" not in str(caught.value) and "--backend" in str(caught.value)
         return
     backend = choose(asked, precision)
-    assert backend.name == name
-    assert backend.device == ("cuda" if gpu else "cpu")
-    if name == "torchscript":
-        on_a_gpu = {"fp32": "fp32", "tf32": "fp32", "fp16": "fp16", "bf16": "bf16"}
-        assert backend.computes_in == (on_a_gpu[precision] if gpu else "fp32")
-    else:
-        assert backend.computes_in == precision
+    assert (backend.name, backend.device) == (wanted, "cuda" if gpu else "cpu")
+    on_a_gpu = {"tf32": "fp32"} if wanted == "torchscript" else {}
+    assert backend.computes_in == (on_a_gpu.get(precision, precision) if gpu else "fp32")
     assert backend.reason.endswith(", as asked") == (asked != "auto")
 
 
@@ -119,11 +104,10 @@ def test_both_wheels_are_refused_with_the_command_that_helps(machine):
 def test_a_gpu_that_pytorch_lost_is_named_in_the_reason(machine, monkeypatch):
     machine(TENSORRT, gpu=False, nvidia_smi=[{"name": "NVIDIA A10", "driver": "580.65.06"}])
     monkeypatch.setattr(torch.version, "cuda", None)
-    reason = choose("auto", "fp16").reason
-    assert "nvidia-smi sees NVIDIA A10 and PyTorch does not" in reason
-    assert "built without CUDA" in reason
-    assert "nvidia-smi sees NVIDIA A10" in choose("torchscript", "fp16").reason
-    with pytest.raises(UserError, match="nvidia-smi sees NVIDIA A10"):
+    lost = "nvidia-smi sees NVIDIA A10 and PyTorch does not: torch .* is built without CUDA"
+    for asked in ("auto", "torchscript"):
+        assert re.search(lost, choose(asked, "fp16").reason)
+    with pytest.raises(UserError, match=lost):
         choose("tensorrt", "fp16")
 
 
@@ -138,24 +122,23 @@ NO_LIBRARY = "the library is not built (build it)"
 @pytest.mark.parametrize("name", BACKEND_OF)
 def test_the_matrix_of_kernels(name, precision, asked, obstacle, monkeypatch):
     monkeypatch.setattr(kernels, "obstacle", lambda: obstacle)
-    possible = {"torchscript": set(), "rtx": {"tensorrt"}, "tensorrt": {"tensorrt"}}[name]
+    possible = [] if name == "torchscript" else ["tensorrt"]
     if name == "tensorrt" and precision == "fp16" and obstacle is None:
-        possible = possible | {"fused"}
+        possible.insert(0, "fused")
     if asked != "auto" and asked not in possible:
         with pytest.raises(UserError, match=f"^--kernels {asked} "):
             choose_kernels(asked, BACKEND_OF[name], precision)
         return
     choice = choose_kernels(asked, BACKEND_OF[name], precision)
-    best = "fused" if "fused" in possible else "tensorrt" if possible else None
+    best = next(iter(possible), None)
     assert choice.kernels == (best if asked == "auto" else asked)
     assert ("not fused: " in choice.reason) == (asked == "auto" and best == "tensorrt")
 
 
 @pytest.mark.parametrize("name, precision, sentence", [
     ("rtx", "fp16", "TensorRT-RTX has no plugin layers"),
-    ("tensorrt", "bf16", "bf16 has TensorRT's own kernels alone"),
-    ("tensorrt", "fp32", "the fused kernels compute in fp16, not fp32"),
-    ("tensorrt", "tf32", "the fused kernels compute in fp16, not tf32"),
+    *(("tensorrt", name, f"the fused kernels compute in fp16, not {name}")
+      for name in ("fp32", "tf32", "bf16")),
     ("tensorrt", "fp16", NO_LIBRARY),
 ])
 def test_why_there_are_no_fused_kernels(name, precision, sentence, monkeypatch):
@@ -164,9 +147,3 @@ def test_why_there_are_no_fused_kernels(name, precision, sentence, monkeypatch):
         choose_kernels("fused", BACKEND_OF[name], precision)
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
     assert f"not fused: {sentence}" in choose_kernels("auto", BACKEND_OF[name], precision).reason
-
-
-def test_the_choices_of_the_options_are_those_known_here():
-    assert set(BACKENDS) == {"auto", *backends.BACKENDS_BEST_FIRST}
-    assert set(KERNELS) == {"auto", *backends.KERNELS_BEST_FIRST}
-    assert set(PRECISIONS) == set(backends.TORCHSCRIPT_ON_A_GPU)

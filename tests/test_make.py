@@ -40,25 +40,25 @@ class Clone:
             (folder / path).touch()
             os.utime(folder / path, (1e9, 1e9))
         self.program("nvidia-smi", "exit 9")
-        self.program("pip", "exit 1", folder / ".venv" / "bin")
-        self.program("python", PYTHON, folder / ".venv" / "bin")
+        self.program("pip", "exit 1", ".venv/bin")
+        self.program("python", PYTHON, ".venv/bin")
 
-    def program(self, name, script, folder=None):
-        folder = folder or self.folder / "bin"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
-        (folder / name).chmod(0o755)
+    def program(self, name, script, folder="bin"):
+        path = self.folder / folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
 
     def make(self, *arguments, code=0):
         """Runs make; returns what the stand-ins wrote down."""
         environment = {**os.environ, "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
                        "MAKEFLAGS": ""}
-        (self.folder / "log").unlink(missing_ok=True)
+        log = self.folder / "log"
+        log.write_text("")
         self.done = subprocess.run(["make", "--no-print-directory", *arguments], cwd=self.folder,
                                    env=environment, capture_output=True, text=True, check=False)
         assert self.done.returncode == code, self.done.stderr
-        log = self.folder / "log"
-        return log.read_text().splitlines() if log.exists() else []
+        return log.read_text().splitlines()
 
     def touch(self, path):
         """Make a file newer than all others, which get older, since clocks are coarse."""
@@ -81,38 +81,22 @@ def gpu(clone):
     return clone
 
 
-def test_without_a_gpu_compile_installs_the_package_alone(clone):
-    assert clone.make("compile") == ["pip install -e .", COMPILED]
-    assert clone.stamps() == {"installed"}
-    assert clone.make("compile") == []  # nothing is left to do
-
-
-def test_without_a_gpu_the_tests_get_rtx(clone):
+def test_without_a_gpu(clone):
     assert clone.make("test") == [NO_TENSORRT, "pip install -e .[test,rtx]", "pytest"]
     assert clone.stamps() == {"installed-test-rtx"}
-    assert clone.make("test") == ["pytest"]
     assert clone.make("compile") == ["pip install -e .", COMPILED]
-    assert clone.make("test") == ["pytest"]
+    assert clone.stamps() == {"installed-test-rtx", "installed"}
+    assert clone.make("compile") == [] and clone.make("test") == ["pytest"]
 
 
 def test_with_a_gpu_the_kernels_are_built_first_and_their_failure_is_none(gpu):
     assert gpu.make("compile") == [NO_RTX, "pip install -e .[tensorrt]", KERNELS, COMPILED]
     assert gpu.stamps() == {"installed-tensorrt"}
     assert gpu.make("compile") == []
-
-
-def test_newer_kernels_are_built_and_compiled_anew(gpu):
-    gpu.make("compile")
     gpu.touch("kernels/attention/a.cu")
     assert gpu.make("compile") == [KERNELS, COMPILED]
     gpu.touch("clip_ttrt/b.py")
     assert gpu.make("compile") == []
-
-
-def test_with_a_gpu_the_tests_get_tensorrt(gpu):
-    assert gpu.make("test") == [NO_RTX, "pip install -e .[test,tensorrt]", "pytest"]
-    assert gpu.stamps() == {"installed-test-tensorrt"}
-    assert gpu.make("test") == ["pytest"]
 
 
 @pytest.mark.parametrize("target, failing, others, stamp, then", [
@@ -143,31 +127,20 @@ def test_where_nothing_can_be_installed_make_fails(smi, target, clone):
     assert clone.stamps() == set() and COMPILED not in log and "pytest" not in log
 
 
-def test_never_both_in_one_environment(clone):
+def test_never_both_in_one_environment_and_gpu_can_be_told(clone):
     clone.make("test")
-    clone.program("nvidia-smi", SMI)
-    assert clone.make("test")[:2] == [NO_RTX, "pip install -e .[test,tensorrt]"]
-    assert clone.stamps() == {"installed-test-tensorrt"}
-    assert clone.make("compile")[1] == "pip install -e .[tensorrt]"
-    clone.program("nvidia-smi", "exit 9")
-    assert clone.make("test")[:2] == [NO_TENSORRT, "pip install -e .[test,rtx]"]
-    assert clone.stamps() == {"installed-test-rtx"}
-
-
-def test_gpu_can_be_told(clone):
-    assert clone.make("compile", "GPU=1")[1] == "pip install -e .[tensorrt]"
-    clone.program("nvidia-smi", SMI)
-    assert clone.make("test", "GPU=")[1] == "pip install -e .[test,rtx]"
+    for gpu, expected, stamp in [
+        ("GPU=1", [NO_RTX, "pip install -e .[test,tensorrt]"], "installed-test-tensorrt"),
+        ("GPU=", [NO_TENSORRT, "pip install -e .[test,rtx]"], "installed-test-rtx"),
+    ]:
+        assert clone.make("test", gpu)[:2] == expected
+        assert clone.stamps() == {stamp}
 
 
 @pytest.mark.parametrize("smi", ["exit 9", "echo 'No devices found.'", "echo Failed; exit 255"])
 def test_nvidia_smi_without_a_gpu(smi, clone):
     clone.program("nvidia-smi", smi)
     assert clone.make("compile")[0] == "pip install -e ."
-
-
-def test_a_changed_pyproject_installs_and_compiles_anew(clone):
-    clone.make("compile")
     clone.touch("pyproject.toml")
     assert clone.make("compile") == ["pip install -e .", COMPILED]
 

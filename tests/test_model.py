@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import clip_ttrt
-from clip_ttrt.accuracy import exact_fp32
+from clip_ttrt.verify import exact_fp32
 from clip_ttrt.checkpoint import load_checkpoint, original_with_weights
 from clip_ttrt.contexts import MOST_GRAPHS, bucket
 from clip_ttrt.demo import scenes

@@ -8,36 +8,33 @@ from clip_ttrt.models import MODELS, RESNETS
 from clip_ttrt.options import BatchRange, Options
 
 
-@pytest.mark.parametrize("text, expected", [("8", (8, 8, 8)), (3, (3, 3, 3)), ("1:32:256", (1, 32, 256)), ("4:4:4", (4, 4, 4))])
-def test_batch_ranges(text, expected):
-    batch = BatchRange.parse(text)
-    assert (batch.minimum, batch.optimal, batch.maximum) == expected
-    assert BatchRange.parse(str(batch)) == batch
+@pytest.mark.parametrize("value, expected", [
+    ("8", (8, 8, 8)), (3, (3, 3, 3)), ("1:32:256", (1, 32, 256)), ("4:4:4", (4, 4, 4)),
+    (BatchRange(1, 2, 3), (1, 2, 3))])
+def test_batch_ranges(value, expected):
+    assert Options(batch=value).batch == BatchRange(*expected) == BatchRange.parse(str(value))
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "8:4:2", "1:2", "1:2:3:4", "a", "", "1:300:256", "1:1:100000", "1.5", "²", "0:1:2"])
+@pytest.mark.parametrize("text", ["0", "-1", "8:4:2", "1:2", "1:2:3:4", "a", "", "1:300:256",
+                                  "1:1:100000", "1.5", "²", "0:1:2"])
 def test_bad_batch_ranges_name_what_was_given(text):
     with pytest.raises(UserError, match="bad batch range"):
-        BatchRange.parse(text)
+        Options(batch=text)
 
 
-def test_an_unknown_model_lists_the_known_ones():
+@pytest.mark.parametrize("wrong, sentence", [
+    *(({name: "other"}, f"unknown {name} 'other'; choices: ")
+      for name in ("precision", "encoder", "backend", "kernels")),
+    *(({"model": name}, "not supported yet") for name in RESNETS),
+    ({"model": "ViT-H/14"}, f"unknown model 'ViT-H/14'; known: {', '.join([*MODELS, *RESNETS])}"),
+    ({"optimization_level": 6}, "bad optimization level 6"),
+])
+def test_a_value_outside_its_choices(wrong, sentence):
     with pytest.raises(UserError) as caught:
-        Options(model="ViT-H/14")
-    assert "ViT-H/14" in str(caught.value) and all(name in str(caught.value) for name in [*MODELS, *RESNETS])
-
-
-@pytest.mark.parametrize("name", RESNETS)
-def test_resnets_are_known_and_not_supported_yet(name):
-    with pytest.raises(UserError, match="not supported yet"):
-        Options(model=name)
-
-
-@pytest.mark.parametrize("field", ["precision", "encoder", "backend", "kernels"])
-def test_a_value_outside_its_choices(field):
-    with pytest.raises(UserError, match=f"unknown {field} 'other'; choices"):
-        Options(**{field: "other"})
+        Options(**wrong)
+    assert sentence in str(caught.value)
 
 
 def test_default_folder_names_model_and_precision():
-    assert Options(model="ViT-L/14@336px", precision="fp32").folder == Path("artifacts/ViT-L-14@336px-fp32")
+    folder = Path("artifacts/ViT-L-14@336px-fp32")
+    assert Options(model="ViT-L/14@336px", precision="fp32").folder == folder

@@ -25,7 +25,7 @@ POSITION_PHRASES = ("on the left", "on the right", "at the top", "at the bottom"
 # A caption may leave attributes out: the index one past an attribute's last value.  For the
 # number English has no neutral form, so there are two: "a circle" (exactly one) and "circles".
 SINGULAR, PLURAL = 4, 5
-CAPTION_SIZES = (6, 3, 9, 8, 6, 7)  # number: four words, singular, plural; the shape is always named
+CAPTION_SIZES = (6, 3, 9, 8, 6, 7)  # number: singular and plural, too; the shape is always named
 
 TEMPLATES = 5
 CANONICAL = 0
@@ -37,15 +37,16 @@ START_OF_TEXT, END_OF_TEXT = 49406, 49407
 # caption's tokens are those of its words; the training needs no tokenizer for its 270,000 captions.
 WORD_TOKENS = {
     ",": (267,), "a": (320,), "an": (550,), "are": (631,), "at": (536,), "background": (5994,),
-    "black": (1449,), "blue": (1746,), "bottom": (5931,), "centre": (2916,), "checkered": (1113, 26690),
-    "circle": (7117,), "circles": (19411,), "cross": (3417,), "crosses": (20473,), "diamond": (6235,),
-    "diamonds": (12687,), "four": (2721,), "green": (1901,), "heart": (1936,), "hearts": (5516,),
-    "image": (2867,), "in": (530,), "is": (533,), "large": (3638,), "left": (1823,), "of": (539,), "on": (525,),
-    "one": (637,), "orange": (4287,), "photo": (1125,), "picture": (1674,), "pink": (3360,), "purple": (5496,),
-    "red": (736,), "right": (1155,), "ring": (2540,), "rings": (5751,), "small": (2442,), "square": (3999,),
-    "squares": (26972,), "star": (1565,), "stars": (2895,), "striped": (22192,), "the": (518,), "there": (997,),
-    "three": (2097,), "top": (1253,), "triangle": (14615,), "triangles": (924, 18627), "two": (1237,),
-    "white": (1579,), "with": (593,), "yellow": (4481,),
+    "black": (1449,), "blue": (1746,), "bottom": (5931,), "centre": (2916,),
+    "checkered": (1113, 26690), "circle": (7117,), "circles": (19411,), "cross": (3417,),
+    "crosses": (20473,), "diamond": (6235,), "diamonds": (12687,), "four": (2721,),
+    "green": (1901,), "heart": (1936,), "hearts": (5516,), "image": (2867,), "in": (530,),
+    "is": (533,), "large": (3638,), "left": (1823,), "of": (539,), "on": (525,), "one": (637,),
+    "orange": (4287,), "photo": (1125,), "picture": (1674,), "pink": (3360,), "purple": (5496,),
+    "red": (736,), "right": (1155,), "ring": (2540,), "rings": (5751,), "small": (2442,),
+    "square": (3999,), "squares": (26972,), "star": (1565,), "stars": (2895,), "striped": (22192,),
+    "the": (518,), "there": (997,), "three": (2097,), "top": (1253,), "triangle": (14615,),
+    "triangles": (924, 18627), "two": (1237,), "white": (1579,), "with": (593,), "yellow": (4481,),
 }
 WORDS = re.compile(r"[a-z]+|,")
 
@@ -59,9 +60,11 @@ def code_of(attributes: torch.Tensor, sizes=SIZES) -> torch.Tensor:
 
 
 def is_possible(attributes: torch.Tensor) -> torch.Tensor:
-    """Whether the object can be seen, int64 [..., 6] -> bool [...]: not white on white, and so on."""
-    colours = torch.tensor([ATTRIBUTES["background"].index(colour) if colour in ATTRIBUTES["background"] else -1
-                            for colour in ATTRIBUTES["colour"]], device=attributes.device)
+    """Whether the object can be seen, int64 [..., 6] -> bool [...]: not white on white and such."""
+    backgrounds = ATTRIBUTES["background"]
+    colours = [backgrounds.index(colour) if colour in backgrounds else -1
+               for colour in ATTRIBUTES["colour"]]
+    colours = torch.tensor(colours, device=attributes.device)
     return colours[attributes[..., 2]] != attributes[..., 5]
 
 
@@ -95,7 +98,7 @@ def held_out_combinations() -> torch.Tensor:
 
 
 def held_out_sample() -> torch.Tensor:
-    """The 128 held-out combinations whose captions are the classes of the embedded test: int64 [128, 6].
+    """128 held-out combinations, whose captions are the embedded test's classes: int64 [128, 6].
 
     Four of each of the 32 held-out triples, those whose canonical captions have the smallest
     SHA-256: a choice that depends on no random generator.
@@ -118,7 +121,8 @@ def _sample(combinations: torch.Tensor) -> torch.Tensor:
         by_triple.setdefault((row[0], row[2], row[3]), []).append(row)
     chosen = []
     for rows in by_triple.values():
-        chosen += sorted(rows, key=lambda row: hashlib.sha256(caption(row).encode()).hexdigest())[:4]
+        rows.sort(key=lambda row: hashlib.sha256(caption(row).encode()).hexdigest())
+        chosen += rows[:4]
     return torch.tensor(sorted(chosen))
 
 
@@ -164,10 +168,17 @@ def caption(codes, template: int = CANONICAL) -> str:
 
 
 def all_captions():
-    """Every caption that training can use, by code of `CAPTION_SIZES`, then template (an iterator of str)."""
+    """An iterator over every caption of training, by code of `CAPTION_SIZES`, then template."""
     for codes in product(*(range(size) for size in CAPTION_SIZES)):
         for template in range(TEMPLATES):
             yield caption(codes, template)
+
+
+def unknown_words(lines: list[str]) -> list[str]:
+    """Words and marks of texts that are in no caption, each once, in lower case."""
+    known = {word for line in all_captions() for word in WORDS.findall(line)}
+    words = re.findall(r"\w+|[^\w\s]", " ".join(lines).lower())
+    return [word for word in dict.fromkeys(words) if word not in known]
 
 
 def word_tokens(line: str) -> list[int]:
@@ -175,7 +186,8 @@ def word_tokens(line: str) -> list[int]:
 
     Raises KeyError for a word that is in no caption.
     """
-    return [START_OF_TEXT, *(token for word in WORDS.findall(line) for token in WORD_TOKENS[word]), END_OF_TEXT]
+    tokens = (token for word in WORDS.findall(line) for token in WORD_TOKENS[word])
+    return [START_OF_TEXT, *tokens, END_OF_TEXT]
 
 
 def tokenize(lines: list[str]) -> torch.Tensor:

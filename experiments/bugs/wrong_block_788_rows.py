@@ -8,7 +8,7 @@ Steps: build one block with random weights for 4 images and for a range around t
 fp32 PyTorch.
 
 Avoided by: the fused kernels leave TensorRT no matrix products; `compile` verifies each artifact
-at many batch sizes, and `load` refuses one that failed (clip_ttrt/accuracy.py, failures).
+at many batch sizes, and `load` refuses one that failed (clip_ttrt/verify.py, failures).
 """
 import sys
 

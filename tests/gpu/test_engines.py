@@ -14,7 +14,7 @@ import torch
 import clip_ttrt
 import needs
 from clip_ttrt import engine, kernels
-from clip_ttrt.accuracy import COSINE_BOUND
+from clip_ttrt.verify import COSINE_BOUND
 from clip_ttrt.artifact import MANIFEST, read_artifact
 from experiments.timing import graphed
 

@@ -1,0 +1,123 @@
+"""The command line: `clip-ttrt COMMAND ...`, which is also `python -m clip_ttrt.COMMAND ...`.
+
+Exit codes: 0; 1 for a failed verification; 2 for bad input, which is one sentence.
+"""
+import argparse
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+
+import clip_ttrt
+from clip_ttrt import build_kernels, classify, info, verify
+from clip_ttrt.artifact import check_runs_here, read_artifact
+from clip_ttrt.checkpoint import reload_checkpoint
+from clip_ttrt.errors import UserError, VerificationError
+from clip_ttrt.options import Options
+from clip_ttrt.progress import Progress
+
+
+def main(arguments: Optional[list[str]] = None) -> int:
+    """Run a command, by default the process's; returns its exit code.  Defects of ours raise."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        if arguments[:1] == ["build-kernels"]:
+            return build_kernels.main(arguments[1:])
+        options = vars(parser().parse_args(arguments))
+        return options.pop("run")(**options)
+    except VerificationError as problem:
+        return fail(problem, 1)
+    except (UserError, OSError) as problem:
+        return fail(problem, 2)
+    except torch.cuda.OutOfMemoryError:
+        return fail("out of GPU memory; use a smaller batch or free the GPU", 2)
+    except KeyboardInterrupt:
+        return fail("interrupted; nothing was written", 2)
+
+
+def fail(message: object, code: int) -> int:
+    """Print one sentence to standard error; returns the code."""
+    print(f"clip_ttrt: {message}", file=sys.stderr)
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options; those of `compile` are the fields of `Options`."""
+    top = argparse.ArgumentParser("clip-ttrt", description="CLIP, compiled with Torch-TensorRT.")
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name, run, about):
+        added = commands.add_parser(name, help=about, description=about)
+        added.set_defaults(run=run)
+        return added.add_argument
+
+    add = command("compile", run_compile, "compile CLIP's encoders into TorchScript modules")
+    for each in fields(Options):
+        default, values, about = each.default, each.metadata["values"], each.metadata["help"]
+        if isinstance(default, bool):
+            more = {"action": argparse.BooleanOptionalAction}
+        else:
+            metavar = values if isinstance(values, str) else "|".join(values)
+            more = {"metavar": metavar, "type": int if isinstance(default, int) else str}
+            about += "" if default is None else f" (default {default})"
+        add(f"--{each.name.replace('_', '-')}", default=default, help=about, **more)
+
+    add = command("verify", run_verify, "compare an artifact with the original model in fp32")
+    add("folder", type=Path, metavar="DIR", help="the artifact")
+    add("--json", dest="figures", type=Path, metavar="FILE", help="write the figures as JSON, too")
+    add("--weights", metavar="FILE", help="where the weights are, if their file has moved")
+    add("--trust-weights", action="store_true", help="read even a pickle, which can run code")
+
+    add = command("classify", classify.classify, "zero-shot classification of one picture")
+    add("folder", type=Path, metavar="DIR", help="the artifact")
+    add("--image", type=Path, required=True, metavar="FILE", help="in any format of Pillow's")
+    add("--labels", nargs="+", required=True, metavar="TEXT|FILE",
+        help="the texts to choose from, or one file that holds a text in each line")
+    add("--force", action="store_true", help="use an artifact that failed its verification")
+
+    add = command("info", run_info, "tell what this machine has and what a compile would use")
+    add("--json", dest="as_json", action="store_true", help="for programs")
+
+    command("build-kernels", None, "build the fused kernels: see clip-ttrt build-kernels --help")
+    return top
+
+
+def run_compile(**options: Any) -> int:
+    artifact = clip_ttrt.compile(progress=Progress(), **options)
+    if artifact.verified:
+        show(artifact.manifest["verification"])
+    print(f"wrote {artifact.folder} ({'verified' if artifact.verified else 'not verified'})")
+    return 0
+
+
+def run_verify(folder: Path, figures: Path, weights: Optional[str], trust_weights: bool) -> int:
+    artifact = read_artifact(folder)
+    check_runs_here(artifact)
+    model, origin = artifact.manifest["model"], artifact.origin
+    report = verify.compare(artifact, reload_checkpoint(model, origin, weights, trust_weights))
+    show(report)
+    if figures:
+        figures.write_text(json.dumps(report, indent=2) + "\n")
+    return 0 if report["passed"] else 1
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print the report of a verification."""
+    print(f"inputs: {report['inputs']}; {report['weights']}")
+    print(" " * 6, *(f"{key:>10}" for key in next(iter(report["errors"].values()))))
+    for name, row in report["errors"].items():
+        print(f"{name:6}", *(f"{value:10.{7 if key.startswith('cos') else 4}g}"
+                             for key, value in row.items()))
+    if "top1" in report:
+        shares = (f"{name} {share:.2f} %" for name, share in report["top1"].items())
+        print("zero-shot top-1:", ", ".join(shares))
+    print("\n".join(f"FAILED: {failure}" for failure in report["failures"]) or "passed")
+
+
+def run_info(as_json: bool) -> int:
+    facts = info.collect()
+    print(json.dumps(facts, indent=2) if as_json else info.text(facts).strip())
+    return 0
