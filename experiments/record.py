@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_ttrt import stack
+from clip_ttrt.artifact import Artifact
 
 ROOT = Path(__file__).resolve().parents[1]
 PROVENANCE = ("gpu", "torch", "torch_tensorrt", "tensorrt", "commit", "date")
@@ -50,6 +51,11 @@ def provenance(
         "commit": commit(),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
+
+
+def label(artifact: Artifact) -> str:
+    """The column `backend` of an artifact's times."""
+    return "clip_ttrt" if artifact.batch.static else f"clip_ttrt {artifact.batch}"
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:

@@ -4,18 +4,16 @@ A row of the same bug is replaced, others stay.  Its verdict is the script's, or
 signal or an error of the script) or `timed out`.  `--log DIR` keeps what the scripts print.
 """
 import argparse
-import csv
-import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from experiments.record import PROVENANCE, provenance, read_rows
+from experiments.bugs.stock import VERDICT
+from experiments.record import ROOT, append_row, provenance, read_rows
 
 BUGS = (
     "out_of_range_batch",
@@ -24,8 +22,6 @@ BUGS = (
     "wrong_block_788_rows",
     "captured_warnings",
 )
-COLUMNS = ("bug", "verdict", "expected", "actual", "seconds", *PROVENANCE)
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def command(bug: str) -> list[str]:
@@ -35,37 +31,26 @@ def command(bug: str) -> list[str]:
 
 def run(bug: str, seconds: float, log: Path) -> dict[str, str]:
     """The row of one script; what it prints goes to a file in `log`."""
-    started = time.monotonic()
-    finding = {"expected": "", "verdict": "crashed"}
-    with tempfile.TemporaryDirectory() as folder, open(log / f"{bug}.log", "w") as output:
-        told = Path(folder) / "finding.json"
+    started, path = time.monotonic(), log / f"{bug}.log"
+    with open(path, "w") as output:
         try:
             code = subprocess.run(
-                [*command(bug), "--json", str(told)], stdout=output, stderr=subprocess.STDOUT,
-                timeout=seconds, cwd=ROOT, check=False,
-            ).returncode  # fmt: skip
-            finding["actual"] = f"the script ended with {code}"
+                command(bug), stdout=output, stderr=subprocess.STDOUT, timeout=seconds, cwd=ROOT
+            ).returncode
+            verdict, actual = "crashed", f"the script ended with {code}"
         except subprocess.TimeoutExpired:
-            finding |= {"actual": f"no end within {seconds:.0f} s", "verdict": "timed out"}
-        if told.exists():
-            finding = json.loads(told.read_text())
+            code, verdict, actual = None, "timed out", f"no end within {seconds:.0f} s"
+    expected = ""
+    if code == 0:
+        expected, actual, verdict = VERDICT.search(path.read_text()).groups()
     return {
         "bug": bug,
-        **{name: finding[name] for name in ("verdict", "expected", "actual")},
+        "verdict": verdict,
+        "expected": expected,
+        "actual": actual,
         "seconds": f"{time.monotonic() - started:.1f}",
         **provenance(),
     }
-
-
-def save(path: Path, rows: dict[str, dict[str, str]]) -> None:
-    """Write the rows in the order of BUGS, in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".partial")
-    with open(draft, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows[bug] for bug in BUGS if bug in rows)
-    os.replace(draft, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,12 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as nowhere, ThreadPoolExecutor(options.jobs) as pool:
         log = options.log or Path(nowhere)
         log.mkdir(parents=True, exist_ok=True)
-        running = [pool.submit(run, bug, options.seconds, log) for bug in options.only]
-        for done in as_completed(running):
-            row = done.result()
+        for row in pool.map(lambda bug: run(bug, options.seconds, log), options.only):
             rows[row["bug"]] = row
-            save(options.out, rows)
-            print(f"{row['bug']}: {row['verdict']}: {row['actual']}", flush=True)
+        draft = Path(nowhere) / "rows.csv"
+        for row in rows.values():
+            append_row(draft, row)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_bytes(draft.read_bytes())
     return 0
 
 

@@ -16,10 +16,9 @@ import sys
 import torch
 from torch import nn
 
-from experiments.bugs.finding import Finding, show
-from experiments.bugs.stock import compile_stock, require_gpu, settings
+from experiments.baselines import example
+from experiments.bugs.stock import Finding, compile_stock, require_gpu, settings, show
 
-START, END, TOKENS = 49406, 49407, 77
 COUNTS = (4, 512, 8192)
 
 
@@ -28,16 +27,6 @@ class Position(nn.Module):
 
     def forward(self, tokens):
         return tokens.argmax(dim=-1)
-
-
-def texts(count: int) -> torch.Tensor:
-    """Token rows int32 [count, 77]: start, words, end, zeros, of many lengths."""
-    tokens = torch.randint(1, START, (count, TOKENS), dtype=torch.int32)
-    ends, place = 5 + 11 * torch.arange(count) % (TOKENS - 5), torch.arange(TOKENS)
-    tokens[place > ends[:, None]] = 0
-    tokens[place == ends[:, None]] = END
-    tokens[:, 0] = START
-    return tokens
 
 
 def reproduce() -> Finding:
@@ -51,7 +40,7 @@ def reproduce() -> Finding:
     for name, more in typings.items():
         missed = []
         for count in COUNTS:
-            tokens = texts(count).cuda()
+            tokens = example("demo", "text", count, torch.int32, "cuda")
             found = compile_stock(Position(), tokens, **more)(tokens)
             missed.append((found != tokens.argmax(dim=-1)).sum().item())
         seen |= any(missed)
