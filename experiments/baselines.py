@@ -126,7 +126,7 @@ def clip(model: str, encoder: str, precision: str, device: str) -> Callable:
 
 
 def onnxruntime(model: str, encoder: str, precision: str, device: str) -> Callable:
-    """The plain encoder, exported to ONNX, in a session of onnxruntime that reads and writes tensors.
+    """The plain encoder, exported to ONNX, in a session that reads and writes tensors in place.
 
     Raises UserError where onnxruntime is not installed, or not for this device or precision.
     """
@@ -144,8 +144,10 @@ def onnxruntime(model: str, encoder: str, precision: str, device: str) -> Callab
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of the exporter, about itself
         path = Path(folder) / "encoder.onnx"
-        torch.onnx.export(module, (x,), path, input_names=["x"], output_names=["features"],
-                          dynamic_axes={"x": {0: "batch"}}, opset_version=17, dynamo=False)  # fmt: skip
+        torch.onnx.export(
+            module, (x,), path, input_names=["x"], output_names=["features"],
+            dynamic_axes={"x": {0: "batch"}}, opset_version=17, dynamo=False,
+        )  # fmt: skip
         session = ort.InferenceSession(path, providers=[(provider, tf32)])
         width = module(x).shape[1]
 
@@ -169,4 +171,4 @@ PEERS: dict[str, Callable[[str, str, str, str], Callable]] = {
     "clip": clip,
     "onnxruntime": onnxruntime,
 }
-UNCAPTURED = ("clip", "onnxruntime")  # what no CUDA graph takes: they copy from, or wait on, the CPU
+UNCAPTURED = ("clip", "onnxruntime")  # they copy from the CPU or wait for it
