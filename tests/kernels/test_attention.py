@@ -6,8 +6,8 @@ import re
 
 import pytest
 
+import attention_checks as attention_bench
 from clip_ttrt import kernels
-from experiments import attention_bench
 import needs
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -33,21 +33,6 @@ def test_ctypes_struct_agrees_with_the_header():
 def test_library_states_the_size_of_the_struct(library):
     # Three pointers, an int64 and four int32, without padding.
     assert library._library.clip_attention_params_size() == ctypes.sizeof(attention_bench.Params) == 3 * 8 + 8 + 4 * 4
-
-
-def test_csv_columns_are_those_of_the_issue():
-    assert attention_bench.COLUMNS == (
-        "kernel batch heads tokens causal us tflops gbps floor_us best_library best_library_us ratio "
-        "max_error library_error gpu commit"
-    ).split()
-
-
-def test_floor_counts_each_byte_once():
-    shape = attention_bench.Shape(32, 16, 257, False)
-    assert shape.bytes == 32 * 257 * 1024 * 2 * 4  # q, k, v read and out written, fp16
-    assert shape.flops == 4 * 32 * 16 * 257 * 257 * 64
-    # 77 queries see 1 .. 77 keys.
-    assert attention_bench.Shape(1, 1, 77, True).flops == 4 * 64 * sum(range(1, 78))
 
 
 @pytest.fixture
