@@ -156,48 +156,44 @@ def test_tensors_of_any_layout_and_alignment():
 @pytest.mark.gpu
 @needs.ampere
 @pytest.mark.parametrize("tokens", attention_bench.CHECK_TOKENS)
-def test_error_is_at_most_twice_that_of_pytorch(library, tokens, tmp_path):
+def test_error_is_at_most_twice_that_of_pytorch(library, tokens):
     """With and without a query bias. Also: every element written, nothing beside them, the same bits twice."""
     import torch
 
     cases = [case for case in attention_bench.check_shapes(full=True) if case[0].tokens == tokens]
     assert len(cases) == 2 * 3 * 5 * 3
-    table = attention_bench.Table(tmp_path / "check.csv", attention_bench.CHECK_COLUMNS)
-    assert attention_bench.check(torch, library, cases, [0], table, seconds=600) == {0: 0}
+    assert attention_bench.check(torch, library, cases, [0], seconds=600) == {0: 0}
 
 
 @needs.built
 @pytest.mark.gpu
 @needs.ampere
 @pytest.mark.parametrize("tokens", [1, 17, 50, 77, 197, 257, 577, 1024])
-def test_portable_kernel_on_any_gpu(library, tokens, tmp_path):
+def test_portable_kernel_on_any_gpu(library, tokens):
     import torch
 
     portable = [id for id, name in library.variants.items() if name.startswith("portable")]
     cases = [case for case in attention_bench.check_shapes(full=False) if case[0].tokens == tokens]
-    table = attention_bench.Table(tmp_path / "check.csv", attention_bench.CHECK_COLUMNS)
-    assert set(attention_bench.check(torch, library, cases, portable, table, seconds=600).values()) == {0}
+    assert set(attention_bench.check(torch, library, cases, portable, seconds=600).values()) == {0}
 
 
 @needs.built
 @pytest.mark.gpu
 @needs.ampere
-def test_batches_beyond_the_grid_limits_of_y_and_z(library, tmp_path):
+def test_batches_beyond_the_grid_limits_of_y_and_z(library):
     import torch
 
     cases = [(attention_bench.Shape(70000, 1, 2, False), 1.0), (attention_bench.Shape(66000, 2, 17, True), 1.0)]
-    table = attention_bench.Table(tmp_path / "check.csv", attention_bench.CHECK_COLUMNS)
-    assert attention_bench.check(torch, library, cases, [0], table, seconds=600) == {0: 0}
+    assert attention_bench.check(torch, library, cases, [0], seconds=600) == {0: 0}
 
 
 @needs.built
 @pytest.mark.gpu
 @needs.ampere
 @pytest.mark.parametrize("tokens", attention_bench.SKIPPING_TOKENS)
-def test_many_heads_with_fewer_tiles_than_workers(library, tokens, tmp_path):
+def test_many_heads_with_fewer_tiles_than_workers(library, tokens):
     """Warps and warpgroups then skip heads: the ring of copies must not confuse two fillings of a stage."""
     import torch
 
     cases = [(attention_bench.Shape(700, 8, tokens, causal), 1.0) for causal in (False, True)]
-    table = attention_bench.Table(tmp_path / "check.csv", attention_bench.CHECK_COLUMNS)
-    assert attention_bench.check(torch, library, cases, [0], table, seconds=600) == {0: 0}
+    assert attention_bench.check(torch, library, cases, [0], seconds=600) == {0: 0}

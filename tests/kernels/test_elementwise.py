@@ -134,18 +134,18 @@ def test_no_rows_are_no_work(library, name):
 @pytest.mark.gpu
 @needs.ampere
 @pytest.mark.parametrize("kernel", bench.KERNELS)
-def test_error_is_rounding(library, kernel, tmp_path):
+def test_error_is_rounding(library, kernel):
     """Also: every element written, nothing beside them, the same bits twice."""
     cases = bench.check_cases(kernel)
     assert len(cases) >= 36
-    assert bench.check(torch, library, cases, bench.Table(tmp_path / "check.csv", bench.CHECK_COLUMNS), seconds=600) == 0
+    assert bench.check(torch, library, cases, seconds=600) == 0
 
 
 @needs.built
 @pytest.mark.gpu
 @needs.ampere
-def test_quick_gelu_of_every_half(library, tmp_path):
-    assert bench.check_every_half(torch, library, bench.Table(tmp_path / "check.csv", bench.CHECK_COLUMNS)) == 0
+def test_quick_gelu_of_every_half(library):
+    assert bench.check_every_half(torch, library) == 0
 
 
 @needs.built
