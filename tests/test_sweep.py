@@ -40,6 +40,11 @@ def test_the_embedded_model_on_a_cpu(tmp_path, capfd):
     assert read_rows(out) == rows
 
 
+def test_percentiles_are_those_of_the_nearest_rank_and_sets_exceed_a_cache():
+    assert [percentile(range(100, 0, -1), share) for share in (0.5, 0.9, 0.99)] == [50, 90, 99]
+    assert [sets_for(size) for size in (1, 100 << 20, 1 << 30)] == [64, 2, 1]
+
+
 @pytest.mark.parametrize("option", [["--range", "8:4:1"], ["--static", "0"], ["--models", "no"]])
 def test_what_cannot_be_compiled_is_refused_at_once(option, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -146,12 +151,6 @@ def test_peers_are_the_original_on_rows_that_are_each_another(encoder):
     assert (torch.nn.Conv2d in layers) is (encoder == "image")
 
 
-def test_percentiles_are_those_of_the_nearest_rank_and_sets_exceed_a_cache():
-    assert [percentile(range(100, 0, -1), share) for share in (0.5, 0.9, 0.99)] == [50, 90, 99]
-    assert percentile([7.0], 0.99) == 7
-    assert [sets_for(size) for size in (1, 100 << 20, 1 << 30)] == [64, 2, 1]
-
-
 def test_kernels_have_rows_on_a_cpu(tmp_path, capsys):
     out = tmp_path / "kernels.csv"
     options = ["--device", "cpu", "--models", "demo", "--out", str(out)]
@@ -173,5 +172,6 @@ def test_what_is_compiled_beside_a_kernel_is_one_graph_of_the_same_numbers(encod
         peers = set(case.backends("cuda")) - {"ours"}
         assert peers == set(case.libraries or ["torch.compile"])
         torch._dynamo.reset()
-        compiled, inputs = torch.compile(case.reference, backend="eager", fullgraph=True), case.inputs()
+        compiled = torch.compile(case.reference, backend="eager", fullgraph=True)
+        inputs = case.inputs()
         torch.testing.assert_close(compiled(*inputs), case.reference(*inputs))

@@ -2,6 +2,7 @@
 import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import clip
 import pytest
@@ -14,9 +15,13 @@ from clip_ttrt.models import Dimensions
 from experiments import train_demo
 
 TINY = Dimensions(32, 112, 16, 64, 2, 77, 49408, 64, 2)
-OPTIONS = train_demo.Options(
-    device="cpu", steps=12, batch=32, short=8, learning_rate=2e-3, evaluations=0, per_class=1,
-    log_every=1)  # fmt: skip
+
+
+@pytest.fixture
+def options(tmp_path) -> train_demo.Options:
+    return train_demo.Options(
+        device="cpu", steps=12, batch=32, short=8, learning_rate=2e-3, evaluations=0, per_class=1,
+        log_every=1, out=str(tmp_path / "demo.safetensors"), report=str(tmp_path / "demo.json"))
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +69,6 @@ def test_loss_is_clip_s_but_equal_captions_are_no_negatives():
     assert train_demo.contrastive_loss(features, features, labels, scale) > 1
 
 
-def test_learning_rate_warms_up_and_ends_at_zero():
-    shares = [train_demo.learning_rate_share(step / 100, 0.05) for step in range(101)]
-    assert shares[0] == 0 and shares[5] == 1 and abs(shares[100]) < 1e-12
-    assert shares[5:] == sorted(shares[5:], reverse=True)
-
-
 def test_packed_weights_compute_what_was_trained(tokens):
     """Trimmed texts over the rows in use give the features of full texts over the vocabulary."""
     model = train_demo.DemoClip(TINY, len(tokens.ids)).initialise(torch.Generator().manual_seed(0))
@@ -86,45 +85,43 @@ def test_packed_weights_compute_what_was_trained(tokens):
             torch.testing.assert_close(shipped, own, rtol=1e-5, atol=1e-6)
 
 
-def test_a_short_run_learns_and_leaves_loadable_files(tmp_path):
-    out, told = str(tmp_path / "demo.safetensors"), tmp_path / "demo.json"
-    report = train_demo.train(replace(OPTIONS, out=out, report=str(told)), TINY)
+def test_a_short_run_learns_and_leaves_loadable_files(options):
+    report = train_demo.train(options, TINY)
     losses = [entry["loss"] for entry in report["history"]]
     assert sum(losses[-3:]) < sum(losses[:3])
-    assert json.loads(told.read_text()) == report
+    assert json.loads(Path(options.report).read_text()) == report
     assert report["finished"] and report["steps"] == 12
-    state_dict = train_demo.read_weights(out)
+    state_dict = train_demo.read_weights(options.out)
     assert state_dict["token_embedding.weight"].shape == (49408, 64)
     assert all(torch.equal(value, value.half().float()) for value in state_dict.values())
     figures = report["figures"]
-    assert figures["held_out_classes"] >= 100
-    shares = {name: value for name, value in figures.items() if "top1" in name or "recall" in name}
-    assert len(shares) == 5 and all(0 <= share <= 1 for share in shares.values())
+    shares = [value for name, value in figures.items() if "top1" in name or "recall" in name]
+    assert len(shares) == 5 and all(0 <= share <= 1 for share in shares)
     assert figures["held_out_top1_of_all"] <= figures["held_out_top1"]
+    assert figures["held_out_classes"] >= 100
 
 
-def test_a_stopped_run_leaves_files_marked_unfinished(tmp_path, monkeypatch):
-    out, told = str(tmp_path / "demo.safetensors"), tmp_path / "demo.json"
-    options = replace(OPTIONS, steps=4, batch=8, short=4, evaluations=1, out=out, report=str(told))
-    calls, batch_losses = [], train_demo.batch_losses
+def test_a_stopped_run_leaves_files_marked_unfinished(options, monkeypatch):
+    batch_losses, left = train_demo.batch_losses, iter(range(3))
 
     def stop_at_fourth(*arguments):
-        calls.append(None)
-        if len(calls) == 4:
+        if next(left, None) is None:
             raise KeyboardInterrupt
         return batch_losses(*arguments)
 
     monkeypatch.setattr(train_demo, "batch_losses", stop_at_fourth)
     with pytest.raises(KeyboardInterrupt):
-        train_demo.train(options, TINY)
-    assert json.loads(told.read_text())["finished"] is False
-    train_demo.read_weights(out)
+        train_demo.train(replace(options, steps=4, evaluations=1), TINY)
+    assert json.loads(Path(options.report).read_text())["finished"] is False
+    train_demo.read_weights(options.out)
 
 
-def test_options_come_from_the_command_line_and_impossible_ones_are_refused():
-    options = train_demo.parse(["--steps", "7", "--seconds", "20.5", "--short", "2", "--out", "x"])
-    assert (options.steps, options.seconds, options.short, options.out) == (7, 20.5, 2, "x")
-    assert train_demo.parse([]) == train_demo.Options()
+def test_options_are_those_of_the_command_line_and_impossible_ones_are_refused(options):
+    asked = train_demo.parse(["--steps", "7", "--seconds", "20.5", "--out", "x"])
+    assert asked == train_demo.Options(steps=7, seconds=20.5, out="x")
     for batch, short, word in ((3, 2, "even"), (4, 6, "short")):
         with pytest.raises(ValueError, match=word):
-            train_demo.train(replace(OPTIONS, batch=batch, short=short), TINY)
+            train_demo.train(replace(options, batch=batch, short=short), TINY)
+    shares = [train_demo.learning_rate_share(step / 100, 0.05) for step in range(101)]
+    assert shares[0] == 0 and shares[5] == 1 and abs(shares[100]) < 1e-12
+    assert shares[5:] == sorted(shares[5:], reverse=True)
