@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from clip_ttrt import elementwise, kernels, linear, ops
+from clip_ttrt import kernels, linear, ops
 from clip_ttrt.errors import UserError
 from clip_ttrt.models import MODELS
 from experiments.floor import LIBRARIES, attend, attention_flops, split
@@ -84,11 +84,6 @@ class Case:
         return found
 
 
-def launch(name: str, like: torch.Tensor, **fields: object) -> None:
-    """A launcher of the library, with the fields of its struct, on the device of a tensor."""
-    elementwise._launch(name, like, **fields)
-
-
 def attention(at: Place) -> Iterator[Case]:
     def inputs() -> Sequence[torch.Tensor]:
         qkv = at.randn(at.batch, at.tokens, 3 * at.width)
@@ -129,8 +124,10 @@ def layer_norm(at: Place) -> Iterator[Case]:
 
     def ours(x: torch.Tensor, constants: torch.Tensor) -> torch.Tensor:
         out, (scale, shift) = torch.empty_like(x), constants
-        launch("residual_layer_norm", x, x=x, delta=None, bias=None, scale=scale, shift=shift,
-               sum_out=None, out=out, rows=at.rows, width=at.width, epsilon=EPSILON)  # fmt: skip
+        kernels.launch(
+            "residual_layer_norm", at.device, x=x, delta=None, bias=None, scale=scale, shift=shift,
+            sum_out=None, out=out, rows=at.rows, width=at.width, epsilon=EPSILON,
+        )  # fmt: skip
         return out
 
     yield Case(
@@ -145,8 +142,10 @@ def residual_layer_norm(at: Place) -> Iterator[Case]:
 
     def ours(x: torch.Tensor, delta: torch.Tensor, constants: torch.Tensor):
         total, out, (bias, scale, shift) = torch.empty_like(x), torch.empty_like(x), constants
-        launch("residual_layer_norm", x, x=x, delta=delta, bias=bias, scale=scale, shift=shift,
-               sum_out=total, out=out, rows=at.rows, width=at.width, epsilon=EPSILON)  # fmt: skip
+        kernels.launch(
+            "residual_layer_norm", at.device, x=x, delta=delta, bias=bias, scale=scale,
+            shift=shift, sum_out=total, out=out, rows=at.rows, width=at.width, epsilon=EPSILON,
+        )  # fmt: skip
         return total, out
 
     yield Case(
@@ -161,7 +160,8 @@ def quick_gelu(at: Place) -> Iterator[Case]:
 
     def ours(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(x)
-        launch("bias_quick_gelu", x, **{"in": x}, bias=bias, out=out, rows=at.rows, width=width)
+        fields = {"in": x, "bias": bias, "out": out, "rows": at.rows, "width": width}
+        kernels.launch("bias_quick_gelu", at.device, **fields)
         return out
 
     yield Case(
@@ -183,8 +183,8 @@ def patches(at: Place) -> Iterator[Case]:
 
     def cut(x: torch.Tensor) -> torch.Tensor:
         out = torch.empty(rows, k, dtype=dtype, device=x.device)
-        launch("extract_patches", x, images=x, out=out, batch=at.batch, resolution=side,
-               patch_size=size, half=0)  # fmt: skip
+        kernels.launch("extract_patches", at.device, images=x, out=out, batch=at.batch,
+                       resolution=side, patch_size=size, half=0)  # fmt: skip
         return out
 
     yield Case(
@@ -223,8 +223,10 @@ def embed_image(at: Place) -> Iterator[Case]:
     def ours(patches: torch.Tensor, constants: torch.Tensor, positions: torch.Tensor):
         x, y = (patches.new_empty(at.rows, width) for _ in range(2))
         fields = dict(zip(names, constants))
-        launch("embed_image", x, patches=patches, positions=positions, x=x, y=y, batch=at.batch,
-               tokens=at.tokens, width=width, **fields, **epsilons)  # fmt: skip
+        kernels.launch(
+            "embed_image", at.device, patches=patches, positions=positions, x=x, y=y,
+            batch=at.batch, tokens=at.tokens, width=width, **fields, **epsilons,
+        )  # fmt: skip
         return x, y
 
     yield Case(
