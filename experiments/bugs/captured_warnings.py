@@ -15,11 +15,11 @@ from unittest import mock
 
 import torch
 
-from experiments.bugs.stock import CannotRun, Finding, require_torch_tensorrt, show
+from experiments.bugs.stock import CannotRun, Finding, require, show
 
 
 def reproduce() -> Finding:
-    require_torch_tensorrt()
+    require(gpu=False)
     if "torch_tensorrt" in sys.modules:
         raise CannotRun("torch_tensorrt was imported before this script could look")
     before = warnings.showwarning

@@ -18,31 +18,21 @@ import sys
 import torch
 from torch import nn
 
-from experiments.bugs.stock import Finding, compile_stock, require_gpu, show
+from experiments.bugs.stock import Apply, Finding, compile_stock, require, show
 
 SIZE = 2048
 
 
-class Swapped(nn.Module):
-    """[N, N] -> [N, N]."""
-
-    def forward(self, x):
-        return torch.cat([x[SIZE // 2 :], x[: SIZE // 2]])
-
-
-class Transposed(nn.Module):
-    """[N, N] -> [N, N]."""
-
-    def forward(self, x):
-        return x.transpose(0, 1)
-
-
 def reproduce() -> Finding:
-    require_gpu()
+    require()
     torch.manual_seed(0)
-    told, seen, linear = [], False, nn.Linear(SIZE, SIZE, bias=False)
-    x = torch.randn(SIZE, SIZE, device="cuda")
-    for name, module in {"swap": Swapped(), "transpose": Transposed(), "linear": linear}.items():
+    told, seen, x = [], False, torch.randn(SIZE, SIZE, device="cuda")
+    modules = {
+        "swap": Apply(lambda x: torch.cat([x[SIZE // 2 :], x[: SIZE // 2]])),
+        "transpose": Apply(lambda x: x.transpose(0, 1)),
+        "linear": nn.Linear(SIZE, SIZE, bias=False),
+    }
+    for name, module in modules.items():
         compiled = compile_stock(module.cuda(), x)
         expected = compiled(x).clone()
         strided = x.t().contiguous().t()  # the same values, another layout

@@ -45,16 +45,11 @@ def show(document: str, reproduce: Callable[[], Finding], mended: str | None = N
     return 0
 
 
-def require_torch_tensorrt() -> None:
-    """Raise CannotRun where no Torch-TensorRT is installed."""
+def require(gpu: bool = True) -> None:
+    """Raise CannotRun where no Torch-TensorRT is installed, or no GPU answers."""
     if not set(WHEELS) & set(stack.versions()):
         raise CannotRun("Torch-TensorRT is not installed")
-
-
-def require_gpu() -> None:
-    """Raise CannotRun, naming what is missing, where no engine can run."""
-    require_torch_tensorrt()
-    if not torch.cuda.is_available():
+    if gpu and not torch.cuda.is_available():
         raise CannotRun("no CUDA GPU answers")
 
 
@@ -66,16 +61,15 @@ def settings(**wanted) -> dict:
     return {name: value for name, value in wanted.items() if name in known}
 
 
-class Compiled(nn.Module):
-    """What Torch-TensorRT compiles of a module of one input and output: `inner` holds engines."""
+class Apply(nn.Module):
+    """A function of one tensor as a module."""
 
-    def __init__(self, inner: nn.Module):
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]):
         super().__init__()
-        self.inner = inner
+        self.function = function
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        outputs = self.inner(x)
-        return outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+        return self.function(x)
 
 
 def compile_stock(
@@ -83,7 +77,7 @@ def compile_stock(
     example: torch.Tensor,
     batches: tuple[int, int, int] | None = None,
     **more,
-) -> Compiled:
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """A module of one input and output, as Torch-TensorRT compiles it, in the module's types.
 
     example: a CUDA input.  batches: minimum, optimum and maximum of a dynamic first dimension.
@@ -102,8 +96,12 @@ def compile_stock(
     exported = torch.export.export(module, (example,), dynamic_shapes=dynamic)
     has_attention = hasattr(tensorrt.INetworkDefinition, "add_attention")
     options = {"use_explicit_typing": True, "decompose_attention": not has_attention, **more}
-    return Compiled(
-        torch_tensorrt.dynamo.compile(
-            exported, inputs=[spec], min_block_size=1, truncate_double=True, **settings(**options)
-        )
+    compiled = torch_tensorrt.dynamo.compile(
+        exported, inputs=[spec], min_block_size=1, truncate_double=True, **settings(**options)
     )
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        outputs = compiled(x)
+        return outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+
+    return run

@@ -14,23 +14,15 @@ position with int32 layers alone (clip_ttrt/ops.py, clip_ttrt/converters.py).
 import sys
 
 import torch
-from torch import nn
 
 from experiments.baselines import example
-from experiments.bugs.stock import Finding, compile_stock, require_gpu, settings, show
+from experiments.bugs.stock import Apply, Finding, compile_stock, require, settings, show
 
 COUNTS = (4, 512, 8192)
 
 
-class Position(nn.Module):
-    """int32 [B, T] -> [B]."""
-
-    def forward(self, tokens):
-        return tokens.argmax(dim=-1)
-
-
 def reproduce() -> Finding:
-    require_gpu()
+    require()
     torch.manual_seed(0)
     weak = {"use_explicit_typing": False, "enabled_precisions": {torch.half}}
     typings = {"strongly typed": {}}
@@ -41,7 +33,7 @@ def reproduce() -> Finding:
         missed = []
         for count in COUNTS:
             tokens = example("demo", "text", count, torch.int32, "cuda")
-            found = compile_stock(Position(), tokens, **more)(tokens)
+            found = compile_stock(Apply(lambda x: x.argmax(dim=-1)), tokens, **more)(tokens)
             missed.append((found != tokens.argmax(dim=-1)).sum().item())
         seen |= any(missed)
         counts = zip(missed, COUNTS, strict=True)

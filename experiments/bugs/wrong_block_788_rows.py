@@ -18,7 +18,7 @@ from torch import nn
 from clip_ttrt.encoders import DIFFERENTIABLE, Block
 from clip_ttrt.models import dimensions_of
 from experiments.baselines import allow_tf32
-from experiments.bugs.stock import Finding, compile_stock, require_gpu, show
+from experiments.bugs.stock import Finding, compile_stock, require, show
 
 BOUND = 0.9999
 CASES = (  # model, what is compiled for, the batch that is run
@@ -29,7 +29,7 @@ CASES = (  # model, what is compiled for, the batch that is run
 
 
 def reproduce() -> Finding:
-    require_gpu()
+    require()
     told, seen = [], False
     for model, batches, batch in CASES:
         torch.manual_seed(0)
