@@ -5,7 +5,10 @@ that precision: `example`.  `plain` is the encoder as the original lays it out, 
 and scaled_dot_product_attention; `rearranged` is clip_ttrt's own encoder with no op of ours, which
 cuts patches for a matrix product and pools before the last block's output projection.
 """
+import tempfile
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -51,7 +54,7 @@ def allow_tf32(precision: str) -> None:
 
 
 class PlainImageEncoder(torch.nn.Module):
-    """Images [B, 3, R, R] in the weights' dtype -> features [B, embed_dim], as the original does it."""
+    """Images [B, 3, R, R] in the weights' dtype -> features [B, embed_dim]."""
 
     def __init__(self, encoder: torch.nn.Module):
         super().__init__()
@@ -72,7 +75,7 @@ class PlainImageEncoder(torch.nn.Module):
 
 
 class PlainTextEncoder(torch.nn.Module):
-    """Tokens int [B, T] -> features [B, embed_dim], as the original does it."""
+    """Tokens int [B, T] -> features [B, embed_dim]."""
 
     def __init__(self, encoder: torch.nn.Module):
         super().__init__()
@@ -87,9 +90,6 @@ class PlainTextEncoder(torch.nn.Module):
         return encoder.projection(encoder.norm_post(x)[rows, tokens.argmax(dim=-1)])
 
 
-PLAIN = {"image": PlainImageEncoder, "text": PlainTextEncoder}
-
-
 def rearranged(model: str, encoder: str, precision: str, device: str) -> torch.nn.Module:
     """Our encoder, without an op of ours."""
     allow_tf32(precision)
@@ -99,7 +99,8 @@ def rearranged(model: str, encoder: str, precision: str, device: str) -> torch.n
 
 def plain(model: str, encoder: str, precision: str, device: str) -> torch.nn.Module:
     """The encoder as the original lays it out."""
-    return PLAIN[encoder](rearranged(model, encoder, precision, device)).to(device)
+    layout = PlainImageEncoder if encoder == "image" else PlainTextEncoder
+    return layout(rearranged(model, encoder, precision, device)).to(device)
 
 
 def compiled(module: torch.nn.Module) -> torch.nn.Module:
@@ -124,9 +125,52 @@ def clip(model: str, encoder: str, precision: str, device: str) -> Callable:
     return original.encode_image if encoder == "image" else original.encode_text
 
 
+def onnxruntime(model: str, encoder: str, precision: str, device: str) -> Callable:
+    """The plain encoder, exported to ONNX, in a session that reads and writes tensors in place.
+
+    Raises UserError where onnxruntime is not installed, or not for this device or precision.
+    """
+    try:
+        import onnxruntime as ort
+        import onnxscript  # noqa: F401 (the exporter needs it)
+    except ImportError as problem:
+        raise UserError(f"{problem}; pip install onnxruntime-gpu onnxscript") from problem
+    provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
+    if precision == "bf16":
+        raise UserError("onnxruntime takes no bf16 tensors; choose fp32, tf32 or fp16")
+    module = plain(model, encoder, precision, device)
+    x = example(model, encoder, 2, DTYPES[precision], device)
+    tf32 = {"use_tf32": str(int(precision == "tf32"))} if device == "cuda" else {}
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of the exporter, about itself
+        path = Path(folder) / "encoder.onnx"
+        torch.onnx.export(
+            module, (x,), path, input_names=["x"], output_names=["features"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},), dynamo=True, verbose=False,
+        )  # fmt: skip
+        session = ort.InferenceSession(path, providers=[(provider, tf32)])
+        width = module(x).shape[1]
+    if session.get_providers()[0] != provider:
+        raise UserError(f"onnxruntime has no {provider} here; pip install onnxruntime-gpu")
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        features = torch.empty(len(x), width, dtype=DTYPES[precision], device=device)
+        binding = session.io_binding()
+        tensors = {"x": (x, binding.bind_input), "features": (features, binding.bind_output)}
+        for name, (tensor, bind) in tensors.items():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            bind(name, device, 0, dtype, tuple(tensor.shape), tensor.data_ptr())
+        session.run_with_iobinding(binding)
+        return features
+
+    return run
+
+
 PEERS: dict[str, Callable[[str, str, str, str], Callable]] = {
     "torch.compile": lambda *about: compiled(plain(*about)),
     "torch.compile rearranged": lambda *about: compiled(rearranged(*about)),
     "eager": plain,
     "clip": clip,
+    "onnxruntime": onnxruntime,
 }
+UNCAPTURED = ("clip", "onnxruntime")  # they copy from the CPU or wait for it

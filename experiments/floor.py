@@ -2,25 +2,28 @@
 
 Matrix products with bias (PyTorch's linear, which is cuBLAS on a GPU), attention (the fastest of
 what scaled_dot_product_attention offers, on packed and on separate tensors) and layer norms, each
-timed alone and multiplied by how often an encoder needs it.  Elementwise work and gathers count
-as fused into their neighbours.  `experiments.sweep` writes it as the backend `floor`.
+timed alone, in cache, and multiplied by how often an encoder needs it.  Elementwise work and
+gathers count as fused into their neighbours.  `experiments.sweep` writes it as the backend `floor`.
 """
 import contextlib
 import statistics
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clip_ttrt.models import HEAD_DIM, Dimensions
 from experiments.baselines import DTYPES, allow_tf32
-from experiments.timing import graphed, median_ms, wall_times_ms
+from experiments.timing import launch_times_us
 
-LAUNCHES = 20
-LONG_MS = 1.0  # beside which the launch of a CUDA graph, some microseconds, is nothing
+LIBRARIES = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}  # of scaled_dot_product_attention
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,15 @@ class Work:
 
     @property
     def flops(self) -> float:
-        """Operations of the products and of attention (half of it with the causal mask)."""
-        batch, heads, tokens, causal, times = self.attention
+        """Operations of the products and of attention."""
+        *shape, times = self.attention
         products = sum(2 * m * k * n * count for m, k, n, count in self.products)
-        attention = 4 * batch * heads * tokens**2 * HEAD_DIM * times
-        return products + attention * (0.5 if causal else 1)
+        return products + attention_flops(*shape) * times
+
+
+def attention_flops(batch: int, heads: int, tokens: int, causal: bool) -> float:
+    """Operations of one attention, half of them with the causal mask."""
+    return 4 * batch * heads * tokens**2 * HEAD_DIM * (0.5 if causal else 1)
 
 
 def work_of(dims: Dimensions, encoder: str, batch: int) -> Work:
@@ -61,41 +68,19 @@ def work_of(dims: Dimensions, encoder: str, batch: int) -> Work:
     return Work(tuple(products), attention, tuple(norms))
 
 
-def milliseconds(call: Callable[[], object], device: str) -> float:
-    """Median of one call: as a CUDA graph, of several calls where its own launch would count."""
-    if device == "cpu":
-        return statistics.median(wall_times_ms(call, 5, 1, device))
-
-    def several():
-        for _ in range(LAUNCHES):
-            call()
-
-    one = median_ms(graphed(call), 5, warm_up=2)
-    return one if one > LONG_MS else median_ms(graphed(several), 20) / LAUNCHES
+def split(qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Packed projections [B, T, 3·heads·64] as three views [B, heads, T, 64]."""
+    return qkv.unflatten(2, (3, -1, HEAD_DIM)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def attention_ms(
-    batch: int, heads: int, tokens: int, causal: bool, device: str, dtype: torch.dtype
-) -> float:
-    """The fastest of scaled_dot_product_attention's libraries that take this input."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+def attend(library: str, causal: bool) -> Callable[..., torch.Tensor]:
+    """scaled_dot_product_attention with one of LIBRARIES."""
 
-    packed = torch.randn(batch, tokens, 3, heads, HEAD_DIM, device=device, dtype=dtype)
-    packed = packed.permute(2, 0, 3, 1, 4)
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(LIBRARIES[library]):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
-    def attend(layout: torch.Tensor) -> Callable[[], torch.Tensor]:
-        return lambda: F.scaled_dot_product_attention(*layout.unbind(0), is_causal=causal)
-
-    if device == "cpu":
-        return milliseconds(attend(packed), device)
-    times = []
-    for layout in (packed, packed.contiguous()):
-        for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"):
-            library = sdpa_kernel(getattr(SDPBackend, name))
-            with contextlib.suppress(RuntimeError), warnings.catch_warnings(), library:
-                warnings.simplefilter("ignore")  # each library says why it takes no such input
-                times.append(milliseconds(attend(layout), device))
-    return min(times)
+    return run
 
 
 def floor_ms(
@@ -103,22 +88,27 @@ def floor_ms(
 ) -> dict[str, float]:
     """Milliseconds of the products, of attention, of the norms, and their sum."""
     allow_tf32(precision)
-    dtype = DTYPES[precision]
 
     def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device=device, dtype=dtype)
+        return torch.randn(*shape, device=device, dtype=DTYPES[precision])
+
+    def median_ms(launch: Callable[..., object], *inputs) -> float:
+        return statistics.median(launch_times_us(launch, [inputs], device, seconds=0.05)) / 1e3
 
     work = work_of(dims, encoder, batch)
-    parts = {"products": 0.0, "attention": 0.0, "norms": 0.0}
-    with torch.no_grad():
-        for rows, inputs, outputs, times in work.products:
-            x, weight, bias = randn(rows, inputs), randn(outputs, inputs), randn(outputs)
-            product = milliseconds(partial(F.linear, x, weight, bias), device)
-            parts["products"] += times * product
-        *shape, times = work.attention
-        parts["attention"] = times * attention_ms(*shape, device, dtype)
-        for rows, width, times in work.norms:
-            x, scale = randn(rows, width), randn(width)
-            norm = milliseconds(partial(F.layer_norm, x, (width,), scale, scale), device)
-            parts["norms"] += times * norm
+    parts = {"products": 0.0, "norms": 0.0}
+    for rows, inputs, outputs, times in work.products:
+        tensors = randn(rows, inputs), randn(outputs, inputs), randn(outputs)
+        parts["products"] += times * median_ms(F.linear, *tensors)
+    for rows, width, times in work.norms:
+        tensors = randn(rows, width), (width,), randn(width), randn(width)
+        parts["norms"] += times * median_ms(F.layer_norm, *tensors)
+    _, heads, tokens, causal, times = work.attention
+    packed, found = split(randn(batch, tokens, 3 * heads * HEAD_DIM)), []
+    for layout in (packed, [part.contiguous() for part in packed]):
+        for library in LIBRARIES:
+            with contextlib.suppress(RuntimeError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # each library says why it takes no such input
+                found.append(median_ms(attend(library, causal), *layout))
+    parts["attention"] = times * min(found)
     return {**parts, "sum": sum(parts.values())}

@@ -17,15 +17,18 @@ SHORTER_SIDE = 336
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="skimage/data of an unpacked scikit-image wheel")
     source = parser.parse_args().folder
     for name in pictures.CAPTIONS:
-        [path] = [candidate for candidate in source.glob(f"{name}.*") if candidate.suffix in (".png", ".jpg")]
+        [path] = [path for path in source.glob(f"{name}.*") if path.suffix in (".png", ".jpg")]
         with Image.open(path) as picture:
             picture = picture.convert("RGB")
             scale = SHORTER_SIDE / min(picture.size)
-            picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.BICUBIC)
+            size = [round(side * scale) for side in picture.size]
+            picture = picture.resize(size, Image.Resampling.BICUBIC)
             picture.save(pictures.FOLDER / f"{name}.jpg", quality=90)
 
 

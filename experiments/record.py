@@ -12,20 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from clip_ttrt import stack
+from clip_ttrt.artifact import Artifact
 
+ROOT = Path(__file__).resolve().parents[1]
 PROVENANCE = ("gpu", "torch", "torch_tensorrt", "tensorrt", "commit", "date")
 
 
 def commit() -> str:
     """The commit of the code that runs, as this module's docstring says."""
-    if told := os.environ.get("CLIP_TTRT_COMMIT"):
-        return told
-    folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
+        command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
 
+    if told := os.environ.get("CLIP_TTRT_COMMIT"):
+        return told
     try:
         head = git("rev-parse", "--short=10", "HEAD")
         return head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
@@ -52,21 +53,24 @@ def provenance(
     }
 
 
+def label(artifact: Artifact) -> str:
+    """The column `backend` of an artifact's times."""
+    return "clip_ttrt" if artifact.batch.static else f"clip_ttrt {artifact.batch}"
+
+
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Append a row to a CSV and print it; a new file starts with the header.
 
     Raises ValueError where the file's columns are others.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists() or path.stat().st_size == 0
-    if not new:
-        with open(path, newline="") as file:
-            header = next(csv.reader(file))
-        if header != list(row):
+    with open(path, "a+", newline="") as file:
+        file.seek(0)
+        header = next(csv.reader(file), None)
+        if header not in (None, list(row)):
             raise ValueError(f"{path} has columns {header}, the row has {list(row)}")
-    with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        if new:
+        if header is None:
             writer.writeheader()
         writer.writerow(row)
     print(", ".join(f"{name} {value}" for name, value in row.items() if value), flush=True)

@@ -1,7 +1,8 @@
 """Figure and table of results/speed.csv: python -m experiments.report [--csv FILE] [--gpu NAME]
 
-Draws FILE.png, milliseconds over the batch for each model, encoder and backend, and prints the
-table of the same rows in Markdown.  Of what was measured more than once the last row counts.
+Draws FILE.png, milliseconds as called over the batch, a panel for each model and encoder, and
+prints the README's table in Markdown.  Both are of one run: of the named GPU, else the last row's,
+and of the commit and day of its last row.  Of what was measured more than once the last row counts.
 """
 import argparse
 import sys
@@ -15,25 +16,22 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import NullLocator, StrMethodFormatter
 
 from experiments.record import read_rows
+from experiments.sweep import KEY
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; ours is the first.
 STYLES = {
-    "clip_ttrt fused": ("#0072B2", "o"),
-    "clip_ttrt tensorrt": ("#009E73", "s"),
     "clip_ttrt": ("#0072B2", "o"),
     "torch.compile": ("#E69F00", "^"),
     "torch.compile rearranged": ("#D55E00", "v"),
     "eager": ("#56B4E9", "P"),
     "clip": ("#999999", "*"),
-    "floor": ("#000000", "_"),
+    "onnxruntime": ("#CC79A7", "D"),
 }
-LINES = {"call": "--", "graph": "-", "queue": ":"}
-KEY = ("model", "encoder", "batch", "precision", "backend", "kernels", "how")
+PANEL = ("model", "encoder", "precision")
 
 
 def latest(rows: Sequence[Mapping[str, str]], gpu: str | None) -> list[Mapping[str, str]]:
-    """The last row of each key of one run: of the named GPU, else the last row's, and of the commit
-    and day of its last row, since only what ran together may be compared.
+    """The rows of the run to report, as this module's docstring says.
 
     Raises ValueError where there is none.
     """
@@ -53,72 +51,77 @@ def groups(rows: Sequence[Mapping[str, str]], *names: str) -> dict[tuple[str, ..
     return found
 
 
-def style(backend: str, kernels: str, how: str) -> dict:
-    """Colour, marker, line and label of a backend; an engine for a range has hollow markers."""
-    ours, _, batches = backend.partition(" ")
-    colour, marker = STYLES[f"{ours} {kernels}".strip()]
-    label = " ".join(filter(None, (backend, kernels, how)))
-    fill = "white" if batches else colour
-    return {"color": colour, "marker": marker, "markerfacecolor": fill, "linestyle": LINES[how],
-            "label": label, "markersize": 5, "linewidth": 1.3}  # fmt: skip
-
-
 def plot(rows: Sequence[Mapping[str, str]]) -> plt.Figure:
-    """One panel a model, encoder and precision, one line a backend and way to call it."""
-    parts = groups(rows, "model", "encoder", "precision")
-    columns = min(3, len(parts))
-    lines = -(-len(parts) // columns)
-    size = (max(7.0, 4 * columns), 3.2 * lines + 1.8)
-    figure, panels = plt.subplots(lines, columns, figsize=size, squeeze=False)
-    for axes in panels.flat[len(parts):]:
-        axes.set_visible(False)
+    """A panel a model, encoder and precision, a line a backend as called.
+
+    Raises ValueError where nothing was called.
+    """
+    panels = groups([row for row in rows if row["how"] == "call"], *PANEL)
+    if not panels:
+        raise ValueError("no rows of how=call; python -m experiments.sweep writes some")
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(lines, columns, squeeze=False, layout="constrained",
+                                figsize=(max(7.0, 4 * columns), 3.2 * lines + 1.2))  # fmt: skip
     handles = {}
-    for axes, (title, part) in zip(panels.flat, parts.items(), strict=False):
-        for look, points in groups(part, "backend", "kernels", "how").items():
+    for panel in axes.flat[len(panels):]:
+        panel.set_visible(False)
+    for panel, (title, part) in zip(axes.flat, panels.items(), strict=False):
+        for (backend, kernels), points in groups(part, "backend", "kernels").items():
+            name = backend.split()[0] if backend.startswith("clip_ttrt") else backend
+            colour, marker = STYLES[name]
+            look = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.3}
+            if kernels == "tensorrt":
+                look["linestyle"] = ":"
+            if backend != name:  # an engine for a range
+                look["markerfacecolor"] = "white"
             points = sorted((int(row["batch"]), float(row["median_ms"])) for row in points)
-            [line] = axes.plot(*zip(*points, strict=True), **style(*look))
-            handles.setdefault(line.get_label(), line)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
+            label = f"{backend} {kernels}".strip()
+            [handles[label]] = panel.plot(*zip(*points, strict=True), label=label, **look)
         batches = sorted({int(row["batch"]) for row in part})
-        axes.set_xticks(batches, [str(batch) for batch in batches])
-        axes.xaxis.set_minor_locator(NullLocator())
-        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            which(StrMethodFormatter("{x:g}"))
-        axes.tick_params(labelsize=7, which="both")
-        axes.set_title(" ".join(title), fontsize=9)
-        axes.set_xlabel("batch", fontsize=8)
-    for axes in panels[:, 0]:
-        axes.set_ylabel("milliseconds", fontsize=8)
-    share = (0.25 + 0.18 * -(-len(handles) // columns)) / figure.get_figheight()
-    figure.tight_layout(rect=(0, share, 1, 1))
-    figure.legend(handles.values(), handles, ncol=columns, frameon=False, fontsize=7,
-                  loc="lower center", bbox_to_anchor=(0.5, 0.02))  # fmt: skip
-    figure.text(0.995, 0.004, stamp(rows), ha="right", va="bottom", fontsize=6, color="#666666")
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set_xticks(batches, [str(batch) for batch in batches])
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        panel.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+        panel.tick_params(labelsize=7, which="both")
+        panel.set_title(" ".join(title), fontsize=9)
+        panel.set_xlabel("batch", fontsize=8)
+    for panel in axes[:, 0]:
+        panel.set_ylabel("milliseconds, as called", fontsize=8)
+    last = rows[-1]
+    stack = f"torch {last['torch']}; TensorRT {last['tensorrt'] or 'none'}"
+    figure.suptitle(f"{last['gpu'] or 'CPU'}; {stack}; commit {last['commit']}; {last['date']}",
+                    fontsize=6, color="#666666")  # fmt: skip
+    figure.legend(handles.values(), handles, ncol=min(4, columns + 1), frameon=False, fontsize=7,
+                  loc="outside lower center")  # fmt: skip
     return figure
 
 
-def stamp(rows: Sequence[Mapping[str, str]]) -> str:
-    """GPU, versions, commits and dates of rows."""
-    def values(name: str) -> str:
-        return ", ".join(sorted({row[name] for row in rows} - {""}))
-
-    return "; ".join([
-        values("gpu") or "CPU", f"torch {values('torch')}",
-        f"TensorRT {values('tensorrt') or 'none'}", f"commit {values('commit')}", values("date"),
-    ])  # fmt: skip
-
-
 def table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Milliseconds in Markdown: a line a model, encoder, precision and batch."""
-    columns = list(groups(rows, "backend", "kernels", "how"))
-    names = [" ".join(filter(None, column)) for column in columns]
-    lines = [f"| encoder, batch | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    places = groups(rows, "model", "encoder", "precision", "batch")
-    for (model, encoder, precision, batch), part in places.items():
-        times = {(row["backend"], row["kernels"], row["how"]): row["median_ms"] for row in part}
-        cells = [f"{float(times[name]):.3g}" if name in times else "" for name in columns]
-        lines.append(f"| {model} {encoder} {precision}, {batch} | {' | '.join(cells)} |")
+    """Milliseconds in Markdown: a line a model, encoder and batch.
+
+    Of our artifacts the first that the run measured, as called and as a graph's replay; the peers
+    as called; and the ratio to torch.compile.
+    """
+    artifacts = [(row["backend"], row["kernels"]) for row in rows
+                 if row["backend"].startswith("clip_ttrt")]  # fmt: skip
+    ours = artifacts[0] if artifacts else ("clip_ttrt", "")
+    columns = {"call": (*ours, "call"), "graph": (*ours, "graph")}
+    columns |= {name: (name, "", "call") for name in STYLES if name != "clip_ttrt"}
+    columns["floor"] = ("floor", "", "graph")
+    measured = groups(rows, "backend", "kernels", "how")
+    columns = {name: key for name, key in columns.items() if key in measured}
+    lines = [f"| encoder, batch | {' | '.join(columns)} | call / torch.compile |",
+             "|---" * (len(columns) + 2) + "|"]  # fmt: skip
+    for (model, encoder, _, batch), part in groups(rows, *PANEL, "batch").items():
+        found = {(row["backend"], row["kernels"], row["how"]): row["median_ms"] for row in part}
+        ms = {name: float(found[key]) for name, key in columns.items() if key in found}
+        cells = [f"{ms[name]:.4g}" if name in ms else "" for name in columns]
+        both = "call" in ms and "torch.compile" in ms
+        cells.append(f"{ms['call'] / ms['torch.compile']:.2f}" if both else "")
+        lines.append(f"| {model} {encoder}, {batch} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -1,36 +1,14 @@
-"""Timing on a GPU and by the clock: single calls after warm-up, in milliseconds."""
+"""Times of calls and of single kernels, after a warm-up, on a GPU and by the clock."""
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-
-def gpu_times_ms(
-    call: Callable[[], object], repeats: int, warm_up: int, queued: bool = False
-) -> list[float]:
-    """Milliseconds of each call between two CUDA events.
-
-    One call at a time: from before the CPU launches it to the end of its work on the GPU.
-    queued: back to back, from the end of the one before to its own; the GPU waits for the CPU
-    only where a call takes longer to launch than to run.
-    """
-    for _ in range(warm_up):
-        call()
-    starts, ends = (
-        [torch.cuda.Event(enable_timing=True) for _ in range(repeats)] for _ in range(2)
-    )
-    if not queued:
-        torch.cuda.synchronize()
-    for start, end in zip(starts, ends, strict=True):
-        start.record()
-        call()
-        end.record()
-        if not queued:
-            end.synchronize()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in zip(starts, ends, strict=True)]
+COLD_BYTES = 128 << 20  # of tensors that launches take in turns: beyond any L2 cache, with room
+MOST_SETS = 64
+LAUNCHES = 24  # in a graph at least, beside which its own launch is nothing
 
 
 def wall_times_ms(
@@ -47,15 +25,20 @@ def wall_times_ms(
     return times[warm_up:]
 
 
-def median_ms(call: Callable[[], object], repeats: int = 50, warm_up: int = 10) -> float:
-    """Median milliseconds of one call at a time between CUDA events."""
-    return statistics.median(gpu_times_ms(call, repeats, warm_up))
+def gpu_times_ms(call: Callable[[], object], repeats: int, warm_up: int) -> list[float]:
+    """Milliseconds between CUDA events around each call, one at a time.
 
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest of the values that at least this share of them does not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(len(ordered) * share - 1e-9) - 1)]
+    From before the CPU launches a call to the end of its work on the GPU.
+    """
+    times = []
+    for _ in range(warm_up + repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return times[warm_up:]
 
 
 def graphed(call: Callable[[], object]) -> Callable[[], object]:
@@ -71,3 +54,36 @@ def graphed(call: Callable[[], object]) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         call()
     return graph.replay
+
+
+def sets_for(size: int) -> int:
+    """How many sets of tensors of so many bytes make a launch find its own outside the cache."""
+    return max(1, min(MOST_SETS, math.ceil(COLD_BYTES / size)))
+
+
+def launch_times_us(
+    launch: Callable[..., object], sets: Sequence[Sequence[Any]], device: str, seconds: float
+) -> list[float]:
+    """Microseconds of launch(*inputs), whose inputs, and outputs, take turns over the sets.
+
+    On a GPU a time is the share of one launch in a replay of a CUDA graph of many.
+    """
+    kept = [None] * len(sets)  # or every launch would write the same memory, still in the cache
+    launches = len(sets) * math.ceil(LAUNCHES / len(sets))
+
+    def turn() -> None:
+        for index in range(launches):
+            kept[index % len(sets)] = launch(*sets[index % len(sets)])
+
+    if device == "cpu":
+        return [ms * 1e3 for ms in wall_times_ms(lambda: launch(*sets[0]), 5, 1, device)]
+    replay = graphed(turn)
+    [once] = gpu_times_ms(replay, 1, 2)
+    repeats = max(5, min(50, int(seconds * 1e3 / once)))
+    return [ms * 1e3 / launches for ms in gpu_times_ms(replay, repeats, 0)]
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest of the values that at least this share of them does not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(len(ordered) * share - 1e-9) - 1)]

@@ -1,6 +1,7 @@
-"""Trains the embedded model: a small CLIP on procedural scenes, drawn on the device as it goes.
+r"""Trains the embedded model: a small CLIP on procedural scenes, drawn on the device as it goes.
 
-    python -m experiments.train_demo --device cuda --seconds 150 --out demo.safetensors --report demo.json
+    python -m experiments.train_demo --device cuda --seconds 150 --out demo.safetensors \
+        --report demo.json
 
 writes the weights (layout: `clip_ttrt/demo/packing.py`) and a JSON report with the figures of
 exactly the written file: it is read back and evaluated in fp32 through the package's encoders.
@@ -80,8 +81,9 @@ class CaptionTokens:
         self.ids = torch.tensor(sorted({0, *(token for row in rows for token in row)}))
         compact = {token: index for index, token in enumerate(self.ids.tolist())}
         longest = max(map(len, rows))
-        table = torch.tensor([[compact[token] for token in row] + [compact[0]] * (longest - len(row)) for row in rows],
-                             dtype=torch.int16)
+        padded = [row + [0] * (longest - len(row)) for row in rows]
+        codes = [[compact[token] for token in row] for row in padded]
+        table = torch.tensor(codes, dtype=torch.int16)
         self.table = table.view(-1, captions.TEMPLATES, longest)
 
     def to(self, device) -> "CaptionTokens":
@@ -90,7 +92,10 @@ class CaptionTokens:
         return self
 
     def __call__(self, codes: torch.Tensor, template: torch.Tensor) -> torch.Tensor:
-        """Tokens of captions, as indices into `ids`: codes int64 [N, 6], template int64 [N] -> int64 [N, T]."""
+        """Tokens of captions, as indices into `ids`.
+
+        codes: int64 [N, 6]; template: int64 [N].  Returns int64 [N, T].
+        """
         return self.table[captions.code_of(codes, captions.CAPTION_SIZES), template].long()
 
 
@@ -109,17 +114,19 @@ class DemoClip(nn.Module):
         self.classifiers = nn.Linear(dims.embed_dim, sum(captions.SIZES))
 
     def initialise(self, generator: torch.Generator) -> "DemoClip":
-        """Random start from a CPU generator: OpenAI's (`clip/model.py`, `initialize_parameters`), but for embeddings.
+        """Random start from a CPU generator, but for embeddings OpenAI's.
 
-        Places and words start several times larger and patches smaller: with OpenAI's numbers a
-        place is a few percent of what a plain background's patch holds, and a training this
-        short spends a good part of itself on finding it.
+        That is `initialize_parameters` of `clip/model.py`.  Places and words start several times
+        larger and patches smaller: with OpenAI's numbers a place is a few percent of what a plain
+        background's patch holds, and a training this short spends a good part of itself on
+        finding it.
         """
         def normal(parameter, deviation):
             with torch.no_grad():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * deviation)
 
-        for encoder, width in ((self.image, self.dims.image_width), (self.text, self.dims.text_width)):
+        widths = (self.dims.image_width, self.dims.text_width)
+        for encoder, width in zip((self.image, self.text), widths):
             for block in encoder.blocks:
                 residual = width ** -0.5 * (2 * len(encoder.blocks)) ** -0.5
                 for layer, deviation in ((block.qkv, width ** -0.5), (block.out, residual),
@@ -139,17 +146,22 @@ class DemoClip(nn.Module):
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """Weight decay for matrices of layers; none for embeddings, biases, norms and the scale."""
-        embeddings = {id(p) for p in (self.image.positions, self.text.positions, self.text.tokens.weight)}
+        tables = (self.image.positions, self.text.positions, self.text.tokens.weight)
+        embeddings = {id(p) for p in tables}
         decayed = [p for p in self.parameters() if p.ndim >= 2 and id(p) not in embeddings]
         others = [p for p in self.parameters() if p.ndim < 2 or id(p) in embeddings]
-        return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+        return [{"params": decayed, "weight_decay": weight_decay},
+                {"params": others, "weight_decay": 0.0}]
 
     def packed(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Tensors of the weights' file, where `ids` are the token ids of the embedding's rows."""
-        return packing.pack(encoders.to_openai(self.image, self.text, self.dims, self.logit_scale), ids)
+        state_dict = encoders.to_openai(self.image, self.text, self.dims, self.logit_scale)
+        return packing.pack(state_dict, ids)
 
 
-def contrastive_loss(images: torch.Tensor, texts: torch.Tensor, keys: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def contrastive_loss(
+    images: torch.Tensor, texts: torch.Tensor, keys: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
     """CLIP's symmetric cross-entropy where every pair with equal keys is a right one.
 
     images, texts: features [N, E]; keys: int64 [N]; scale: [], what the cosines are multiplied
@@ -159,27 +171,29 @@ def contrastive_loss(images: torch.Tensor, texts: torch.Tensor, keys: torch.Tens
     logits = scale * F.normalize(images.float(), dim=-1) @ F.normalize(texts.float(), dim=-1).T
     right = (keys.unsqueeze(0) == keys.unsqueeze(1)).float()
     count = right.sum(1)
-    targets = right / count.unsqueeze(1)  # symmetric up to the rows' sums, which are equal for equal keys
+    targets = right / count.unsqueeze(1)  # symmetric: rows of equal keys have equal sums
     rows = -(targets * logits.log_softmax(1)).sum(1) - count.log()
     columns = -(targets * logits.T.log_softmax(1)).sum(1) - count.log()
     return (rows.mean() + columns.mean()) / 2
 
 
 def attribute_loss(logits: torch.Tensor, attributes: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the six attributes: logits [N, sum of SIZES], attributes int64 [N, 6]."""
-    losses = [F.cross_entropy(part, truth) for part, truth in zip(logits.float().split(captions.SIZES, dim=1), attributes.T)]
+    """Mean cross-entropy of the six: logits [N, sum of SIZES], attributes int64 [N, 6]."""
+    parts = logits.float().split(captions.SIZES, dim=1)
+    losses = [F.cross_entropy(part, truth) for part, truth in zip(parts, attributes.T)]
     return torch.stack(losses).mean()
 
 
 def full_codes(attributes: torch.Tensor, article: torch.Tensor) -> torch.Tensor:
     """Caption codes that name everything; `article` bool [N] says "a" where there is one object."""
     codes = attributes.clone()
-    codes[:, 0] = torch.where(article & (attributes[:, 0] == 0), captions.SINGULAR, attributes[:, 0])
+    number = attributes[:, 0]
+    codes[:, 0] = torch.where(article & (number == 0), captions.SINGULAR, number)
     return codes
 
 
 def short_codes(attributes: torch.Tensor, named: tuple[bool, ...]) -> torch.Tensor:
-    """Caption codes that leave out what `named` (six flags) does not name; the shape stays in any case."""
+    """Caption codes that leave out what `named` (six flags) does not name, but for the shape."""
     codes = attributes.clone()
     for column, keep in enumerate(named):
         if keep or captions.NAMES[column] == "shape":
@@ -191,9 +205,11 @@ def short_codes(attributes: torch.Tensor, named: tuple[bool, ...]) -> torch.Tens
     return codes
 
 
-def batch_losses(model: DemoClip, tokens: CaptionTokens, batch: scenes.Scenes, wording: torch.Tensor,
-                 named: tuple[bool, ...], short: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Losses of one batch of scenes: full captions, short captions of the first `short` scenes, attributes.
+def batch_losses(
+    model: DemoClip, tokens: CaptionTokens, batch: scenes.Scenes, wording: torch.Tensor,
+    named: tuple[bool, ...], short: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses of a batch of scenes: full captions, short ones of the first `short`, attributes.
 
     wording: uniform random numbers [N, 3], for the choice of templates and articles.
     """
@@ -209,16 +225,18 @@ def batch_losses(model: DemoClip, tokens: CaptionTokens, batch: scenes.Scenes, w
         text_features = model.text(texts)
         classes = model.classifiers(torch.cat([image_features, text_features[:len(batch)]]))
     scale = model.logit_scale.exp()
-    full_loss = contrastive_loss(image_features, text_features[:len(batch)], captions.code_of(attributes), scale)
+    keys = captions.code_of(attributes)
+    full_loss = contrastive_loss(image_features, text_features[:len(batch)], keys, scale)
     short_loss = torch.zeros_like(full_loss)
     if short:
         keys = captions.code_of(part, captions.CAPTION_SIZES)
-        short_loss = contrastive_loss(image_features[:short], text_features[len(batch):], keys, scale)
+        rest = text_features[len(batch):]
+        short_loss = contrastive_loss(image_features[:short], rest, keys, scale)
     return full_loss, short_loss, attribute_loss(classes, attributes.repeat(2, 1))
 
 
 class Evaluation:
-    """The held-out and the training pictures and captions, and the figures of a weights' file on them."""
+    """Held-out and training pictures and captions, and the figures of a weights' file on them."""
 
     def __init__(self, device: str, per_class: int = 8, resolution: int = 112):
         self.device = device
@@ -226,10 +244,12 @@ class Evaluation:
         self.everything = captions.held_out_combinations()
         trained = captions.training_sample()
         self.pictures, self.labels = scenes.held_out_set(per_class, resolution=resolution)
-        self.trained_pictures, self.trained_labels = scenes.picture_set(trained, per_class, 2, resolution)
+        self.trained_pictures, self.trained_labels = scenes.picture_set(
+            trained, per_class, 2, resolution)
         self.truth = held_out[self.labels]
         self.texts, self.trained_texts, self.everything_texts = (
-            captions.tokenize([captions.caption(row) for row in rows.tolist()]) for rows in (held_out, trained, self.everything))
+            captions.tokenize([captions.caption(row) for row in rows.tolist()])
+            for rows in (held_out, trained, self.everything))
 
     @torch.no_grad()
     def __call__(self, path: str) -> dict:
@@ -244,10 +264,11 @@ class Evaluation:
         - `largest_activation`: the largest absolute value after any block, of either encoder.
         """
         state_dict = read_weights(path)
-        image, text = (build(state_dict).to(self.device) for build in (encoders.image_encoder, encoders.text_encoder))
+        image = encoders.image_encoder(state_dict).to(self.device)
+        text = encoders.text_encoder(state_dict).to(self.device)
         largest = []
         for block in (*image.blocks, *text.blocks):
-            block.register_forward_hook(lambda module, inputs, output: largest.append(output.abs().max()))
+            block.register_forward_hook(lambda *call: largest.append(call[-1].abs().max()))
 
         def features(encoder, inputs):
             parts = (part.to(self.device) for part in inputs.split(256))
@@ -255,7 +276,7 @@ class Evaluation:
             return torch.cat([F.normalize(encoder(part), dim=-1) for part in parts])
 
         images = features(image, self.pictures)
-        texts, everything = (features(text, tokens) for tokens in (self.texts, self.everything_texts))
+        texts, everything = features(text, self.texts), features(text, self.everything_texts)
         predicted = (images @ texts.T).argmax(1).cpu()
         predicted_row = self.everything[(images @ everything.T).argmax(1).cpu()]
         right = predicted_row == self.truth
@@ -274,7 +295,8 @@ class Evaluation:
             "held_out_pictures": len(self.labels),
             "held_out_top1_of_all": share(right.all(1)),
             "held_out_combinations": len(self.everything),
-            "held_out_attributes": {name: share(right[:, column]) for column, name in enumerate(captions.NAMES)},
+            "held_out_attributes": {
+                name: share(right[:, column]) for column, name in enumerate(captions.NAMES)},
             "train_top1": share(trained == self.trained_labels),
             "recall_image_to_text": share(similarity.argmax(1) == diagonal),
             "recall_text_to_image": share(similarity.argmax(0) == diagonal),
@@ -308,7 +330,9 @@ def save_report(path: str, report: dict) -> None:
 
 def device_name(device: str) -> str:
     """The device in words."""
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{device}, {torch.get_num_threads()} threads"
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{device}, {torch.get_num_threads()} threads"
 
 
 def learning_rate_share(progress: float, warm_up: float) -> float:
@@ -318,7 +342,9 @@ def learning_rate_share(progress: float, warm_up: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warm_up) / (1 - warm_up))))
 
 
-def train(options: Options, dims: Dimensions = MODELS["demo"], started: Optional[float] = None) -> dict:
+def train(
+    options: Options, dims: Dimensions = MODELS["demo"], started: Optional[float] = None
+) -> dict:
     """Train, write the weights and the report, and return the report.
 
     `started` is the `time.monotonic()` that the budget counts from, by default the call.
@@ -335,33 +361,41 @@ def train(options: Options, dims: Dimensions = MODELS["demo"], started: Optional
     tokens = CaptionTokens().to(device)
     evaluation = Evaluation(device, options.per_class, dims.image_resolution)
     model = DemoClip(dims, len(tokens.ids)).initialise(generator).to(device)
-    optimizer = torch.optim.AdamW(model.parameter_groups(options.weight_decay), lr=0.0, betas=(0.9, 0.98), eps=1e-6,
-                                  fused=device.startswith("cuda"))
+    optimizer = torch.optim.AdamW(
+        model.parameter_groups(options.weight_decay), lr=0.0, betas=(0.9, 0.98), eps=1e-6,
+        fused=device.startswith("cuda"))
     facts = {"vocab_size": dims.vocab_size, "seed": options.seed, "batch": options.batch,
              "torch": torch.__version__, "device": device_name(device), "commit": commit()}
+    shipped = [p for name, p in model.named_parameters() if not name.startswith("classifiers.")]
     report = {"finished": False, **facts, "options": asdict(options),
-              "parameters": sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in model.classifiers.parameters()),
-              "token_rows": len(tokens.ids), "history": []}
+              "parameters": sum(p.numel() for p in shipped), "token_rows": len(tokens.ids),
+              "history": []}
     report_path = options.report or f"{options.out}.json"
 
     def checkpoint(step: int, finished: bool) -> None:
-        recipe = {**facts, "steps": step, "finished": finished, "recipe": "experiments/train_demo.py"}
+        recipe = {**facts, "steps": step, "finished": finished,
+                  "recipe": "experiments/train_demo.py"}
         save_weights(options.out, model.packed(tokens.ids), recipe)
         figures = evaluation(options.out)
         report.update(finished=finished, steps=step, seconds=round(time.monotonic() - started, 1),
                       bytes=os.path.getsize(options.out), figures=figures)
         save_report(report_path, report)
-        print(f"step {step}: held-out top-1 {figures['held_out_top1']:.4f} ({figures['held_out_top1_of_all']:.4f} of all), "
-              f"train {figures['train_top1']:.4f}, recall@1 {figures['recall_image_to_text']:.4f} / "
-              f"{figures['recall_text_to_image']:.4f}, largest activation {figures['largest_activation']}, "
-              + " ".join(f"{name} {value:.3f}" for name, value in figures["held_out_attributes"].items()), flush=True)
+        attributes = " ".join(f"{name} {value:.3f}" for name, value
+                              in figures["held_out_attributes"].items())
+        print(f"step {step}: held-out top-1 {figures['held_out_top1']:.4f} "
+              f"({figures['held_out_top1_of_all']:.4f} of all), train {figures['train_top1']:.4f}, "
+              f"recall@1 {figures['recall_image_to_text']:.4f} / "
+              f"{figures['recall_text_to_image']:.4f}, "
+              f"largest activation {figures['largest_activation']}, " + attributes, flush=True)
 
     setup = time.monotonic() - started
-    print(f"{facts['device']}, torch {facts['torch']}: {report['parameters']} parameters, {len(tokens.ids)} token rows, "
-          f"texts of at most {tokens.table.shape[-1]} tokens, set up in {setup:.1f} s", flush=True)
+    print(f"{facts['device']}, torch {facts['torch']}: {report['parameters']} parameters, "
+          f"{len(tokens.ids)} token rows, texts of at most {tokens.table.shape[-1]} tokens, "
+          f"set up in {setup:.1f} s", flush=True)
     training_seconds = math.inf if options.steps is not None else options.seconds - setup - RESERVE
     if training_seconds <= 0:
-        raise ValueError(f"{options.seconds} s leave no time to train after {setup:.1f} s of set-up and {RESERVE} s kept for the end")
+        raise ValueError(f"{options.seconds} s leave no time to train after {setup:.1f} s of "
+                         f"set-up and {RESERVE} s kept for the end")
 
     begun = logged_at = time.monotonic()
     step = logged_step = 0
@@ -379,13 +413,15 @@ def train(options: Options, dims: Dimensions = MODELS["demo"], started: Optional
         if within == 0:
             block = scenes.training_scenes(BLOCK_STEPS * options.batch, generator).to(device)
             wordings = torch.rand(BLOCK_STEPS * options.batch, 3, generator=generator).to(device)
-            namings = (torch.rand(BLOCK_STEPS, len(captions.NAMES), generator=generator) < 0.5).tolist()
+            named = torch.rand(BLOCK_STEPS, len(captions.NAMES), generator=generator) < 0.5
         rows = slice(within * options.batch, (within + 1) * options.batch)
 
         share = learning_rate_share(progress, options.warm_up)
         for group in optimizer.param_groups:
             group["lr"] = options.learning_rate * share
-        full, short, attribute = batch_losses(model, tokens, block[rows], wordings[rows], tuple(namings[within]), options.short)
+        full, short, attribute = batch_losses(
+            model, tokens, block[rows], wordings[rows], tuple(named[within].tolist()),
+            options.short)
         optimizer.zero_grad(set_to_none=True)
         (full + options.short_weight * short + options.attribute_weight * attribute).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -395,21 +431,25 @@ def train(options: Options, dims: Dimensions = MODELS["demo"], started: Optional
         step += 1
 
         if step % options.log_every == 0 or step == 1:
-            losses = {"step": step, "loss": round(float(full), 4), "short_loss": round(float(short), 4),
-                      "attribute_loss": round(float(attribute), 4)}
+            losses = {"step": step, "loss": round(full.item(), 4),
+                      "short_loss": round(short.item(), 4),
+                      "attribute_loss": round(attribute.item(), 4)}
             now = time.monotonic()
             each = (now - logged_at) / (step - logged_step)
             logged_at, logged_step = now, step
             report["history"].append(losses)
-            print(f"{now - started:6.1f} s  step {step}  loss {losses['loss']:.4f}  short {losses['short_loss']:.4f}  "
-                  f"attributes {losses['attribute_loss']:.4f}  "
-                  f"gradient {float(norm):.2f}  scale {float(model.logit_scale.exp()):.1f}  rate {options.learning_rate * share:.2e}  "
+            print(f"{now - started:6.1f} s  step {step}  loss {losses['loss']:.4f}  "
+                  f"short {losses['short_loss']:.4f}  attributes {losses['attribute_loss']:.4f}  "
+                  f"gradient {float(norm):.2f}  scale {model.logit_scale.exp().item():.1f}  "
+                  f"rate {options.learning_rate * share:.2e}  "
                   f"{each * 1e3:.1f} ms/step  {options.batch / each:.0f} pictures/s", flush=True)
             if not math.isfinite(losses["loss"] + losses["short_loss"] + losses["attribute_loss"]):
-                raise FloatingPointError(f"the loss is not finite at step {step}: try another --seed or a lower --learning-rate")
+                raise FloatingPointError(f"the loss is not finite at step {step}: try another "
+                                         "--seed or a lower --learning-rate")
 
     checkpoint(step, finished=True)
-    print(f"{options.out}: {report['bytes']} bytes, {step} steps, {report['seconds']} s; report in {report_path}", flush=True)
+    print(f"{options.out}: {report['bytes']} bytes, {step} steps, {report['seconds']} s; "
+          f"report in {report_path}", flush=True)
     return report
 
 

@@ -8,19 +8,25 @@ Steps: import torch_tensorrt and look at `warnings.showwarning`.  Needs no GPU.
 
 Avoided by: the package's one file that imports torch_tensorrt undoes it (clip_ttrt/trt.py).
 """
+import contextlib
 import sys
 import warnings
+from unittest import mock
 
-from experiments.bugs.finding import CannotRun, Finding, show
-from experiments.bugs.stock import importable, require_torch_tensorrt
+import torch
+
+from experiments.bugs.stock import CannotRun, Finding, require, show
 
 
 def reproduce() -> Finding:
-    require_torch_tensorrt()
+    require(gpu=False)
     if "torch_tensorrt" in sys.modules:
         raise CannotRun("torch_tensorrt was imported before this script could look")
     before = warnings.showwarning
-    with importable():
+    with contextlib.ExitStack() as answers:
+        if not torch.cuda.is_available():  # what the import asks of a GPU
+            for name, value in {"get_device_capability": (8, 6), "current_device": 0}.items():
+                answers.enter_context(mock.patch(f"torch.cuda.{name}", return_value=value))
         import torch_tensorrt  # noqa: F401
     after = warnings.showwarning
     actual = f"showwarning is {after.__module__}.{after.__name__}"

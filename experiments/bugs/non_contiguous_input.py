@@ -18,44 +18,22 @@ import sys
 import torch
 from torch import nn
 
-from experiments.bugs.finding import Finding, show
-from experiments.bugs.stock import compile_stock, require_gpu, where
+from experiments.bugs.stock import Apply, Finding, compile_stock, require, show
 
 SIZE = 2048
 
 
-class Swapped(nn.Module):
-    """[N, N] -> [N, N]."""
-
-    def forward(self, x):
-        return torch.cat([x[SIZE // 2 :], x[: SIZE // 2]])
-
-
-class Transposed(nn.Module):
-    """[N, N] -> [N, N]."""
-
-    def forward(self, x):
-        return x.transpose(0, 1)
-
-
-MODULES = {
-    "swap": Swapped,
-    "transpose": Transposed,
-    "linear": lambda: nn.Linear(SIZE, SIZE, bias=False),
-}
-
-
 def reproduce() -> Finding:
-    require_gpu()
+    require()
     torch.manual_seed(0)
-    told, seen, compared = [], False, 0
-    x = torch.randn(SIZE, SIZE, device="cuda")
-    for name, module in MODULES.items():
-        try:
-            compiled = compile_stock(module().cuda(), x)
-        except Exception as problem:  # noqa: BLE001 (the other modules are still worth having)
-            told.append(f"{name}: {where(problem)}")
-            continue
+    told, seen, x = [], False, torch.randn(SIZE, SIZE, device="cuda")
+    modules = {
+        "swap": Apply(lambda x: torch.cat([x[SIZE // 2 :], x[: SIZE // 2]])),
+        "transpose": Apply(lambda x: x.transpose(0, 1)),
+        "linear": nn.Linear(SIZE, SIZE, bias=False),
+    }
+    for name, module in modules.items():
+        compiled = compile_stock(module.cuda(), x)
         expected = compiled(x).clone()
         strided = x.t().contiguous().t()  # the same values, another layout
         copy = strided.contiguous()
@@ -64,11 +42,8 @@ def reproduce() -> Finding:
         actual = compiled(strided)
         shared = "in" if actual.data_ptr() == address else "not in"
         error = (actual - expected).abs().max().item()
-        compared += 1
         seen |= not error < 1e-2
         told.append(f"{name}: largest difference {error:.2g}, output {shared} the freed block")
-    if not compared:
-        raise RuntimeError("; ".join(told))
     return Finding(seen, "no difference between the layouts", "; ".join(told))
 
 

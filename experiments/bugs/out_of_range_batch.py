@@ -16,12 +16,12 @@ import sys
 import torch
 from torch import nn
 
-from experiments.bugs.finding import Finding, show
-from experiments.bugs.stock import compile_stock, require_gpu
+from experiments.bugs.stock import Finding, compile_stock, require, show
+from experiments.record import in_a_line
 
 
 def reproduce() -> Finding:
-    require_gpu()
+    require()
     torch.manual_seed(0)
     layer, x = nn.Linear(64, 64).cuda(), torch.randn(8, 64, device="cuda")
     told, seen = [], False
@@ -32,8 +32,7 @@ def reproduce() -> Finding:
             rows = len(compiled(x))
             torch.cuda.synchronize()
         except (RuntimeError, ValueError, AssertionError) as error:
-            first = (str(error).strip().splitlines() or [""])[0][:160]
-            told.append(f"{name}: {type(error).__name__}: {first}")
+            told.append(f"{name}: {in_a_line(error)}")
         else:
             told.append(f"{name}: 8 rows in, {rows} rows out, no exception")
             seen |= rows != 8

@@ -1,41 +1,56 @@
-"""Stock Torch-TensorRT as a bug report uses it: torch.export, then its dynamo.compile."""
+"""What bug scripts share: stock Torch-TensorRT, and how a script tells its verdict."""
 import inspect
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
-from unittest import mock
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from clip_ttrt import stack
-from experiments.bugs.finding import CannotRun
+from experiments.record import provenance
 
+STILL_WRONG, GONE, CANNOT_RUN = "still wrong", "gone", "cannot run"
+VERDICT = re.compile(r"^Expected: (.*)\nActual: (.*)\n(.+)$", re.MULTILINE)
 WHEELS = ("torch-tensorrt", "torch-tensorrt-rtx")
 
 
-def require_torch_tensorrt() -> None:
-    """Raise CannotRun where no Torch-TensorRT is installed."""
+@dataclass(frozen=True)
+class Finding:
+    """Whether the bug showed, and one line each of what should have been and what was."""
+
+    seen: bool
+    expected: str
+    actual: str
+
+
+class CannotRun(RuntimeError):
+    """The machine lacks what the script needs; the message says what."""
+
+
+def show(document: str, reproduce: Callable[[], Finding], mended: str | None = None) -> int:
+    """Run a script and print its verdict, as VERDICT reads it; returns 0.
+
+    document: its docstring.  mended: the version of Torch-TensorRT that is known to have mended
+    it.  Raises what the script raises but CannotRun.
+    """
+    about = ", ".join(f"{name} {value}" for name, value in provenance().items() if value)
+    print(f"{document.strip()}\n\n{about}", flush=True)
+    try:
+        finding = reproduce()
+        verdict = STILL_WRONG if finding.seen else f"mended in {mended}" if mended else GONE
+    except CannotRun as reason:
+        finding, verdict = Finding(False, "", str(reason)), CANNOT_RUN
+    print(f"Expected: {finding.expected}\nActual: {finding.actual}\n{verdict}", flush=True)
+    return 0
+
+
+def require(gpu: bool = True) -> None:
+    """Raise CannotRun where no Torch-TensorRT is installed, or no GPU answers."""
     if not set(WHEELS) & set(stack.versions()):
         raise CannotRun("Torch-TensorRT is not installed")
-
-
-def require_gpu() -> None:
-    """Raise CannotRun, naming what is missing, where no engine can run."""
-    require_torch_tensorrt()
-    if not torch.cuda.is_available():
+    if gpu and not torch.cuda.is_available():
         raise CannotRun("no CUDA GPU answers")
-
-
-@contextmanager
-def importable() -> Iterator[None]:
-    """Where no GPU is, answer what Torch-TensorRT asks of one while it is imported."""
-    if torch.cuda.is_available():
-        yield
-        return
-    capability = mock.patch("torch.cuda.get_device_capability", lambda *_, **__: (8, 6))
-    with capability, mock.patch("torch.cuda.current_device", lambda: 0):
-        yield
 
 
 def settings(**wanted) -> dict:
@@ -46,16 +61,15 @@ def settings(**wanted) -> dict:
     return {name: value for name, value in wanted.items() if name in known}
 
 
-class Compiled(nn.Module):
-    """What Torch-TensorRT makes of a module of one input and output: `inner` holds engines."""
+class Apply(nn.Module):
+    """A function of one tensor as a module."""
 
-    def __init__(self, inner: fx.GraphModule):
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]):
         super().__init__()
-        self.inner = inner
+        self.function = function
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        outputs = self.inner(x)
-        return outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+        return self.function(x)
 
 
 def compile_stock(
@@ -63,7 +77,7 @@ def compile_stock(
     example: torch.Tensor,
     batches: tuple[int, int, int] | None = None,
     **more,
-) -> Compiled:
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """A module of one input and output, as Torch-TensorRT compiles it, in the module's types.
 
     example: a CUDA input.  batches: minimum, optimum and maximum of a dynamic first dimension.
@@ -72,36 +86,22 @@ def compile_stock(
     import tensorrt
     import torch_tensorrt
 
-    module = module.eval().requires_grad_(False)
-    if batches is None:
-        exported, spec = torch.export.export(module, (example,)), example
-    else:
-        batch = torch.export.Dim("batch", min=batches[0], max=batches[2])
-        exported = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
-        names = ("min_shape", "opt_shape", "max_shape")
-        sizes = [(size, *example.shape[1:]) for size in batches]
-        shapes = dict(zip(names, sizes, strict=True))
-        spec = torch_tensorrt.Input(**shapes, dtype=example.dtype)
+    module, spec, dynamic = module.eval().requires_grad_(False), example, None
+    if batches is not None:
+        low, best, high = ((size, *example.shape[1:]) for size in batches)
+        spec = torch_tensorrt.Input(
+            min_shape=low, opt_shape=best, max_shape=high, dtype=example.dtype
+        )
+        dynamic = ({0: torch.export.Dim("batch", min=batches[0], max=batches[2])},)
+    exported = torch.export.export(module, (example,), dynamic_shapes=dynamic)
     has_attention = hasattr(tensorrt.INetworkDefinition, "add_attention")
     options = {"use_explicit_typing": True, "decompose_attention": not has_attention, **more}
-    return Compiled(
-        torch_tensorrt.dynamo.compile(
-            exported, inputs=[spec], min_block_size=1, truncate_double=True, **settings(**options)
-        )
+    compiled = torch_tensorrt.dynamo.compile(
+        exported, inputs=[spec], min_block_size=1, truncate_double=True, **settings(**options)
     )
 
+    def run(x: torch.Tensor) -> torch.Tensor:
+        outputs = compiled(x)
+        return outputs if isinstance(outputs, torch.Tensor) else outputs[0]
 
-def where(problem: BaseException) -> str:
-    """An exception in one line, with the innermost function of Torch-TensorRT that it left."""
-    first = next(iter(str(problem).strip().splitlines()), "").rstrip(":")[:120]
-    frames = traceback.extract_tb(problem.__traceback__)
-    frames = [frame for frame in frames if "torch_tensorrt" in frame.filename]
-    at = ""
-    if frames:
-        at = f" in {frames[-1].name} ({frames[-1].filename.split('torch_tensorrt/')[-1]})"
-    return f"{type(problem).__name__}{at}: {first}"
-
-
-def cosine(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Smallest cosine between rows [N, D]."""
-    return nn.functional.cosine_similarity(actual.double(), expected.double(), dim=-1).min().item()
+    return run

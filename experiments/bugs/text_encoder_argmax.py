@@ -14,34 +14,15 @@ position with int32 layers alone (clip_ttrt/ops.py, clip_ttrt/converters.py).
 import sys
 
 import torch
-from torch import nn
 
-from experiments.bugs.finding import Finding, show
-from experiments.bugs.stock import compile_stock, require_gpu, settings
+from experiments.baselines import example
+from experiments.bugs.stock import Apply, Finding, compile_stock, require, settings, show
 
-START, END, TOKENS = 49406, 49407, 77
 COUNTS = (4, 512, 8192)
 
 
-class Position(nn.Module):
-    """int32 [B, T] -> [B]."""
-
-    def forward(self, tokens):
-        return tokens.argmax(dim=-1)
-
-
-def texts(count: int) -> torch.Tensor:
-    """Token rows int32 [count, 77]: start, words, end, zeros, of many lengths."""
-    tokens = torch.randint(1, START, (count, TOKENS), dtype=torch.int32)
-    ends, place = 5 + 11 * torch.arange(count) % (TOKENS - 5), torch.arange(TOKENS)
-    tokens[place > ends[:, None]] = 0
-    tokens[place == ends[:, None]] = END
-    tokens[:, 0] = START
-    return tokens
-
-
 def reproduce() -> Finding:
-    require_gpu()
+    require()
     torch.manual_seed(0)
     weak = {"use_explicit_typing": False, "enabled_precisions": {torch.half}}
     typings = {"strongly typed": {}}
@@ -51,8 +32,8 @@ def reproduce() -> Finding:
     for name, more in typings.items():
         missed = []
         for count in COUNTS:
-            tokens = texts(count).cuda()
-            found = compile_stock(Position(), tokens, **more)(tokens)
+            tokens = example("demo", "text", count, torch.int32, "cuda")
+            found = compile_stock(Apply(lambda x: x.argmax(dim=-1)), tokens, **more)(tokens)
             missed.append((found != tokens.argmax(dim=-1)).sum().item())
         seen |= any(missed)
         counts = zip(missed, COUNTS, strict=True)
