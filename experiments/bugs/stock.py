@@ -2,7 +2,7 @@
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -15,8 +15,7 @@ VERDICT = re.compile(r"^Expected: (.*)\nActual: (.*)\n(.+)$", re.MULTILINE)
 WHEELS = ("torch-tensorrt", "torch-tensorrt-rtx")
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """Whether the bug showed, and one line each of what should have been and what was."""
 
     seen: bool
@@ -73,10 +72,7 @@ class Apply(nn.Module):
 
 
 def compile_stock(
-    module: nn.Module,
-    example: torch.Tensor,
-    batches: tuple[int, int, int] | None = None,
-    **more,
+    module: nn.Module, example: torch.Tensor, batches: tuple[int, int, int] | None = None, **more
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """A module of one input and output, as Torch-TensorRT compiles it, in the module's types.
 
@@ -89,16 +85,14 @@ def compile_stock(
     module, spec, dynamic = module.eval().requires_grad_(False), example, None
     if batches is not None:
         low, best, high = ((size, *example.shape[1:]) for size in batches)
-        spec = torch_tensorrt.Input(
-            min_shape=low, opt_shape=best, max_shape=high, dtype=example.dtype
-        )
+        shapes = {"min_shape": low, "opt_shape": best, "max_shape": high}
+        spec = torch_tensorrt.Input(**shapes, dtype=example.dtype)
         dynamic = ({0: torch.export.Dim("batch", min=batches[0], max=batches[2])},)
     exported = torch.export.export(module, (example,), dynamic_shapes=dynamic)
     has_attention = hasattr(tensorrt.INetworkDefinition, "add_attention")
-    options = {"use_explicit_typing": True, "decompose_attention": not has_attention, **more}
-    compiled = torch_tensorrt.dynamo.compile(
-        exported, inputs=[spec], min_block_size=1, truncate_double=True, **settings(**options)
-    )
+    options = {"use_explicit_typing": True, "decompose_attention": not has_attention,
+               "min_block_size": 1, "truncate_double": True, **more}  # fmt: skip
+    compiled = torch_tensorrt.dynamo.compile(exported, inputs=[spec], **settings(**options))
 
     def run(x: torch.Tensor) -> torch.Tensor:
         outputs = compiled(x)

@@ -21,17 +21,13 @@ from experiments.baselines import allow_tf32
 from experiments.bugs.stock import Finding, compile_stock, require, show
 
 BOUND = 0.9999
-CASES = (  # model, what is compiled for, the batch that is run
-    ("ViT-B/16", None, 4),
-    ("ViT-B/16", (1, 4, 16), 8),
-    ("ViT-L/14", (1, 4, 16), 4),
-)
+CASES = ("ViT-B/16", None, 4), ("ViT-B/16", (1, 4, 16), 8), ("ViT-L/14", (1, 4, 16), 4)
 
 
 def reproduce() -> Finding:
     require()
     told, seen = [], False
-    for model, batches, batch in CASES:
+    for model, batches, batch in CASES:  # compiled for batches, run at batch
         torch.manual_seed(0)
         dims = dimensions_of(model)
         module = Block(dims.image_width, dims.image_heads, False, DIFFERENTIABLE).cuda()
