@@ -16,14 +16,15 @@ The column `backend`:
     floor                  the sum of the fastest single library kernels (experiments.floor)
 The column `kernels` is an artifact's: fused, tensorrt, or nothing where it has no engine.
 
-The column `how`, of single calls on random rows that lie on the device: images in fp32 for
+The column `how`, by the clock, on random rows that lie on the device: images in fp32 for
 clip_ttrt, as `preprocess` gives them, and for its peers in the precision asked for, which spares
 them a cast:
-    call   by the clock, one call at a time, synchronised after each: `encode_image` or
-           `encode_text` of `clip_ttrt.load(...)` at default settings, or the peer itself
-    graph  between CUDA events around each call, one at a time: the replay of a CUDA graph of the
-           saved module, or of the plain encoder; for torch.compile the compiled function, which
-           copies its input and replays a graph of its own; for floor the sum of its parts
+    call   `encode_image` or `encode_text` of `clip_ttrt.load(...)` at default settings, or the
+           peer itself, one call at a time, synchronised after each
+    graph  in the same way the replay of a CUDA graph of the saved module, or of eager; for
+           torch.compile, whose call replays a graph of its own, there is none; for floor the sum
+           of its parts
+    call queued, graph queued    the share of one in 20 of them back to back
 
 Each backend of a model and encoder runs in a process of its own, started again behind a batch that
 ends it.  Rows are written as they come; what fails is a line on standard error, and the rest goes
@@ -58,10 +59,12 @@ from experiments.floor import floor_ms
 from experiments.record import (
     PROVENANCE, ROOT, append_row, in_a_line, label, provenance, read_rows,
 )  # fmt: skip
-from experiments.timing import gpu_times_ms, graphed, percentile, wall_times_ms
+from experiments.timing import graphed, percentile, wall_times_ms
 
 KEY = ("model", "encoder", "batch", "precision", "backend", "kernels", "how")
 MEASURED = ("clip_ttrt", *PEERS, "floor")
+HOWS = ("call", "graph", "call queued", "graph queued")
+QUEUED = 20
 ROWS = "sweep-rows "  # begins a line of a job's process: the rows of its next batch
 
 
@@ -94,11 +97,9 @@ def calls_of(job: Job) -> dict[str, Callable]:
     if not job.artifact:
         run = PEERS[job.backend](job.model, job.encoder, job.precision, job.device)
         return dict.fromkeys(job.hows, run)
-    calls, model = {}, clip_ttrt.load(job.artifact)[0]
-    calls["call"] = model.encode_image if job.encoder == "image" else model.encode_text
-    if "graph" in job.hows:
-        calls["graph"] = load_modules(read_artifact(job.artifact))[job.encoder]
-    return calls
+    model, module = clip_ttrt.load(job.artifact)[0], load_modules(read_artifact(job.artifact))
+    call = model.encode_image if job.encoder == "image" else model.encode_text
+    return {how: call if "call" in how else module[job.encoder] for how in job.hows}
 
 
 def measure(job: Job, batch: int, how: str, run: Callable | None) -> list[float]:
@@ -108,11 +109,9 @@ def measure(job: Job, batch: int, how: str, run: Callable | None) -> list[float]
         return [floor_ms(dims, job.encoder, batch, job.precision, job.device)["sum"]]
     dtype = torch.float if job.artifact else DTYPES[job.precision]
     x = example(job.model, job.encoder, batch, dtype, job.device)
-    warm_up, own = max(3, job.repeats // 5), job.backend.startswith("torch.compile")
-    if how == "call":
-        return wall_times_ms(lambda: run(x), job.repeats, warm_up, job.device)
-    call = (lambda: run(x)) if own else graphed(lambda: run(x))  # own: it replays its own graphs
-    return gpu_times_ms(call, job.repeats, warm_up)
+    call = graphed(lambda: run(x)) if "graph" in how else lambda: run(x)
+    queued, repeats = (QUEUED, job.repeats // 10) if "queued" in how else (1, job.repeats)
+    return wall_times_ms(call, repeats, max(3, repeats // 5), job.device, queued)
 
 
 def rows_of(job: Job) -> Iterator[list[dict[str, Any]]]:
@@ -190,15 +189,15 @@ def artifact_for(
 def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
     """What is to be measured, in order, each artifact compiled before its jobs."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    hows = ("call", "graph") if device == "cuda" else ("call",)
+    hows = HOWS if device == "cuda" else ("call",)
     ranges = [] if options.range == "none" else [options.range]
     for model, backend in itertools.product(options.models, options.backends):
         job = Job(model, "", options.precision, backend, options.batches, device, hows,
                   options.repeats)  # fmt: skip
         if backend == "floor":
-            job = replace(job, hows=hows[-1:])
+            job = replace(job, hows=("graph",) if device == "cuda" else hows)
         elif backend in UNCAPTURED:
-            job = replace(job, hows=("call",))
+            job = replace(job, hows=[how for how in hows if "call" in how])
         elif backend == "clip_ttrt":
             for kernels, batch in itertools.product(options.kernels, [*ranges, *options.static]):
                 try:
@@ -219,19 +218,19 @@ def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
 
 
 def ratios(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table of clip_ttrt's milliseconds and their ratio to torch.compile's in the same cell."""
-    cell = ("model", "encoder", "batch", "precision", "how")
+    """A table of clip_ttrt's calls and graphs and their ratio to torch.compile's calls."""
+    cell = ("model", "encoder", "batch", "precision")
     peers = {
-        tuple(row[name] for name in cell): float(row["median_ms"])
+        (*(row[name] for name in cell), "queued" in row["how"]): float(row["median_ms"])
         for row in rows if row["backend"] == "torch.compile"
     }  # fmt: skip
     lines = ["| cell | backend | ms | torch.compile | ratio |", "|---|---|---|---|---|"]
     for row in rows:
-        place = tuple(row[name] for name in cell)
+        place = (*(row[name] for name in cell), "queued" in row["how"])
         if row["backend"].startswith("clip_ttrt") and place in peers:
             ours, peer = float(row["median_ms"]), peers[place]
             name = f"{row['backend']} {row['kernels']}".strip()
-            cells = (" ".join(place), name, f"{ours:.3f}", f"{peer:.3f}", f"{ours / peer:.3f}")
+            cells = (" ".join((*place[:-1], row["how"])), name, f"{ours:.3f}", f"{peer:.3f}", f"{ours / peer:.3f}")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -12,16 +12,17 @@ LAUNCHES = 24  # in a graph at least, beside which its own launch is nothing
 
 
 def wall_times_ms(
-    call: Callable[[], object], repeats: int, warm_up: int, device: str
+    call: Callable[[], object], repeats: int, warm_up: int, device: str, queued: int = 1
 ) -> list[float]:
-    """Milliseconds of each call by the clock, one at a time, the GPU's work awaited."""
+    """Milliseconds of a call by the clock, the GPU's work awaited after so many queued calls."""
     times = []
     for _ in range(warm_up + repeats):
         start = time.perf_counter()
-        call()
+        for _ in range(queued):
+            call()
         if device == "cuda":
             torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) * 1e3)
+        times.append((time.perf_counter() - start) * 1e3 / queued)
     return times[warm_up:]
 
 
@@ -42,7 +43,11 @@ def gpu_times_ms(call: Callable[[], object], repeats: int, warm_up: int) -> list
 
 
 def graphed(call: Callable[[], object]) -> Callable[[], object]:
-    """The same work as the replay of a CUDA graph, whose inputs stay where they are."""
+    """The same work as the replay of a CUDA graph, whose inputs stay where they are.
+
+    It is captured on a stream of its own: graphs of one stream share cuBLAS's workspace, and may
+    not be replayed at the same time.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -51,7 +56,7 @@ def graphed(call: Callable[[], object]) -> Callable[[], object]:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         call()
     return graph.replay
 

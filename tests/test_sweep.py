@@ -114,7 +114,7 @@ def test_ratios_are_of_the_same_cell():
     rows = [
         {**cell, "batch": batch, "backend": backend, "how": how, "median_ms": ms}
         for batch, backend, how, ms in (
-            ("1", "torch.compile", "graph", "2.0"), ("1", "torch.compile", "call", "8.0"),
+            ("1", "torch.compile", "call queued", "8.0"), ("1", "torch.compile", "call", "2.0"),
             ("1", "clip_ttrt 1:2:8", "graph", "1.0"), ("8", "clip_ttrt", "graph", "1.0"))
     ]  # fmt: skip
     expected = "| demo text 1 fp16 graph | clip_ttrt 1:2:8 | 1.000 | 2.000 | 0.500 |"

@@ -15,7 +15,6 @@ from experiments.bugs.stock import VERDICT
 from experiments.record import ROOT, append_row, provenance, read_rows
 
 BUGS = ("out_of_range_batch", "non_contiguous_input", "text_encoder_argmax",
-        "wrong_block_788_rows", "captured_warnings")  # fmt: skip
 
 
 def command(bug: str) -> list[str]:
