@@ -230,7 +230,8 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> str:
         if row["backend"].startswith("clip_ttrt") and place in peers:
             ours, peer = float(row["median_ms"]), peers[place]
             name = f"{row['backend']} {row['kernels']}".strip()
-            cells = (" ".join((*place[:-1], row["how"])), name, f"{ours:.3f}", f"{peer:.3f}", f"{ours / peer:.3f}")
+            times = (f"{ours:.3f}", f"{peer:.3f}", f"{ours / peer:.3f}")
+            cells = (" ".join((*place[:-1], row["how"])), name, *times)
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -15,6 +15,7 @@ from experiments.bugs.stock import VERDICT
 from experiments.record import ROOT, append_row, provenance, read_rows
 
 BUGS = ("out_of_range_batch", "non_contiguous_input", "text_encoder_argmax",
+        "captured_warnings")
 
 
 def command(bug: str) -> list[str]:
