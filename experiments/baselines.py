@@ -173,4 +173,5 @@ PEERS: dict[str, Callable[[str, str, str, str], Callable]] = {
     "clip": clip,
     "onnxruntime": onnxruntime,
 }
-UNCAPTURED = ("clip", "onnxruntime")  # they copy from the CPU or wait for it
+# They copy from the CPU or wait for it, or replay graphs of their own.
+UNCAPTURED = ("clip", "onnxruntime", "torch.compile", "torch.compile rearranged")
