@@ -3,7 +3,6 @@ refused, and whose memory is whose.  test_numbers.py has their numbers."""
 import ctypes
 import gc
 import importlib.util
-import itertools
 import os
 import re
 import shutil
@@ -164,23 +163,6 @@ def test_attention_of_other_sizes_is_not_supported():
         (1, 12, 50, 80, 9, 0), (1, 12, 50, 64, 7, 0),
     ):  # fmt: skip
         assert supported(ctypes.c_int64(batch), *sizes, 0) == serves
-
-
-@needs.built
-def test_every_warpgroup_uses_every_filling_of_the_stages_it_waits_on():
-    """A barrier knows its phases by parity alone: waiting for filling n needs the use of n - 1."""
-    ring_stages, fitted = kernels.library().clip_attention_ring_stages, 0
-    sizes = itertools.product(range(1, 5), range(1, 17), range(1, 12), range(1, 25))
-    for groups, tiles, chunks, most in sizes:
-        stages = ring_stages(most, chunks, groups, tiles)
-        assert 0 <= stages <= most and (stages or tiles < groups)
-        fitted += stages > 0
-        for group in range(groups if stages else 0):
-            # Tile j of a block belongs to warpgroup j % groups and to unit j // tiles.
-            units = {j // tiles for j in range(group, 30 * tiles, groups)}
-            used = {unit * chunks + chunk for unit in units for chunk in range(chunks)}
-            assert all(i < stages or i - stages in used for i in used)
-    assert fitted > 1000
 
 
 # The wrappers, with a library that computes nothing

@@ -5,7 +5,7 @@ fp32 arithmetic costs on the way: a few 2^-24 of the largest number that went in
 """
 import ctypes
 import itertools
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import needs
 import pytest
@@ -59,6 +59,12 @@ def check(launcher, fields, outputs, expected) -> None:
 
 def randn(*size, scale=1.0):
     return torch.randn(size, device=DEVICE) * scale
+
+
+def tensors(rows, outputs, inputs, bias):
+    """Of a linear layer whose sums are of order 1."""
+    x, weight = randn(rows, inputs), randn(outputs, inputs, scale=inputs**-0.5)
+    return x.half(), weight.half(), randn(outputs).half() if bias else None
 
 
 def half_ulp(exact):
@@ -274,12 +280,6 @@ def test_layer_norm_far_from_zero_and_of_equal_values():
 # Linear layers
 
 
-def tensors(rows, outputs, inputs, bias):
-    """Values of order 1 in the sums: what a layer norm leaves, times a weight that keeps it."""
-    x, weight = randn(rows, inputs), randn(outputs, inputs, scale=inputs**-0.5)
-    return x.half(), weight.half(), randn(outputs).half() if bias else None
-
-
 def linear_layer(table, x, weight, bias):
     """A result is rounded once; with a bias twice, since some algorithms add it in fp16.
 
@@ -347,19 +347,15 @@ def test_linear_of_any_shape_layout_and_alignment():
 @on_gpu
 def test_threads_share_a_layer():
     x, weight, bias = tensors(320, 768, 768, True)
-    counts, right = range(1, 320, 20), []
+    counts = range(1, 320, 20)
     expected = {rows: linear.linear(x[:rows].clone(), weight, bias) for rows in counts}
     linear._layer.cache_clear()
 
-    def work():
+    def right(_):
         with torch.cuda.stream(torch.cuda.Stream()):
-            for rows in [*counts] * 5:
-                right.append(torch.equal(linear.linear(x[:rows], weight, bias), expected[rows]))
+            return all(torch.equal(linear.linear(x[:rows], weight, bias), expected[rows])
+                       for rows in [*counts] * 5)
 
     torch.cuda.synchronize()
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(right) == 4 * 5 * len(counts) and all(right)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(right, range(4)))
