@@ -23,20 +23,15 @@ def attention_in_float64(qkv, heads, causal):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("tokens", [1, 2, 50, 77])
 @pytest.mark.parametrize("heads", [1, 3])
-def test_attention(heads, tokens, causal):
+def test_attention_and_that_with_a_bias_of_the_queries_alone(heads, tokens, causal):
     torch.manual_seed(0)
-    qkv = torch.randn(2, tokens, 3 * heads * 64)
+    qkv, bias = torch.randn(2, tokens, 3 * heads * 64), torch.randn(heads * 64)
     actual = ops.attention(qkv, heads, causal)
     assert actual.shape == (2, tokens, heads * 64) and actual.is_contiguous()
     assert (actual - attention_in_float64(qkv, heads, causal)).abs().max() < 1e-5
-
-
-def test_attention_with_a_bias_of_the_queries_alone():
-    qkv, bias = torch.randn(3, 7, 384), torch.randn(128)
-    moved = torch.cat([qkv[..., :128] + bias, qkv[..., 128:]], dim=2)
-    expected = ops.attention(moved, 2, True)
-    assert torch.allclose(ops.fused_attention(qkv, 2, True, bias), expected, atol=1e-5)
-    assert torch.equal(ops.fused_attention(qkv, 2, True), ops.attention(qkv, 2, True))
+    fused = ops.fused_attention(qkv, heads, causal, bias)
+    qkv[..., : heads * 64] += bias
+    assert torch.allclose(fused, ops.fused_attention(qkv, heads, causal), atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -73,7 +68,7 @@ def test_quick_gelu_and_that_with_a_bias():
     assert torch.allclose(ops.bias_quick_gelu(x - bias, bias), expected, atol=1e-13)
 
 
-def test_what_pytorch_has_is_what_it_is_mapped_to():
+def test_what_pytorch_s_operations_are_mapped_to():
     x, weight, bias, (scale, shift) = map(torch.randn, ((2, 5, 8), (6, 8), (6,), (2, 8)))
     assert torch.equal(ops.linear(x, weight, bias), linear(x, weight, bias))
     assert torch.equal(ops.fused_linear(x, weight, None), linear(x, weight))
@@ -81,6 +76,9 @@ def test_what_pytorch_has_is_what_it_is_mapped_to():
     normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-3).sqrt() * scale + shift
     for op in (ops.layer_norm, ops.fused_layer_norm):
         assert torch.allclose(op(x, scale, shift, 1e-3), normed, atol=1e-5)
+    total, fused = ops.residual_layer_norm(x, x, x[0, 0], scale, shift, 1e-3)
+    assert torch.allclose(total, x + x + x[0, 0], atol=1e-6)
+    assert torch.allclose(fused, ops.layer_norm(total, scale, shift, 1e-3), atol=1e-6)
     tokens = torch.tensor([[5, 0], [2, 2]], dtype=torch.int32)
     assert torch.equal(ops.embedding(weight, tokens)[1, 0], weight[2])
     assert torch.equal(ops.select_token(x, 3), x[:, 3])
@@ -89,13 +87,6 @@ def test_what_pytorch_has_is_what_it_is_mapped_to():
     for dtype in (torch.half, torch.float):
         cast = ops.cast(x, dtype)  # an operation may not return its input
         assert torch.equal(cast, x.to(dtype)) and cast.data_ptr() != x.data_ptr()
-
-
-def test_a_sum_and_its_layer_norm():
-    x, delta, (bias, scale, shift) = map(torch.randn, ((3, 8), (3, 8), (3, 8)))
-    total, normed = ops.residual_layer_norm(x, delta, bias, scale, shift, 1e-3)
-    assert torch.allclose(total, x + delta + bias, atol=1e-6)
-    assert torch.allclose(normed, ops.layer_norm(total, scale, shift, 1e-3), atol=1e-6)
 
 
 def test_an_image_s_first_rows():

@@ -249,7 +249,7 @@ needs_nvcc = pytest.mark.skipif(
 
 
 def headers():
-    """Of every TensorRT in TENSORRT_INCLUDE_DIRS, `:` between them, else those that were fetched."""
+    """The folders in TENSORRT_INCLUDE_DIRS, `:` between them, else those that were fetched."""
     named = os.environ.get("TENSORRT_INCLUDE_DIRS") or os.environ.get("TENSORRT_INCLUDE_DIR")
     folders = named.split(":") if named else kernels.cache().glob("tensorrt-*/include")
     return [one for one in map(Path, folders) if build_kernels.major_of_headers(one) is not None]
