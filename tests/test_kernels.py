@@ -130,6 +130,8 @@ def test_a_library_that_serves_has_none(own, loads, monkeypatch, recwarn):
     kernels.load(None)
     kernels.register()
     assert not recwarn.list
+    on_a_gpu(monkeypatch, (7, 5))
+    assert kernels.available() and not kernels.serves_on(torch.device("cuda:0"))
     with pytest.raises(UserError, match="needs version 0123456789ab .* compile again"):
         kernels.load("0123456789ab")
 
@@ -145,10 +147,3 @@ def test_a_library_that_does_not_serve_is_an_error_or_a_warning(loads, facts, ex
         kernels.load(kernels.version())
     with pytest.warns(UserWarning, match="engines that need the fused kernels will not load"):
         kernels.register()
-
-
-def test_ops_of_pytorch_run_without_plugins_and_only_where_there_is_code(loads, monkeypatch):
-    loads(0, architectures="90a")
-    for capability, serves in (((9, 0), True), ((8, 0), False)):
-        on_a_gpu(monkeypatch, capability)
-        assert kernels.available() and kernels.serves_on(torch.device("cuda:0")) == serves

@@ -99,17 +99,9 @@ def test_an_image_s_first_rows():
     assert torch.allclose(y[4:], ops.layer_norm(expected, *norms[2:], 1e-2), atol=1e-5)
 
 
-def test_fake_tensors_get_the_shapes_and_types_of_the_references():
-    qkv, tokens = torch.randn(2, 5, 384), torch.zeros(2, 5, dtype=torch.int32)
-    weight, images = torch.randn(16, 384), torch.randn(2, 3, 8, 8)
-    calls = [
-        (ops.attention, qkv, 2, False), (ops.fused_attention, qkv, 2, False, torch.randn(128)),
-        (ops.pool_end_of_text, qkv, tokens), (ops.embedding, weight, tokens),
-        (ops.fused_linear, qkv, weight, torch.randn(16)), (ops.cast, qkv, torch.half),
-        (ops.extract_patch_rows, images, 4, torch.half), (ops.select_token, qkv, 0),
-    ]  # fmt: skip
-    for op, *arguments in calls:
-        real = op(*arguments)
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            fake = op(mode.from_tensor(arguments[0]), *arguments[1:])
-        assert (fake.shape, fake.dtype) == (real.shape, real.dtype), op
+def test_attention_s_fake_tensors_have_its_shape_and_type():
+    qkv = torch.randn(2, 5, 384)
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(qkv)
+        found = ops.attention(fake, 2, False), ops.fused_attention(fake, 2, True)
+    assert all((one.shape, one.dtype) == ((2, 5, 128), qkv.dtype) for one in found)

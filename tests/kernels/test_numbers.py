@@ -161,7 +161,6 @@ def quick_gelu(x, bias=None):
 
 
 def norms(width):
-    """Scales around 1 and shifts around 0, fp32."""
     return 1 + 0.3 * randn(width), 0.3 * randn(width)
 
 
@@ -312,8 +311,6 @@ def test_linear_error_is_rounding(outputs, inputs, bias, measured):
 
 @on_gpu
 def test_measured_algorithms_are_of_one_cublaslt():
-    found, microseconds = linear.measure(50, (768, 768), False)
-    assert found.rows == 50 and 1 < microseconds < 1000
     x, weight, _ = tensors(50, 768, 768, False)
     entry = linear.Entry(50, (ctypes.c_uint64 * 8)(*[2**64 - 1] * 8))
     nonsense = linear.pack(768, 768, False, [entry], linear.version() + 1)
