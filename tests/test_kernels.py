@@ -1,5 +1,6 @@
 """Finding and checking the library of kernels: which one serves, and why one does not."""
 import ctypes
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -7,11 +8,6 @@ import torch
 
 from clip_ttrt import kernels
 from clip_ttrt.errors import UserError
-
-
-def forget():
-    kernels.version.cache_clear()
-    kernels.library.cache_clear()
 
 
 @pytest.fixture
@@ -24,9 +20,9 @@ def own(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "tensorrt_major", lambda: 10)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    forget()
-    yield kernels.folders()[0]
-    forget()
+    monkeypatch.setattr(kernels, "version", kernels.version.__wrapped__)  # without its cache
+    monkeypatch.setattr(kernels, "library", functools.cache(kernels.library.__wrapped__))
+    return kernels.folders()[0]
 
 
 def put(folder, major=10, version=None, architectures="80 90a"):
@@ -69,7 +65,6 @@ def test_version_is_of_the_names_and_bytes_of_what_is_compiled(own):
     ):  # fmt: skip
         own.parent.mkdir(exist_ok=True)
         change()
-        kernels.version.cache_clear()
         found.append(kernels.version())
     first, notes, header, renamed, installed = found
     assert first == notes and renamed == installed and len({first, header, renamed}) == 3

@@ -33,13 +33,14 @@ class Machine:
             (build_kernels, "try_out", lambda library: None),
             (build_kernels.sysconfig, "get_paths", packages.copy),
             (kernels, "PACKAGE", self.library.parents[1]), (stack, "versions", INSTALLED.copy),
+            (kernels, "version", kernels.version.__wrapped__),  # without its cache
+            (kernels, "tensorrt_major", stack.tensorrt_major),
             (shutil, "which", lambda name: name if name in self.tools else None),
             (subprocess, "run", self.run),
         ):  # fmt: skip
             monkeypatch.setattr(module, name, value)
         self.gpus((9, 0))
         self.headers(10)
-        self.forget()
 
     def run(self, command, **options):
         """Writes the command down and makes what it would: headers, or a file behind -o that
@@ -50,7 +51,7 @@ class Machine:
             if not self.network:
                 raise subprocess.CalledProcessError(128, command)
             if "clone" in command:
-                self.headers(10, Path(command[-1], "include"))
+                self.headers(stack.tensorrt_major(), Path(command[-1], "include"))
         elif self.error is None:
             if told := dict(re.findall(r'-DCLIP_TTRT_(\w+)="(.*?)"', line)):
                 major = 10 if "-DCLIP_TTRT_PLUGINS" in command else 0
@@ -75,16 +76,10 @@ class Machine:
         self.network = False
         self.monkeypatch.delenv("TENSORRT_INCLUDE_DIR")
 
-    def forget(self):
-        kernels.version.cache_clear()
-        kernels.tensorrt_major.cache_clear()
-
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    machine = Machine(tmp_path, monkeypatch)
-    yield machine
-    machine.forget()
+    return Machine(tmp_path, monkeypatch)
 
 
 # --if-possible
@@ -112,7 +107,6 @@ def test_it_builds_once_with_the_plugins_and_for_the_gpu_that_is_there(machine, 
 def test_a_library_that_does_not_serve_is_built_anew(machine, change):
     build_kernels.main(["--if-possible"])
     change(machine)
-    machine.forget()
     build_kernels.main(["--if-possible"])
     assert len(machine.log) == 18
     found = kernels.find()
@@ -219,23 +213,22 @@ def test_nvcc_is_found_without_path(machine):
 
 
 @pytest.mark.parametrize("installed, tag", [
-    ("10.6.0", "v10.6.0"), ("10.14.1.48", "v10.6.0"), ("10.16.1", "v10.15"),
-    ("10.3.0", "v10.6.0"), ("11.0.0", "v11.1"), ("11.1.2.3", "v11.1"), ("12.0", None),
-])  # fmt: skip
-def test_headers_are_those_of_the_installed_version_or_the_next_older(installed, tag):
-    assert build_kernels.tag_for(installed) == tag
-
-
-def test_headers_are_fetched_once(machine):
+    ("10.6.0", "v10.6.0"), ("10.14.1.48", "v10.6.0"), ("10.16.1", "v10.15"), ("10.3.0", "v10.6.0"),
+    ("11.0.0", "v11.1"), ("11.1.2.3", "v11.1")])
+def test_headers_of_the_installed_version_or_the_next_older_are_fetched_once(
+    installed, tag, machine
+):
     machine.monkeypatch.delenv("TENSORRT_INCLUDE_DIR")
+    machine.monkeypatch.setattr(stack, "versions", lambda: {"tensorrt": installed})
     assert build_kernels.find_tensorrt(fetch=False) is None
     for fetch in (True, True, False):
         found = build_kernels.find_tensorrt(fetch)
-        assert found == kernels.cache() / "tensorrt-v10.15" / "include"
-    clones = [one for one in machine.log if one.startswith("git clone")]
-    assert len(clones) == 1 and "--branch v10.15" in clones[0]
-    machine.monkeypatch.setattr(stack, "versions", dict)
-    assert build_kernels.find_tensorrt(fetch=True) is None
+        assert found == kernels.cache() / f"tensorrt-{tag}" / "include"
+    [clone] = [one for one in machine.log if one.startswith("git clone")]
+    assert f"--branch {tag} " in clone
+    for others in ({}, {"tensorrt": "12.0"}):
+        machine.monkeypatch.setattr(stack, "versions", others.copy)
+        assert build_kernels.find_tensorrt(fetch=True) is None
 
 
 # The compilers, where they are
@@ -244,15 +237,9 @@ try:
     TOOL = build_kernels.find_nvcc()
 except build_kernels.CannotBuild:
     TOOL = None
+HEADERS = [one for one in os.environ.get("TENSORRT_INCLUDE_DIRS", "").split(":") if one]
 needs_nvcc = pytest.mark.skipif(
     TOOL is None or shutil.which("g++") is None, reason="needs nvcc and g++")
-
-
-def headers():
-    """The folders in TENSORRT_INCLUDE_DIRS, `:` between them, else those that were fetched."""
-    named = os.environ.get("TENSORRT_INCLUDE_DIRS") or os.environ.get("TENSORRT_INCLUDE_DIR")
-    folders = named.split(":") if named else kernels.cache().glob("tensorrt-*/include")
-    return [one for one in map(Path, folders) if build_kernels.major_of_headers(one) is not None]
 
 
 def compile_all(commands):
@@ -264,7 +251,7 @@ def compile_all(commands):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("folder", headers(), ids=str)
+@pytest.mark.parametrize("folder", HEADERS or kernels.cache().glob("tensorrt-*/include"), ids=str)
 def test_plugins_compile_without_a_warning(folder, tmp_path):
     every = build_kernels.build_commands(TOOL, ["90a"], folder, tmp_path)
     host = [one for one in every[:-1] if one[-1].endswith(".cpp")]

@@ -1,6 +1,7 @@
 """The library's launchers and their wrappers: structs and limits as the headers have them, what is
 refused, and whose memory is whose.  test_numbers.py has their numbers."""
 import ctypes
+import functools
 import gc
 import importlib.util
 import re
@@ -166,9 +167,9 @@ def recorded(monkeypatch):
     monkeypatch.setattr(kernels, "library", lambda: library)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
-    linear._layer.cache_clear()
-    yield SimpleNamespace(launches=found, library=library)
-    linear._layer.cache_clear()
+    fresh = functools.lru_cache(linear._layer.cache_info().maxsize)(linear._Layer)
+    monkeypatch.setattr(linear, "_layer", fresh)
+    return SimpleNamespace(launches=found, library=library)
 
 
 def misaligned(x):

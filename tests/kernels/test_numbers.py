@@ -36,12 +36,11 @@ def seed():
     torch.manual_seed(0)
 
 
-def check(launcher, fields, outputs, expected) -> None:
+def check(launcher, outputs, expected, **fields) -> None:
     """Every element within its bound, written over NaN and over numbers with the same bits, and
     nothing written to the two rows before and behind an output.
 
-    outputs: name -> rows and width.  expected: from the outputs by name, (output, exact, allowed
-    error) of each.
+    outputs: name -> rows and width.  expected: gives (output, exact, allowed error) of each.
     """
     runs = []
     for poison in (NAN, 77.0):
@@ -52,7 +51,7 @@ def check(launcher, fields, outputs, expected) -> None:
     for name, out in whole.items():
         assert torch.equal(runs[0][name], runs[1][name]), f"{name} has other bits"
         assert (out[:2] == 77).all() and (out[-2:] == 77).all(), f"written beside {name}"
-    for out, exact, allowed in expected(runs[0]):
+    for out, exact, allowed in expected(**runs[0]):
         error = (out.double() - exact).abs()
         assert (error <= allowed).all(), (launcher, outputs, (error - allowed).max())
 
@@ -111,10 +110,9 @@ def attention(batch, heads, tokens, causal, biased, scale=1.0, variants=(0,)):
     theirs = torch.cat([reference(part, heads, causal, bias) for part in parts])
     allowed = 2 * max((theirs.double() - exact).abs().max(), exact.abs().max() * 2**-11)
     for variant in variants:
-        fields = {"qkv": qkv, "query_bias": bias, "batch": batch, "heads": heads,
-                  "tokens": tokens, "causal": int(causal), "variant": variant}
-        check("attention", fields, {"out": (batch * tokens, width)},
-              lambda found: [(found["out"], exact.flatten(0, 1), allowed)])
+        check("attention", {"out": (batch * tokens, width)},
+              lambda out: [(out, exact.flatten(0, 1), allowed)], qkv=qkv, query_bias=bias,
+              batch=batch, heads=heads, tokens=tokens, causal=int(causal), variant=variant)
 
 
 @on_gpu
@@ -155,9 +153,8 @@ def quick_gelu(x, bias=None):
     exact = ops.quick_gelu_reference(y)
     # The exponent, up to 1.702 log2(e) |y|, is rounded to fp32 before the power is taken.
     allowed = half_ulp(exact) + exact.abs() * (4 + 4 * y.abs()) * 2.0**-23
-    fields = {"in": x, "bias": bias, "rows": x.shape[0], "width": x.shape[1]}
-    check("bias_quick_gelu", fields, {"out": x.shape},
-          lambda found: [(found["out"], exact, allowed)])
+    check("bias_quick_gelu", {"out": x.shape}, lambda out: [(out, exact, allowed)],
+          **{"in": x}, bias=bias, rows=x.shape[0], width=x.shape[1])
 
 
 def norms(width):
@@ -179,43 +176,37 @@ def layer_norm(x, delta=None, bias=None):
     (rows, width), (scale, shift) = x.shape, norms(x.shape[1])
     parts = [part.double() for part in (x, delta, bias) if part is not None]
 
-    def expected(found):
-        if delta is None:
-            return [normed(found["out"], parts[0], scale, shift)]
-        total, exact = found["sum_out"], sum(parts)
+    def expected(out, sum_out=None):
+        if sum_out is None:
+            return [normed(out, parts[0], scale, shift)]
+        exact = sum(parts)
         allowed = half_ulp(exact) + sum(part.abs() for part in parts) * 2.0**-22
         # The layer norm is that of the rounded sum.
-        return [(total, exact, allowed), normed(found["out"], total.double(), scale, shift)]
+        return [(sum_out, exact, allowed), normed(out, sum_out.double(), scale, shift)]
 
-    fields = {"x": x, "delta": delta, "bias": bias, "scale": scale, "shift": shift, "rows": rows,
-              "width": width, "epsilon": EPSILON}
     names = ["out"] if delta is None else ["sum_out", "out"]
-    check("residual_layer_norm", fields, dict.fromkeys(names, x.shape), expected)
+    check("residual_layer_norm", dict.fromkeys(names, x.shape), expected, x=x, delta=delta,
+          bias=bias, scale=scale, shift=shift, rows=rows, width=width, epsilon=EPSILON)
 
 
 def embed_image(batch, tokens, width, scale=1.0):
-    x = randn(batch, tokens - 1, width, scale=scale).half()
+    projected = randn(batch, tokens - 1, width, scale=scale).half()
     token, positions = randn(width, scale=scale), randn(tokens, width, scale=scale)
     pre, first = norms(width), norms(width)
-
-    def expected(found):
-        rows = ops.prepend_class_token_reference(x.double(), token) + positions
-        return [normed(found["x"], rows.flatten(0, 1), *pre),
-                normed(found["y"], found["x"].double(), *first)]  # of the rounded x
-
-    fields = {"patches": x, "class_token": token, "positions": positions, "scale_pre": pre[0],
-              "shift_pre": pre[1], "scale_1": first[0], "shift_1": first[1], "batch": batch,
-              "tokens": tokens, "width": width, "epsilon_pre": EPSILON, "epsilon_1": EPSILON}
-    check("embed_image", fields, dict.fromkeys("xy", (batch * tokens, width)), expected)
+    rows = ops.prepend_class_token_reference(projected.double(), token) + positions
+    check("embed_image", dict.fromkeys("xy", (batch * tokens, width)),
+          lambda x, y: [normed(x, rows.flatten(0, 1), *pre), normed(y, x.double(), *first)],
+          patches=projected, class_token=token, positions=positions, scale_pre=pre[0],
+          shift_pre=pre[1], scale_1=first[0], shift_1=first[1], batch=batch, tokens=tokens,
+          width=width, epsilon_pre=EPSILON, epsilon_1=EPSILON)
 
 
 def patches(images, size):
     """Rounded once, with no error beside that."""
     exact = ops.extract_patch_rows_reference(images, size, torch.half)
-    fields = {"images": images, "batch": images.shape[0], "resolution": images.shape[2],
-              "patch_size": size, "half": int(images.dtype == torch.half)}
-    check("extract_patches", fields, {"out": exact.shape},
-          lambda found: [(found["out"], exact.double(), 0)])
+    check("extract_patches", {"out": exact.shape}, lambda out: [(out, exact.double(), 0)],
+          images=images, batch=images.shape[0], resolution=images.shape[2], patch_size=size,
+          half=int(images.dtype == torch.half))
 
 
 @on_gpu
@@ -288,10 +279,8 @@ def linear_layer(table, x, weight, bias):
     if bias is not None:
         allowed = allowed + 1.001 * (2**-11 * (product.abs() + sums) + 2**-25)
     workspace = torch.full((linear.WORKSPACE_BYTES,), 255, dtype=torch.uint8, device=DEVICE)
-    fields = {"layer": linear._layer(table).pointer, "x": x, "weight": weight, "bias": bias,
-              "workspace": workspace, "rows": x.shape[0]}
-    check("linear", fields, {"out": exact.shape},
-          lambda found: [(found["out"], exact, allowed)])
+    check("linear", {"out": exact.shape}, lambda out: [(out, exact, allowed)], x=x, weight=weight,
+          bias=bias, layer=linear._layer(table).pointer, workspace=workspace, rows=x.shape[0])
 
 
 @on_gpu
