@@ -8,16 +8,12 @@ from clip_ttrt import ops
 
 
 def attention_in_float64(qkv, heads, causal):
-    batch, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-    query, key, value = qkv.double().split(width, dim=2)
-    out = torch.empty(batch, tokens, width, dtype=torch.float64)
-    for head in range(heads):
-        columns = slice(64 * head, 64 * head + 64)
-        scores = query[..., columns] @ key[..., columns].transpose(1, 2) / 8
-        if causal:
-            scores = scores.masked_fill(torch.ones(tokens, tokens).triu(1).bool(), -torch.inf)
-        out[..., columns] = scores.softmax(dim=-1) @ value[..., columns]
-    return out
+    blocks = qkv.double().chunk(3, dim=2)
+    query, key, value = (block.unflatten(2, (heads, 64)).transpose(1, 2) for block in blocks)
+    scores = query @ key.transpose(2, 3) / 8
+    if causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[2:]).triu(1).bool(), -torch.inf)
+    return (scores.softmax(dim=-1) @ value).transpose(1, 2).flatten(2)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -15,6 +15,7 @@ from clip_ttrt import kernels
 
 ROOT = Path(__file__).parents[1]
 SDIST = "import sys, setuptools.build_meta as b; b.build_sdist(sys.argv[1])"
+PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 TOOL = 'while [ "$1" != -o ]; do shift; done; echo object > "$2"'
 LIBRARY = "libclip_ttrt_kernels-trt0.so"
 
@@ -37,9 +38,8 @@ def dist(tmp_path_factory):
         if path.is_file() and not path.name.startswith("."):
             shutil.copy(path, copy)
     run(sys.executable, "-c", SDIST, copy / "dist", cwd=copy)
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check"]
-    sdist = next((copy / "dist").iterdir())
-    run(*pip, "--no-deps", "--no-build-isolation", "--wheel-dir", copy / "dist", sdist)
+    [sdist] = (copy / "dist").iterdir()
+    run(*PIP, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", copy / "dist", sdist)
     return copy / "dist"
 
 
@@ -61,8 +61,7 @@ def test_an_installed_package_builds_to_its_own_folder_or_the_cache(dist, tmp_pa
     """Without dependencies: the environment sees the packages of this one."""
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
     python, [wheel] = tmp_path / "venv" / "bin" / "python", dist.glob("*.whl")
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
-    run(*pip, "--disable-pip-version-check", "--no-deps", "--no-index", wheel)
+    run(*PIP, "--python", python, "install", "--no-deps", "--no-index", wheel)
     [site] = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     packages = {sysconfig.get_paths()[kind] for kind in ("purelib", "platlib")}
     (site / "seen.pth").write_text("\n".join(packages))

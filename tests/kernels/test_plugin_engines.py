@@ -77,8 +77,7 @@ FORMS = [
           "out": "y1", "rows": 100, "width": W}),
     Form(RESIDUAL_LAYER_NORM, {"residual": 0}, 1, [(2, 50, W), (W,), (1, W)], (2, 50, W),
          {"x": "x0", "scale": "x1", "shift": "x2", "out": "y0", "rows": 100, "width": W}),
-    Form(EXTRACT_PATCHES, {}, 1, [(8, 3, 224, 224)], (8 * 256, 588),
-         {**_PATCHES, "half": 1}),
+    Form(EXTRACT_PATCHES, {}, 1, [(8, 3, 224, 224)], (8 * 256, 588), {**_PATCHES, "half": 1}),
     Form(EXTRACT_PATCHES, {}, 0, [(8, 3, 224, 224)], (8 * 256, 588), _PATCHES),
     Form(EMBED_IMAGE, {}, 1, [(98, W), (W,), (50, W), (W,), (W,), (W,), (W,)], (100, W),
          {"patches": "x0", "class_token": "x1", "positions": "x2", "scale_pre": "x3",
@@ -90,14 +89,12 @@ FORMS = [
          (2, 5, 64), {"x": "x0", "weight": "x1", "bias": "x2", "out": "y0", "rows": 10}),
 ]  # fmt: skip
 WRONG_SHAPES = {  # of a form: (input, its wrong shape)
-    0: [(0, (3 * W,)), (0, (2, 77, 1, 3 * W)), (0, (2, 76, 3 * W)), (0, (154, 2 * W)),
-        (0, (155, 3 * W)), (1, (W - 1,)), (1, (1, W))],
+    0: [(0, (3 * W,)), (0, (2, 77, 1, 3 * W)), (0, (2, 76, 3 * W)), (0, (155, 3 * W)), (1, (1, W))],
     2: [(0, (3072,)), (1, (3071,))],
-    3: [(0, (W,)), (1, (50, W)), (1, (2, 50, W)), (2, (767,)), (3, (767,)), (4, (767,))],
+    3: [(0, (W,)), (1, (50, W)), (1, (2, 50, W)), (2, (767,)), (4, (767,))],
     5: [(0, (3, 224, 224)), (0, (8, 4, 224, 224)), (0, (8, 3, 224, 238)), (0, (8, 3, 220, 220))],
     7: [(0, (2, 49, W)), (0, (99, W)), (2, (49, W)), (6, (767,))],
-    8: [(0, (128,)), (0, (5, 127)), (1, (64, 127))],
-    9: [(2, (63,))],
+    8: [(0, (128,)), (0, (5, 127)), (1, (64, 127))], 9: [(2, (63,))],
 }  # fmt: skip
 _NO_TABLES = [TABLE[:at] + struct.pack("<i", value) + TABLE[at + 4 :] for at, value in (
     (0, 0), (0, 6), (4, 12), (4, 65544), (8, 2), (8, -1), (12, 1), (12, -1))]
@@ -239,16 +236,12 @@ class Engine:
             shape = tuple(self.context.get_tensor_shape(f"y{i}"))
             assert shape == (times * form.output[0], *form.output[1:])
             for found in (tensors, launched):
-                nan = torch.full(shape, float("nan"), dtype=torch.half, device="cuda")
-                found[f"y{i}"] = nan
+                found[f"y{i}"] = torch.full(shape, torch.nan, dtype=torch.half, device="cuda")
         self.tensors = tensors  # alive until the engine has run
         for name, tensor in tensors.items():
             self.context.set_tensor_address(name, tensor.data_ptr())
         launch(form, {**tensors, **launched}, times)
         return [tensors[name] for name in launched], list(launched.values())
-
-    def run(self, stream):
-        assert self.context.execute_async_v3(stream.cuda_stream)
 
 
 def launch(form, tensors, times):
@@ -274,12 +267,12 @@ def test_one_engine_gives_the_bits_of_the_launcher_for_every_batch_of_its_range(
     engine, stream = Engine(trt, form, most=32), torch.cuda.Stream()
     for times in (1, 3, 32):
         outputs, expected = engine.bind(times)
-        engine.run(stream)
+        assert engine.context.execute_async_v3(stream.cuda_stream)
         stream.synchronize()
         assert all(map(torch.equal, outputs, expected))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):  # of sizes that have run: TensorRT wants that
-        engine.run(torch.cuda.current_stream())
+        assert engine.context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
     for output in outputs:
         output.fill_(float("nan"))
     graph.replay()
