@@ -34,6 +34,7 @@ TAGS = {(10, 6): "v10.6.0", (10, 15): "v10.15", (11, 1): "v11.1"}  # of headers,
 SYSTEM_INCLUDES = ("/usr/include/x86_64-linux-gnu", "/usr/include", "/usr/local/include")
 TOOLKITS = ("/usr/local/cuda",)
 
+TEXT = {"text": True, "errors": "replace"}
 TRY_OUT_SECONDS = 300
 TRY_OUT = """
 import pathlib, sys
@@ -97,10 +98,10 @@ def major_of_headers(folder: Path) -> Optional[int]:
 def tag_for(installed: str) -> Optional[str]:
     """The tag whose headers serve a TensorRT: the newest that is not newer, else the oldest of its
     major version; None where there is none of that."""
-    version = tuple(int(part) for part in re.findall(r"\d+", installed)[:2])
-    same_major = [key for key in sorted(TAGS) if key[0] == version[0]]
+    version = tuple(map(int, re.findall(r"\d+", installed)[:2]))
+    same_major = [key for key in TAGS if key[0] == version[0]]
     not_newer = [key for key in same_major if key <= version]
-    return TAGS[(not_newer or same_major[:1])[-1]] if same_major else None
+    return TAGS[max(not_newer or same_major[:1])] if same_major else None
 
 
 def find_tensorrt(fetch: bool) -> Optional[Path]:
@@ -111,11 +112,9 @@ def find_tensorrt(fetch: bool) -> Optional[Path]:
     """
     installed, major = stack.versions().get("tensorrt"), stack.tensorrt_major()
     if given := os.environ.get("TENSORRT_INCLUDE_DIR"):
-        holds = major_of_headers(Path(given))
-        if holds is None or major not in (None, holds):
-            headers = f"the headers of TensorRT {holds}" if holds else "no headers of TensorRT"
-            here = f", and TensorRT {installed} is installed" if holds else ""
-            raise CannotBuild(f"TENSORRT_INCLUDE_DIR is {given}, which holds {headers}{here}")
+        if (holds := major_of_headers(Path(given))) is None or major not in (None, holds):
+            wanted = f"TensorRT {installed}, which is installed" if major else "a TensorRT"
+            raise CannotBuild(f"TENSORRT_INCLUDE_DIR is {given}, without the headers of {wanted}")
         return Path(given)
     if installed is None:
         return None
@@ -153,14 +152,8 @@ def no_headers() -> str:
 # The build
 
 
-def compiled_sources(plugins: bool = True) -> list[str]:
-    """What is compiled, by its name in the sources' folder."""
-    compiled = [name for name in kernels.source_files() if name.endswith((".cu", ".cpp"))]
-    return [name for name in compiled if plugins or not name.endswith("_plugin.cpp")]
-
-
 def build_commands(
-    nvcc: Path, architectures: list[str], tensorrt: Optional[Path], folder: Path,
+    nvcc: Path, architectures: list[str], tensorrt: Optional[Path], folder: str,
     threads: int = 1, verbose: bool = False,
 ) -> list[list[str]]:  # fmt: skip
     """The compilations into a folder, then the link, whose output is the last command's `-o`."""
@@ -180,36 +173,22 @@ def build_commands(
     host += [f'-DCLIP_TTRT_ARCHITECTURES="{" ".join(architectures)}"']
     host += [] if tensorrt is None else ["-isystem", str(tensorrt), "-DCLIP_TTRT_PLUGINS"]
     commands, objects = [], []
-    for source in compiled_sources(plugins=tensorrt is not None):
-        objects.append(str(folder / f"{source.replace('/', '_')}.o"))
+    for source in kernels.source_files():
+        if not source.endswith((".cu", ".cpp")) or tensorrt is None and "_plugin" in source:
+            continue
+        objects.append(f"{folder}/{source.replace('/', '_')}.o")
         own = device if source.endswith(".cu") else host
         path = str(kernels.sources() / source)
         commands.append([str(nvcc), *flags, *own, "-c", "-o", objects[-1], path])
     # The CUDA runtime is linked statically and kept to ourselves: PyTorch has its own.
     link = ["-cudart", "static", "-Xlinker", "--exclude-libs=ALL", "-Xlinker", "-Bsymbolic"]
     # TensorRT keeps pointers to the plugins' creators: the library must never be unloaded.
-    link += ["-Xlinker", "-z,nodelete", *libraries, "-o", str(folder / "library.so")]
+    link += ["-Xlinker", "-z,nodelete", *libraries, "-o", f"{folder}/library.so"]
     return [*commands, [str(nvcc), "-shared", *link, *objects, "-ldl"]]
 
 
-def _run(command: list[str], captured: bool = True, **others) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command, capture_output=captured, text=True, errors="replace", check=False, **others
-    )
-
-
-def first_error(done: subprocess.CompletedProcess) -> str:
-    """The first line that speaks of an error, else the last."""
-    lines = (done.stderr + done.stdout).strip().splitlines() or ["it prints nothing"]
-    errors = (line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE))
-    return next(errors, lines[-1]).strip()[:200]
-
-
 def publish(built: Path, name: str) -> Path:
-    """Puts the library where it is found, in one step, and returns its place.
-
-    Raises CannotBuild where neither of the folders can be written.
-    """
+    """Puts the library where it is found, in one step, and returns its place, or CannotBuild."""
     problem = None
     for folder in kernels.folders():
         try:
@@ -223,10 +202,6 @@ def publish(built: Path, name: str) -> Path:
     raise CannotBuild(f"the library cannot be written: {problem}")
 
 
-def sm(architectures) -> str:
-    return ", ".join("sm_" + name for name in architectures)
-
-
 def build(
     architectures: list[str], fetch: bool, threads: int, verbose: bool = False,
     for_these_gpus: bool = False,
@@ -236,6 +211,7 @@ def build(
     for_these_gpus: quietly, with the plugins or not at all, and only if its kernels run here.
     Raises CannotBuild, or OSError where no folder can be written.
     """
+    names = ", ".join("sm_" + name for name in architectures)
     nvcc = find_nvcc()  # before anything is fetched
     if shutil.which("g++") is None:
         raise CannotBuild("a C++ compiler is missing; install g++ (`apt-get install g++`)")
@@ -243,24 +219,24 @@ def build(
     if for_these_gpus:
         if tensorrt is None:
             raise CannotBuild(no_headers())
-        names = sm(architectures)
         print(f"build_kernels: building the fused kernels for {names}, a minute or so", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = nvcc, architectures, tensorrt, Path(folder), threads, verbose
-        for command in build_commands(*arguments):
+        for command in build_commands(nvcc, architectures, tensorrt, folder, threads, verbose):
             if verbose:
                 print(" ".join(command), flush=True)
-            done = _run(command, captured=for_these_gpus)
+            done = subprocess.run(command, capture_output=for_these_gpus, **TEXT)
             if done.returncode != 0:
-                why = first_error(done) if for_these_gpus else " ".join(command)
-                raise CannotBuild(f"failed: {why}", 1)
+                printed = (done.stderr or "") + (done.stdout or "")
+                lines = printed.strip().splitlines() or [" ".join(command)]
+                errors = (line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE))
+                raise CannotBuild(f"failed: {next(errors, lines[-1]).strip()}", 1)
         built = Path(folder, "library.so")
         if for_these_gpus:
             try_out(built)
         major = 0 if tensorrt is None else major_of_headers(tensorrt)
         place = publish(built, kernels.file_name(major))
     kind = f"with the plugins for TensorRT {major}" if major else "without plugins for TensorRT"
-    print(f"build_kernels: {place} for {sm(architectures)}, {kind}")
+    print(f"build_kernels: {place} for {names}, {kind}")
     if tensorrt is None and stack.tensorrt_major() is not None:
         print(f"build_kernels: {no_headers()}", file=sys.stderr)
 
@@ -270,7 +246,8 @@ def try_out(library: Path) -> None:
     as with a driver older than nvcc's CUDA."""
     trial = [sys.executable, "-c", TRY_OUT, str(library)]
     try:
-        done = _run(trial, cwd=kernels.PACKAGE.parent, timeout=TRY_OUT_SECONDS)
+        done = subprocess.run(trial, cwd=kernels.PACKAGE.parent, timeout=TRY_OUT_SECONDS,
+                              capture_output=True, **TEXT)
     except subprocess.TimeoutExpired:
         raise CannotBuild(f"the kernels did not run within {TRY_OUT_SECONDS} s", 1) from None
     if done.returncode != 0:
@@ -281,28 +258,24 @@ def try_out(library: Path) -> None:
 def build_if_possible(fetch: bool = True) -> None:
     """Builds the library for the GPUs here where TensorRT can use it and none that serves is there.
 
-    Silent where that is not so.  What goes wrong is one line on stderr; TensorRT's own kernels
-    serve then.
+    What goes wrong is one line on stderr, and no failure.
     """
-    if not {"tensorrt", "torch-tensorrt"} <= stack.versions().keys():
+    packages = {"tensorrt", "torch-tensorrt"} <= stack.versions().keys()
+    if not packages or not torch.cuda.is_available():
         return
-    gpus = stack.driver()
-    if not gpus:
-        return
-    told = [re.fullmatch(r"(\d+)\.(\d+)", gpu.get("compute_capability", "")) for gpu in gpus]
-    capabilities = [(int(one[1]), int(one[2])) for one in told if one]
-    # The newest code that runs on each of them; all there is where they are not known.
-    running = [[name for name in ARCHITECTURES if kernels.runs_on((name,), one)][-1:]
-               for one in capabilities] or [ARCHITECTURES]
-    architectures = [name for name in ARCHITECTURES if any(name in some for some in running)]
+    gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    # The newest code that runs on each of them.
+    running = [[name for name in ARCHITECTURES if kernels.runs_on((name,), gpu)] for gpu in gpus]
+    newest = {names[-1] for names in running if names}
+    architectures = [name for name in ARCHITECTURES if name in newest]
     try:
         if not architectures:
-            raise CannotBuild(f"no GPU here runs code for {sm(ARCHITECTURES)}")
+            raise CannotBuild("no GPU here has compute capability 8.0 or newer")
         found, here = kernels.find(), (kernels.version(), stack.tensorrt_major())
         if (
             found is None
             or (found.version, found.tensorrt_major) != here
-            or not all(kernels.runs_on(found.architectures, one) for one in capabilities)
+            or not all(kernels.runs_on(found.architectures, gpu) for gpu in gpus)
         ):
             build(architectures, fetch, threads=len(architectures), for_these_gpus=True)
     except (CannotBuild, UserError, OSError) as problem:

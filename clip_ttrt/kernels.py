@@ -29,6 +29,7 @@ EMBED_IMAGE = "ClipEmbedImage"
 ABOUT = re.compile(  # kernels/library.cpp
     rb"clip_ttrt kernels: version=([0-9a-f]{12}) architectures=([0-9a ]*) tensorrt=(\d+);"
 )
+tensorrt_major = functools.cache(stack.tensorrt_major)  # which takes milliseconds
 PTX = "120"  # the architecture that comes as PTX too, which later GPUs compile
 
 
@@ -72,12 +73,9 @@ def sources() -> Path:
 
 
 def source_files() -> list[str]:
-    """What is compiled or included, by its name in `sources()`.  Raises UserError without any."""
-    folder = sources()
-    endings = (".cpp", ".cu", ".cuh", ".h")
-    found = [path for path in folder.rglob("*") if path.suffix in endings]
-    if not found:
-        raise UserError(f"{folder} holds no sources of the kernels; install clip_ttrt again")
+    """What is compiled or included, by its name in `sources()`."""
+    folder, endings = sources(), (".cpp", ".cu", ".cuh", ".h")
+    found = (path for path in folder.rglob("*") if path.suffix in endings)
     return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
@@ -107,24 +105,13 @@ def file_name(tensorrt_major: int) -> str:
     return f"libclip_ttrt_kernels-trt{tensorrt_major}.so"
 
 
-@functools.lru_cache(maxsize=16)
-def _read(path: Path, modified: int) -> Library:
+def read(path: Path) -> Library:
+    """What a library's file tells about itself, without loading it."""
     about = ABOUT.search(path.read_bytes())
     if about is None:
         return Library(path, "unknown", (), 0)
     digits, architectures, major = (part.decode() for part in about.groups())
     return Library(path, digits, tuple(architectures.split()), int(major))
-
-
-def read(path: Path) -> Library:
-    """What a library's file tells about itself, without loading it."""
-    return _read(path, path.stat().st_mtime_ns)
-
-
-@functools.cache
-def tensorrt_major() -> Optional[int]:
-    """As `stack` tells it, which takes milliseconds."""
-    return stack.tensorrt_major()
 
 
 def find() -> Optional[Library]:

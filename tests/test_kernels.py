@@ -1,34 +1,28 @@
 """Finding and checking the library of kernels: which one serves, and why one does not."""
 import ctypes
-import shutil
+import functools
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from clip_ttrt import kernels, stack
+from clip_ttrt import kernels
 from clip_ttrt.errors import UserError
-
-def forget():
-    for one in (kernels.version, kernels.library, kernels.tensorrt_major):
-        one.cache_clear()
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A checkout of two sources, an empty cache folder, TensorRT 10, and no GPU."""
-    (tmp_path / "clip_ttrt").mkdir()
+def own(tmp_path, monkeypatch):
+    """The package's folder for libraries, beside two sources, with TensorRT 10 and no GPU."""
     (tmp_path / "kernels" / "op").mkdir(parents=True)
-    (tmp_path / "kernels" / "plugin.h").write_text("// a header")
-    (tmp_path / "kernels" / "op" / "op.cu").write_text("// a kernel")
-    (tmp_path / "kernels" / "NOTES.md").write_text("not compiled")
+    for name in ("plugin.h", "op/op.cu", "NOTES.md"):
+        (tmp_path / "kernels" / name).write_text(name)
     monkeypatch.setattr(kernels, "PACKAGE", tmp_path / "clip_ttrt")
-    monkeypatch.setattr(stack, "tensorrt_major", lambda: 10)
+    monkeypatch.setattr(kernels, "tensorrt_major", lambda: 10)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    forget()
-    yield tmp_path
-    forget()
+    monkeypatch.setattr(kernels, "version", kernels.version.__wrapped__)  # without its cache
+    monkeypatch.setattr(kernels, "library", functools.cache(kernels.library.__wrapped__))
+    return kernels.folders()[0]
 
 
 def put(folder, major=10, version=None, architectures="80 90a"):
@@ -40,12 +34,17 @@ def put(folder, major=10, version=None, architectures="80 90a"):
     return path
 
 
+def on_a_gpu(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
+
+
 @pytest.fixture
-def loads(place, monkeypatch):
+def loads(own, monkeypatch):
     """Puts a library that loads: what the loader asks of it, without its kernels."""
 
     def put_it(major=10, told=None, architectures="80", registers=1, cublaslt=130000):
-        put(kernels.folders()[0], major, architectures=architectures)
+        put(own, major, architectures=architectures)
         loaded = SimpleNamespace(
             clip_ttrt_version=lambda: (told or kernels.version()).encode(),
             clip_ttrt_architectures=lambda: architectures.encode(),
@@ -56,45 +55,24 @@ def loads(place, monkeypatch):
     return put_it
 
 
-# The version
-
-
-def test_version_is_of_the_names_and_bytes_of_what_is_compiled(place):
-    first, folder = kernels.version(), place / "kernels"
-    assert len(first) == 12 and int(first, 16) >= 0
-    header = folder / "plugin.h"
-    changes = [
-        (lambda: (folder / "NOTES.md").write_text("other notes"), True),
-        (lambda: header.write_text("// another header"), False),
-        (lambda: header.write_text("// a header"), True),
-        (lambda: shutil.copytree(folder, place / "clip_ttrt" / "kernel_sources"), True),
-        (lambda: header.rename(header.with_name("plugins.h")), True),  # an installed package's
-        (lambda: shutil.rmtree(place / "clip_ttrt" / "kernel_sources"), False),
-    ]
-    for change, same in changes:
+def test_version_is_of_the_names_and_bytes_of_what_is_compiled(own):
+    folder, found = kernels.sources(), []
+    for change in (
+        lambda: None, lambda: (folder / "NOTES.md").write_text("other notes"),
+        lambda: (folder / "plugin.h").write_text("another header"),
+        lambda: (folder / "plugin.h").rename(folder / "plugins.h"),
+        lambda: folder.rename(own.parent / "kernel_sources"),  # an installed package's
+    ):  # fmt: skip
+        own.parent.mkdir(exist_ok=True)
         change()
-        kernels.version.cache_clear()
-        assert (kernels.version() == first) == same
-    shutil.rmtree(folder)
-    kernels.version.cache_clear()
-    with pytest.raises(UserError, match="holds no sources of the kernels"):
-        kernels.version()
+        found.append(kernels.version())
+    first, notes, header, renamed, installed = found
+    assert first == notes and renamed == installed and len({first, header, renamed}) == 3
 
 
-# Which library serves
-
-
-def test_a_file_tells_what_it_is(place):
-    path = put(place / "clip_ttrt" / "lib", 11, "0123456789ab", "80 86 90a 120")
-    expected = kernels.Library(path, "0123456789ab", ("80", "86", "90a", "120"), 11)
-    assert kernels.read(path) == expected
-    path.write_bytes(b"something else")
-    assert kernels.read(path) == kernels.Library(path, "unknown", (), 0)
-
-
-def test_the_best_library_is_found(place, monkeypatch):
+def test_the_best_library_is_found(own, monkeypatch):
     """The installed TensorRT's, then a current one, then the package's."""
-    own, cache = kernels.folders()
+    cache = kernels.folders()[1]
     assert kernels.find() is None
     current, stale = kernels.version(), "0" * 12
     for folder, major, version in (
@@ -104,28 +82,18 @@ def test_the_best_library_is_found(place, monkeypatch):
         path = put(folder, major, version)
         assert kernels.find().path == path
     assert put(own, 10, stale) and kernels.find().path == cache / kernels.file_name(10)
-    monkeypatch.setattr(stack, "tensorrt_major", lambda: None)  # any current one will do then
-    forget()
+    monkeypatch.setattr(kernels, "tensorrt_major", lambda: None)  # any current one will do then
     assert kernels.find().version == current and kernels.available()
 
 
 @pytest.mark.parametrize("architectures, capability, runs", [
     ("80", (8, 0), True), ("80", (8, 6), True), ("86", (8, 0), False), ("86", (8, 9), True),
     ("90a", (9, 0), True), ("80 86 89", (9, 0), False), ("90a", (8, 9), False),
-    ("100", (10, 0), True), ("100", (10, 3), True), ("90a", (10, 0), False),
-    ("120", (12, 0), True), ("120", (12, 1), True), ("120", (13, 0), True),
-    ("120", (11, 0), False), ("100", (12, 0), False), ("", (8, 0), False),
+    ("100", (10, 3), True), ("90a", (10, 0), False), ("120", (12, 1), True),
+    ("120", (13, 0), True), ("120", (11, 0), False), ("100", (12, 0), False), ("", (8, 0), False),
 ])  # fmt: skip
 def test_which_gpus_code_runs_on(architectures, capability, runs):
     assert kernels.runs_on(tuple(architectures.split()), capability) == runs
-
-
-# Why one does not serve
-
-
-def on_a_gpu(monkeypatch, capability):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
 
 
 @pytest.mark.parametrize("expected, prepare", [
@@ -138,8 +106,8 @@ def on_a_gpu(monkeypatch, capability):
      lambda own, monkeypatch: (put(own), on_a_gpu(monkeypatch, (12, 0)))),
     ("cannot be loaded", lambda own, _: put(own)),
 ])  # fmt: skip
-def test_obstacles_end_in_the_remedy(expected, prepare, place, monkeypatch):
-    prepare(kernels.folders()[0], monkeypatch)
+def test_obstacles_end_in_the_remedy(expected, prepare, own, monkeypatch):
+    prepare(own, monkeypatch)
     problem = kernels.obstacle()
     assert expected in problem and "\n" not in problem
     assert problem.endswith("; build it with `python -m clip_ttrt.build_kernels`")
@@ -148,7 +116,7 @@ def test_obstacles_end_in_the_remedy(expected, prepare, place, monkeypatch):
     assert str(raised.value) == f"this artifact needs the fused kernels: {problem}"
 
 
-def test_a_library_that_serves_has_none(place, loads, monkeypatch, recwarn):
+def test_a_library_that_serves_has_none(own, loads, monkeypatch, recwarn):
     kernels.register()  # where nothing is built
     loads()
     on_a_gpu(monkeypatch, (8, 6))
@@ -157,6 +125,8 @@ def test_a_library_that_serves_has_none(place, loads, monkeypatch, recwarn):
     kernels.load(None)
     kernels.register()
     assert not recwarn.list
+    on_a_gpu(monkeypatch, (7, 5))
+    assert kernels.available() and not kernels.serves_on(torch.device("cuda:0"))
     with pytest.raises(UserError, match="needs version 0123456789ab .* compile again"):
         kernels.load("0123456789ab")
 
@@ -172,11 +142,3 @@ def test_a_library_that_does_not_serve_is_an_error_or_a_warning(loads, facts, ex
         kernels.load(kernels.version())
     with pytest.warns(UserWarning, match="engines that need the fused kernels will not load"):
         kernels.register()
-
-
-def test_ops_of_pytorch_run_without_plugins_and_only_where_there_is_code(loads, monkeypatch):
-    loads(0, architectures="90a")
-    for capability, serves in (((9, 0), True), ((8, 0), False)):
-        on_a_gpu(monkeypatch, capability)
-        assert kernels.available() and kernels.serves_on(torch.device("cuda:0")) == serves
-    assert "has no plugins" in kernels.obstacle()

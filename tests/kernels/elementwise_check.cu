@@ -1,6 +1,6 @@
 // Launches the elementwise kernels at sizes that leave lanes, rows and blocks over. For
 // compute-sanitizer, where Python and PyTorch would take minutes; the numbers are checked in
-// test_launchers.py.
+// test_numbers.py.
 //   nvcc -std=c++17 -gencode=arch=compute_90a,code=sm_90a -o check
 //       tests/kernels/elementwise_check.cu kernels/elementwise/*.cu
 //   compute-sanitizer --tool memcheck ./check      (also racecheck, initcheck, synccheck)

@@ -1,27 +1,138 @@
-"""The plugins in TensorRT itself: their creators, and engines of one plugin layer."""
+"""The plugins in TensorRT itself: their fields, and engines of one plugin layer."""
+import re
+import struct
 import subprocess
 import sys
+from typing import NamedTuple
 
 import needs
 import numpy as np
 import pytest
 import torch
-from plugins import FIELDS, each_form, each_wrong_shape
 
 from clip_ttrt import kernels, linear, stack
+from clip_ttrt.kernels import (
+    ATTENTION, BIAS_QUICK_GELU, EMBED_IMAGE, EXTRACT_PATCHES, LINEAR, RESIDUAL_LAYER_NORM,
+)
 
 pytestmark = [pytest.mark.gpu, needs.ampere]
 
+W = 768
+TABLE = linear.pack(64, 128, False)
+FIELDS = {  # of each plugin: an int32, a float32, or bytes
+    ATTENTION: {"heads": 12, "tokens": 77, "causal": 1, "query_bias": 1},
+    BIAS_QUICK_GELU: {},
+    RESIDUAL_LAYER_NORM: {"residual": 1, "epsilon": 1e-5},
+    EXTRACT_PATCHES: {"patch_size": 14},
+    EMBED_IMAGE: {"tokens": 50, "epsilon_pre": 1e-5, "epsilon_1": 1e-6},
+    LINEAR: {"table": TABLE},
+}
+
+
+class Form(NamedTuple):
+    """A plugin with some of FIELDS changed, and tensors that it takes.
+
+    params: of its launcher, "x0", .. and "y0", .. for inputs and outputs.
+    """
+
+    plugin: str
+    changed: dict
+    halves: int  # inputs of fp16, the first; the others are fp32
+    inputs: list
+    output: tuple  # the shape of each output
+    params: dict
+
+    @property
+    def launcher(self):
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", self.plugin.removeprefix("Clip")).lower()
+
+    @property
+    def fields(self):
+        return {**FIELDS[self.plugin], **self.changed}
+
+    @property
+    def outputs(self):
+        return sum(isinstance(one, str) and one.startswith("y") for one in self.params.values())
+
+    @property
+    def types(self):
+        return [torch.half if i < self.halves else torch.float for i in range(len(self.inputs))]
+
+    def has_rows(self, i):
+        """Whether an input's first size is that of a batch."""
+        return i == 0 or self.params.get("delta") == f"x{i}"
+
+
+_ATTENTION = {"qkv": "x0", "out": "y0", "heads": 12, "tokens": 77}
+_PATCHES = {"images": "x0", "out": "y0", "batch": 8, "resolution": 224, "patch_size": 14}
+FORMS = [
+    Form(ATTENTION, {}, 1, [(154, 3 * W), (W,)], (154, W),
+         {**_ATTENTION, "query_bias": "x1", "batch": 2, "causal": 1}),
+    Form(ATTENTION, {"query_bias": 0, "causal": 0}, 1, [(3, 77, 3 * W)], (3, 77, W),
+         {**_ATTENTION, "batch": 3}),
+    Form(BIAS_QUICK_GELU, {}, 1, [(2, 50, 3072), (1, 3072)], (2, 50, 3072),
+         {"in": "x0", "bias": "x1", "out": "y0", "rows": 100, "width": 3072}),
+    Form(RESIDUAL_LAYER_NORM, {}, 2, [(100, W), (100, W), (W,), (W,), (W,)], (100, W),
+         {"x": "x0", "delta": "x1", "bias": "x2", "scale": "x3", "shift": "x4", "sum_out": "y0",
+          "out": "y1", "rows": 100, "width": W}),
+    Form(RESIDUAL_LAYER_NORM, {"residual": 0}, 1, [(2, 50, W), (W,), (1, W)], (2, 50, W),
+         {"x": "x0", "scale": "x1", "shift": "x2", "out": "y0", "rows": 100, "width": W}),
+    Form(EXTRACT_PATCHES, {}, 1, [(8, 3, 224, 224)], (8 * 256, 588), {**_PATCHES, "half": 1}),
+    Form(EXTRACT_PATCHES, {}, 0, [(8, 3, 224, 224)], (8 * 256, 588), _PATCHES),
+    Form(EMBED_IMAGE, {}, 1, [(98, W), (W,), (50, W), (W,), (W,), (W,), (W,)], (100, W),
+         {"patches": "x0", "class_token": "x1", "positions": "x2", "scale_pre": "x3",
+          "shift_pre": "x4", "scale_1": "x5", "shift_1": "x6", "x": "y0", "y": "y1", "batch": 2,
+          "tokens": 50, "width": W}),
+    Form(LINEAR, {}, 2, [(5, 128), (64, 128)], (5, 64),
+         {"x": "x0", "weight": "x1", "out": "y0", "rows": 5}),
+    Form(LINEAR, {"table": linear.pack(64, 128, True)}, 3, [(2, 5, 128), (64, 128), (64,)],
+         (2, 5, 64), {"x": "x0", "weight": "x1", "bias": "x2", "out": "y0", "rows": 10}),
+]  # fmt: skip
+WRONG_SHAPES = {  # of a form: (input, its wrong shape)
+    0: [(0, (3 * W,)), (0, (2, 77, 1, 3 * W)), (0, (2, 76, 3 * W)), (0, (155, 3 * W)), (1, (1, W))],
+    2: [(0, (3072,)), (1, (3071,))],
+    3: [(0, (W,)), (1, (50, W)), (1, (2, 50, W)), (2, (767,)), (4, (767,))],
+    5: [(0, (3, 224, 224)), (0, (8, 4, 224, 224)), (0, (8, 3, 224, 238)), (0, (8, 3, 220, 220))],
+    7: [(0, (2, 49, W)), (0, (99, W)), (2, (49, W)), (6, (767,))],
+    8: [(0, (128,)), (0, (5, 127)), (1, (64, 127))], 9: [(2, (63,))],
+}  # fmt: skip
+_NO_TABLES = [TABLE[:at] + struct.pack("<i", value) + TABLE[at + 4 :] for at, value in (
+    (0, 0), (0, 6), (4, 12), (4, 65544), (8, 2), (8, -1), (12, 1), (12, -1))]
+UNUSABLE = {
+    "heads": [0, 41], "tokens": [0], "causal": [2, -1], "query_bias": [2, -1],
+    "residual": [2, -1], "epsilon": [0.0, -1.0, float("nan"), float("inf")], "epsilon_pre": [0.0],
+    "epsilon_1": [float("nan")], "patch_size": [0, 15, -2, 4098],
+    "table": [TABLE[:-1], TABLE + b"\0", *_NO_TABLES, *(
+        linear.pack(64, 128, False, entries) for entries in (
+            [linear.Entry(0)], [linear.Entry(2**31)], [linear.Entry(1)] * 65))],
+}  # fmt: skip
+
+
+def wrong_fields():
+    """(plugin, fields that it must refuse, the word that its line has)."""
+    for plugin, fields in FIELDS.items():
+        yield plugin, {**fields, "other": 1}, "no field other"
+        for name, value in fields.items():
+            others = {key: one for key, one in fields.items() if key != name}
+            yield plugin, others, f"{name} is missing"
+            length = np.int8([]) if isinstance(value, bytes) else np.repeat(array(value), 2)
+            for wrong in (np.float64([1]), length):
+                yield plugin, {**fields, name: wrong}, f"{name} is not"
+            for wrong in UNUSABLE[name]:
+                yield plugin, {**fields, name: wrong}, ""
+
+
+def array(value):
+    if isinstance(value, bytes):
+        return np.frombuffer(value, np.int8)
+    if isinstance(value, np.ndarray):
+        return value
+    return np.array([value], np.float32 if isinstance(value, float) else np.int32)
+
+
 REGISTER = """
 import tensorrt as trt
-class Log(trt.ILogger):
-    def __init__(self):
-        trt.ILogger.__init__(self)
-    def log(self, severity, text):
-        if severity <= trt.ILogger.ERROR:
-            print("error:", text)
-log = Log()
-runtime = trt.Runtime(log)
+runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
 from clip_ttrt import kernels
 for _ in range(2):
     kernels.load(kernels.version())
@@ -50,30 +161,33 @@ def test_registration_logs_no_error(trt):
     command = [sys.executable, "-c", REGISTER]
     done = subprocess.run(command, cwd=kernels.PACKAGE.parent, capture_output=True, text=True)
     assert done.returncode == 0 and " plugin: " not in done.stderr, done.stderr
-    assert done.stdout.splitlines()[-1] == str(sorted(FIELDS)) and "error:" not in done.stdout
+    assert done.stdout.splitlines()[-1] == str(sorted(FIELDS))
+    assert "[TRT] [E]" not in done.stdout + done.stderr
 
 
-def create(trt, form):
-    """The plugin as a converter creates it: fields are an int, a float, or bytes."""
-    fields = []
-    for name, value in form.fields.items():
-        if isinstance(value, bytes):
-            data, kind = np.frombuffer(value, np.int8), trt.PluginFieldType.INT8
-        elif isinstance(value, float):
-            data, kind = np.float32([value]), trt.PluginFieldType.FLOAT32
-        else:
-            data, kind = np.int32([value]), trt.PluginFieldType.INT32
-        fields.append(trt.PluginField(name, data, kind))
-    creator = trt.get_plugin_registry().get_creator(form.plugin, kernels.version(), "")
-    assert [one.name for one in creator.field_names] == list(form.fields)
-    phase = trt.TensorRTPhase.BUILD
-    return creator.create_plugin(form.plugin, trt.PluginFieldCollection(fields), phase)
+def create(trt, plugin, fields):
+    """The plugin as a converter creates it."""
+    arrays = {name: array(value) for name, value in fields.items()}
+    collection = trt.PluginFieldCollection([
+        trt.PluginField(name, one, getattr(trt.PluginFieldType, one.dtype.name.upper()))
+        for name, one in arrays.items()])
+    creator = trt.get_plugin_registry().get_creator(plugin, kernels.version(), "")
+    assert [one.name for one in creator.field_names] == list(FIELDS[plugin])
+    return creator.create_plugin(plugin, collection, trt.TensorRTPhase.BUILD)
 
 
-# Engines
+@pytest.mark.parametrize("plugin, fields, word", list(wrong_fields()))
+def test_wrong_fields_are_refused_in_one_line(trt, plugin, fields, word, capfd):
+    try:
+        created = create(trt, plugin, fields)
+    except RuntimeError:
+        created = None
+    assert created is None
+    [line] = [line for line in capfd.readouterr().err.splitlines() if " plugin: " in line]
+    assert line.startswith(f"{plugin} plugin: ") and word in line
 
 
-def build(trt, form, shapes=None, most=1):
+def build(trt, form, shapes, most=1):
     """The plan of a strongly typed network x0, .. -> plugin -> y0, ..; None where it is refused.
 
     most: how many times as many rows as its shapes have it takes, in a range; 1: no range.
@@ -83,13 +197,13 @@ def build(trt, form, shapes=None, most=1):
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     config, profile = builder.create_builder_config(), builder.create_optimization_profile()
     types, tensors = {torch.half: trt.float16, torch.float32: trt.float32}, []
-    for i, (shape, kind) in enumerate(zip(shapes or form.inputs, kinds_of(form))):
-        ranges = most > 1 and has_rows(form, i)
+    for i, (shape, kind) in enumerate(zip(shapes, form.types)):
+        ranges = most > 1 and form.has_rows(i)
         size = (-1, *shape[1:]) if ranges else shape
         tensors.append(network.add_input(f"x{i}", types[kind], size))
         if ranges:
             profile.set_shape(f"x{i}", shape, shape, (most * shape[0], *shape[1:]))
-    layer = network.add_plugin_v3(tensors, [], create(trt, form))
+    layer = network.add_plugin_v3(tensors, [], create(trt, form.plugin, form.fields))
     if layer is None:
         return None
     for i in range(form.outputs):
@@ -99,30 +213,22 @@ def build(trt, form, shapes=None, most=1):
     return builder.build_serialized_network(network, config)
 
 
-def has_rows(form, i):
-    """Whether an input's first size is that of a batch."""
-    return i == 0 or form.params.get("delta") == f"x{i}"
-
-
-def kinds_of(form):
-    return [torch.half if i < form.halves else torch.float32 for i in range(len(form.inputs))]
-
-
 class Engine:
-    """A plan, ready to run on a stream."""
+    """A plan that was deserialised and serialised once more, ready to run on a stream."""
 
-    def __init__(self, trt, form, plan):
+    def __init__(self, trt, form, most):
         self.trt, self.form = trt, form
         self.runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-        self.engine = self.runtime.deserialize_cuda_engine(plan)
+        first = self.runtime.deserialize_cuda_engine(build(trt, form, form.inputs, most))
+        self.engine = self.runtime.deserialize_cuda_engine(first.serialize())
         self.context = self.engine.create_execution_context()
 
     def bind(self, times):
         """Sets random inputs of times as many rows, and outputs of NaN; returns the outputs and
         what the launcher gives for the inputs."""
         form, tensors, launched = self.form, {}, {}
-        for i, (shape, kind) in enumerate(zip(form.inputs, kinds_of(form))):
-            shape = (times * shape[0], *shape[1:]) if has_rows(form, i) else shape
+        for i, (shape, kind) in enumerate(zip(form.inputs, form.types)):
+            shape = (times * shape[0], *shape[1:]) if form.has_rows(i) else shape
             tensors[f"x{i}"] = torch.randn(shape, device="cuda").to(kind)
             assert self.context.set_input_shape(f"x{i}", shape)
         for i in range(form.outputs):
@@ -130,16 +236,12 @@ class Engine:
             shape = tuple(self.context.get_tensor_shape(f"y{i}"))
             assert shape == (times * form.output[0], *form.output[1:])
             for found in (tensors, launched):
-                nan = torch.full(shape, float("nan"), dtype=torch.half, device="cuda")
-                found[f"y{i}"] = nan
+                found[f"y{i}"] = torch.full(shape, torch.nan, dtype=torch.half, device="cuda")
         self.tensors = tensors  # alive until the engine has run
         for name, tensor in tensors.items():
             self.context.set_tensor_address(name, tensor.data_ptr())
         launch(form, {**tensors, **launched}, times)
         return [tensors[name] for name in launched], list(launched.values())
-
-    def run(self, stream):
-        assert self.context.execute_async_v3(stream.cuda_stream)
 
 
 def launch(form, tensors, times):
@@ -148,7 +250,7 @@ def launch(form, tensors, times):
               for key, one in form.params.items()}
     fields |= {key: times * fields[key] for key in ("rows", "batch") if key in fields}
     fields |= {key: value for key, value in form.fields.items() if key.startswith("epsilon")}
-    if form.plugin == kernels.LINEAR:
+    if form.plugin == LINEAR:
         fields["layer"] = linear._layer(form.fields["table"]).pointer
         workspace = torch.empty(linear.WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
         fields["workspace"] = workspace
@@ -156,29 +258,21 @@ def launch(form, tensors, times):
     torch.cuda.synchronize()
 
 
-@each_form
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.plugin)
 def test_one_engine_gives_the_bits_of_the_launcher_for_every_batch_of_its_range(trt, form):
-    """Of a layer's table: what is measured for 1 and 64 rows serves others too."""
-    if form.plugin == kernels.LINEAR:
+    """Replayed by a CUDA graph too.  What is measured for 1 and 64 rows serves others."""
+    if form.plugin == LINEAR:
         table = linear.tune([1, 64], (64, 128), len(form.inputs) == 3)
         form = form._replace(changed={"table": table})
-    engine, stream = Engine(trt, form, build(trt, form, most=32)), torch.cuda.Stream()
+    engine, stream = Engine(trt, form, most=32), torch.cuda.Stream()
     for times in (1, 3, 32):
         outputs, expected = engine.bind(times)
-        engine.run(stream)
+        assert engine.context.execute_async_v3(stream.cuda_stream)
         stream.synchronize()
         assert all(map(torch.equal, outputs, expected))
-
-
-@each_form
-def test_graph_capture_replays(trt, form):
-    engine = Engine(trt, form, build(trt, form))
-    outputs, expected = engine.bind(1)
-    engine.run(torch.cuda.current_stream())  # TensorRT wants one at these sizes ahead of a capture
-    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        engine.run(torch.cuda.current_stream())
+    with torch.cuda.graph(graph):  # of sizes that have run: TensorRT wants that
+        assert engine.context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
     for output in outputs:
         output.fill_(float("nan"))
     graph.replay()
@@ -186,7 +280,10 @@ def test_graph_capture_replays(trt, form):
     assert all(map(torch.equal, outputs, expected))
 
 
-@each_wrong_shape
-def test_wrong_shapes_make_no_engine(trt, form, shapes, capfd):
+@pytest.mark.parametrize(
+    "form, at, shape", [(form, *one) for form, some in WRONG_SHAPES.items() for one in some])
+def test_wrong_shapes_make_no_engine(trt, form, at, shape, capfd):
+    form = FORMS[form]
+    shapes = [shape if i == at else own for i, own in enumerate(form.inputs)]
     assert build(trt, form, shapes) is None
     assert f"{form.plugin} plugin:" in capfd.readouterr().err
