@@ -1,5 +1,5 @@
 """The wheel, from the sdist, installed into an environment of its own: it holds the kernels'
-sources and builds them, here with programs that pretend nvcc and g++."""
+sources and builds them, where nvcc is missing with programs that pretend it and g++."""
 import os
 import shutil
 import subprocess
@@ -66,7 +66,7 @@ def test_an_installed_package_builds_to_its_own_folder_or_the_cache(dist, tmp_pa
     packages = {sysconfig.get_paths()[kind] for kind in ("purelib", "platlib")}
     (site / "seen.pth").write_text("\n".join(packages))
     (tmp_path / "bin").mkdir()
-    for name in ("nvcc", "g++"):
+    for name in () if shutil.which("nvcc") else ("nvcc", "g++"):
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{TOOL}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
