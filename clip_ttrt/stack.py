@@ -54,7 +54,7 @@ def driver() -> list[dict[str, str]]:
     """What nvidia-smi tells of each GPU; empty where it does not answer."""
     query = "nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader".split()
     try:
-        answer = subprocess.run(query, capture_output=True, errors="replace", timeout=60, check=True)
+        answer = subprocess.run(query, capture_output=True, errors="replace", timeout=60)
     except (OSError, subprocess.SubprocessError):
         return []
     rows = (line.split(", ") for line in answer.stdout.splitlines())

@@ -53,14 +53,15 @@ def more_images(images: torch.Tensor, count: int) -> torch.Tensor:
     """Images [N, 3, R, R] and, up to count, seeded mixes of crops of two of them, some flipped."""
     random, side = Random(0), images.shape[-1]
 
-    def crop() -> torch.Tensor:
+    def crop(image: torch.Tensor) -> torch.Tensor:
         size = random.randint(side // 2, side)
         top, left = random.randint(0, side - size), random.randint(0, side - size)
-        part = random.choice(images)[None, :, top:top + size, left:left + size]
+        part = image[None, :, top:top + size, left:left + size]
         whole = interpolate(part, (side, side), mode="bilinear")[0]
         return whole.flip(2) if random.random() < 0.5 else whole
 
-    mixed = (crop().lerp(crop(), random.random()) for _ in range(count - len(images)))
+    pairs = (random.sample(list(images), 2) for _ in range(count - len(images)))
+    mixed = (crop(one).lerp(crop(other), random.uniform(0.2, 0.8)) for one, other in pairs)
     return torch.stack([*images, *mixed])
 
 

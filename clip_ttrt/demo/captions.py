@@ -32,7 +32,7 @@ CANONICAL = 0
 
 CONTEXT = 77  # tokens of a full-length text
 START_OF_TEXT, END_OF_TEXT = 49406, 49407
-# What OpenAI's tokenizer makes of each word of the captions.  It splits at spaces and commas, so that a
+# What OpenAI's tokenizer makes of the captions' words.  It splits at spaces and commas, so that a
 # caption's tokens are those of its words; the training needs no tokenizer for its 270,000 captions.
 WORD_TOKENS = {
     ",": (267,), "a": (320,), "an": (550,), "are": (631,), "at": (536,), "background": (5994,),
