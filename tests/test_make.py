@@ -51,12 +51,10 @@ class Clone:
 
     def make(self, *arguments, code=0):
         """Runs make; returns what the stand-ins wrote down."""
-        environment = {**os.environ, "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
-                       "MAKEFLAGS": ""}
-        log = self.folder / "log"
+        path, log = f"{self.folder / 'bin'}:{os.environ['PATH']}", self.folder / "log"
         log.write_text("")
-        self.done = subprocess.run(["make", "--no-print-directory", *arguments], cwd=self.folder,
-                                   env=environment, capture_output=True, text=True, check=False)
+        self.done = subprocess.run(["make", *arguments], cwd=self.folder, capture_output=True,
+                                   text=True, env={**os.environ, "PATH": path, "MAKEFLAGS": ""})
         assert self.done.returncode == code, self.done.stderr
         return log.read_text().splitlines()
 
@@ -99,21 +97,20 @@ def test_with_a_gpu_the_kernels_are_built_first_and_their_failure_is_none(gpu):
     assert gpu.make("compile") == []
 
 
-@pytest.mark.parametrize("target, failing, others, stamp, then", [
-    ("compile", "pip install -e .[tensorrt]", "pip install -e .", "installed", [KERNELS, COMPILED]),
-    ("test", "pip install -e .[test,tensorrt]", "pip install -e .[test]", "installed-test",
-     ["pytest"]),
+@pytest.mark.parametrize("target, extras, others, stamp, then", [
+    ("compile", "[tensorrt]", "", "installed", [KERNELS, COMPILED]),
+    ("test", "[test,tensorrt]", "[test]", "installed-test", ["pytest"]),
 ])
-def test_where_tensorrt_does_not_come_it_goes_on_without(target, failing, others, stamp, then, gpu):
+def test_where_tensorrt_does_not_come_it_goes_on_without(target, extras, others, stamp, then, gpu):
     (gpu.folder / "no_tensorrt").touch()
+    failing = [NO_RTX, f"pip install -e .{extras}"]
     for _ in range(2):  # no stamp claims it, so that it is tried again
-        assert gpu.make(target) == [NO_RTX, failing, others, *then]
+        assert gpu.make(target) == [*failing, f"pip install -e .{others}", *then]
         assert gpu.stamps() == {stamp}
-        [sentence] = [line for line in gpu.done.stderr.splitlines() if "TensorRT" in line]
-        assert "could not be installed" in sentence and "TorchScript serves" in sentence
+        assert "TensorRT could not be installed" in gpu.done.stderr
         assert (gpu.folder / ".venv" / "tensorrt.log").read_text() == "stub failed\n"
     (gpu.folder / "no_tensorrt").unlink()
-    assert gpu.make(target) == [NO_RTX, failing, *then]
+    assert gpu.make(target) == [*failing, *then]
     assert f"{stamp}-tensorrt" in gpu.stamps()
 
 
@@ -121,8 +118,8 @@ def test_where_tensorrt_does_not_come_it_goes_on_without(target, failing, others
 @pytest.mark.parametrize("smi", [SMI, "exit 9"])
 def test_where_nothing_can_be_installed_make_fails(smi, target, clone):
     clone.program("nvidia-smi", smi)
-    for flag in ("no_tensorrt", "offline"):
-        (clone.folder / flag).touch()
+    (clone.folder / "no_tensorrt").touch()
+    (clone.folder / "offline").touch()
     log = clone.make(target, code=2)
     assert clone.stamps() == set() and COMPILED not in log and "pytest" not in log
 
@@ -137,12 +134,10 @@ def test_never_both_in_one_environment_and_gpu_can_be_told(clone):
         assert clone.stamps() == {stamp}
 
 
-@pytest.mark.parametrize("smi", ["exit 9", "echo 'No devices found.'", "echo Failed; exit 255"])
+@pytest.mark.parametrize("smi", ["echo 'No devices found.'", "echo Failed; exit 255"])
 def test_nvidia_smi_without_a_gpu(smi, clone):
     clone.program("nvidia-smi", smi)
     assert clone.make("compile")[0] == "pip install -e ."
-    clone.touch("pyproject.toml")
-    assert clone.make("compile") == ["pip install -e .", COMPILED]
 
 
 def test_the_first_python_that_answers_makes_the_environment(clone):
