@@ -1,5 +1,4 @@
-"""Which backend and whose kernels: every rule, on machines that are made up of what is installed
-and what answers."""
+"""Which backend and whose kernels: every rule, on machines that are made up here."""
 import re
 
 import pytest
@@ -20,9 +19,9 @@ INSTALLED = {"nothing": TORCH, "tensorrt": TENSORRT, "rtx": RTX, "both": BOTH}
 @pytest.fixture
 def machine(monkeypatch):
     """A function that makes a machine: what is installed, and whether a GPU answers."""
-    def make(installed, gpu=True, nvidia_smi=()):
+    def make(installed, gpu=True):
         monkeypatch.setattr(stack, "versions", lambda: installed)
-        monkeypatch.setattr(stack, "driver", lambda: list(nvidia_smi))
+        monkeypatch.setattr(stack, "driver", list)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
     return make
@@ -50,17 +49,12 @@ def test_the_matrix(installed, gpu, asked, precision, machine):
     assert backend.reason.endswith(", as asked") == (asked != "auto")
 
 
-@pytest.mark.parametrize("installed, gpu, precision, reason", [
-    (TENSORRT, True, "fp16", "TensorRT 11.1.0.106 on NVIDIA H100"),
-    (RTX, True, "bf16", "TorchScript on NVIDIA H100 (not tensorrt: torch-tensorrt is not installed "
-                        "(`pip uninstall -y torch-tensorrt-rtx`, then `pip install "
-                        "torch-tensorrt~=2.14.0`); not rtx: Torch-TensorRT-RTX takes no bf16 "
-                        "(use --precision fp16))"),
-    (TENSORRT, False, "fp16", "TorchScript on the CPU (not tensorrt or rtx: no CUDA GPU answers)"),
-])
-def test_auto_says_why_it_is_not_a_better_one(installed, gpu, precision, reason, machine):
-    machine(installed, gpu)
-    assert choose("auto", precision).reason == reason
+def test_auto_says_why_it_is_not_a_better_one(machine):
+    machine(RTX)
+    assert choose("auto", "bf16").reason == (
+        "TorchScript on NVIDIA H100 (not tensorrt: torch-tensorrt is not installed (`pip uninstall "
+        "-y torch-tensorrt-rtx`, then `pip install torch-tensorrt~=2.14.0`); not rtx: "
+        "Torch-TensorRT-RTX takes no bf16 (use --precision fp16))")
 
 
 @pytest.mark.parametrize("asked, installed, gpu, precision, sentence", [
@@ -81,20 +75,6 @@ def test_asked_for_by_name_and_impossible(asked, installed, gpu, precision, sent
     assert str(caught.value).startswith(f"--backend {asked} cannot be used here: ")
     assert sentence in str(caught.value)
     assert choose("auto", precision).name != asked
-
-
-def test_both_wheels_are_refused_with_the_command_that_helps(machine):
-    machine(BOTH)
-    with pytest.raises(UserError, match="`pip uninstall -y torch-tensorrt torch-tensorrt-rtx`"):
-        choose("auto", "fp16")
-
-
-def test_a_gpu_that_pytorch_lost_is_named_in_the_reason(machine, monkeypatch):
-    machine(TENSORRT, gpu=False, nvidia_smi=[{"name": "NVIDIA A10", "driver": "580.65.06"}])
-    monkeypatch.setattr(torch.version, "cuda", None)
-    lost = "nvidia-smi sees NVIDIA A10 and PyTorch does not: torch .* is built without CUDA"
-    for asked in ("auto", "torchscript"):
-        assert re.search(lost, choose(asked, "fp16").reason)
 
 
 BACKEND_OF = {name: Backend(name, "cuda", "fp16", f"{name} on a GPU")

@@ -130,33 +130,23 @@ def test_ctrl_c_stops_a_compile_and_leaves_nothing(moment, tmp_path):
     assert "interrupted; nothing was written" in rest and not list(tmp_path.iterdir())
 
 
-@pytest.fixture
-def classified(demo_artifact, tmp_path, capsys):
-    """A function that classifies a picture: exit code and standard error."""
-    scenes.to_image(scenes.held_out_set(per_class=1)[0][0]).save(tmp_path / "a.png")
-
-    def run(*labels):
-        code = cli.main(["classify", str(demo_artifact.folder), "--image",
-                         str(tmp_path / "a.png"), "--labels", *map(str, labels)])
+def test_labels_that_are_unknown_or_cannot_be(demo_artifact, tmp_path, capsys):
+    def classified(*labels):
+        code = cli.main(["classify", str(demo_artifact.folder), "--image", str(picture),
+                         "--labels", *map(str, labels)])
         return code, capsys.readouterr().err
-    return run
 
-
-def test_words_that_the_embedded_model_never_saw_are_named(classified):
-    code, said = classified("a photo of two Red circles, on a blue background", "a tabby cat!")
-    assert code == 0 and "never trained on tabby, cat, !: " in said
-    assert classified("two red circles", "one large star at the top") == (0, "")
-
-
-def test_labels_that_cannot_be(classified, tmp_path):
-    one, latin = tmp_path / "one.txt", tmp_path / "latin.txt"
+    picture, one, latin = (tmp_path / name for name in ("a.png", "one.txt", "latin.txt"))
+    scenes.to_image(scenes.held_out_set(per_class=1)[0][0]).save(picture)
     one.write_text("alone\n\n")
     latin.write_bytes(b"a\n\xff\n")
+    code, said = classified("a photo of two Red circles, on a blue background", "a tabby cat!")
+    assert code == 0 and "never trained on tabby, cat, !: " in said
     for labels, sentence in (([one], "at least two"), ([latin], "no file in UTF-8"),
                              (["a cat"], "'a cat' is one text and no file"),
                              (["word " * 90, "b"], "too long")):
         code, said = classified(*labels)
         assert code == 2 and sentence in said and len(said.splitlines()) == 1
-    (tmp_path / "a.png").write_text("no picture")
+    picture.write_text("no picture")
     code, said = classified("a", "b")
     assert code == 2 and "cannot identify image file" in said
