@@ -12,8 +12,7 @@ from clip_ttrt.options import BACKENDS, KERNELS, PRECISIONS
 TORCH = {"torch": "2.14.1+cu130"}
 TENSORRT = {**TORCH, "torch-tensorrt": "2.14.0", "tensorrt": "11.1.0.106"}
 RTX = {**TORCH, "torch-tensorrt-rtx": "2.14.0", "tensorrt-rtx": "1.6.1.120"}
-BOTH = {**TENSORRT, **RTX}
-INSTALLED = {"nothing": TORCH, "tensorrt": TENSORRT, "rtx": RTX, "both": BOTH}
+INSTALLED = {"nothing": TORCH, "tensorrt": TENSORRT, "rtx": RTX, "both": {**TENSORRT, **RTX}}
 
 
 @pytest.fixture
@@ -38,9 +37,8 @@ def test_the_matrix(installed, gpu, asked, precision, machine):
         possible.insert(0, installed)
     wanted = possible[0] if asked == "auto" else asked
     if wanted not in possible or installed == "both" and asked != "torchscript":
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(UserError, match="--backend "):
             choose(asked, precision)
-        assert "\n" not in str(caught.value) and "--backend" in str(caught.value)
         return
     backend = choose(asked, precision)
     assert (backend.name, backend.device) == (wanted, "cuda" if gpu else "cpu")
@@ -57,24 +55,21 @@ def test_auto_says_why_it_is_not_a_better_one(machine):
         "Torch-TensorRT-RTX takes no bf16 (use --precision fp16))")
 
 
-@pytest.mark.parametrize("asked, installed, gpu, precision, sentence", [
-    ("tensorrt", TENSORRT, False, "fp16", "no CUDA GPU answers; --backend auto takes what can"),
-    ("rtx", RTX, True, "bf16", "takes no bf16 (use --precision fp16)"),
-    ("tensorrt", TORCH, True, "fp16", "is not installed (`pip install torch-tensorrt~=2.14.0`)"),
-    ("rtx", {"torch": "2.11.0"}, True, "fp16", "`pip install torch-tensorrt-rtx~=2.11.0 "
-                                               "tensorrt-rtx==1.4.0.76`"),
-    ("tensorrt", {**TENSORRT, "torch-tensorrt": "2.13.0"}, True, "fp16",
+@pytest.mark.parametrize("asked, installed, sentence", [
+    ("tensorrt", TORCH, "is not installed (`pip install torch-tensorrt~=2.14.0`)"),
+    ("rtx", {"torch": "2.11.0"},
+     "`pip install torch-tensorrt-rtx~=2.11.0 tensorrt-rtx==1.4.0.76`"),
+    ("tensorrt", {**TENSORRT, "torch-tensorrt": "2.13.0"},
      "torch-tensorrt 2.13.0 is not torch 2.14.1+cu130's (`pip install torch-tensorrt~=2.14.0`)"),
-    ("tensorrt", {**TORCH, "torch-tensorrt": "2.14.0"}, True, "fp16",
+    ("tensorrt", {**TORCH, "torch-tensorrt": "2.14.0"},
      "torch-tensorrt is installed without TensorRT itself (`pip install torch-tensorrt~=2.14.0`)"),
 ])
-def test_asked_for_by_name_and_impossible(asked, installed, gpu, precision, sentence, machine):
-    machine(installed, gpu)
+def test_asked_for_by_name_and_impossible(asked, installed, sentence, machine):
+    machine(installed)
     with pytest.raises(UserError) as caught:
-        choose(asked, precision)
+        choose(asked, "fp16")
     assert str(caught.value).startswith(f"--backend {asked} cannot be used here: ")
-    assert sentence in str(caught.value)
-    assert choose("auto", precision).name != asked
+    assert sentence in str(caught.value) and "; --backend auto takes" in str(caught.value)
 
 
 BACKEND_OF = {name: Backend(name, "cuda", "fp16", f"{name} on a GPU")

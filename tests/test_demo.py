@@ -83,13 +83,6 @@ def test_a_seed_gives_the_same_pictures():
     assert torch.equal(first, second) and not torch.equal(first, other)
 
 
-def test_a_picture_does_not_depend_on_its_batch():
-    some = scenes.training_scenes(6, generator())
-    together = scenes.render(some)
-    for index in range(6):
-        assert torch.equal(scenes.render(some[index:index + 1])[0], together[index])
-
-
 def test_input_is_what_clips_preprocess_makes():
     pictures = scenes.render(scenes.training_scenes(4, generator()))
     preprocess = clip.clip._transform(112)

@@ -40,7 +40,6 @@ def nvidia_smi(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("distributions, versions", [
-    ({"torch": "2.14.1"}, {"torch": "2.14.1"}),
     # As pip installs it.
     ({"torch_tensorrt": "2.14.0", "tensorrt": "11.1.0.106", "tensorrt_cu13": "11.1.0.106",
       "tensorrt_cu13_libs": "11.1.0.106", "tensorrt_cu13_bindings": "11.1.0.106"},

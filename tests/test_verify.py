@@ -53,8 +53,7 @@ def test_rows_of_a_batch_are_so_different_that_one_in_another_s_place_shows(coun
 
 @pytest.fixture
 def compare(demo_artifact, monkeypatch):
-    """`verify.compare` of the embedded model as of engines in fp16, of few of its scenes; and what
-    is called with each batch's features of images."""
+    """`verify.compare` as of engines in fp16; a function changes each batch's features."""
     images, lines, labels, about = verify.inputs_for("demo", 112)
     checkpoint, encode = load_checkpoint("demo"), verify.CompiledCLIP.encode_image
     fp16 = replace(demo_artifact, manifest={**demo_artifact.manifest, "computes_in": "fp16"})
