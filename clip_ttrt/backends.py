@@ -3,17 +3,16 @@
 For both `auto` takes the best that can be had here and says why no better one; what is asked for by
 name and cannot be had is a UserError.
 """
+from itertools import groupby, takewhile
 from typing import NamedTuple, Optional
 
 import torch
 
 from clip_ttrt import kernels, stack
 from clip_ttrt.errors import UserError
+from clip_ttrt.stack import PACKAGES
 
 TITLES = {"tensorrt": "TensorRT", "rtx": "TensorRT-RTX"}
-# Backend -> its distributions: Torch-TensorRT, and the TensorRT under it.
-PACKAGES = {"tensorrt": ("torch-tensorrt", "tensorrt"),
-            "rtx": ("torch-tensorrt-rtx", "tensorrt-rtx")}
 REFUSED = {("rtx", "bf16"): "Torch-TensorRT-RTX takes no bf16 (use --precision fp16)"}
 
 
@@ -46,16 +45,15 @@ def choose(asked: str, precision: str) -> Backend:
     obstacles = {name: no_gpu or not_installed(name, installed) or REFUSED.get((name, precision))
                  for name in PACKAGES}
     name, why = first_possible("backend", asked, {**obstacles, "torchscript": None})
-    if not no_gpu:
-        device, place = "cuda", torch.cuda.get_device_name()
-    else:  # which `why` tells of auto
-        device, place = "cpu", "the CPU" if asked == "auto" else f"the CPU, since {no_gpu}"
+    place = "the CPU" if no_gpu else torch.cuda.get_device_name()
+    if no_gpu and asked != "auto":  # of auto `why` tells it
+        place += f", since {no_gpu}"
+    title, computes_in = "TorchScript", precision
     if name != "torchscript":
-        title, computes_in = f"{TITLES[name]} {installed[PACKAGES[name][1]]}", precision
-    else:  # TF32 in PyTorch is a switch of the whole process, no business of a library
-        title = "TorchScript"
-        computes_in = "fp32" if no_gpu or precision == "tf32" else precision
-    return Backend(name, device, computes_in, f"{title} on {place}{why}")
+        title = f"{TITLES[name]} {installed[PACKAGES[name][1]]}"
+    elif no_gpu or precision == "tf32":  # in PyTorch a switch of the whole process
+        computes_in = "fp32"
+    return Backend(name, "cpu" if no_gpu else "cuda", computes_in, f"{title} on {place}{why}")
 
 
 def choose_kernels(asked: str, backend: Backend, precision: str) -> Choice:
@@ -86,13 +84,10 @@ def first_possible(option: str, asked: str,
             raise UserError(f"--{option} {asked} cannot be used here: {problem}; "
                             f"--{option} auto takes what can")
         return asked, ", as asked"
-    better: dict[str, list[str]] = {}  # obstacle -> the names that have it
-    for name, problem in obstacles.items():
-        if problem is None:
-            break
-        better.setdefault(problem, []).append(name)
-    reasons = "; ".join(f"not {' or '.join(names)}: {why}" for why, names in better.items())
-    return name, f" ({reasons})" if reasons else ""
+    better = list(takewhile(obstacles.get, obstacles))
+    reasons = "; ".join(f"not {' or '.join(names)}: {why}"
+                        for why, names in groupby(better, obstacles.get))
+    return list(obstacles)[len(better)], f" ({reasons})" if reasons else ""
 
 
 def not_installed(name: str, installed: dict[str, str]) -> Optional[str]:
@@ -104,9 +99,8 @@ def not_installed(name: str, installed: dict[str, str]) -> Optional[str]:
     also = " tensorrt-rtx==1.4.0.76" if (name, minor) == ("rtx", "2.11") else ""
     remedy = f"`pip install {wheel}~={minor}.0{also}`"
     if wheel not in installed:
-        for other, _ in PACKAGES.values():
-            if other in installed:  # both at once would be refused
-                remedy = f"`pip uninstall -y {other}`, then {remedy}"
+        others = (other for other, _ in PACKAGES.values() if other in installed)
+        remedy = "".join(f"`pip uninstall -y {other}`, then " for other in others) + remedy
         return f"{wheel} is not installed ({remedy})"
     if stack.minor(installed[wheel]) != minor:
         return f"{wheel} {installed[wheel]} is not torch {torch_version}'s ({remedy})"

@@ -36,12 +36,10 @@ def classify(folder: Path, image: Path, labels: list[str], force: bool) -> int:
     except RuntimeError as problem:  # over 77 tokens
         raise UserError(str(problem)) from problem
     logits, _ = model(pixels[None], tokens)
-    unknown = captions.unknown_words(labels) if model.artifact.origin.kind == "demo" else []
-    if unknown:
+    if model.artifact.origin.kind == "demo" and (unknown := captions.unknown_words(labels)):
         print(f"clip_ttrt: the embedded model was never trained on {', '.join(unknown)}: its "
               "answer for labels with these words means nothing", file=sys.stderr)
-    probabilities = logits[0].softmax(dim=-1).tolist()
-    for probability, label in sorted(zip(probabilities, labels), reverse=True):
+    for probability, label in sorted(zip(logits[0].softmax(0).tolist(), labels), reverse=True):
         print(f"{probability:7.2%}  {label}")
     return 0
 

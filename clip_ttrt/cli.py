@@ -28,18 +28,12 @@ def main(arguments: Optional[list[str]] = None) -> int:
             return build_kernels.main(arguments[1:])
         options = vars(parser().parse_args(arguments))
         return options.pop("run")(**options)
-    except VerificationError as problem:
-        return fail(problem, 1)
-    except (UserError, OSError) as problem:
-        return fail(problem, 2)
+    except (VerificationError, UserError, OSError) as problem:
+        code, message = 1 if isinstance(problem, VerificationError) else 2, str(problem)
     except torch.cuda.OutOfMemoryError:
-        return fail("out of GPU memory; use a smaller batch or free the GPU", 2)
+        code, message = 2, "out of GPU memory; use a smaller batch or free the GPU"
     except KeyboardInterrupt:
-        return fail("interrupted; nothing was written", 2)
-
-
-def fail(message: object, code: int) -> int:
-    """Print one sentence to standard error; returns the code."""
+        code, message = 2, "interrupted; nothing was written"
     print(f"clip_ttrt: {message}", file=sys.stderr)
     return code
 

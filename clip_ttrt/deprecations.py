@@ -1,5 +1,4 @@
 """Deprecations that no user can do anything about: TorchScript's, and pkg_resources' in `clip`."""
-import functools
 import warnings
 from contextlib import contextmanager
 from types import ModuleType
@@ -15,7 +14,6 @@ def hidden() -> Iterator[None]:
         yield
 
 
-@functools.cache
 def clip() -> ModuleType:
     """The `clip` package's module of the same name: `tokenize`, `_transform`, `_MODELS`."""
     with hidden():

@@ -5,8 +5,7 @@ from dataclasses import asdict
 from typing import Any, Callable
 
 from clip_ttrt import backends, build_kernels, kernels, stack
-
-PRECISION = "fp16"
+from clip_ttrt.options import Options
 
 
 def collect() -> dict[str, Any]:
@@ -31,9 +30,10 @@ def attempt(tell: Callable[[], Any]) -> Any:
 
 def what_a_compile_uses() -> dict[str, Any]:
     """With every choice left to it; the reasons say why it is not a better one."""
-    backend = backends.choose("auto", PRECISION)
-    choice = backends.choose_kernels("auto", backend, PRECISION)
-    return {"precision": PRECISION, "backend": backend._asdict(), "kernels": choice._asdict()}
+    precision = Options.precision  # the default
+    backend = backends.choose("auto", precision)
+    choice = backends.choose_kernels("auto", backend, precision)
+    return {"precision": precision, "backend": backend._asdict(), "kernels": choice._asdict()}
 
 
 def library() -> dict[str, Any]:

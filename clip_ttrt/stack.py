@@ -8,7 +8,9 @@ from typing import Optional
 
 import torch
 
-OLDEST_DRIVER = {"12": 525, "13": 580}  # CUDA's major -> the oldest driver that serves it
+# Backend -> its distributions: Torch-TensorRT, and the TensorRT under it.
+PACKAGES = {"tensorrt": ("torch-tensorrt", "tensorrt"),
+            "rtx": ("torch-tensorrt-rtx", "tensorrt-rtx")}
 # TensorRT's packages come in parts, of which not all are always there; the first tells the version.
 PARTS = [cuda + part for part in ("-bindings", "-libs", "") for cuda in ("-cu13", "-cu12", "")]
 # Names in manifests and CSVs -> distributions that tell the version.
@@ -50,10 +52,9 @@ def gpu() -> dict[str, str]:
 
 def driver() -> list[dict[str, str]]:
     """What nvidia-smi tells of each GPU; empty where it does not answer."""
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    query = "nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader".split()
     try:
-        answer = subprocess.run(query, text=True, capture_output=True, errors="replace",
-                                timeout=60, check=True)
+        answer = subprocess.run(query, capture_output=True, errors="replace", timeout=60)
     except (OSError, subprocess.SubprocessError):
         return []
     rows = (line.split(", ") for line in answer.stdout.splitlines())
@@ -67,18 +68,13 @@ def no_gpu() -> Optional[str]:
     if not (gpus := driver()):
         return "no CUDA GPU answers"
     lost = f"nvidia-smi sees {gpus[0]['name']} and PyTorch does not: "
-    driver_version, cuda = gpus[0]["driver"], torch.version.cuda
-    if cuda is None:
+    if torch.version.cuda is None:
         return (f"{lost}torch {torch.__version__} is built without CUDA (install one that is: "
                 f"`pip install --force-reinstall torch=={torch.__version__.split('+')[0]}`)")
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if hidden is not None and not hidden.split(",")[0].strip().startswith(tuple("0123456789GM")):
         return f"{lost}CUDA_VISIBLE_DEVICES is {hidden!r} (unset it)"
-    oldest, major = OLDEST_DRIVER.get(cuda.split(".")[0], 0), driver_version.split(".")[0]
-    if major.isdigit() and int(major) < oldest:
-        return (f"{lost}its driver {driver_version} is too old for this torch's CUDA {cuda} "
-                f"(install driver {oldest} or newer)")
-    try:
+    try:  # of a driver that is too old PyTorch says it
         torch.cuda.init()
     except (RuntimeError, AssertionError) as problem:
         return lost + str(problem).strip().splitlines()[0].rstrip(".")

@@ -26,11 +26,6 @@ from clip_ttrt import stack
 from clip_ttrt.errors import UserError
 from clip_ttrt.options import BatchRange
 
-# Backend -> the Python package of its TensorRT, and the distribution of its Torch-TensorRT.
-PACKAGES = {
-    "tensorrt": ("tensorrt", "torch-tensorrt"),
-    "rtx": ("tensorrt_rtx", "torch-tensorrt-rtx"),
-}
 LOGGER = "torch_tensorrt [TensorRT Conversion Context]"  # says what TensorRT says
 OUT_OF_MEMORY = ("out of memory", "outofmemory", "insufficient memory", "cuda error 2",
                  "cuda failure: 2", "memory allocation")
@@ -44,7 +39,7 @@ class EngineError(RuntimeError):
 def installed_backend() -> Optional[str]:
     """`tensorrt` or `rtx`, by the Torch-TensorRT that is installed; None where none or both are."""
     found = stack.versions()
-    names = [name for name, (_, wheel) in PACKAGES.items() if wheel in found]
+    names = [name for name, (wheel, _) in stack.PACKAGES.items() if wheel in found]
     return names[0] if len(names) == 1 else None
 
 
@@ -55,7 +50,8 @@ def load_runtime(name: str) -> None:
     That takes no seconds, as importing all of Torch-TensorRT does.  Raises UserError where
     TensorRT's library or Torch-TensorRT's own cannot be loaded.
     """
-    package, wheel = PACKAGES[name]
+    wheel, runtime = stack.PACKAGES[name]
+    package = runtime.replace("-", "_")
     try:
         importlib.import_module(package)  # loads libnvinfer or its like, which the runtime links
         torch.ops.load_library(str(runtime_library(wheel)))

@@ -1,16 +1,17 @@
 """python -m clip_ttrt.verify: errors of compiled encoders against the original model in fp32."""
 import sys
 from contextlib import contextmanager
+from random import Random
 from typing import Any
 
 import torch
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import cosine_similarity, interpolate, normalize
 
 from clip_ttrt import deprecations, pictures
 from clip_ttrt.artifact import Artifact
 from clip_ttrt.checkpoint import Checkpoint, original_with_weights
-from clip_ttrt.demo import captions, scenes
-from clip_ttrt.runtime import CompiledCLIP, out_of_memory
+from clip_ttrt.demo import scenes
+from clip_ttrt.runtime import CompiledCLIP, memory_errors
 
 COSINE_BOUND = {"fp32": 0.999999, "tf32": 0.9999, "fp16": 0.9999, "bf16": 0.999}
 TOP1_BOUND = {"fp32": 0.2, "tf32": 0.2, "fp16": 0.2, "bf16": 0.5}  # percentage points, demo model
@@ -35,9 +36,9 @@ def errors(actual: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
     return figures
 
 
-def inputs_for(model: str, resolution: int) -> tuple[dict[str, torch.Tensor], torch.Tensor, str]:
+def inputs_for(model: str, resolution: int) -> tuple[torch.Tensor, list[str], torch.Tensor, str]:
     """Held-out scenes for the demo model, eight photographs for the others: images float32
-    [N, 3, R, R] and tokens int32 [M, 77] by encoder, each image's right text [N], a description."""
+    [N, 3, R, R], captions, the index of each image's caption [N], and a description."""
     if model == "demo":
         drawn, labels = scenes.held_out_set()
         images, lines = scenes.to_input(drawn), scenes.held_out_classes()
@@ -45,19 +46,33 @@ def inputs_for(model: str, resolution: int) -> tuple[dict[str, torch.Tensor], to
     else:
         images, lines = pictures.load(resolution)
         labels, about = torch.arange(len(images)), f"{len(images)} pictures and their captions"
-    return {"image": images, "text": deprecations.clip().tokenize(lines)}, labels, about
+    return images, lines, labels, about
 
 
-def different_scenes(count: int, resolution: int) -> dict[str, torch.Tensor]:
-    """Images float32 [count, 3, R, R] and their captions' tokens int32 [count, 77], no two alike
-    up to the 14,000 or so that there are, so that a row in another's place shows."""
-    combinations = captions.all_combinations()
-    combinations = combinations[captions.is_possible(combinations)]
-    order = torch.randperm(len(combinations), generator=torch.Generator().manual_seed(0))
-    chosen = combinations[order[torch.arange(count) % len(order)]]
-    images, _ = scenes.picture_set(chosen, per_class=1, seed=0, resolution=resolution)
-    lines = [captions.caption(row) for row in chosen.tolist()]
-    return {"image": scenes.to_input(images), "text": deprecations.clip().tokenize(lines)}
+def more_images(images: torch.Tensor, count: int) -> torch.Tensor:
+    """Images [N, 3, R, R] and, up to count, seeded mixes of crops of two of them, some flipped."""
+    random, side = Random(0), images.shape[-1]
+
+    def crop(image: torch.Tensor) -> torch.Tensor:
+        size = random.randint(side // 2, side)
+        top, left = random.randint(0, side - size), random.randint(0, side - size)
+        part = image[None, :, top:top + size, left:left + size]
+        whole = interpolate(part, (side, side), mode="bilinear")[0]
+        return whole.flip(2) if random.random() < 0.5 else whole
+
+    pairs = (random.sample(list(images), 2) for _ in range(count - len(images)))
+    mixed = (crop(one).lerp(crop(other), random.uniform(0.2, 0.8)) for one, other in pairs)
+    return torch.stack([*images, *mixed])
+
+
+def more_lines(lines: list[str], count: int) -> list[str]:
+    """Captions and, up to count, the beginnings of three of them in one, no two alike."""
+    random, different = Random(0), dict.fromkeys(lines)
+    while len(different) < count:
+        parts = (line.split() for line in random.choices(lines, k=3))
+        words = [word for part in parts for word in part[:random.randint(1, len(part))]]
+        different[" ".join(words)] = None
+    return list(different)
 
 
 @contextmanager
@@ -99,24 +114,22 @@ def compare(artifact: Artifact, checkpoint: Checkpoint) -> dict[str, Any]:
     `failures`.  Raises UserError where the GPU's memory runs out.
     """
     sizes, side = batches_to_probe(artifact), artifact.dimensions.image_resolution
-    inputs, labels, about = inputs_for(artifact.manifest["model"], side)
-    probes = different_scenes(max(sizes, default=1), side)
+    images, lines, labels, about = inputs_for(artifact.manifest["model"], side)
+    most, counts = max(sizes, default=0), {"image": len(images), "text": len(lines)}
+    rows = {"image": more_images(images, most),
+            "text": deprecations.clip().tokenize(more_lines(lines, most))}
     features, found, batches = {}, {}, {}
-    try:
-        rows = {name: torch.cat([inputs[name], probes[name]]) for name in artifact.encoders}
+    with memory_errors("verifying"), torch.no_grad():
+        rows = {name: rows[name] for name in artifact.encoders}
         references = reference_features(checkpoint, rows, artifact.device)
         model = CompiledCLIP(artifact)
         for name, reference in references.items():
-            encode, count = getattr(model, f"encode_{name}"), len(inputs[name])
-            x, probe = rows[name].to(model.device).tensor_split([count])
-            with torch.no_grad():
-                features[name] = encode(x).cpu(), reference[:count]
-                batches[name] = {
-                    str(size): errors(encode(probe[:size]), reference[count:][:size])["cos_min"]
-                    for size in sizes}
+            encode, count = getattr(model, f"encode_{name}"), counts[name]
+            x = rows[name].to(model.device)
+            features[name] = encode(x[:count]).cpu(), reference[:count]
             found[name] = errors(*features[name])
-    except torch.cuda.OutOfMemoryError as problem:
-        raise out_of_memory("verifying") from problem
+            batches[name] = {str(size): errors(encode(x[:size]), reference[:size])["cos_min"]
+                             for size in sizes}
     report = {"inputs": about, "weights": checkpoint.origin.describe(), "errors": found,
               "batches": batches}
     if len(features) == 2:

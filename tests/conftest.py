@@ -1,9 +1,5 @@
-"""Fixtures, and the rule for the `gpu` marker.
-
-Such tests are skipped where no GPU answers, and all but those of the kernels, which run in any
-PyTorch, where no Torch-TensorRT is installed.  That is the reason that is told, also of those
-that a library which is not built would skip: of all reasons pytest tells the first that holds.
-"""
+"""Fixtures, and the rule for the `gpu` marker: skipped where no GPU answers, and all but those of
+the kernels where no Torch-TensorRT is installed; pytest tells the first reason that holds."""
 from pathlib import Path
 
 import pytest

@@ -1,5 +1,4 @@
-"""Which backend and whose kernels: every rule, on machines that are made up of what is installed
-and what answers."""
+"""Which backend and whose kernels: every rule, on machines that are made up here."""
 import re
 
 import pytest
@@ -13,16 +12,15 @@ from clip_ttrt.options import BACKENDS, KERNELS, PRECISIONS
 TORCH = {"torch": "2.14.1+cu130"}
 TENSORRT = {**TORCH, "torch-tensorrt": "2.14.0", "tensorrt": "11.1.0.106"}
 RTX = {**TORCH, "torch-tensorrt-rtx": "2.14.0", "tensorrt-rtx": "1.6.1.120"}
-BOTH = {**TENSORRT, **RTX}
-INSTALLED = {"nothing": TORCH, "tensorrt": TENSORRT, "rtx": RTX, "both": BOTH}
+INSTALLED = {"nothing": TORCH, "tensorrt": TENSORRT, "rtx": RTX, "both": {**TENSORRT, **RTX}}
 
 
 @pytest.fixture
 def machine(monkeypatch):
     """A function that makes a machine: what is installed, and whether a GPU answers."""
-    def make(installed, gpu=True, nvidia_smi=()):
+    def make(installed, gpu=True):
         monkeypatch.setattr(stack, "versions", lambda: installed)
-        monkeypatch.setattr(stack, "driver", lambda: list(nvidia_smi))
+        monkeypatch.setattr(stack, "driver", list)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
     return make
@@ -39,9 +37,8 @@ def test_the_matrix(installed, gpu, asked, precision, machine):
         possible.insert(0, installed)
     wanted = possible[0] if asked == "auto" else asked
     if wanted not in possible or installed == "both" and asked != "torchscript":
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(UserError, match="--backend "):
             choose(asked, precision)
-        assert "\n" not in str(caught.value) and "--backend" in str(caught.value)
         return
     backend = choose(asked, precision)
     assert (backend.name, backend.device) == (wanted, "cuda" if gpu else "cpu")
@@ -50,65 +47,29 @@ def test_the_matrix(installed, gpu, asked, precision, machine):
     assert backend.reason.endswith(", as asked") == (asked != "auto")
 
 
-@pytest.mark.parametrize("installed, gpu, precision, reason", [
-    (TENSORRT, True, "fp16", "TensorRT 11.1.0.106 on NVIDIA H100"),
-    (RTX, True, "fp16", "TensorRT-RTX 1.6.1.120 on NVIDIA H100 (not tensorrt: torch-tensorrt is "
-                        "not installed (`pip uninstall -y torch-tensorrt-rtx`, then `pip install "
-                        "torch-tensorrt~=2.14.0`))"),
-    (RTX, True, "bf16", "TorchScript on NVIDIA H100 (not tensorrt: torch-tensorrt is not installed "
-                        "(`pip uninstall -y torch-tensorrt-rtx`, then `pip install "
-                        "torch-tensorrt~=2.14.0`); not rtx: Torch-TensorRT-RTX takes no bf16 "
-                        "(use --precision fp16))"),
-    (TENSORRT, False, "fp16", "TorchScript on the CPU (not tensorrt or rtx: no CUDA GPU answers)"),
-])
-def test_auto_says_why_it_is_not_a_better_one(installed, gpu, precision, reason, machine):
-    machine(installed, gpu)
-    assert choose("auto", precision).reason == reason
+def test_auto_says_why_it_is_not_a_better_one(machine):
+    machine(RTX)
+    assert choose("auto", "bf16").reason == (
+        "TorchScript on NVIDIA H100 (not tensorrt: torch-tensorrt is not installed (`pip uninstall "
+        "-y torch-tensorrt-rtx`, then `pip install torch-tensorrt~=2.14.0`); not rtx: "
+        "Torch-TensorRT-RTX takes no bf16 (use --precision fp16))")
 
 
-@pytest.mark.parametrize("asked, installed, gpu, precision, sentence", [
-    ("tensorrt", TENSORRT, False, "fp16", "no CUDA GPU answers; --backend auto takes what can"),
-    ("rtx", RTX, False, "fp16", "no CUDA GPU answers"),
-    ("rtx", RTX, True, "bf16", "takes no bf16 (use --precision fp16)"),
-    ("tensorrt", TORCH, True, "fp16", "torch-tensorrt is not installed (`pip install "
-                                      "torch-tensorrt~=2.14.0`)"),
-    ("rtx", TENSORRT, True, "fp16", "torch-tensorrt-rtx is not installed (`pip uninstall -y "
-                                    "torch-tensorrt`, then `pip install "
-                                    "torch-tensorrt-rtx~=2.14.0`)"),
-    ("rtx", {"torch": "2.11.0"}, True, "fp16", "`pip install torch-tensorrt-rtx~=2.11.0 "
-                                               "tensorrt-rtx==1.4.0.76`"),
-    ("tensorrt", {**TENSORRT, "torch-tensorrt": "2.13.0"}, True, "fp16",
+@pytest.mark.parametrize("asked, installed, sentence", [
+    ("tensorrt", TORCH, "is not installed (`pip install torch-tensorrt~=2.14.0`)"),
+    ("rtx", {"torch": "2.11.0"},
+     "`pip install torch-tensorrt-rtx~=2.11.0 tensorrt-rtx==1.4.0.76`"),
+    ("tensorrt", {**TENSORRT, "torch-tensorrt": "2.13.0"},
      "torch-tensorrt 2.13.0 is not torch 2.14.1+cu130's (`pip install torch-tensorrt~=2.14.0`)"),
-    ("tensorrt", {**TORCH, "torch-tensorrt": "2.14.0"}, True, "fp16",
+    ("tensorrt", {**TORCH, "torch-tensorrt": "2.14.0"},
      "torch-tensorrt is installed without TensorRT itself (`pip install torch-tensorrt~=2.14.0`)"),
-    ("rtx", {**TORCH, "torch-tensorrt-rtx": "2.14.0"}, True, "fp16",
-     "torch-tensorrt-rtx is installed without TensorRT-RTX itself"),
 ])
-def test_asked_for_by_name_and_impossible(asked, installed, gpu, precision, sentence, machine):
-    machine(installed, gpu)
+def test_asked_for_by_name_and_impossible(asked, installed, sentence, machine):
+    machine(installed)
     with pytest.raises(UserError) as caught:
-        choose(asked, precision)
+        choose(asked, "fp16")
     assert str(caught.value).startswith(f"--backend {asked} cannot be used here: ")
-    assert sentence in str(caught.value)
-    assert choose("auto", precision).name != asked
-
-
-def test_both_wheels_are_refused_with_the_command_that_helps(machine):
-    machine(BOTH)
-    for asked in ("auto", "tensorrt", "rtx"):
-        with pytest.raises(UserError, match="`pip uninstall -y torch-tensorrt torch-tensorrt-rtx`"):
-            choose(asked, "fp16")
-    assert choose("torchscript", "fp16").name == "torchscript"
-
-
-def test_a_gpu_that_pytorch_lost_is_named_in_the_reason(machine, monkeypatch):
-    machine(TENSORRT, gpu=False, nvidia_smi=[{"name": "NVIDIA A10", "driver": "580.65.06"}])
-    monkeypatch.setattr(torch.version, "cuda", None)
-    lost = "nvidia-smi sees NVIDIA A10 and PyTorch does not: torch .* is built without CUDA"
-    for asked in ("auto", "torchscript"):
-        assert re.search(lost, choose(asked, "fp16").reason)
-    with pytest.raises(UserError, match=lost):
-        choose("tensorrt", "fp16")
+    assert sentence in str(caught.value) and "; --backend auto takes" in str(caught.value)
 
 
 BACKEND_OF = {name: Backend(name, "cuda", "fp16", f"{name} on a GPU")
@@ -137,13 +98,11 @@ def test_the_matrix_of_kernels(name, precision, asked, obstacle, monkeypatch):
 
 @pytest.mark.parametrize("name, precision, sentence", [
     ("rtx", "fp16", "TensorRT-RTX has no plugin layers"),
-    *(("tensorrt", name, f"the fused kernels compute in fp16, not {name}")
-      for name in ("fp32", "tf32", "bf16")),
+    ("tensorrt", "bf16", "the fused kernels compute in fp16, not bf16"),
     ("tensorrt", "fp16", NO_LIBRARY),
 ])
 def test_why_there_are_no_fused_kernels(name, precision, sentence, monkeypatch):
     monkeypatch.setattr(kernels, "obstacle", lambda: NO_LIBRARY)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=re.escape(sentence)):
         choose_kernels("fused", BACKEND_OF[name], precision)
-    assert sentence in str(caught.value) and "\n" not in str(caught.value)
     assert f"not fused: {sentence}" in choose_kernels("auto", BACKEND_OF[name], precision).reason

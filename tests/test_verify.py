@@ -1,11 +1,12 @@
 """Verification: an engine that is wrong at one batch size, or mixes rows up, does not pass."""
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from clip_ttrt import verify
+from clip_ttrt import UserError, pictures, runtime, verify
 from clip_ttrt.artifact import Artifact
 from clip_ttrt.checkpoint import load_checkpoint
 
@@ -39,52 +40,55 @@ def test_errors_are_of_rows():
         assert math.isnan(verify.errors(actual, reference)["cos_min"])
 
 
-def test_rows_of_a_batch_are_so_different_that_one_in_another_s_place_shows():
-    probes = verify.different_scenes(512, 112)
-    assert probes["image"].shape == (512, 3, 112, 112) and probes["text"].shape == (512, 77)
-    assert len(probes["text"].unique(dim=0)) == 512
-    rows = torch.nn.functional.normalize(probes["image"].flatten(1), dim=1)
+@pytest.mark.parametrize("count", [3, 512])
+def test_rows_of_a_batch_are_so_different_that_one_in_another_s_place_shows(count):
+    images, lines = pictures.load(64)
+    many, texts = verify.more_images(images, count), verify.more_lines(lines, count)
+    assert len(many) == len(texts) == len(set(texts)) == max(8, count)
+    assert torch.equal(many[:8], images) and texts[:8] == lines
+    rows = torch.nn.functional.normalize(many.flatten(1), dim=1)
     assert (rows @ rows.T).fill_diagonal_(0).max() < verify.COSINE_BOUND["fp16"]
-    assert torch.equal(verify.different_scenes(2, 112)["image"], probes["image"][:2])  # seeded
+    assert torch.equal(verify.more_images(images, count), many)  # seeded
 
 
-def test_a_verification_sees_rows_that_an_engine_mixes_up(demo_artifact, monkeypatch):
-    """Through `compare` itself: sizes are probed as for engines, and some change rows' places."""
-    def mixed(self, images):
-        features = encode(self, images)
-        if len(features) in apart:
-            one, other = 0, apart[len(features)]
-            features[[one, other]] = features[[other, one]]
+@pytest.fixture
+def compare(demo_artifact, monkeypatch):
+    """`verify.compare` as of engines in fp16; a function changes each batch's features."""
+    images, lines, labels, about = verify.inputs_for("demo", 112)
+    checkpoint, encode = load_checkpoint("demo"), verify.CompiledCLIP.encode_image
+    fp16 = replace(demo_artifact, manifest={**demo_artifact.manifest, "computes_in": "fp16"})
+    monkeypatch.setattr(verify, "inputs_for", lambda *_: (images[::64], lines, labels[::64], about))
+    monkeypatch.setattr(verify, "batches_to_probe", lambda artifact: (2, 5, 8, 33))
+
+    def run(change):
+        monkeypatch.setattr(verify.CompiledCLIP, "encode_image",
+                            lambda self, batch: change(encode(self, batch)))
+        return verify.compare(fp16, checkpoint)
+    return run
+
+
+def test_a_verification_sees_rows_that_an_engine_mixes_up(compare):
+    def mixed(features):
+        if len(features) in (5, 33):  # the last of 33 is one of the mixes
+            features[[0, -1]] = features[[-1, 0]]
+        if len(features) == 8:
+            features[3, 0] = math.nan
         return features
 
-    few = torch.arange(16)
-    rows, labels, about = verify.inputs_for("demo", 112)
-    rows = {"image": rows["image"][::8][few], "text": rows["text"]}
-    monkeypatch.setattr(verify, "inputs_for", lambda *_: (rows, labels[::8][few], about))
-    monkeypatch.setattr(verify, "batches_to_probe", lambda artifact: (2, 5, 8, 15))
-    checkpoint, encode = load_checkpoint("demo"), verify.CompiledCLIP.encode_image
-    monkeypatch.setattr(verify.CompiledCLIP, "encode_image", mixed)
-    apart = {}
-    assert verify.compare(demo_artifact, checkpoint)["passed"]
-    apart = {5: 1, 15: 13}
-    report = verify.compare(demo_artifact, checkpoint)
+    assert compare(lambda features: features)["passed"]
+    report = compare(mixed)
     [failure] = report["failures"]
-    assert not report["passed"] and "at batch 5" in failure and "at batch 15" in failure
-    assert "at batch 2" not in failure and "at batch 8" not in failure
+    assert not report["passed"] and "at batch 5" in failure and "at batch 33" in failure
+    assert "at batch 2" not in failure and "nan at batch 8" in failure
 
 
-def failures(report, kind="demo", precision="fp16"):
-    checkpoint = SimpleNamespace(origin=SimpleNamespace(kind=kind))
-    return verify.failures(artifact(1, 4, 8, precision=precision), checkpoint, report)
+def test_memory_that_runs_out_is_a_sentence_though_torchscript_says_it(compare, monkeypatch):
+    def full(features):
+        raise RuntimeError("The following operation failed in TorchScript: CUDA out of memory.")
 
-
-def test_a_wrong_size_fails_the_verification():
-    report = {"errors": {"image": {"cos_min": 0.99999}},
-              "batches": {"image": {"1": 0.99999, "4": 0.47, "8": math.nan}}}
-    [failure] = failures(report, "random")
-    assert "0.4700000 at batch 4, nan at batch 8" in failure and "at batch 1" not in failure
-    report["batches"]["image"] = {"1": 0.99999}
-    assert failures(report, "random") == []
+    monkeypatch.setattr(runtime.torch.cuda, "mem_get_info", lambda: (0, 2**30))
+    with pytest.raises(UserError, match="out of GPU memory while verifying"):
+        compare(full)
 
 
 @pytest.mark.parametrize("precision, change, fails", [
@@ -92,5 +96,7 @@ def test_a_wrong_size_fails_the_verification():
 def test_each_precision_has_its_bound_of_top1(precision, change, fails):
     report = {"errors": {"image": {"cos_min": 1.0}}, "batches": {"image": {}},
               "top1": {"reference": 90.0, "compiled": 90.0 + change}}
-    assert bool(failures(report, precision=precision)) is fails
-    assert failures(report, "random", precision) == []
+    for kind in ("demo", "random"):
+        checkpoint = SimpleNamespace(origin=SimpleNamespace(kind=kind))
+        found = verify.failures(artifact(1, 4, 8, precision=precision), checkpoint, report)
+        assert bool(found) is (fails and kind == "demo")

@@ -30,7 +30,6 @@ CAPTION_SIZES = (6, 3, 9, 8, 6, 7)  # number: singular and plural, too; the shap
 TEMPLATES = 5
 CANONICAL = 0
 
-
 CONTEXT = 77  # tokens of a full-length text
 START_OF_TEXT, END_OF_TEXT = 49406, 49407
 # What OpenAI's tokenizer makes of the captions' words.  It splits at spaces and commas, so that a
@@ -176,9 +175,8 @@ def all_captions():
 
 def unknown_words(lines: list[str]) -> list[str]:
     """Words and marks of texts that are in no caption, each once, in lower case."""
-    known = {word for line in all_captions() for word in WORDS.findall(line)}
     words = re.findall(r"\w+|[^\w\s]", " ".join(lines).lower())
-    return [word for word in dict.fromkeys(words) if word not in known]
+    return [word for word in dict.fromkeys(words) if word not in WORD_TOKENS]
 
 
 def word_tokens(line: str) -> list[int]:
