@@ -151,9 +151,7 @@ def convert_embedding(to, weight, tokens):
 @converter(ops.attention)
 def convert_attention(to, qkv, heads, causal):
     """TensorRT's own attention where the network has one, else what it fuses."""
-    tokens, width = qkv.shape[1:]
-    if width != 3 * heads * HEAD_DIM:
-        raise ValueError(f"attention of {heads} heads of {HEAD_DIM} cannot have width {width}")
+    tokens = qkv.shape[1]
     split = to.shuffle(qkv, "split", (0, tokens, 3, heads, HEAD_DIM), (2, 0, 3, 1, 4))
 
     def part(index: int, which: str) -> Any:

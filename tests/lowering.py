@@ -26,7 +26,7 @@ class One(nn.Module):
 def lowered(module, example, *passes):
     """A module's graph after lowering, which need not find anything here, and passes."""
     found = graph.capture(module.eval().requires_grad_(False), example)
-    graph.lower(found)
+    list(graph.lower(found))
     graph.run(found, passes)
     return found
 
