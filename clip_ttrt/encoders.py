@@ -68,7 +68,7 @@ class Encoder(nn.Module):
 
 
 class ImageEncoder(Encoder):
-    """Vision transformer: images [B, 3, R, R], any floating dtype -> features fp32 [B, embed_dim]."""
+    """Vision transformer: images [B, 3, R, R], any float dtype -> features fp32 [B, embed_dim]."""
 
     def __init__(self, dims: Dimensions, called: SimpleNamespace = INFERENCE):
         width = dims.image_width

@@ -152,10 +152,7 @@ def without_bias(layer: fx.Node) -> fx.Node:
 
 
 def readers(node: fx.Node) -> list[fx.Node]:
-    """The linear layers with bias that read a node's rows, directly or after a choice of rows.
-
-    None at all where anything else reads them.
-    """
+    """The linear layers with bias that read a node's rows, or some; [] where others do, too."""
     found: list[fx.Node] = []
     for user in node.users:
         if user.target in (ops.select_token, ops.pool_end_of_text) and readers(user):
@@ -260,7 +257,7 @@ def fuse_rest(module: fx.GraphModule) -> Iterator[fx.Node]:
             yield node
 
 
-# Encoder -> its fusing passes in their order.
+# Encoder -> its fusing passes, in order.
 BLOCKS: tuple[Pass, ...] = (fuse_attention, fuse_bias_quick_gelu, fuse_residual_layer_norm)
 FUSE = {"image": (*BLOCKS, fuse_image_embedding, fuse_rest), "text": (*BLOCKS, fuse_rest)}
 

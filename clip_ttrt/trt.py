@@ -64,10 +64,7 @@ def load_runtime(name: str) -> None:
 
 
 def register_if_possible() -> Optional[str]:
-    """`load_runtime` of what is installed, where a GPU answers; what goes wrong is a warning.
-
-    Returns the backend whose engines `torch.jit.load` knows then, if any.
-    """
+    """`load_runtime` where a GPU answers, or a warning; returns the backend that is loaded then."""
     name = installed_backend()
     if name is None or not torch.cuda.is_available():
         return None
@@ -146,10 +143,7 @@ def building() -> Iterator[Build]:
 
 @contextmanager
 def builder_kept() -> Iterator[Any]:
-    """A builder that lasts over several builds.
-
-    TensorRT reads its kernels, which takes seconds, for the first and forgets them with the last.
-    """
+    """A builder over several builds: TensorRT forgets its kernels, slow to read, with the last."""
     builder = api().Builder(_torch_tensorrt("logging.TRT_LOGGER"))  # held by this frame
     yield builder
 
@@ -265,10 +259,7 @@ def timing_cache_path(asked: Optional[str]) -> Optional[Path]:
 
 @contextmanager
 def timing_cache_draft(path: Optional[Path]) -> Iterator[Path]:
-    """A build's own copy of the timing cache, which takes the file's place in one step at its end.
-
-    Whatever is wrong with the file, or with writing it, costs time only.
-    """
+    """A build's copy of the timing cache, which replaces it at the end; trouble costs time only."""
     with tempfile.TemporaryDirectory(prefix="clip_ttrt-", ignore_cleanup_errors=True) as folder:
         draft = Path(folder, "timing.cache")
         with suppress(OSError):
