@@ -1,6 +1,4 @@
 """Passes over one graph of our operations, for any batch: nothing changed, nothing dropped."""
-import operator
-
 import pytest
 import torch
 from torch import nn
@@ -8,21 +6,13 @@ from torch import nn
 from clip_ttrt import graph, linear, ops
 from clip_ttrt.checkpoint import load_checkpoint
 from clip_ttrt.encoders import ENCODERS
-from clip_ttrt.engine import example_input, in_precision
+from clip_ttrt.engine import in_precision
 from clip_ttrt.errors import UserError
 from clip_ttrt.guard import trace
-from clip_ttrt.models import MODELS
 from clip_ttrt.options import BatchRange
 from lowering import One, encoder_in, lowered
 
 aten = torch.ops.aten
-COMMON = {ops.clamp_tokens, ops.mask_unknown, ops.embedding, ops.select_token,
-          ops.pool_end_of_text, ops.cast, ops.add}
-PLAIN = COMMON | {ops.linear, ops.layer_norm, ops.attention, ops.quick_gelu, ops.extract_patches,
-                  ops.prepend_class_token}
-FUSED = COMMON | {ops.fused_attention, ops.fused_linear, ops.fused_layer_norm, ops.bias_quick_gelu,
-                  ops.residual_layer_norm, ops.extract_patch_rows, ops.embed_image,
-                  ops.split_tokens, operator.getitem}
 ONES = torch.ones(4, 8)
 each_encoder = pytest.mark.parametrize("encoder", ENCODERS)
 
@@ -45,19 +35,6 @@ def targets(module):
     return {node.target for node in module.graph.nodes if node.op == "call_function"}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@each_encoder
-def test_lowering_leaves_our_operations_alone(encoder, precision, state_dict):
-    plain = in_precision(ENCODERS[encoder](state_dict), precision)
-    module = graph.capture(plain, example_input(encoder, MODELS["demo"]))
-    # Linear layers, layer norms and additions of every block, and what stands around the blocks.
-    around = 7 if encoder == "image" else 5
-    assert graph.run(module, [graph.lower]) == {"lower": 8 * len(plain.blocks) + around}
-    assert targets(module) <= PLAIN
-    assert (ops.cast in targets(module)) is (precision != "fp32")
-    assert all(node.meta["val"].dtype for node in module.graph.nodes if node.op == "call_function")
-
-
 @torch.no_grad()
 @each_encoder
 def test_every_block_is_fused_and_features_stay_the_same_for_any_batch(encoder, state_dict):
@@ -70,7 +47,7 @@ def test_every_block_is_fused_and_features_stay_the_same_for_any_batch(encoder, 
               "fuse_residual_layer_norm": 2 * blocks, "fuse_rest": 4 * blocks + 2}
     counts |= {"fuse_image_embedding": 1} if encoder == "image" else {}
     assert graph.run(module, graph.FUSE[encoder]) == counts
-    assert targets(module) <= FUSED
+    assert not targets(module) & {ops.linear, ops.layer_norm, ops.attention, ops.quick_gelu}
     assert not any(node.args[2] for node in graph.calls(module, ops.fused_linear))
     assert (module(rows) - expected).abs().max() < 1e-5 * expected.abs().max()
     graph.run(module, [graph.inline_references])
