@@ -25,10 +25,10 @@ def state_dict():
             for name, value in load_checkpoint("demo", "random").state_dict.items()}
 
 
-def rows_for(encoder, count=5):
+def rows_for(encoder):
     if encoder == "image":
-        return torch.randn(count, 3, 112, 112)
-    return torch.randint(0, 49408, (count, 77), dtype=torch.int32)
+        return torch.randn(5, 3, 112, 112)
+    return torch.randint(0, 49408, (5, 77), dtype=torch.int32)
 
 
 def targets(module):
@@ -133,8 +133,6 @@ def test_a_pass_that_the_plan_counts_on_and_that_finds_nothing_is_an_error():
 
 
 class Apart(nn.Module):
-    """A function of two linear layers and an input."""
-
     def __init__(self, first, second, function):
         super().__init__()
         self.first, self.second, self.function = nn.Linear(*first), nn.Linear(*second), function

@@ -1,7 +1,4 @@
-"""Every converter with a form in TensorRT's own layers, and whole encoders: one network each.
-
-The plan of each is built.
-"""
+"""Every converter with a form in TensorRT's own layers, and whole encoders: a network and plan."""
 import logging
 import warnings
 
@@ -104,6 +101,7 @@ def test_another_model_s_network_stays_the_same_and_so_does_ours():
 
     It stands first in this file, since ours registers converters.
     """
+    trt.api()  # imports Torch-TensorRT
     from torch_tensorrt import Input
     from torch_tensorrt.dynamo import lowering
     from torch_tensorrt.dynamo._settings import CompilationSettings
@@ -189,11 +187,10 @@ def test_what_tensorrt_says_of_one_build_is_not_told_of_another(capfd):
     module = lowered(of(lambda x: ops.add(x, x)), torch.zeros(2, 5))
     log = logging.getLogger(trt.LOGGER)
     with trt.building() as first:
-        log.warning("a word about the first")
-        log.error("a failure of the first")
+        log.warning("first word")
+        log.error("first failure")
     _, build = construct(module, torch.zeros(2, 5), STATIC, "fp32")
-    assert first.warnings == ["a word about the first"]
-    assert first.errors == ["a failure of the first"]
+    assert (first.warnings, first.errors) == (["first word"], ["first failure"])
     assert build.warnings == build.errors == [] and "first" not in capfd.readouterr().err
 
 
