@@ -100,9 +100,6 @@ def converter(op: Any):
     return register
 
 
-# In TensorRT's own layers
-
-
 @converter(ops.cast)
 def convert_cast(to, x, dtype):
     return to.cast(x, TRT_TYPES[dtype])
@@ -151,16 +148,14 @@ def convert_embedding(to, weight, tokens):
 @converter(ops.attention)
 def convert_attention(to, qkv, heads, causal):
     """TensorRT's own attention where the network has one, else what it fuses."""
-    tokens, width = qkv.shape[1:]
-    if width != 3 * heads * HEAD_DIM:
-        raise ValueError(f"attention of {heads} heads of {HEAD_DIM} cannot have width {width}")
+    tokens = qkv.shape[1]
     split = to.shuffle(qkv, "split", (0, tokens, 3, heads, HEAD_DIM), (2, 0, 3, 1, 4))
 
     def part(index: int, which: str) -> Any:
         index = to.constant(torch.tensor(index), f"{which}_index", torch.int32)
         return to.named(to.net.add_gather(split, index, 0), which)
 
-    query, key, value = part(0, "query"), part(1, "key"), part(2, "value")
+    query, key, value = map(part, range(3), ("query", "key", "value"))
     query = to.elementwise("PROD", query, to.beside(query, HEAD_DIM ** -0.5, "scale"), "scaled")
     attend = attention_layer if hasattr(to.net, "add_attention") else composed_attention
     attended = attend(to, query, key, value, causal)
@@ -169,10 +164,9 @@ def convert_attention(to, qkv, heads, causal):
 
 
 def attention_layer(to, query, key, value, causal):
-    """Attention as one layer, which TensorRT takes apart where it has no kernel for it."""
     softmax = trt.AttentionNormalizationOp.SOFTMAX
     layer = seam.hold(to.net.add_attention(query, key, value, softmax, causal))
-    layer.decomposable = True
+    layer.decomposable = True  # where TensorRT has no kernel for it
     return layer.get_output(0)
 
 
@@ -256,9 +250,6 @@ def convert_mask_unknown(to, features, tokens, clamped):
 @converter(ops.split_tokens)
 def convert_split_tokens(to, x, tokens):
     return to.shuffle(x, shape=(-1, tokens, x.shape[1]))
-
-
-# As plugins
 
 
 def plugin(op: Any, plugin: str, fields: Callable[..., dict[str, Any]],

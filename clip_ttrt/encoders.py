@@ -4,6 +4,7 @@ Equal to OpenAI's `clip/model.py` with three exact rearrangements: query, key an
 one linear layer; the patch convolution, whose stride is its kernel, is a linear layer on cut-out
 patches; and the last block, of which one token is read, pools before its output projection.
 """
+import functools
 import re
 from types import SimpleNamespace
 from typing import Callable, Mapping, Optional
@@ -67,10 +68,7 @@ class Encoder(nn.Module):
 
 
 class ImageEncoder(Encoder):
-    """Vision transformer: images [B, 3, R, R], any floating dtype -> features fp32 [B, embed_dim].
-
-    It computes in the dtype of its weights.
-    """
+    """Vision transformer: images [B, 3, R, R], any float dtype -> features fp32 [B, embed_dim]."""
 
     def __init__(self, dims: Dimensions, called: SimpleNamespace = INFERENCE):
         width = dims.image_width
@@ -85,15 +83,14 @@ class ImageEncoder(Encoder):
         images = self.cast(images, self.patches.weight.dtype)
         x = self.patches(self.called.extract_patches(images, self.patch_size))
         x = self.called.prepend_class_token(x, self.class_token)
-        x = self.norm_pre(x + self.positions)
-        return self.features(x, lambda rows: rows.select(1, 0))
+        return self.features(self.norm_pre(x + self.positions), lambda rows: rows.select(1, 0))
 
 
 class TextEncoder(Encoder):
     """Causal text transformer: tokens int [B, T] -> features fp32 [B, embed_dim].
 
-    T <= context_length.  It computes in the dtype of its weights.  A row with an id outside the
-    vocabulary gets features of NaN: on a GPU nobody can look at ids without waiting for them.
+    T <= context_length.  A row with an id outside the vocabulary gets features of NaN: on a GPU
+    nobody can look at ids without waiting for them.
     """
 
     def __init__(self, dims: Dimensions, called: SimpleNamespace = INFERENCE):
@@ -130,12 +127,14 @@ def openai_name(ours: str, names: Mapping[str, str]) -> str:
     return re.sub(rf"\b({parts})\b", lambda part: names[part[0]], ours)
 
 
-def _load(encoder: nn.Module, names: Mapping[str, str], state_dict: StateDict) -> nn.Module:
-    """Fill an encoder from OpenAI's state dict.
+def _load(kind: type, names: Mapping[str, str], state_dict: StateDict,
+          called: SimpleNamespace = INFERENCE) -> Encoder:
+    """The encoder of a state dict in OpenAI's naming, fp32, in evaluation mode.
 
     OpenAI multiplies by its projections from the right, where a linear layer holds the transpose,
     and its patch convolution's weight [W, 3, P, P] is our linear layer's [W, 3·P²].
     """
+    encoder = kind(dimensions_from(state_dict), called)
     values = {ours: state_dict[openai_name(ours, names)] for ours in encoder.state_dict()}
     values["projection.weight"] = values["projection.weight"].T
     if "patches.weight" in values:
@@ -144,28 +143,6 @@ def _load(encoder: nn.Module, names: Mapping[str, str], state_dict: StateDict) -
     return encoder.eval().requires_grad_(False)
 
 
-def image_encoder(state_dict: StateDict, called: SimpleNamespace = INFERENCE) -> ImageEncoder:
-    """The image encoder of a state dict in OpenAI's naming, fp32, in evaluation mode."""
-    return _load(ImageEncoder(dimensions_from(state_dict), called), IMAGE_NAMES, state_dict)
-
-
-def text_encoder(state_dict: StateDict, called: SimpleNamespace = INFERENCE) -> TextEncoder:
-    """The text encoder of a state dict in OpenAI's naming, fp32, in evaluation mode."""
-    return _load(TextEncoder(dimensions_from(state_dict), called), TEXT_NAMES, state_dict)
-
-
+image_encoder = functools.partial(_load, ImageEncoder, IMAGE_NAMES)
+text_encoder = functools.partial(_load, TextEncoder, TEXT_NAMES)
 ENCODERS = {"image": image_encoder, "text": text_encoder}
-
-
-def to_openai(image: ImageEncoder, text: TextEncoder, dims: Dimensions,
-              logit_scale: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A state dict in OpenAI's naming from two trained encoders and log of the logit scale []."""
-    out = {"logit_scale": logit_scale}
-    for encoder, names in ((image, IMAGE_NAMES), (text, TEXT_NAMES)):
-        values = encoder.state_dict()
-        values["projection.weight"] = values["projection.weight"].T
-        out |= {openai_name(ours, names): value for ours, value in values.items()}
-    convolution = (3, dims.patch_size, dims.patch_size)
-    out["visual.conv1.weight"] = out["visual.conv1.weight"].unflatten(1, convolution)
-    return {name: value.detach().clone(memory_format=torch.contiguous_format)
-            for name, value in out.items()}

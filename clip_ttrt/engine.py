@@ -1,9 +1,6 @@
-"""Checkpoint -> encoder -> graph -> engine -> TorchScript module, for each encoder of an artifact.
-
-`plan_for` decides everything that depends on backend, kernels and options; the rest carries it out.
-"""
+"""Checkpoint -> encoder -> graph -> engine -> TorchScript module, for each of an artifact's."""
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Optional
 
 import torch
@@ -17,35 +14,10 @@ from clip_ttrt.encoders import ENCODERS
 from clip_ttrt.errors import UserError
 from clip_ttrt.guard import Guarded, trace
 from clip_ttrt.models import Dimensions
-from clip_ttrt.options import BatchRange, Options
+from clip_ttrt.options import Options
 from clip_ttrt.progress import Progress
 
 DTYPES = {"fp32": torch.float, "tf32": torch.float, "fp16": torch.half, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is done to one encoder."""
-
-    encoder: str  # image or text
-    precision: str  # that it computes in
-    exported_on: str  # cuda or cpu
-    passes: tuple[graph.Pass, ...]  # over its graph, each of which has to find something
-    builder: Optional[dict[str, Any]]  # `trt.build`'s settings; None: traced for TorchScript
-
-
-def plan_for(encoder: str, options: Options, backend: Backend, chosen: Optional[str]) -> Plan:
-    """The plan for an encoder; chosen: whose kernels an engine has, `fused` or `tensorrt`."""
-    if backend.name == "torchscript":
-        passes = (graph.lower, graph.inline_references)
-        return Plan(encoder, backend.computes_in, backend.device, passes, None)
-    passes = (graph.lower,)
-    if chosen == "fused":  # linear layers are tuned here, before the network is built
-        passes += (*graph.FUSE[encoder], graph.tuning(options.batch))
-    builder = {"batch": options.batch, "precision": options.precision, "name": encoder,
-               "optimization_level": options.optimization_level,
-               "timing_cache": options.timing_cache}
-    return Plan(encoder, backend.computes_in, "cpu", passes, builder)
 
 
 def compile_with(options: Options, progress: Progress) -> Artifact:
@@ -68,11 +40,11 @@ def compile_with(options: Options, progress: Progress) -> Artifact:
         with progress.stage(f"read weights of {options.model}"):
             checkpoint = load_checkpoint(
                 options.model, options.weights, options.seed, options.trust_weights)
-        warned = "WARNING" if checkpoint.origin.kind == "random" else "weights"
-        progress.say(f"{warned}: {checkpoint.origin.describe()}")
+        title = "WARNING" if checkpoint.origin.kind == "random" else "weights"
+        progress.say(f"{title}: {checkpoint.origin.describe()}")
         for encoder in options.encoders:
-            plan = plan_for(encoder, options, backend, choice.kernels)
-            module, facts = build_encoder(plan, checkpoint, options.batch, progress)
+            module, facts = build_encoder(
+                encoder, checkpoint, options, backend, choice.kernels, progress)
             writing.add(encoder, module, **facts)
             del module
         manifest = {
@@ -103,18 +75,30 @@ def compile_with(options: Options, progress: Progress) -> Artifact:
         return writing.publish(artifact)
 
 
-def build_encoder(plan: Plan, checkpoint: Checkpoint, batch: BatchRange, progress: Progress
+def build_encoder(name: str, checkpoint: Checkpoint, options: Options, backend: Backend,
+                  chosen: Optional[str], progress: Progress
                   ) -> tuple[torch.jit.ScriptModule, dict[str, Any]]:
-    """Carry out a plan: the TorchScript module to save, and facts about it for the manifest."""
-    encoder = in_precision(ENCODERS[plan.encoder](checkpoint.state_dict), plan.precision)
-    example = example_input(plan.encoder, checkpoint.dimensions).to(plan.exported_on)
-    with progress.stage(f"export the {plan.encoder} encoder"):
-        module = graph.capture(encoder.to(plan.exported_on), example)
-    work = "build the {} engine" if plan.builder else "trace the {} encoder"
-    with progress.stage(work.format(plan.encoder)) as time:
-        facts: dict[str, Any] = {"rewrites": graph.run(module, plan.passes)}
-        if plan.builder:
-            module, about = trt.build(module, example, **plan.builder)
+    """The TorchScript module to save of one encoder, and facts about it for the manifest.
+
+    chosen: whose kernels an engine has, `fused` or `tensorrt`; None for TorchScript.
+    """
+    as_engine, batch = chosen is not None, options.batch
+    device = "cpu" if as_engine else backend.device
+    encoder = in_precision(ENCODERS[name](checkpoint.state_dict), backend.computes_in).to(device)
+    example = example_input(name, checkpoint.dimensions).to(device)
+    with progress.stage(f"export the {name} encoder"):
+        module = graph.capture(encoder, example)
+    passes = [graph.lower]
+    if chosen == "fused":  # linear layers are tuned here, before the network is built
+        passes += [*graph.FUSE[name], graph.tuning(batch)]
+    elif not as_engine:
+        passes.append(graph.inline_references)
+    work = f"build the {name} engine" if as_engine else f"trace the {name} encoder"
+    with progress.stage(work) as time:
+        facts: dict[str, Any] = {"rewrites": graph.run(module, passes)}
+        if as_engine:
+            module, about = trt.build(module, example, batch, options.precision,
+                                      options.optimization_level, options.timing_cache, name)
             facts |= {"engines": 1, **about}
             example = example[:1].expand(batch.optimal, *example.shape[1:]).contiguous().cuda()
         module = Guarded(trace(module, example), example, batch).eval()
@@ -124,18 +108,14 @@ def build_encoder(plan: Plan, checkpoint: Checkpoint, batch: BatchRange, progres
 
 
 def in_precision(encoder: nn.Module, precision: str) -> nn.Module:
-    """An encoder whose weights are of a precision's type.
-
-    Raises UserError where that cannot hold one of them.
-    """
-    dtype = DTYPES[precision]
+    """An encoder in a precision's type; UserError where that cannot hold one of its weights."""
+    largest = torch.finfo(DTYPES[precision]).max
     for name, value in encoder.named_parameters():
-        found, largest = value.abs().max().item(), torch.finfo(dtype).max
-        if found > largest:
+        if (found := value.abs().max().item()) > largest:
             raise UserError(f"{name} has values that {precision} cannot hold, {found:.4g} where "
                             f"{largest:.0f} is the largest; compile in another precision, such as "
                             f"bf16")
-    return encoder.to(dtype)
+    return encoder.to(DTYPES[precision])
 
 
 def example_input(encoder: str, dims: Dimensions) -> torch.Tensor:

@@ -1,14 +1,14 @@
 """Encoder -> exported graph -> a graph of our own operations (`ops.py`), as a backend reads it.
 
-`capture` exports.  What follows are passes, which rewrite a graph in place and return how often:
-`lower` for every backend, those of `FUSE`, exact in real arithmetic, and `tuning` for the plugins,
-`inline_references` for TorchScript.  `run` is their one runner.
+`capture` exports.  What follows are passes, which rewrite a graph in place and yield every node
+rewritten: `lower` for every backend, those of `FUSE`, exact in real arithmetic, and `tuning` for
+the plugins, `inline_references` for TorchScript.  `run` is their one runner.
 """
 import functools
 import inspect
 import math
 import operator
-from typing import Any, Callable, Iterable, Optional
+from typing import Any, Callable, Iterable, Iterator, Optional
 
 import torch
 from torch import fx, nn
@@ -18,7 +18,7 @@ from clip_ttrt import linear, ops
 from clip_ttrt.options import LARGEST_BATCH, BatchRange
 
 aten = torch.ops.aten
-Pass = Callable[[fx.GraphModule], int]
+Pass = Callable[[fx.GraphModule], Iterator[fx.Node]]
 
 
 class GraphError(RuntimeError):
@@ -52,7 +52,7 @@ def run(module: fx.GraphModule, passes: Iterable[Pass]) -> dict[str, int]:
     """
     counts = {}
     for rewrite in passes:
-        counts[rewrite.__name__] = rewrite(module)
+        counts[rewrite.__name__] = sum(1 for _ in rewrite(module))
         if counts[rewrite.__name__] == 0:
             raise GraphError(f"{rewrite.__name__} found nothing to rewrite")
         module.graph.eliminate_dead_code()
@@ -107,40 +107,39 @@ def in_ours(node: fx.Node) -> Optional[tuple[Callable, tuple]]:
     return None
 
 
-def lower(module: fx.GraphModule) -> int:
+def lower(module: fx.GraphModule) -> Iterator[fx.Node]:
     """PyTorch's operations become ours, and a slice of a parameter (positions) a parameter.
 
     Raises GraphError, naming it, for an operation that is none of ours.
     """
-    count = 0
     for node in list(module.graph.nodes):
         if not node.op.startswith("call_") or node.target in ops.REFERENCES:
             continue
         if node.target is aten.slice.Tensor and node.args[0].op == "get_attr":
-            value = node.target(parameter(module, node.args[0]).detach(), *node.args[1:])
+            whole = parameter(module, node.args[0]).detach()
+            value = node.target(whole, *node.args[1:], **node.kwargs)
             node.replace_all_uses_with(add_parameter(module, f"folded_{node.name}", value))
         elif found := in_ours(node):
             node.target, node.args = found
         else:
             raise GraphError(f"no backend implements {node.target} with {node.args} and "
                              f"{node.kwargs}; the encoder cannot become one piece")
-        count += 1
-    return count
+        yield node
 
 
-def inline_references(module: fx.GraphModule) -> int:
+def inline_references(module: fx.GraphModule) -> Iterator[fx.Node]:
     """Our operations become their PyTorch references, so that a module needs no library of ours."""
-    nodes = [node for node in module.graph.nodes if node.target in ops.REFERENCES]
-    for node in nodes:
-        node.target = ops.REFERENCES[node.target]
-    return len(nodes)
+    for node in module.graph.nodes:
+        if node.target in ops.REFERENCES:
+            node.target = ops.REFERENCES[node.target]
+            yield node
 
 
-def is_biased_linear(node: object) -> bool:
-    return isinstance(node, fx.Node) and node.target is ops.linear and node.args[2] is not None
+def is_biased_linear(node: fx.Node) -> bool:
+    return node.target is ops.linear and node.args[2] is not None
 
 
-def gives_bias(node: object) -> bool:
+def gives_bias(node: fx.Node) -> bool:
     """Whether a node is a linear layer whose bias its one reader can take over."""
     return is_biased_linear(node) and len(node.users) == 1
 
@@ -153,32 +152,25 @@ def without_bias(layer: fx.Node) -> fx.Node:
 
 
 def readers(node: fx.Node) -> list[fx.Node]:
-    """The linear layers with bias that read a node's rows, directly or after a choice of rows.
-
-    None at all where anything else reads them.
-    """
+    """The linear layers with bias that read a node's rows, or some; [] where others do, too."""
     found: list[fx.Node] = []
     for user in node.users:
-        if is_biased_linear(user) and user.args[0] is node:
-            below = [user]
-        elif user.target in (ops.select_token, ops.pool_end_of_text):
-            below = readers(user)
+        if user.target in (ops.select_token, ops.pool_end_of_text) and readers(user):
+            found += readers(user)
+        elif is_biased_linear(user) and user.args[0] is node:
+            found.append(user)
         else:
-            below = []
-        if not below:
             return []
-        found += below
     return found
 
 
-def fuse_attention(module: fx.GraphModule) -> int:
+def fuse_attention(module: fx.GraphModule) -> Iterator[fx.Node]:
     """attention becomes the plugin's, and the bias of its projection leaves the matrix product.
 
     A constant added to all keys adds the same to every score of a row, which softmax ignores; one
     added to all values is added to the output, whose projection takes it into its own bias; the
     queries' goes to the attention kernel.
     """
-    count = 0
     for node in calls(module, ops.attention):
         projection, heads, causal = node.args
         outputs = readers(node)
@@ -192,24 +184,20 @@ def fuse_attention(module: fx.GraphModule) -> int:
             output.args = (*output.args[:2], folded)
         query_bias = add_parameter(module, f"{node.name}_query_bias", query)
         node.target, node.args = ops.fused_attention, (projection, heads, causal, query_bias)
-        count += 1
-    return count
+        yield node
 
 
-def fuse_bias_quick_gelu(module: fx.GraphModule) -> int:
+def fuse_bias_quick_gelu(module: fx.GraphModule) -> Iterator[fx.Node]:
     """linear with bias, then quick_gelu: linear without bias, then bias_quick_gelu."""
-    count = 0
     for node in calls(module, ops.quick_gelu):
         x = node.args[0]
         if gives_bias(x):
             node.target, node.args = ops.bias_quick_gelu, (x, without_bias(x))
-            count += 1
-    return count
+            yield node
 
 
-def fuse_residual_layer_norm(module: fx.GraphModule) -> int:
+def fuse_residual_layer_norm(module: fx.GraphModule) -> Iterator[fx.Node]:
     """x + linear with bias, then layer norm: linear without, then one that gives both results."""
-    count = 0
     for norm in calls(module, ops.layer_norm):
         total = norm.args[0]
         if total.target is not ops.add:
@@ -221,8 +209,7 @@ def fuse_residual_layer_norm(module: fx.GraphModule) -> int:
             both = insert(module, total, ops.residual_layer_norm, args, values)
             total.target, total.args = operator.getitem, (both, 0)
             norm.target, norm.args = operator.getitem, (both, 1)
-            count += 1
-    return count
+            yield norm
 
 
 def only_user(node: Optional[fx.Node], op: Callable) -> Optional[fx.Node]:
@@ -231,9 +218,8 @@ def only_user(node: Optional[fx.Node], op: Callable) -> Optional[fx.Node]:
     return users[0] if len(users) == 1 and users[0].target is op else None
 
 
-def fuse_image_embedding(module: fx.GraphModule) -> int:
+def fuse_image_embedding(module: fx.GraphModule) -> Iterator[fx.Node]:
     """From images to the first block's layer norm: two operations around the projection."""
-    count = 0
     for patches in calls(module, ops.extract_patches):
         projection = only_user(patches, ops.linear)
         prepend = only_user(projection, ops.prepend_class_token)
@@ -243,7 +229,6 @@ def fuse_image_embedding(module: fx.GraphModule) -> int:
                  if user.target is ops.layer_norm]
         if len(norms) != 1 or projection.args[2] is not None:
             continue
-        [norm_1] = norms
         images, size = patches.args
         images = images.args[0] if images.target is ops.cast else images
         patches.target = ops.extract_patch_rows
@@ -251,29 +236,28 @@ def fuse_image_embedding(module: fx.GraphModule) -> int:
         for node in (patches, projection):
             node.meta["val"] = node.meta["val"].flatten(0, 1)
         args = (projection, prepend.args[1], positioned.args[1],
-                *norm_pre.args[1:], *norm_1.args[1:])
+                *norm_pre.args[1:], *norms[0].args[1:])
         rows, tokens = norm_pre.meta["val"].flatten(0, 1), norm_pre.meta["val"].shape[1]
         both = insert(module, norm_pre, ops.embed_image, args, (rows, rows))
-        for index, norm in enumerate((norm_pre, norm_1)):
+        for index, norm in enumerate((norm_pre, *norms)):
             out = insert(module, norm_pre, operator.getitem, (both, index), rows)
             norm.target, norm.args = ops.split_tokens, (out, tokens)
-        count += 1
-    return count
+        yield patches
 
 
-def fuse_rest(module: fx.GraphModule) -> int:
+def fuse_rest(module: fx.GraphModule) -> Iterator[fx.Node]:
     """What layer norms are left, and linear of sizes that the library has, become plugins."""
-    norms = calls(module, ops.layer_norm)
-    for node in norms:
+    for node in calls(module, ops.layer_norm):
         node.target = ops.fused_layer_norm
-    layers = [node for node in calls(module, ops.linear) if node.args[1].op == "get_attr"
-              and linear.takes(*parameter(module, node.args[1]).shape)]
-    for node in layers:
-        node.target = ops.fused_linear
-    return len(norms) + len(layers)
+        yield node
+    for node in calls(module, ops.linear):
+        weight = node.args[1]
+        if weight.op == "get_attr" and linear.takes(*parameter(module, weight).shape):
+            node.target = ops.fused_linear
+            yield node
 
 
-# Encoder -> its fusing passes in their order.
+# Encoder -> its fusing passes, in order.
 BLOCKS: tuple[Pass, ...] = (fuse_attention, fuse_bias_quick_gelu, fuse_residual_layer_norm)
 FUSE = {"image": (*BLOCKS, fuse_image_embedding, fuse_rest), "text": (*BLOCKS, fuse_rest)}
 
@@ -292,12 +276,11 @@ def tuning(batch: BatchRange) -> Pass:
     def table(rows: int, weight_shape: tuple[int, int], bias: bool) -> str:
         return linear.tune([rows * size for size in batches], weight_shape, bias).hex()
 
-    def tune(module: fx.GraphModule) -> int:
-        layers = calls(module, ops.fused_linear)
-        for node in layers:
+    def tune(module: fx.GraphModule) -> Iterator[fx.Node]:
+        for node in calls(module, ops.fused_linear):
             x, weight, bias = node.args[:3]
             shape = tuple(parameter(module, weight).shape)
             node.args = (x, weight, bias, table(rows_of_a_sample(node), shape, bias is not None))
-        return len(layers)
+            yield node
 
     return tune

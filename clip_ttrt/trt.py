@@ -1,8 +1,8 @@
 """The seam to TensorRT: the only file that imports `torch_tensorrt`, `tensorrt` or `tensorrt_rtx`.
 
 `load_runtime` makes `torch.jit.load` know engines, without the compiler.  `build` makes a graph
-one engine on a GPU; `construct` goes as far as a network, without one.  Nothing here asks for a
-version: a setting is passed where Torch-TensorRT's dataclass has it.
+one engine on a GPU.  Nothing here asks for a version: a setting is passed where Torch-TensorRT's
+dataclass has it.
 """
 import functools
 import importlib
@@ -60,10 +60,7 @@ def load_runtime(name: str) -> None:
 
 
 def register_if_possible() -> Optional[str]:
-    """`load_runtime` of what is installed, where a GPU answers; what goes wrong is a warning.
-
-    Returns the backend whose engines `torch.jit.load` knows then, if any.
-    """
+    """`load_runtime` where a GPU answers, or a warning; returns the backend that is loaded then."""
     name = installed_backend()
     if name is None or not torch.cuda.is_available():
         return None
@@ -85,10 +82,7 @@ def runtime_library(wheel: str) -> Path:
 
 
 def _torch_tensorrt(path: str) -> Any:
-    """Something of the package, by its dotted path there.
-
-    Python's warnings, which its import hands to logging, stay warnings.
-    """
+    """Something of the package; Python's warnings, which its import logs, stay warnings."""
     module, _, name = f"torch_tensorrt.{path}".rpartition(".")
     show = warnings.showwarning
     try:
@@ -122,7 +116,7 @@ class Build:
 
 
 _lock = threading.RLock()
-_current: Optional[Build] = None
+_current = Build()
 
 
 @contextmanager
@@ -138,25 +132,21 @@ def building() -> Iterator[Build]:
         try:
             yield build
         finally:
-            _current = None
+            _current = Build()
             log.removeFilter(build.collect)
             log.setLevel(level)
 
 
 @contextmanager
 def builder_kept() -> Iterator[Any]:
-    """A builder of TensorRT's that lasts over several builds.
-
-    TensorRT reads its kernels, which takes seconds, for the first and forgets them with the last.
-    """
+    """A builder over several builds: TensorRT forgets its kernels, slow to read, with the last."""
     builder = api().Builder(_torch_tensorrt("logging.TRT_LOGGER"))  # held by this frame
     yield builder
 
 
 def hold(value: Any) -> Any:
     """Keep a reference to something until the engine is built; returns it."""
-    if _current is not None:
-        _current.held.append(value)
+    _current.held.append(value)
     return value
 
 
@@ -164,18 +154,23 @@ def register(op: Any, convert: Callable[[Any, str, tuple], Any]) -> None:
     """Register the converter of one of our ops: network, name, arguments -> outputs."""
     def converter(ctx, target, args, kwargs, name):
         outputs = convert(ctx.net, name, args)
-        if _current is not None:
-            constant = api().LayerType.CONSTANT
-            layers = map(ctx.net.get_layer, range(ctx.net.num_layers))
-            _current.layers = sum(layer.type != constant for layer in layers)
+        kinds = [ctx.net.get_layer(i).type for i in range(ctx.net.num_layers)]
+        _current.layers = len(kinds) - kinds.count(api().LayerType.CONSTANT)
         return outputs
 
     decorator = _torch_tensorrt("dynamo.conversion._ConverterRegistry.dynamo_tensorrt_converter")
     decorator(op, supports_dynamic_shapes=True)(converter)
 
 
-def _settings(precision: str, optimization_level: int, timing_cache: Optional[Path]) -> Any:
-    """Torch-TensorRT's settings of a build, as far as its version knows them."""
+@contextmanager
+def converting(precision: str, optimization_level: int, timing_cache: str
+               ) -> Iterator[tuple[Build, Any]]:
+    """A build with our converters, and Torch-TensorRT's settings as far as its version knows them.
+
+    What fails in it is raised in TensorRT's words.
+    """
+    from clip_ttrt import converters  # noqa: F401  (registers them)
+
     kind = _torch_tensorrt("dynamo._settings.CompilationSettings")
     known = {each.name for each in fields(kind)}
     wanted = {
@@ -186,22 +181,15 @@ def _settings(precision: str, optimization_level: int, timing_cache: Optional[Pa
         "require_full_compilation": True,
         "min_block_size": 1,
         "use_python_runtime": False,
-        "timing_cache_path": str(timing_cache) if timing_cache else "",
+        "timing_cache_path": timing_cache,
     }
-    return kind(**{name: value for name, value in wanted.items() if name in known})
-
-
-@contextmanager
-def _converting(settings: Any) -> Iterator[Build]:
-    """A build with our converters and settings; what fails in it is raised in TensorRT's words."""
-    from clip_ttrt import converters  # noqa: F401  (registers them)
-
+    settings = kind(**{name: value for name, value in wanted.items() if name in known})
     registry = _torch_tensorrt("dynamo.conversion._ConverterRegistry.DYNAMO_CONVERTERS")
     with building() as build:
         before, disallowed = registry.compilation_settings, registry.disallowed_targets
         registry.set_compilation_settings(settings)  # of the whole process
         try:
-            yield build
+            yield build, settings
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as problem:  # an assertion, where TensorRT gave no engine
@@ -210,7 +198,7 @@ def _converting(settings: Any) -> Iterator[Build]:
             registry.compilation_settings, registry.disallowed_targets = before, disallowed
 
 
-def _input(example: torch.Tensor, batch: BatchRange) -> Any:
+def input_of(example: torch.Tensor, batch: BatchRange) -> Any:
     """The specification of an engine's one input."""
     sizes = {"shape": batch.optimal} if batch.static else {
         "min_shape": batch.minimum, "opt_shape": batch.optimal, "max_shape": batch.maximum}
@@ -232,10 +220,9 @@ def build(graph: fx.GraphModule, example: torch.Tensor, batch: BatchRange, preci
     """
     path = timing_cache_path(timing_cache)
     convert_module = _torch_tensorrt("dynamo.conversion._conversion.convert_module")
-    with timing_cache_draft(path) as draft:
-        settings = _settings(precision, optimization_level, draft)
-        with _converting(settings) as build:
-            module = convert_module(graph, [_input(example, batch)], settings, name)
+    with (timing_cache_draft(path) as draft,
+          converting(precision, optimization_level, str(draft)) as (build, settings)):
+        module = convert_module(graph, [input_of(example, batch)], settings, name)
     torch.cuda.empty_cache()
     return module, {
         "engine_mib": round(len(module.serialized_engine) / 2**20, 2),
@@ -268,10 +255,7 @@ def timing_cache_path(asked: Optional[str]) -> Optional[Path]:
 
 @contextmanager
 def timing_cache_draft(path: Optional[Path]) -> Iterator[Path]:
-    """A build's own copy of the timing cache, which takes the file's place in one step at its end.
-
-    Whatever is wrong with the file, or with writing it, costs time only.
-    """
+    """A build's copy of the timing cache, which replaces it at the end; trouble costs time only."""
     with tempfile.TemporaryDirectory(prefix="clip_ttrt-", ignore_cleanup_errors=True) as folder:
         draft = Path(folder, "timing.cache")
         with suppress(OSError):
@@ -291,22 +275,3 @@ def usable_timing_cache(content: bytes) -> bool:
         config = builder.create_builder_config()
         cache = config.create_timing_cache(content)
         return cache is not None and bool(config.set_timing_cache(cache, False))
-
-
-def construct(graph: fx.GraphModule, example: torch.Tensor, batch: BatchRange,
-              precision: str) -> tuple[Any, Build]:
-    """The network that `build` would hand to TensorRT, from the same settings and converters.
-
-    Needs no GPU.  Arguments are `build`'s.  Returns Torch-TensorRT's interpreter, with the network
-    in `ctx.net`, and what is known of the build.  Raises EngineError where an operation has no
-    converter or a layer is refused.
-    """
-    settings = _settings(precision, 3, None)
-    [output] = graph.graph.find_nodes(op="output")
-    kind = _torch_tensorrt("dynamo.conversion._TRTInterpreter.TRTInterpreter")
-    with _converting(settings) as build:
-        interpreter = kind(graph, [_input(example, batch)],
-                           output_dtypes=[output.args[0].meta["val"].dtype],
-                           compilation_settings=settings)
-        interpreter._construct_trt_network_def()
-    return interpreter, build

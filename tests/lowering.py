@@ -1,8 +1,10 @@
-"""What the tests of graphs and networks share: one small module, batch ranges, lowered graphs."""
+"""What the tests of graphs and networks share: modules, batch ranges, lowered graphs, networks."""
+import importlib
+
 import torch
 from torch import nn
 
-from clip_ttrt import graph
+from clip_ttrt import graph, trt
 from clip_ttrt.checkpoint import load_checkpoint
 from clip_ttrt.encoders import ENCODERS
 from clip_ttrt.engine import example_input, in_precision
@@ -26,7 +28,8 @@ class One(nn.Module):
 def lowered(module, example, *passes):
     """A module's graph after lowering, which need not find anything here, and passes."""
     found = graph.capture(module.eval().requires_grad_(False), example)
-    graph.lower(found)
+    list(graph.lower(found))
+    found.graph.eliminate_dead_code()
     graph.run(found, passes)
     return found
 
@@ -37,3 +40,16 @@ def encoder_in(model, encoder, precision, *passes, state_dict=None):
     plain = in_precision(ENCODERS[encoder](state_dict), precision)
     example = example_input(encoder, MODELS[model])
     return plain, example, lowered(plain, example, *passes)
+
+
+def construct(module, example, batch, precision):
+    """The network that `trt.build` hands to TensorRT, without a GPU: Torch-TensorRT's interpreter,
+    which has it in `ctx.net`, and what is known of the build."""
+    [output] = module.graph.find_nodes(op="output")
+    with trt.converting(precision, 3, "") as (build, settings):
+        found = importlib.import_module("torch_tensorrt.dynamo.conversion._TRTInterpreter")
+        interpreter = found.TRTInterpreter(
+            module, [trt.input_of(example, batch)], compilation_settings=settings,
+            output_dtypes=[output.args[0].meta["val"].dtype])
+        interpreter._construct_trt_network_def()
+    return interpreter, build

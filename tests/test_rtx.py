@@ -11,12 +11,11 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-WHERE = (sys.platform == "linux" and platform.machine() == "x86_64"
-         and not torch.cuda.is_available())
 
 
-@pytest.mark.skipif(not WHERE, reason="TensorRT-RTX builds for the CPU on Linux x86-64; "
-                                      "with a GPU its place is TensorRT's")
+@pytest.mark.skipif(
+    torch.cuda.is_available() or (sys.platform, platform.machine()) != ("linux", "x86_64"),
+    reason="TensorRT-RTX builds for the CPU on Linux x86-64; with a GPU its place is TensorRT's")
 def test_networks_are_built_without_a_gpu():
     options = ["-q", "-p", "no:cacheprovider", f"--confcutdir={HERE / 'rtx'}", str(HERE / "rtx")]
     done = subprocess.run([sys.executable, "-m", "pytest", *options], cwd=HERE.parent,

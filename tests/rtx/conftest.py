@@ -6,15 +6,8 @@ process answers for one.
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # lowering.py
-
-
-@pytest.fixture(scope="session", autouse=True)
-def a_gpu_is_pretended():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "get_device_capability", lambda *device: (8, 6))
-        patch.setattr(torch.cuda, "current_device", lambda: 0)
-        yield
+torch.cuda.get_device_capability = lambda *device: (8, 6)
+torch.cuda.current_device = lambda: 0
