@@ -9,8 +9,9 @@ from torch.nn.functional import cosine_similarity, normalize
 from clip_ttrt import deprecations, pictures
 from clip_ttrt.artifact import Artifact
 from clip_ttrt.checkpoint import Checkpoint, original_with_weights
+from clip_ttrt.contexts import memory_errors
 from clip_ttrt.demo import captions, scenes
-from clip_ttrt.runtime import CompiledCLIP, out_of_memory
+from clip_ttrt.runtime import CompiledCLIP
 
 COSINE_BOUND = {"fp32": 0.999999, "tf32": 0.9999, "fp16": 0.9999, "bf16": 0.999}
 TOP1_BOUND = {"fp32": 0.2, "tf32": 0.2, "fp16": 0.2, "bf16": 0.5}  # percentage points, demo model
@@ -102,7 +103,7 @@ def compare(artifact: Artifact, checkpoint: Checkpoint) -> dict[str, Any]:
     inputs, labels, about = inputs_for(artifact.manifest["model"], side)
     probes = different_scenes(max(sizes, default=1), side)
     features, found, batches = {}, {}, {}
-    try:
+    with memory_errors("verifying"):
         rows = {name: torch.cat([inputs[name], probes[name]]) for name in artifact.encoders}
         references = reference_features(checkpoint, rows, artifact.device)
         model = CompiledCLIP(artifact)
@@ -115,8 +116,6 @@ def compare(artifact: Artifact, checkpoint: Checkpoint) -> dict[str, Any]:
                     str(size): errors(encode(probe[:size]), reference[count:][:size])["cos_min"]
                     for size in sizes}
             found[name] = errors(*features[name])
-    except torch.cuda.OutOfMemoryError as problem:
-        raise out_of_memory("verifying") from problem
     report = {"inputs": about, "weights": checkpoint.origin.describe(), "errors": found,
               "batches": batches}
     if len(features) == 2:

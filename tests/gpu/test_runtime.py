@@ -79,15 +79,6 @@ def test_results_are_the_caller_s_own(model, plain, encoder):
 
 
 @ENCODERS
-def test_any_batch(model, plain, encoder):
-    for count in (0, 1, 2, 3, 7, 8, 9, 17, 20):
-        x = rows(encoder, count, seed=count)
-        features = encode(model, encoder)(x)
-        assert features.shape == (count, 256) and torch.equal(features, encode(plain, encoder)(x))
-    assert sorted(context_of(model, encoder).graphs) == [2, 3, 4, 7, 8]
-
-
-@ENCODERS
 def test_few_graphs_are_kept_and_other_sizes_padded(model, plain, encoder, monkeypatch):
     monkeypatch.setattr(contexts, "MOST_GRAPHS", 3)
     context = context_of(model, encoder)
@@ -208,10 +199,8 @@ def test_threads_on_streams_get_their_own_answers(demo_engines, plain, at_once):
 
     with ThreadPoolExecutor(10) as pool:
         others = [pool.submit(allocate, seed) for seed in range(2)]
-        workers = [pool.submit(work, seed) for seed in range(8)]
         try:
-            for future in workers:
-                future.result()
+            list(pool.map(work, range(8)))
         finally:
             ended.set()
         for future in others:
@@ -263,41 +252,23 @@ def test_memory_and_warmup(demo_engines):
         assert [sorted(context.graphs) for context in encoder.contexts] == [[2, 4, 8]] * 2
 
 
-def test_a_graph_that_the_memory_does_not_suffice_for_is_done_without(model, plain, monkeypatch):
-    asked = []
-
-    def exhausted(context, size):
-        asked.append(size)
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(contexts, "Captured", exhausted)
-    x = rows("text", 4)
-    for _ in range(3):
-        assert torch.equal(model.encode_text(x), plain.encode_text(x))
-    assert asked == [4] and model.memory()["graphs"] == 0
-
-
-def test_a_failed_capture_leaves_stream_and_context_as_they_were(model, plain, monkeypatch):
+def test_a_failed_capture_is_done_without_and_leaves_all_as_it_was(model, plain):
     """A capture that runs out of memory half way, for real but for the exhaustion itself."""
     x, context, before = rows("image", 4), context_of(model, "image"), torch.cuda.current_stream()
-    module = context.module
+    module, captures = context.module, []
 
     def exhausted(rows):
         if torch.cuda.is_current_stream_capturing():
+            captures.append(len(rows))
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return module(rows)
 
     context.module = exhausted
-    assert torch.equal(model.encode_image(x), plain.encode_image(x))
+    for _ in range(2):
+        assert torch.equal(model.encode_image(x), plain.encode_image(x))
+    assert captures == [4] and model.memory()["graphs"] == 0
     assert context.graphs == {4: None} and torch.cuda.current_stream() == before
     context.module = module
     two = rows("image", 2)
     assert torch.equal(model.encode_image(two), plain.encode_image(two))
     assert context.graphs[2] is not None
-
-
-def test_logits_are_those_without_graphs(model, plain):
-    images, tokens = rows("image", 5), rows("text", 3)
-    for _ in range(2):
-        for found, expected in zip(model(images, tokens), plain(images, tokens), strict=True):
-            assert torch.equal(found, expected)
