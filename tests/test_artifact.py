@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import clip_ttrt
-from clip_ttrt import artifact, engine, verify
+from clip_ttrt import artifact, verify
 from clip_ttrt.artifact import MANIFEST, read_artifact, sha256_of_file
 from clip_ttrt.errors import UserError, VerificationError
 
@@ -38,7 +38,6 @@ def test_the_folder_and_its_manifest(demo_artifact):
     assert manifest["weights"]["kind"] == "demo" and len(manifest["weights"]["sha256"]) == 64
     assert manifest["versions"]["torch"] == torch.__version__.split("+")[0]
     assert manifest["verification"]["passed"]
-    assert manifest["verification"]["errors"]["image"]["cos_min"] > 0.9999
     for module in manifest["modules"].values():
         assert sha256_of_file(demo_artifact.folder / module["file"]) == module["sha256"]
     assert read_artifact(demo_artifact.folder).manifest == manifest
@@ -61,13 +60,6 @@ def test_one_encoder_alone_that_force_replaces(tmp_path):
         with pytest.raises(UserError, match="--force replaces an artifact, and nothing else"):
             compile_small(taken, force=True)
     assert (folder / "thesis.txt").exists() and os.listdir(tmp_path) == ["a"]
-
-
-def test_an_output_that_cannot_be_written(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(engine, "load_checkpoint", lambda *_: pytest.fail("the output is first"))
-    with pytest.raises(UserError, match="cannot be written"):
-        compile_small(tmp_path / "file" / "a")
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError("no space")], ids=repr)
@@ -122,8 +114,9 @@ def test_a_manifest_that_is_missing_damaged_or_of_another_format(copy):
     whole = manifest_of(copy)
     less = [{name: value for name, value in whole.items() if name != fact}
             for fact in ("dimensions", "batch", "verification", "modules", "versions", "asked")]
-    for content in [[], {**whole, "modules": 3}, {**whole, "format": "3"}, *less]:
-        (copy / MANIFEST).write_text(json.dumps(content))
+    damaged = map(json.dumps, ([], {**whole, "modules": 3}, {**whole, "format": "3"}, *less))
+    for content in ("{", *damaged):
+        (copy / MANIFEST).write_text(content)
         with pytest.raises(UserError, match=f"{MANIFEST} is damaged"):
             clip_ttrt.load(copy)
     (copy / MANIFEST).unlink()
@@ -131,12 +124,12 @@ def test_a_manifest_that_is_missing_damaged_or_of_another_format(copy):
         clip_ttrt.load(copy)
 
 
-@pytest.mark.parametrize("damage", [lambda path, content: path.write_bytes(content[:-100]),
-                                    lambda path, content: path.unlink()])
-def test_a_module_that_is_not_whole(copy, damage):
-    damage(copy / "text.ts", (copy / "text.ts").read_bytes())
-    with pytest.raises(UserError, match="text.ts is missing, truncated or altered"):
-        clip_ttrt.load(copy)
+def test_a_module_that_is_not_whole(copy):
+    path = copy / "text.ts"
+    for damage in (lambda: path.write_bytes(path.read_bytes()[:-100]), path.unlink):
+        damage()
+        with pytest.raises(UserError, match="text.ts is missing, truncated or altered"):
+            clip_ttrt.load(copy)
 
 
 A10 = {"name": "NVIDIA A10", "compute_capability": "8.6"}
@@ -159,9 +152,9 @@ def test_engines_that_cannot_run_here(copy, monkeypatch, changes, sentence):
     monkeypatch.setattr("clip_ttrt.stack.versions",
                         lambda: {"tensorrt": "10.15.1", "torch-tensorrt": "2.11.1"})
     monkeypatch.setattr("clip_ttrt.kernels.version", lambda: "0123456789ab")
-    engines = {"backend": "tensorrt", "device": "cuda", "gpu": A10, "versions": VERSIONS}
-    manifest = {**manifest_of(copy), **engines, **changes}
-    (copy / MANIFEST).write_text(json.dumps(manifest))
+    engines = {"backend": "tensorrt", "device": "cuda", "gpu": A10, "versions": VERSIONS,
+               "asked": {"backend": "auto", "kernels": "auto"}, **changes}
+    (copy / MANIFEST).write_text(json.dumps({**manifest_of(copy), **engines}))
     asked = "--backend tensorrt --kernels fused " if "asked" in changes else ""
     command = ("python -m clip_ttrt.compile --model demo --weights demo --precision fp16 "
                f"--batch 2:4:8 {asked}--output {copy} --force")

@@ -91,12 +91,6 @@ def test_bad_inputs_are_one_sentence(binary, artifact, tmp_path, inputs, says):
     assert code == 2 and line.startswith("clip_features: ") and line.endswith(says)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_cuda_asked_for_and_absent_is_one_sentence(binary, artifact, tmp_path):
-    assert outcome(binary, artifact, example.make_inputs(artifact, 2), tmp_path, "cuda") == \
-        (2, "clip_features: --device cuda: no CUDA GPU answers")
-
-
 @pytest.mark.gpu
 def test_engines_give_pythons_features(binary, engines, tmp_path):
     for batch in (1, 4, 8):
