@@ -1,4 +1,4 @@
-"""The bug scripts: their documents, their driver, and what of them can be seen without a GPU."""
+"""The bug scripts: verdicts, and the driver, which outlives what a script does."""
 import sys
 from unittest import mock
 

@@ -55,12 +55,12 @@ def engines(tmp_path_factory, request):
     return compiled(tmp_path_factory, "tensorrt", request.param)
 
 
-def outcome(binary, artifact, inputs, tmp_path, device=None) -> tuple[int, str]:
+def outcome(binary, artifact, inputs, tmp_path) -> tuple[int, str]:
     """Exit code and the last line on stderr: TensorRT's own warnings may stand before it."""
     path, output = tmp_path / "inputs.pt", tmp_path / "output.pt"
     if inputs is not None:
         torch.save(inputs, path)
-    result = example.run_binary(binary, artifact, path, output, device or artifact.device)
+    result = example.run_binary(binary, artifact, path, output, artifact.device)
     lines = result.stderr.splitlines()
     assert artifact.device == "cuda" or len(lines) == 1, result.stderr
     assert not output.exists()
@@ -79,13 +79,11 @@ def test_features_are_pythons_and_printed(binary, artifact, capsys, batch):
 @pytest.mark.parametrize("inputs, says", [
     (None, "inputs.pt: cannot be read"),
     (torch.zeros(2, 77), "inputs.pt: holds no dict of tensors"),
-    ({"pictures": torch.zeros(2, 77)}, "inputs.pt: holds neither images nor tokens"),
-    ({"images": 3}, "images: Expected Tensor but got Int"),
     ({"images": torch.zeros(9, 3, 112, 112)}, RANGE),
     ({"images": torch.zeros(2, 3, 5, 5)},
      "images: expected an input of shape [batch] + [3, 112, 112], got [2, 3, 5, 5]"),
     ({"tokens": torch.zeros(2, 77)}, "tokens: expected integer tokens, got another type"),
-], ids=["missing", "no dict", "other keys", "no tensor", "batch", "shape", "dtype"])
+], ids=["missing", "no dict", "batch", "shape", "dtype"])
 def test_bad_inputs_are_one_sentence(binary, artifact, tmp_path, inputs, says):
     code, line = outcome(binary, artifact, inputs, tmp_path)
     assert code == 2 and line.startswith("clip_features: ") and line.endswith(says)

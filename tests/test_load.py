@@ -1,4 +1,4 @@
-"""Throughput under load: clients run at once, what they measure adds up, failures are not lost."""
+"""Throughput under load: what clients measure adds up, and their failures are not lost."""
 import pytest
 import torch
 

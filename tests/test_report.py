@@ -42,6 +42,7 @@ def test_the_command_draws_beside_the_file_and_prints_the_table(tmp_path, capsys
     for row in (*rows("another GPU"), *rows(factor=3.0), *rows()):  # the last rows count
         if row["batch"] == "1" or row["backend"] != "torch.compile":
             append_row(path, row)
+    capsys.readouterr()
     assert report.main(["--csv", str(path)]) == 0
     assert (tmp_path / "speed.png").stat().st_size > 10_000
     assert capsys.readouterr().out.splitlines()[1:5] == [

@@ -1,4 +1,4 @@
-"""The embedded model's training: tokens, the loss, and a short run on the CPU."""
+"""The embedded model's training: packed weights, and short runs on the CPU."""
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -22,13 +22,9 @@ def options(tmp_path) -> train_demo.Options:
         log_every=1, out=str(tmp_path / "demo.safetensors"), report=str(tmp_path / "demo.json"))
 
 
-@pytest.fixture(scope="module")
-def tokens() -> train_demo.CaptionTokens:
-    return train_demo.CaptionTokens()
-
-
-def test_packed_weights_compute_what_was_trained(tokens):
+def test_packed_weights_compute_what_was_trained():
     """Trimmed texts over the rows in use give the features of full texts over the vocabulary."""
+    tokens = train_demo.CaptionTokens()
     model = train_demo.DemoClip(TINY, len(tokens.ids)).initialise(torch.Generator().manual_seed(0))
     for parameter in model.eval().parameters():
         parameter.data = parameter.data.half().float()
