@@ -22,39 +22,22 @@ FORMAT = 3
 MANIFEST = "manifest.json"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Artifact:
     """An artifact folder and its manifest, as read or just written."""
 
     folder: Path
     manifest: Mapping[str, Any]
 
-    @property
-    def dimensions(self) -> Dimensions:
-        return Dimensions(**self.manifest["dimensions"])
-
-    @property
-    def batch(self) -> BatchRange:
-        return BatchRange(**self.manifest["batch"])
-
-    @property
-    def origin(self) -> Origin:
-        return Origin(**self.manifest["weights"])
-
-    @property
-    def encoders(self) -> tuple[str, ...]:
-        return tuple(self.manifest["modules"])
-
-    @property
-    def device(self) -> str:
-        """`cuda` or `cpu`: where the modules run."""
-        return self.manifest["device"]
-
-    @property
-    def verified(self) -> Optional[bool]:
-        """Whether verification passed; None where it was not run."""
-        verification = self.manifest["verification"]
-        return verification and verification["passed"]
+    def __post_init__(self):
+        facts = self.manifest
+        self.dimensions = Dimensions(**facts["dimensions"])
+        self.batch = BatchRange(**facts["batch"])
+        self.origin = Origin(**facts["weights"])
+        self.encoders = tuple(facts["modules"])
+        self.device: str = facts["device"]  # cuda or cpu: where the modules run
+        report = facts["verification"]
+        self.verified: Optional[bool] = report and report["passed"]  # None: not verified
 
     def path(self, encoder: str) -> Path:
         return self.folder / self.manifest["modules"][encoder]["file"]
@@ -69,14 +52,12 @@ def read_artifact(folder: Union[str, Path]) -> Artifact:
         manifest = json.loads(path.read_text())
         if manifest["format"] != FORMAT:
             raise ValueError(f"its format is {manifest['format']!r}, not {FORMAT}")
-        artifact = Artifact(path.parent, manifest)
-        _ = artifact.dimensions, artifact.batch, artifact.origin, artifact.verified
         _ = [(each["file"], each["sha256"], each["mib"]) for each in manifest["modules"].values()]
-        _ = [manifest[name] for name in ("model", "precision", "logit_scale", "backend", "device",
+        _ = [manifest[name] for name in ("model", "precision", "logit_scale", "backend", "asked",
                                          "gpu", "versions", "kernels", "kernels_version")]
+        return Artifact(path.parent, manifest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise UserError(f"{path} is damaged ({problem!r}); compile again") from problem
-    return artifact
 
 
 def check_runs_here(artifact: Artifact, device: Optional[str] = None) -> None:
@@ -108,8 +89,9 @@ def recompile_command(artifact: Artifact) -> str:
     manifest, origin, encoders = artifact.manifest, artifact.origin, artifact.encoders
     options = {"model": manifest["model"], "weights": origin.path or origin.kind,
                "seed": origin.seed, "precision": manifest["precision"], "batch": artifact.batch,
-               "encoder": encoders[0] if len(encoders) == 1 else "both", "output": artifact.folder}
-    words = [word for name, value in options.items() if value is not None
+               "encoder": encoders[0] if len(encoders) == 1 else None, **manifest["asked"],
+               "output": artifact.folder}
+    words = [word for name, value in options.items() if value not in (None, "auto")
              for word in (f"--{name}", str(value))]
     return shlex.join(["python", "-m", "clip_ttrt.compile", *words, "--force"])
 
@@ -147,11 +129,8 @@ class Draft:
         return Artifact(self.folder, manifest)
 
     def publish(self, artifact: Artifact) -> Artifact:
-        """Move the finished folder to its place, in which it appears whole or not at all.
-
-        An older artifact there changes places with it in one step and is removed with the draft,
-        or, where a file system cannot do that, moves aside and comes back on any failure.
-        """
+        """Move the finished folder to its place, whole or not at all: an older artifact changes
+        places with it or, where a file system cannot do that, comes back on any failure."""
         if not exchange(self.folder, self.target):
             aside = Path(f"{self.folder.parent}.old")
             try:
@@ -167,7 +146,7 @@ class Draft:
 
 def exchange(one: Path, other: Path) -> bool:
     """Let two folders change places in one step; False where they cannot."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     at_cwd, exchanging = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     paths = at_cwd, os.fsencode(one), at_cwd, os.fsencode(other)
     return renameat2 is not None and renameat2(*paths, exchanging) == 0
@@ -175,10 +154,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 @contextmanager
 def draft(target: Path, force: bool) -> Iterator[Draft]:
-    """A `Draft` for a target folder; whatever is not published is removed.
-
-    Raises UserError where the target cannot be written or exists; with `force` an artifact may.
-    """
+    """A `Draft`, removed unless published; UserError for a target that is taken or unwritable."""
     target = Path(os.path.realpath(target))
     if target.exists():
         content = os.listdir(target) if target.is_dir() else [target.name]

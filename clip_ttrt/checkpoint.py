@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Mapping, Optional
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from clip_ttrt import demo, deprecations
 from clip_ttrt.demo import packing
@@ -52,15 +52,16 @@ def load_checkpoint(model: str, weights: Optional[str] = None, seed: int = 0,
     wanted = dimensions_of(model)
     weights = weights or ("demo" if model == "demo" else "openai")
     if weights == "demo":
-        tensors, metadata = _read_safetensors(demo.WEIGHTS)
-        state_dict = packing.unpack(tensors, int(metadata["vocab_size"]))
-        origin = Origin("demo", sha256_of_file(demo.WEIGHTS))
-    elif weights == "openai":
-        state_dict, origin = _openai(model)
+        tensors, sha256 = _read(demo.WEIGHTS, trust)
+        state_dict = packing.unpack(tensors, MODELS["demo"].vocab_size)
+        origin = Origin("demo", sha256)
     elif weights == "random":
         state_dict, origin = _random(wanted, seed)
     else:
-        state_dict, origin = _file(Path(weights), trust)
+        path = _download(model) if weights == "openai" else Path(weights)
+        state_dict, sha256 = _read(path, trust)
+        origin = (Origin("openai", sha256) if weights == "openai" else
+                  Origin("file", sha256, path=str(path.resolve())))
     state_dict = {name: tensor.detach().float().cpu() for name, tensor in state_dict.items()
                   if name not in NOT_PARAMETERS}
     with torch.device("meta"):
@@ -70,8 +71,8 @@ def load_checkpoint(model: str, weights: Optional[str] = None, seed: int = 0,
     what = f"these weights ({origin.path or origin.kind})"
     if theirs != ours:
         found, missing, unknown = dimensions_from(state_dict), ours - theirs, theirs - ours
-        names = [name for name, row in MODELS.items() if row == found] or ["no known model"]
-        raise UserError(f"{what} are not a whole {model}: they have the dimensions of {names[0]}, "
+        known = next((name for name, row in MODELS.items() if row == found), "no known model")
+        raise UserError(f"{what} are not a whole {model}: they have the dimensions of {known}, "
                         f"{len(missing)} missing ({', '.join(sorted(missing)[:3])}) and "
                         f"{len(unknown)} unknown tensors ({', '.join(sorted(unknown)[:3])})")
     if broken := [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]:
@@ -81,10 +82,7 @@ def load_checkpoint(model: str, weights: Optional[str] = None, seed: int = 0,
 
 def reload_checkpoint(model: str, origin: Origin, weights: Optional[str] = None,
                       trust: bool = False) -> Checkpoint:
-    """Load the weights that an artifact was compiled from; UserError where they are not the same.
-
-    weights: a file to read instead of the recorded path, where it has moved.
-    """
+    """The weights that an artifact was compiled from, in a file if that has moved, or UserError."""
     source = weights or origin.path or origin.kind
     checkpoint = load_checkpoint(model, source, origin.seed or 0, trust)
     if checkpoint.origin.sha256 != origin.sha256:
@@ -119,18 +117,17 @@ def sha256_of_file(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _openai(model: str) -> tuple[dict, Origin]:
+def _download(model: str) -> Path:
     clip = deprecations.clip()
     if model not in clip._MODELS:
         raise UserError(f"OpenAI published no {model}; use --weights demo, random or a file")
     url, folder = clip._MODELS[model], Path.home() / ".cache" / "clip"
     try:
-        path = Path(clip._download(url, str(folder)))
+        return Path(clip._download(url, str(folder)))
     except (OSError, http.client.HTTPException, RuntimeError) as problem:
         raise UserError(f"OpenAI's weights for {model} could not be downloaded ({problem}); place "
                         f"the file {url.rsplit('/', 1)[1]} in {folder}, or use --weights random"
                         ) from problem
-    return _read_trusted(path), Origin("openai", sha256_of_file(path))
 
 
 def _random(dims: Dimensions, seed: int) -> tuple[dict, Origin]:
@@ -146,33 +143,19 @@ def _random(dims: Dimensions, seed: int) -> tuple[dict, Origin]:
     return state_dict, Origin("random", digest.hexdigest(), seed=seed)
 
 
-def _file(path: Path, trust: bool) -> tuple[dict, Origin]:
+def _read(path: Path, trust: bool) -> tuple[dict, str]:
+    """A state dict and its file's SHA-256; the code of a pickle that is trusted runs."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; --weights takes demo, openai, random or a file")
-    origin = Origin("file", sha256_of_file(path), path=str(path.resolve()))
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)[0], origin
+    sha256, safe = sha256_of_file(path), path.suffix == ".safetensors"
     published = [url.split("/")[-2] for url in deprecations.clip()._MODELS.values()]
-    if not trust and origin.sha256 not in published:
+    if not safe and not trust and sha256 not in published:
         raise UserError(f"{path} is neither safetensors nor one of OpenAI's archives, so reading it"
                         " can run code: convert it to safetensors, or trust it: --trust-weights")
-    return _read_trusted(path), origin
-
-
-def _read_safetensors(path: Path) -> tuple[dict, dict]:
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except (SafetensorError, OSError) as problem:
-        raise UserError(f"{path} is not a whole safetensors file: {problem}") from problem
-
-
-def _read_trusted(path: Path) -> dict:
-    """A state dict from a TorchScript archive or a pickle, whose code runs."""
     try:
         with deprecations.hidden():
             warnings.filterwarnings("ignore", "'torch.load' received a zip file", UserWarning)
-            content = torch.load(str(path), map_location="cpu", weights_only=False)
+            content = load_file(path) if safe else torch.load(path, "cpu", weights_only=False)
     except Exception as problem:  # a pickle can raise anything at all
         reason = (str(problem) or repr(problem)).strip().partition("\n")[0]
         raise UserError(f"{path} cannot be read: {reason}") from problem
@@ -180,4 +163,4 @@ def _read_trusted(path: Path) -> dict:
         content = content.state_dict()
     if not isinstance(content, dict) or not all(map(torch.is_tensor, content.values())):
         raise UserError(f"{path} holds no state dict of tensors")
-    return content
+    return content, sha256

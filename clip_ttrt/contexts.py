@@ -2,6 +2,7 @@
 
 Work of one context is ordered by events on the GPU; nothing but a capture waits for the GPU.
 """
+import contextlib
 import ctypes
 import itertools
 import threading
@@ -11,6 +12,7 @@ from typing import Collection, Iterable, Optional
 import torch
 from torch import Tensor, nn
 
+from clip_ttrt.errors import UserError
 from clip_ttrt.options import BatchRange
 
 MOST_GRAPHS = 12  # of an encoder and context
@@ -18,16 +20,24 @@ PADDED = 32  # the largest batch that padding can make: larger ones hide their l
 _capturing = threading.Lock()  # PyTorch captures one graph at a time in a process
 
 
-def is_out_of_memory(problem: RuntimeError) -> bool:
-    """Whether the GPU's memory ran out, be it PyTorch, TorchScript or CUDA that says it."""
-    return "out of memory" in str(problem).lower()
+@contextlib.contextmanager
+def memory_errors(what: str):
+    """An exhausted GPU becomes UserError."""
+    try:
+        yield
+    except RuntimeError as problem:
+        if "out of memory" not in str(problem).lower():  # PyTorch, TorchScript and CUDA say so
+            raise
+        free, total = (each >> 20 for each in torch.cuda.mem_get_info())
+        raise UserError(f"out of GPU memory while {what} ({free} of {total} MiB are free); "
+                        "use a smaller batch or free the GPU") from problem
 
 
 def bucket(count: int, captured: Collection[int], batch: BatchRange) -> Optional[int]:
     """The batch size whose graph serves `count` rows, count <= batch.maximum; None: no graph.
 
-    While there are few graphs each size gets its own; then a size without one is padded to a power
-    of two up to 32, and of the larger ones only powers of two and the engine's maximum get one.
+    Few graphs: each size gets its own.  Beyond, a size without one is padded to a power of two up
+    to 32, and of the larger ones only powers of two and the engine's maximum get one.
     """
     size = max(count, batch.minimum)
     if size in captured or len(captured) < MOST_GRAPHS:
@@ -124,22 +134,19 @@ class Context:
         if size in self.graphs:
             self.graphs.move_to_end(size)
             return self.graphs[size]
-        return None if size is None else self.capture(size)
-
-    def capture(self, size: int) -> Optional[Captured]:
-        """A graph of a batch size, in place of the one used longest ago; None: no memory for it."""
+        if size is None:
+            return None
         with _capturing:
             self.done.synchronize()  # nothing of the context runs any more
             if len(self.graphs) == MOST_GRAPHS:
-                self.graphs.popitem(last=False)
+                self.graphs.popitem(last=False)  # the one used longest ago
             if not any(self.graphs.values()):
                 self.pool = torch.cuda.graph_pool_handle()  # PyTorch forgets one without graphs
             self.size = size
             try:
-                self.graphs[size] = Captured(self, size)
-            except RuntimeError as problem:
-                if not is_out_of_memory(problem):
-                    raise
+                with memory_errors(f"capturing a batch of {size}"):
+                    self.graphs[size] = Captured(self, size)
+            except UserError:
                 self.graphs[size] = None
             return self.graphs[size]
 

@@ -55,6 +55,7 @@ def compile_with(options: Options, progress: Progress) -> Artifact:
             "precision": options.precision,
             "computes_in": backend.computes_in,
             "batch": asdict(options.batch),
+            "asked": {"backend": options.backend, "kernels": options.kernels},
             "backend": backend.name,
             "backend_reason": backend.reason,
             "device": backend.device,

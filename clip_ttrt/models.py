@@ -30,8 +30,7 @@ class Dimensions:
 
     @property
     def image_tokens(self) -> int:
-        """Patches plus the class token."""
-        return (self.image_resolution // self.patch_size) ** 2 + 1
+        return (self.image_resolution // self.patch_size) ** 2 + 1  # patches and the class token
 
 
 MODELS = {
@@ -54,16 +53,10 @@ def dimensions_of(name: str) -> Dimensions:
 
 
 def dimensions_from(state_dict) -> Dimensions:
-    """The dimensions by the shapes of a state dict in OpenAI's naming.
-
-    Raises UserError where the tensors are not those of a CLIP model with a vision transformer.
-    """
-    if "visual.layer1.0.conv1.weight" in state_dict:
-        raise UserError("these weights are a CLIP model with a ResNet, which is not supported yet")
-
+    """The dimensions by the shapes of a state dict in OpenAI's naming; UserError for others."""
     def blocks(prefix: str) -> int:
-        names = (name.removeprefix(prefix) for name in state_dict if name.startswith(prefix))
-        return len({name.split(".")[0] for name in names})
+        return len({name.removeprefix(prefix).partition(".")[0] for name in state_dict
+                    if name.startswith(prefix)})
 
     try:
         patch = state_dict["visual.conv1.weight"]
@@ -80,4 +73,5 @@ def dimensions_from(state_dict) -> Dimensions:
             text_layers=blocks("transformer.resblocks."),
         )
     except (KeyError, IndexError, TypeError, AttributeError) as problem:
-        raise UserError(f"not a CLIP model in OpenAI's naming: {problem}") from problem
+        raise UserError("not a CLIP model with a vision transformer, in OpenAI's naming: "
+                        f"{problem}") from problem

@@ -1,5 +1,4 @@
 """`load`: an artifact as a drop-in for what `clip.load` returns."""
-import contextlib
 import re
 import warnings
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from clip_ttrt import deprecations
 from clip_ttrt.artifact import Artifact, check_runs_here, load_modules, read_artifact
-from clip_ttrt.contexts import Encoder, is_out_of_memory
+from clip_ttrt.contexts import Encoder, memory_errors
 from clip_ttrt.errors import UserError
 
 
@@ -44,24 +43,6 @@ def load(folder: Union[str, Path], device: Optional[str] = None, force: bool = F
     return model, deprecations.clip()._transform(artifact.dimensions.image_resolution)
 
 
-def out_of_memory(what: str) -> UserError:
-    """The sentence for an exhausted GPU."""
-    free, total = torch.cuda.mem_get_info()
-    return UserError(f"out of GPU memory while {what} ({free >> 20} of {total >> 20} MiB are free)"
-                     "; use a smaller batch or free the GPU")
-
-
-@contextlib.contextmanager
-def memory_errors(what: str):
-    """An exhausted GPU becomes UserError."""
-    try:
-        yield
-    except RuntimeError as problem:
-        if is_out_of_memory(problem):
-            raise out_of_memory(what) from problem
-        raise
-
-
 class CompiledCLIP(nn.Module):
     """Compiled encoders with the interface of OpenAI's `CLIP`.
 
@@ -82,12 +63,10 @@ class CompiledCLIP(nn.Module):
         self.artifact, side = artifact, dims.image_resolution
         self.context_length, self.vocab_size = dims.context_length, dims.vocab_size
         self.visual = SimpleNamespace(input_resolution=side, output_dim=dims.embed_dim)
-        here = f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu"
-        self.device = torch.device(here)
-        scale = torch.tensor(artifact.manifest["logit_scale"], device=self.device)
-        self.logit_scale = nn.Parameter(scale, requires_grad=False)
-        examples = {"image": torch.empty(0, 3, side, side, device=here),
-                    "text": torch.empty(0, dims.context_length, dtype=torch.int32, device=here)}
+        scale = torch.tensor(artifact.manifest["logit_scale"], device=artifact.device)
+        self.logit_scale, self.device = nn.Parameter(scale, requires_grad=False), scale.device
+        examples = {"image": scale.new_empty(0, 3, side, side),
+                    "text": scale.new_empty(0, dims.context_length, dtype=torch.int32)}
         with memory_errors(f"loading {artifact.folder}"):
             free = torch.cuda.mem_get_info()[0] if on_gpu else 0
             copies = [load_modules(artifact) for _ in range(contexts if on_gpu else 1)]

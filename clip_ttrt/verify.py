@@ -10,8 +10,9 @@ from torch.nn.functional import cosine_similarity, interpolate, normalize
 from clip_ttrt import deprecations, pictures
 from clip_ttrt.artifact import Artifact
 from clip_ttrt.checkpoint import Checkpoint, original_with_weights
+from clip_ttrt.contexts import memory_errors
 from clip_ttrt.demo import scenes
-from clip_ttrt.runtime import CompiledCLIP, memory_errors
+from clip_ttrt.runtime import CompiledCLIP
 
 COSINE_BOUND = {"fp32": 0.999999, "tf32": 0.9999, "fp16": 0.9999, "bf16": 0.999}
 TOP1_BOUND = {"fp32": 0.2, "tf32": 0.2, "fp16": 0.2, "bf16": 0.5}  # percentage points, demo model

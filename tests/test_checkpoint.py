@@ -1,6 +1,7 @@
 """Weights: where they come from, and every way in which they can be wrong."""
 import urllib.error
 from pathlib import Path
+from unittest import mock
 
 import clip.clip
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from clip_ttrt.checkpoint import (
-    load_checkpoint, original_model, original_with_weights, reload_checkpoint, sha256_of_file)
+    load_checkpoint, original_model, reload_checkpoint, sha256_of_file)
 from clip_ttrt.errors import UserError
 from clip_ttrt.models import MODELS
 
@@ -46,17 +47,11 @@ def test_random_weights_depend_on_the_seed_alone():
     assert torch.equal(torch.rand(3), expected)  # the caller's generator is left alone
 
 
-NOT_CLIP, POSITIONS = "not a CLIP model", "visual.positional_embedding"
-
-
 @pytest.mark.parametrize("damage, sentence", [
-    (lambda d: d.pop("ln_final.weight"), NOT_CLIP),
-    (lambda d: [d.pop(name) for name in list(d)[1:]], NOT_CLIP),
+    (lambda d: d.pop("ln_final.weight"), "not a CLIP model"),
     (lambda d: d.pop("ln_final.bias"), r"demo, 1 missing \(ln_final.bias \[128\]\) and 0 unknown"),
     (lambda d: d.update(extra=torch.zeros(1)), r"0 missing \(\) and 1 unknown tensors \(extra \[1"),
     (lambda d: d["text_projection"].fill_(float("nan")), "not finite: text_projection"),
-    (lambda d: d.update({POSITIONS: torch.zeros(12, 192)}), r"no known model, 1 missing"),
-    (lambda d: d.update({"visual.layer1.0.conv1.weight": torch.zeros(1)}), "ResNet, which is not"),
 ])
 def test_wrong_tensors(path, state_dict, damage, sentence):
     damage(state_dict)
@@ -70,7 +65,7 @@ def test_files_that_are_another_model_s_truncated_or_missing(path, state_dict):
     with pytest.raises(UserError, match="not a whole ViT-B/32: they have the dimensions of demo"):
         load_checkpoint("ViT-B/32", str(path))
     path.write_bytes(path.read_bytes()[:10000])
-    with pytest.raises(UserError, match="not a whole safetensors file"):
+    with pytest.raises(UserError, match="w.safetensors cannot be read"):
         load_checkpoint("demo", str(path))
     path.unlink()
     with pytest.raises(UserError, match="w.safetensors: no such file"):
@@ -122,22 +117,7 @@ def test_one_of_openais_archives_is_recognised_by_its_digest(tmp_path, state_dic
 
 @pytest.mark.parametrize("problem", [urllib.error.URLError("no network"), RuntimeError("checksum")])
 def test_openais_weights_without_a_network(tmp_path, monkeypatch, problem):
-    def refused(url, root):
-        raise problem
-
-    monkeypatch.setattr(clip.clip, "_download", refused)
+    monkeypatch.setattr(clip.clip, "_download", mock.Mock(side_effect=problem))
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     with pytest.raises(UserError, match=r"place the file ViT-B-32.pt in .*\.cache/clip, or use"):
         load_checkpoint("ViT-B/32")
-
-
-def test_the_original_without_initialisation_is_the_original():
-    saved = load_checkpoint("demo")
-    model, plain = original_with_weights(saved, "cpu"), original_model(saved.dimensions).eval()
-    plain.load_state_dict(saved.state_dict)
-    tokens, images = torch.arange(154).view(2, 77), torch.randn(2, 3, 112, 112)
-    with torch.no_grad():
-        for ours, theirs in zip(model(images, tokens), plain(images, tokens), strict=True):
-            assert torch.equal(ours, theirs)
-    assert not model.training
-    assert not any(each.requires_grad or each.is_meta for each in model.parameters())

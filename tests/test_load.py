@@ -1,6 +1,4 @@
-"""Throughput under load: clients run at once, what they measure adds up, failures are not lost."""
-import time
-
+"""Throughput under load: what clients measure adds up, and their failures are not lost."""
 import pytest
 import torch
 
@@ -26,7 +24,7 @@ def test_a_closed_loop_on_the_embedded_model(demo_artifact, tmp_path):
 
 
 @pytest.mark.parametrize("batches, said", [
-    (["1"], "do not all lie within the artifact's 2:4:8"), (["2", "9"], "--batches 2 9 do not"),
+    (["2", "9"], "--batches 2 9 do not all lie within the artifact's 2:4:8"),
     (["0"], "take positive numbers"), (None, "no artifact"),
 ])  # fmt: skip
 def test_bad_input_is_an_error(batches, said, demo_artifact, tmp_path, capsys):
@@ -34,20 +32,6 @@ def test_bad_input_is_an_error(batches, said, demo_artifact, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         load.main(["--artifact", str(folder), "--out", str(out), "--batches", *(batches or ["2"])])
     assert ended.value.code == 2 and not out.exists() and said in capsys.readouterr().err
-
-
-def test_clients_are_all_in_flight_at_once():
-    flying, highest = [], []
-
-    def run(rows: torch.Tensor) -> None:
-        flying.append(rows)
-        highest.append(len(flying))
-        time.sleep(0.01)
-        flying.pop()
-
-    wall, latencies = load.drive([load.Client(run, torch.zeros(1), "cpu") for _ in range(3)], 0.2)
-    assert max(highest) == 3 and wall >= 0.2
-    assert len(latencies) == len(highest) - 3 * load.WARM_UP and min(latencies) >= 10
 
 
 def test_what_a_client_raises_is_raised():

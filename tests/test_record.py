@@ -1,10 +1,8 @@
 """Rows: their provenance, their file, and those of an artifact's errors."""
 import shutil
-from dataclasses import replace
 
 import pytest
 
-from clip_ttrt.errors import UserError
 from experiments import accuracy, record
 
 
@@ -25,8 +23,7 @@ def test_provenance_tells_rtx_from_tensorrt(monkeypatch):
     assert tuple(row) == record.PROVENANCE and len(row["date"]) == 10
     assert list(row.values())[:-1] == ["H100", "2.12.0", "2.12.0", "10.16.1", "abc"]
     rtx = {"torch": "2.12.0", "torch-tensorrt-rtx": "2.12.1", "tensorrt-rtx": "1.6.1"}
-    row = record.provenance(rtx)
-    assert (row["torch_tensorrt"], row["tensorrt"]) == ("2.12.1", "rtx 1.6.1")
+    assert list(record.provenance(rtx).values())[2:4] == ["2.12.1", "rtx 1.6.1"]
 
 
 def test_an_artifact_s_rows_are_its_verification_s_and_failures_are_told(
@@ -43,10 +40,6 @@ def test_an_artifact_s_rows_are_its_verification_s_and_failures_are_told(
         for name in ("cos_min", "cos_mean", "rel_mean", "abs_max"):
             assert float(row[name]) == pytest.approx(report["errors"][encoder][name], rel=1e-5)
     assert float(rows[2]["top1_compiled"]) == pytest.approx(report["top1"]["compiled"], abs=1e-4)
-    assert rows[0]["top1_compiled"] == ""
     monkeypatch.setattr(accuracy, "compile_in_process", lambda *_, **__: (2, tmp_path / "none"))
     assert accuracy.main([*options, "--precisions", "bf16"]) == 1
     assert record.read_rows(out) == rows
-    unverified = {**demo_artifact.manifest, "verification": None}
-    with pytest.raises(UserError, match="never verified"):
-        list(accuracy.rows_of(replace(demo_artifact, manifest=unverified)))

@@ -9,6 +9,7 @@ from experiments import report
 from experiments.record import PROVENANCE, append_row
 from experiments.sweep import KEY, PEERS
 
+ENCODERS = ("image", "text")
 TIMES = {
     ("clip_ttrt 1:32:128", "fused", "call"): 1.0,
     ("clip_ttrt 1:32:128", "fused", "graph"): 0.9,
@@ -24,21 +25,12 @@ def rows(gpu="GPU", factor=1.0):
         values = ("ViT-B/32", encoder, batch, "fp16", *key, ms, "", gpu, "2.11", "", "10", "c", "d")
         return dict(zip((*KEY, "median_ms", "p90_ms", *PROVENANCE), values, strict=True))
 
-    return [row(*each) for each in itertools.product(("image", "text"), ("1", "8"), TIMES)]
-
-
-def test_the_last_measurement_of_the_last_gpu_counts():
-    other = [{**row, "commit": "another"} for row in rows(factor=2.0)]
-    measured = rows("another GPU") + rows(factor=3.0) + other + rows()
-    assert report.latest(measured, None) == rows()
-    assert report.latest(measured, "another GPU") == rows("another GPU")
-    assert report.latest(measured + other[:1], None) == other
+    return [row(*each) for each in itertools.product(ENCODERS, ("1", "8"), TIMES)]
 
 
 def test_a_panel_an_encoder_and_a_line_a_backend_as_called():
     panels = report.plot(rows()).axes
-    titles = [panel.get_title() for panel in panels]
-    assert titles == ["ViT-B/32 image fp16", "ViT-B/32 text fp16"]
+    assert [panel.get_title() for panel in panels] == [f"ViT-B/32 {name} fp16" for name in ENCODERS]
     lines = {line.get_label(): list(line.get_ydata()) for line in panels[0].get_lines()}
     assert lines == {"clip_ttrt 1:32:128 fused": [1, 8], "clip_ttrt fused": [0.8, 6.4],
                      "torch.compile": [2, 16]}  # fmt: skip
@@ -47,7 +39,7 @@ def test_a_panel_an_encoder_and_a_line_a_backend_as_called():
 
 def test_the_command_draws_beside_the_file_and_prints_the_table(tmp_path, capsys):
     path = tmp_path / "speed.csv"
-    for row in rows():
+    for row in (*rows("another GPU"), *rows(factor=3.0), *rows()):  # the last rows count
         if row["batch"] == "1" or row["backend"] != "torch.compile":
             append_row(path, row)
     capsys.readouterr()

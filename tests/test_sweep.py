@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from clip_ttrt.models import MODELS
 from experiments import baselines, floor, kernels, sweep
 from experiments.record import provenance, read_rows
-from experiments.timing import percentile, sets_for
 
 COLUMNS = (
     "model,encoder,batch,precision,backend,kernels,how,median_ms,p90_ms,"
@@ -40,11 +39,6 @@ def test_the_embedded_model_on_a_cpu(tmp_path, capfd):
     assert read_rows(out) == rows
 
 
-def test_percentiles_are_those_of_the_nearest_rank_and_sets_exceed_a_cache():
-    assert [percentile(range(100, 0, -1), share) for share in (0.5, 0.9, 0.99)] == [50, 90, 99]
-    assert [sets_for(size) for size in (1, 100 << 20, 1 << 30)] == [64, 2, 1]
-
-
 @pytest.mark.parametrize("option", [["--range", "8:4:1"], ["--static", "0"], ["--models", "no"]])
 def test_what_cannot_be_compiled_is_refused_at_once(option, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -55,7 +49,6 @@ def test_what_cannot_be_compiled_is_refused_at_once(option, capsys):
 @pytest.mark.parametrize("body, seconds, measured, said", [
     ("if batch == 8: os.abort()", 60, [1, 32], "batch 8: SIGABRT"),
     ("if batch == 32: time.sleep(60)", 2, [1, 8], "batch 32: SIGKILL"),
-    ("if batch == 8: sys.exit(2)", 60, [1], ""),  # it has said why, and it holds for the rest
 ])  # fmt: skip
 def test_what_ends_a_process_costs_its_own_batch(
     body, seconds, measured, said, tmp_path, monkeypatch, capfd
@@ -91,34 +84,16 @@ def test_what_fails_is_one_sentence(backend, code, measured, said, monkeypatch, 
     assert len(told.err.splitlines()) == 1 and said in told.err
 
 
-def test_an_artifact_is_measured_as_what_it_is_and_not_where_it_is_wrong(
-    demo_artifact, monkeypatch, capsys
-):
+def test_an_artifact_that_is_wrong_is_not_measured(demo_artifact, monkeypatch, capsys):
     options = sweep.parse(["--backends", "clip_ttrt", "--range", "2:4:8", "--batches", "1", "2"])
-    code, folder = 0, demo_artifact.folder
-    monkeypatch.setattr(sweep, "compile_in_process", lambda *_, **__: (code, folder))
-    _, job = sweep.jobs_of(options)
-    assert (job.backend, job.kernels, job.batches) == ("clip_ttrt 2:4:8", "", [2])
-    [[row]] = sweep.rows_of(replace(job, device="cpu", hows=["call"], repeats=1))
-    assert row["torch"] == demo_artifact.manifest["versions"]["torch"]
     wrong = {**demo_artifact.manifest, "verification": {"passed": False}}
     for code, manifest in ((1, demo_artifact.manifest), (0, wrong)):
         found = replace(demo_artifact, manifest=manifest)
+        ended = code, demo_artifact.folder
+        monkeypatch.setattr(sweep, "compile_in_process", lambda *_, ended=ended, **__: ended)
         monkeypatch.setattr(sweep, "read_artifact", lambda _, found=found: found)
         assert list(sweep.jobs_of(options)) == []
         assert "was not compiled, or failed its verification" in capsys.readouterr().err
-
-
-def test_ratios_are_of_the_same_cell():
-    cell = {"model": "demo", "encoder": "text", "precision": "fp16", "kernels": ""}
-    rows = [
-        {**cell, "batch": batch, "backend": backend, "how": how, "median_ms": ms}
-        for batch, backend, how, ms in (
-            ("1", "torch.compile", "call queued", "8.0"), ("1", "torch.compile", "call", "2.0"),
-            ("1", "clip_ttrt 1:2:8", "graph", "1.0"), ("8", "clip_ttrt", "graph", "1.0"))
-    ]  # fmt: skip
-    expected = "| demo text 1 fp16 graph | clip_ttrt 1:2:8 | 1.000 | 2.000 | 0.500 |"
-    assert sweep.ratios(rows).splitlines()[2:] == [expected]
 
 
 @ENCODERS
@@ -131,24 +106,7 @@ def test_the_floor_counts_the_work_of_the_encoder(encoder):
     assert counter.get_total_flops() == products  # on the CPU it counts no attention
     heads, tokens, times = (3, 50, 6) if encoder == "image" else (2, 77, 4 / 2)
     assert work.flops == products + 4 * 3 * heads * tokens**2 * 64 * times
-    [[row]] = sweep.rows_of(replace(JOB, encoder=encoder, backend="floor", batches=[1]))
-    assert float(row["median_ms"]) > 0
-
-
-@ENCODERS
-def test_peers_are_the_original_on_rows_that_are_each_another(encoder):
-    x = baselines.example("demo", encoder, 64, torch.float, "cpu")
-    assert len(x.flatten(1).unique(dim=0)) == 64
-    if encoder == "text":
-        ends = x.argmax(dim=1)
-        assert len(ends.unique()) > 32 and (x.gather(1, ends[:, None]) == baselines.END).all()
-    with torch.no_grad():
-        expected = baselines.clip("demo", encoder, "fp32", "cpu")(x[:3])
-        for peer in (baselines.plain, baselines.rearranged):
-            features = peer("demo", encoder, "fp32", "cpu")(x[:3])
-            assert torch.allclose(features, expected, atol=1e-4 * expected.abs().max().item())
-    layers = [type(module) for module in baselines.plain("demo", encoder, "fp32", "cpu").modules()]
-    assert (torch.nn.Conv2d in layers) is (encoder == "image")
+    assert list(sweep.rows_of(replace(JOB, encoder=encoder, backend="floor", batches=[1])))[0]
 
 
 def test_kernels_have_rows_on_a_cpu(tmp_path, capsys):
@@ -163,15 +121,3 @@ def test_kernels_have_rows_on_a_cpu(tmp_path, capsys):
         assert row["backend"] == "reference" and 0 < float(row["median_us"]) <= float(row["p90_us"])
     assert kernels.main([*options, "--seconds", "0"]) == 1 and read_rows(out) == rows
     assert f"{len(rows)} shapes are left out" in capsys.readouterr().err
-
-
-@ENCODERS
-def test_what_is_compiled_beside_a_kernel_is_one_graph_of_the_same_numbers(encoder):
-    at = kernels.Place("demo", encoder, 2, "cpu")
-    for case in [case for op in kernels.OPS.values() for case in op(at)]:
-        peers = set(case.backends("cuda")) - {"ours"}
-        assert peers == set(case.libraries or ["torch.compile"])
-        torch._dynamo.reset()
-        compiled = torch.compile(case.reference, backend="eager", fullgraph=True)
-        inputs = case.inputs()
-        torch.testing.assert_close(compiled(*inputs), case.reference(*inputs))

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from clip_ttrt import UserError, pictures, runtime, verify
-from clip_ttrt.artifact import Artifact
 from clip_ttrt.checkpoint import load_checkpoint
+from clip_ttrt.options import BatchRange
 
 
 def artifact(minimum, optimal, maximum, backend="tensorrt", precision="fp16"):
-    batch = {"minimum": minimum, "optimal": optimal, "maximum": maximum}
-    return Artifact(None, {"backend": backend, "computes_in": precision, "modules": {"image": {}},
-                           "batch": batch})
+    manifest = {"backend": backend, "computes_in": precision}
+    batch = BatchRange(minimum, optimal, maximum)
+    return SimpleNamespace(manifest=manifest, encoders=("image",), batch=batch)
 
 
 @pytest.mark.parametrize("batch, expected", [

@@ -51,18 +51,14 @@ def context_of(model, encoder):
 @ENCODERS
 def test_graphs_of_one_context_stay_right(model, plain, encoder):
     call, expected = encode(model, encoder), encode(plain, encoder)
-    context = context_of(model, encoder)
+    graphs = context_of(model, encoder).graphs
     for size in (8, 4, 2):
         call(rows(encoder, size))
-    assert list(context.graphs) == [8, 4, 2] and not context_of(plain, encoder).graphs
-    five = rows(encoder, 5)
-    with torch.no_grad():
-        assert torch.equal(context.module(five), expected(five))
+    assert list(graphs) == [8, 4, 2] and not context_of(plain, encoder).graphs
     order = random.Random(0)
     for step in range(60):
         x = rows(encoder, order.choice((8, 4, 2)), seed=step)
         assert torch.equal(call(x), expected(x))
-    assert sorted(context.graphs) == [2, 4, 8]
 
 
 @ENCODERS
@@ -79,15 +75,6 @@ def test_results_are_the_caller_s_own(model, plain, encoder):
 
 
 @ENCODERS
-def test_any_batch(model, plain, encoder):
-    for count in (0, 1, 2, 3, 7, 8, 9, 17, 20):
-        x = rows(encoder, count, seed=count)
-        features = encode(model, encoder)(x)
-        assert features.shape == (count, 256) and torch.equal(features, encode(plain, encoder)(x))
-    assert sorted(context_of(model, encoder).graphs) == [2, 3, 4, 7, 8]
-
-
-@ENCODERS
 def test_few_graphs_are_kept_and_other_sizes_padded(model, plain, encoder, monkeypatch):
     monkeypatch.setattr(contexts, "MOST_GRAPHS", 3)
     context = context_of(model, encoder)
@@ -101,25 +88,21 @@ def test_few_graphs_are_kept_and_other_sizes_padded(model, plain, encoder, monke
 
 
 def forms(encoder, x):
-    """The same rows in other types, layouts and places, and what they are on the GPU."""
+    """The same rows in other types, layouts and places."""
     if encoder == "image":
         for dtype in (torch.half, torch.bfloat16, torch.double):
             yield x.to(dtype)
-        yield x.half().cpu()
         yield x.half().cpu().pin_memory()
-        yield x.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2)
         yield x.to(memory_format=torch.channels_last)
+        yield x.clone().requires_grad_()
     else:
         yield x.long()
         yield x.long().cpu().pin_memory()
         for length in (9, 30, 12, 77, 10):  # all texts end by the ninth token
             yield x[:, :length]
             yield x[:, :length].contiguous().cpu().pin_memory()
-    yield x.repeat_interleave(2, dim=0)[::2]
-    yield x.repeat_interleave(2, dim=0)[::2].cpu()
-    yield x.cpu()
-    yield x.cpu().pin_memory()
-    yield x.clone().requires_grad_() if encoder == "image" else x
+    strided = x.repeat_interleave(2, dim=0)[::2]
+    yield from (strided, strided.cpu(), x.cpu(), x.cpu().pin_memory())
 
 
 @ENCODERS
@@ -202,35 +185,17 @@ def test_threads_on_streams_get_their_own_answers(demo_engines, plain, at_once):
         order = random.Random(seed)
         with torch.cuda.stream(torch.cuda.Stream()):
             while not ended.is_set():
-                sizes = [order.randrange(1, 1 << 23) for _ in range(4)]
-                held = [torch.full((size,), 1.0, device="cuda") for size in sizes]
+                held = [torch.ones(order.randrange(1, 1 << 23), device="cuda") for _ in range(4)]
                 assert all(float(each[-1]) == 1 for each in held)
 
     with ThreadPoolExecutor(10) as pool:
         others = [pool.submit(allocate, seed) for seed in range(2)]
-        workers = [pool.submit(work, seed) for seed in range(8)]
         try:
-            for future in workers:
-                future.result()
+            list(pool.map(work, range(8)))
         finally:
             ended.set()
         for future in others:
             future.result()
-
-
-def test_calls_on_two_streams_take_two_contexts(demo_engines, plain):
-    model, _ = clip_ttrt.load(demo_engines.folder, contexts=2)
-    x, streams = rows("image", 4), [torch.cuda.Stream() for _ in range(2)]
-    torch.cuda.synchronize()
-    found = []
-    for stream in streams * 3:
-        with torch.cuda.stream(stream):
-            found.append(model.encode_image(x))
-    torch.cuda.synchronize()
-    used = model._encoders["image"].contexts
-    assert [context.stream for context in used] == streams
-    assert all(list(context.graphs) == [4] for context in used)
-    assert all(torch.equal(features, plain.encode_image(x)) for features in found)
 
 
 def test_one_context_is_in_order_across_streams(model, plain):
@@ -249,12 +214,19 @@ def test_one_context_is_in_order_across_streams(model, plain):
         assert torch.equal(features, right)
 
 
-def test_memory_and_warmup(demo_engines):
+def test_two_contexts_serve_two_streams_and_warm_up(demo_engines, plain):
     model, _ = clip_ttrt.load(demo_engines.folder, contexts=2)
-    empty = model.memory()
+    empty, files = model.memory(), demo_engines.manifest["modules"].values()
     assert empty["graphs"] == 0 and empty["contexts"] >= 0
-    files = demo_engines.manifest["modules"].values()
     assert empty["weights"] == pytest.approx(2 * sum(each["mib"] for each in files))
+    x, streams, found = rows("image", 4), [torch.cuda.Stream() for _ in range(2)], []
+    torch.cuda.synchronize()
+    for stream in streams * 3:
+        with torch.cuda.stream(stream):
+            found.append(model.encode_image(x))
+    torch.cuda.synchronize()
+    assert [context.stream for context in model._encoders["image"].contexts] == streams
+    assert all(torch.equal(features, plain.encode_image(x)) for features in found)
     model.warmup([4])
     one = model.memory()["graphs"]
     model.warmup()  # 2, 4 and 8
@@ -263,41 +235,23 @@ def test_memory_and_warmup(demo_engines):
         assert [sorted(context.graphs) for context in encoder.contexts] == [[2, 4, 8]] * 2
 
 
-def test_a_graph_that_the_memory_does_not_suffice_for_is_done_without(model, plain, monkeypatch):
-    asked = []
-
-    def exhausted(context, size):
-        asked.append(size)
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(contexts, "Captured", exhausted)
-    x = rows("text", 4)
-    for _ in range(3):
-        assert torch.equal(model.encode_text(x), plain.encode_text(x))
-    assert asked == [4] and model.memory()["graphs"] == 0
-
-
-def test_a_failed_capture_leaves_stream_and_context_as_they_were(model, plain, monkeypatch):
+def test_a_failed_capture_is_done_without_and_leaves_all_as_it_was(model, plain):
     """A capture that runs out of memory half way, for real but for the exhaustion itself."""
     x, context, before = rows("image", 4), context_of(model, "image"), torch.cuda.current_stream()
-    module = context.module
+    module, captures = context.module, []
 
     def exhausted(rows):
         if torch.cuda.is_current_stream_capturing():
+            captures.append(len(rows))
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return module(rows)
 
     context.module = exhausted
-    assert torch.equal(model.encode_image(x), plain.encode_image(x))
+    for _ in range(2):
+        assert torch.equal(model.encode_image(x), plain.encode_image(x))
+    assert captures == [4] and model.memory()["graphs"] == 0
     assert context.graphs == {4: None} and torch.cuda.current_stream() == before
     context.module = module
     two = rows("image", 2)
     assert torch.equal(model.encode_image(two), plain.encode_image(two))
     assert context.graphs[2] is not None
-
-
-def test_logits_are_those_without_graphs(model, plain):
-    images, tokens = rows("image", 5), rows("text", 3)
-    for _ in range(2):
-        for found, expected in zip(model(images, tokens), plain(images, tokens), strict=True):
-            assert torch.equal(found, expected)
