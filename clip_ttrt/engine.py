@@ -1,50 +1,73 @@
-"""Checkpoint -> encoder -> graph -> engine -> TorchScript module, for each of an artifact's."""
+"""Checkpoint -> encoder -> graph -> engine -> TorchScript module, as one plan decides."""
 from contextlib import ExitStack
 from dataclasses import asdict
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import nn
 
 from clip_ttrt import backends, deprecations, graph, kernels, linear, stack, trt, verify
 from clip_ttrt.artifact import Artifact, draft
-from clip_ttrt.backends import Backend
+from clip_ttrt.backends import Backend, Choice
 from clip_ttrt.checkpoint import Checkpoint, load_checkpoint
 from clip_ttrt.encoders import ENCODERS
 from clip_ttrt.errors import UserError
 from clip_ttrt.guard import Guarded, trace
 from clip_ttrt.models import Dimensions
-from clip_ttrt.options import Options
+from clip_ttrt.options import BatchRange, Options
 from clip_ttrt.progress import Progress
 
 DTYPES = {"fp32": torch.float, "tf32": torch.float, "fp16": torch.half, "bf16": torch.bfloat16}
 
 
-def compile_with(options: Options, progress: Progress) -> Artifact:
-    """Compile as `clip_ttrt.compile` does; a failed verification is recorded and not raised."""
+class Plan(NamedTuple):
+    """All that a compile decides before it does anything."""
+
+    backend: Backend
+    kernels: Choice
+    kernels_version: Optional[str]  # of the library that the engines need, if any
+    passes: dict[str, tuple[graph.Pass, ...]]  # of an encoder's graph, each of which must find work
+    builder: Optional[dict[str, Any]]  # settings of `trt.build`; None: traced for TorchScript
+
+
+def plan_for(options: Options) -> Plan:
+    """The plan of a compile here.  Raises UserError for what cannot be had."""
     backend = backends.choose(options.backend, options.precision)
     choice = backends.choose_kernels(options.kernels, backend, options.precision)
+    if backend.name == "torchscript":
+        passes = (graph.lower, graph.inline_references)
+        return Plan(backend, choice, None, dict.fromkeys(options.encoders, passes), None)
+    fused = choice.kernels == "fused"  # linear layers are tuned before the network is built
+    passes = {name: (graph.lower, *graph.FUSE[name], graph.tuning(options.batch))
+              if fused else (graph.lower,) for name in options.encoders}
+    builder = {each: getattr(options, each)
+               for each in ("batch", "precision", "optimization_level", "timing_cache")}
+    return Plan(backend, choice, kernels.version() if fused else None, passes, builder)
+
+
+def compile_with(options: Options, progress: Progress) -> Artifact:
+    """Compile as `clip_ttrt.compile` does; a failed verification is recorded and not raised."""
+    plan = plan_for(options)
+    backend = plan.backend
     progress.say(f"backend: {backend.reason}")
     if backend.computes_in != options.precision:
         progress.say(f"note: {options.precision} was asked for, and this backend computes in "
                      f"{backend.computes_in}")
-    if choice.kernels is not None:
-        progress.say(f"kernels: {choice.kernels} ({choice.reason})")
-    kernels_version = kernels.version() if choice.kernels == "fused" else None
+    if plan.kernels.kernels is not None:
+        progress.say(f"kernels: {plan.kernels.kernels} ({plan.kernels.reason})")
     with ExitStack() as compiler, draft(options.folder, options.force) as writing:
-        if backend.name != "torchscript":
+        if plan.builder is not None:
             with progress.stage("load Torch-TensorRT"):
                 trt.load_runtime(backend.name)
                 compiler.enter_context(trt.builder_kept())
-        kernels.load(kernels_version)
+        kernels.load(plan.kernels_version)
         with progress.stage(f"read weights of {options.model}"):
             checkpoint = load_checkpoint(
                 options.model, options.weights, options.seed, options.trust_weights)
         title = "WARNING" if checkpoint.origin.kind == "random" else "weights"
         progress.say(f"{title}: {checkpoint.origin.describe()}")
         for encoder in options.encoders:
-            module, facts = build_encoder(
-                encoder, checkpoint, options, backend, choice.kernels, progress)
+            module, facts = build_encoder(encoder, checkpoint, options.batch, plan, progress)
             writing.add(encoder, module, **facts)
             del module
         manifest = {
@@ -61,12 +84,12 @@ def compile_with(options: Options, progress: Progress) -> Artifact:
             "device": backend.device,
             "optimization_level": options.optimization_level,
             "gpu": stack.gpu() if backend.device == "cuda" else {},
-            "kernels": choice.kernels,
-            "kernels_reason": choice.reason,
-            "kernels_version": kernels_version,
+            "kernels": plan.kernels.kernels,
+            "kernels_reason": plan.kernels.reason,
+            "kernels_version": plan.kernels_version,
             "versions": stack.versions(),
         }
-        if kernels_version is not None:
+        if plan.kernels_version is not None:
             manifest["versions"]["cublaslt"] = linear.version_text()
         artifact = writing.write_manifest(**manifest, verification=None)
         if options.verify:
@@ -76,30 +99,20 @@ def compile_with(options: Options, progress: Progress) -> Artifact:
         return writing.publish(artifact)
 
 
-def build_encoder(name: str, checkpoint: Checkpoint, options: Options, backend: Backend,
-                  chosen: Optional[str], progress: Progress
-                  ) -> tuple[torch.jit.ScriptModule, dict[str, Any]]:
-    """The TorchScript module to save of one encoder, and facts about it for the manifest.
-
-    chosen: whose kernels an engine has, `fused` or `tensorrt`; None for TorchScript.
-    """
-    as_engine, batch = chosen is not None, options.batch
-    device = "cpu" if as_engine else backend.device
-    encoder = in_precision(ENCODERS[name](checkpoint.state_dict), backend.computes_in).to(device)
+def build_encoder(name: str, checkpoint: Checkpoint, batch: BatchRange, plan: Plan,
+                  progress: Progress) -> tuple[torch.jit.ScriptModule, dict[str, Any]]:
+    """The TorchScript module to save of one encoder, and facts about it for the manifest."""
+    as_engine = plan.builder is not None
+    device = "cpu" if as_engine else plan.backend.device
+    encoder = in_precision(ENCODERS[name](checkpoint.state_dict), plan.backend.computes_in)
     example = example_input(name, checkpoint.dimensions).to(device)
     with progress.stage(f"export the {name} encoder"):
-        module = graph.capture(encoder, example)
-    passes = [graph.lower]
-    if chosen == "fused":  # linear layers are tuned here, before the network is built
-        passes += [*graph.FUSE[name], graph.tuning(batch)]
-    elif not as_engine:
-        passes.append(graph.inline_references)
+        module = graph.capture(encoder.to(device), example)
     work = f"build the {name} engine" if as_engine else f"trace the {name} encoder"
     with progress.stage(work) as time:
-        facts: dict[str, Any] = {"rewrites": graph.run(module, passes)}
+        facts: dict[str, Any] = {"rewrites": graph.run(module, plan.passes[name])}
         if as_engine:
-            module, about = trt.build(module, example, batch, options.precision,
-                                      options.optimization_level, options.timing_cache, name)
+            module, about = trt.build(module, example, name=name, **plan.builder)
             facts |= {"engines": 1, **about}
             example = example[:1].expand(batch.optimal, *example.shape[1:]).contiguous().cuda()
         module = Guarded(trace(module, example), example, batch).eval()
