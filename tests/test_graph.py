@@ -3,13 +3,13 @@ import pytest
 import torch
 from torch import nn
 
-from clip_ttrt import graph, linear, ops
+from clip_ttrt import backends, engine, graph, linear, ops
 from clip_ttrt.checkpoint import load_checkpoint
 from clip_ttrt.encoders import ENCODERS
 from clip_ttrt.engine import in_precision
 from clip_ttrt.errors import UserError
 from clip_ttrt.guard import trace
-from clip_ttrt.options import BatchRange
+from clip_ttrt.options import BatchRange, Options
 from lowering import One, encoder_in, lowered
 
 aten = torch.ops.aten
@@ -124,6 +124,25 @@ def test_keyword_arguments_of_every_operation_are_refused_by_name(op, module):
         node.kwargs = {"unused": 7}
     with pytest.raises(graph.GraphError, match=rf"{op} with .*'unused': 7"):
         list(graph.lower(found))
+
+
+@pytest.mark.parametrize("backend, kernels, names", [
+    ("torchscript", None, ["lower", "inline_references"]),
+    ("tensorrt", "tensorrt", ["lower"]),
+    ("tensorrt", "fused", ["lower", "fuse_attention", "fuse_image_embedding", "tune"]),
+])
+def test_one_plan_decides_kernels_passes_and_settings(backend, kernels, names, monkeypatch):
+    found = backends.Backend(backend, "cuda", "fp16", "asked")
+    monkeypatch.setattr(backends, "choose", lambda *_: found)
+    monkeypatch.setattr(backends, "choose_kernels", lambda *_: backends.Choice(kernels, "asked"))
+    plan = engine.plan_for(Options(encoder="image", optimization_level=2, batch="1:2:4"))
+    passes = [each.__name__ for each in plan.passes["image"]]
+    assert [name for name in passes if name in names] == names
+    assert (len(passes) > len(names)) is (kernels == "fused") is (plan.kernels_version is not None)
+    if kernels is None:
+        assert plan.builder is None
+    else:
+        assert plan.builder["optimization_level"] == 2 and plan.builder["batch"].optimal == 2
 
 
 def test_a_pass_that_the_plan_counts_on_and_that_finds_nothing_is_an_error():

@@ -1,4 +1,5 @@
 """`load`: a drop-in for what `clip.load` returns, for any batch and from several threads."""
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import clip
@@ -128,6 +129,18 @@ def test_threads_get_their_own_answers(model, images):
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(work, range(6)))  # raises what a thread has raised
+
+
+def test_calls_on_the_cpu_run_at_once(demo_artifact):
+    """Two calls meet inside the module: a lock around it breaks the barrier."""
+    if demo_artifact.device != "cpu":
+        pytest.skip("the artifact is a GPU's")
+    model, _ = clip_ttrt.load(demo_artifact.folder)
+    encoder, barrier = model._encoders["text"], threading.Barrier(2, timeout=20)
+    module = encoder.module
+    encoder.module = lambda x: (barrier.wait(), module(x))[1]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(model.encode_text, torch.ones(2, 3, 77, dtype=torch.int32)))
 
 
 def test_a_size_has_a_graph_of_its_own_or_is_padded():

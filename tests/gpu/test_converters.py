@@ -1,25 +1,34 @@
-"""Converters in engines of their own against the reference in fp64: what tests/rtx cannot run."""
+"""Converters in engines of their own against the reference in fp64: what tests/rtx cannot run.
+
+And networks of whole encoders with plugins, constructed and not built.
+"""
 import pytest
 import torch
 from torch import nn
 
 import needs
 from clip_ttrt import graph, kernels, ops, trt
-from clip_ttrt.encoders import INFERENCE, Block
+from clip_ttrt.encoders import ENCODERS, INFERENCE, Block
 from clip_ttrt.engine import DTYPES
 from clip_ttrt.guard import trace
-from lowering import DYNAMIC, STATIC, One, lowered
+from clip_ttrt.models import MODELS
+from clip_ttrt.options import BatchRange
+from lowering import DYNAMIC, STATIC, One, construct, encoder_in, lowered
 
 pytestmark = pytest.mark.gpu
 
 HALF_ERROR = 4e-3  # a few roundings to half (2^-11 each) of values of order 1
 
 
-def run_in_engine(module, example, precision, passes=(), batch=DYNAMIC, level=1, draw=torch.randn):
-    """What an engine gives for fresh rows, and the rows."""
+def load_plugins():
     if needs.obstacle is None:
         trt.load_runtime("tensorrt")
         kernels.load(kernels.version())
+
+
+def run_in_engine(module, example, precision, passes=(), batch=DYNAMIC, level=1, draw=torch.randn):
+    """What an engine gives for fresh rows, and the rows."""
+    load_plugins()
     dtype = DTYPES[precision] if example.is_floating_point() else example.dtype
     module = lowered(module.to(DTYPES[precision]), example.to(dtype), *passes)
     engine, _ = trt.build(module, example.to(dtype), batch, precision, level)
@@ -43,14 +52,15 @@ def attention_in_half(qkv, heads, causal):
     (50, False, DYNAMIC), (77, True, STATIC), (77, True, DYNAMIC), (257, False, DYNAMIC),
     (577, False, DYNAMIC)], ids=str)
 def test_attention(tokens, causal, batch):
-    """At most twice the error of the same steps in half."""
+    """At most four times the error of the same steps in half: a kernel of TensorRT's may add up
+    its products in half, too."""
     torch.manual_seed(0)
     module = One(lambda x, _: ops.attention(x, 3, causal))
     actual, rows = run_in_engine(module, torch.zeros(2, tokens, 576), "fp16", batch=batch)
     exact = ops.attention_reference(rows.double(), 3, causal)
     in_half = attention_in_half(rows, 3, causal)
     error, half_error = ((features - exact).abs().max() for features in (actual, in_half))
-    assert error < 2 * half_error, (error, half_error)
+    assert error < 4 * half_error, (error, half_error)
     assert (actual - exact).norm() / exact.norm() < HALF_ERROR / 4
 
 
@@ -157,3 +167,42 @@ def test_a_timing_cache_is_written_reused_and_harmless(tmp_path):
     assert (tmp_path / "folder.cache").is_dir()
     assert used_by_a_build("none")["timing_cache"] is None
     assert not any(child.name.startswith(".timing") for child in tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=needs.fused)],
+                         ids=["tensorrt", "fused"])
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("model", ["demo", "ViT-B/32"])
+def test_an_encoder_is_one_network_of_the_layers_that_were_planned(model, encoder, fused):
+    load_plugins()
+    passes = graph.FUSE[encoder] if fused else ()
+    plain, example, module = encoder_in(model, encoder, "fp16", *passes)
+    network, api = construct(module, example, BatchRange(1, 32, 256), "fp16")[0].ctx.net, trt.api()
+    kinds = [network.get_layer(i).type for i in range(network.num_layers)]
+    assert network.num_inputs == network.num_outputs == 1
+    output = network.get_output(0)
+    assert tuple(output.shape) == (-1, MODELS[model].embed_dim) and output.dtype == api.float32
+    # Attention, four linear layers, an activation and two layer norms a block, and what stands
+    # around the blocks.
+    plugins = 8 * len(plain.blocks) + (4 if encoder == "image" else 2)
+    assert kinds.count(api.LayerType.PLUGIN_V3) == (plugins if fused else 0)
+    if hasattr(network, "add_attention") and not fused:
+        assert sum("ATTENTION" in str(kind) for kind in kinds) >= len(plain.blocks)
+
+
+def test_ours_is_the_same_after_another_s_compile():
+    """Settings of Torch-TensorRT's converters are of the process: another's must not leak."""
+    import torch_tensorrt
+
+    def layers():
+        example = torch.zeros(2, 64)
+        module = lowered(nn.Linear(64, 64), example)
+        return trt.build(module, example, STATIC, "fp32")[1]["network_layers"]
+
+    before = layers()
+    module = nn.Sequential(nn.Linear(8, 8), nn.ReLU()).cuda()
+    x = torch.zeros(2, 8, device="cuda")
+    torch_tensorrt.dynamo.compile(
+        torch.export.export(module, (x,)), inputs=[x], min_block_size=1,
+        torch_executed_ops={"clip_ttrt::linear", ops.linear})
+    assert layers() == before

@@ -1,7 +1,11 @@
-"""Whole encoders as TensorRT engines, against the original model, and what a saved module does."""
-import functools
+"""Whole encoders as TensorRT engines, against the original model, and what a saved module does.
+
+Artifacts are kept in, and taken from, the folder in CLIP_TTRT_ARTIFACTS, where that is set.
+"""
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ import torch
 import clip_ttrt
 import needs
 from clip_ttrt import kernels
+from clip_ttrt.artifact import MANIFEST, read_artifact
 from clip_ttrt.verify import COSINE_BOUND
 
 pytestmark = pytest.mark.gpu
@@ -21,14 +26,17 @@ KERNELS = ["tensorrt", pytest.param("fused", marks=needs.fused)]
 @pytest.fixture(scope="session")
 def artifact_of(tmp_path_factory):
     """(model, precision, batch, kernels) -> an artifact with random weights (demo: trained)."""
-    @functools.cache
-    def compiled(model, precision, batch, kernels):
+    root = Path(os.environ.get("CLIP_TTRT_ARTIFACTS") or tmp_path_factory.mktemp("engines"))
+
+    def find_or_compile(model, precision, batch, kernels):
+        folder = root / f"{model}-{precision}-{batch}-{kernels}".translate({47: "-", 58: "-"})
+        if (folder / MANIFEST).is_file():
+            return read_artifact(folder)
         return clip_ttrt.compile(
             model=model, weights=None if model == "demo" else "random", precision=precision,
-            batch=batch, kernels=kernels, backend="tensorrt",
-            output=tmp_path_factory.mktemp("engines") / "artifact")
+            batch=batch, kernels=kernels, backend="tensorrt", output=folder)
 
-    return compiled
+    return find_or_compile
 
 
 def cases():
@@ -85,6 +93,22 @@ def test_a_batch_out_of_range_is_an_error_of_the_module(artifact_of):
         module(torch.randn(9, 3, 112, 112, device="cuda"))
     with pytest.raises(torch.jit.Error, match="expected an input on the GPU"):
         module(torch.randn(4, 3, 112, 112))
+
+
+def test_two_models_on_two_streams_do_not_disturb_each_other(artifact_of):
+    folder = artifact_of("demo", "fp16", FEW, "tensorrt").folder
+    models = [clip_ttrt.load(folder)[0] for _ in range(2)]
+    batches = [torch.randn(8, 3, 112, 112, device="cuda") for _ in range(2)]
+    expected = [models[0].encode_image(batch) for batch in batches]
+    streams, results = [torch.cuda.Stream() for _ in batches], [[], []]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        for model, batch, stream, found in zip(models, batches, streams, results):
+            with torch.cuda.stream(stream):
+                found.append(model.encode_image(batch))
+    torch.cuda.synchronize()
+    for found, right in zip(results, expected):
+        assert all(torch.equal(features, right) for features in found)
 
 
 @needs.built
