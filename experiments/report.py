@@ -108,19 +108,19 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
     artifacts = [(row["backend"], row["kernels"]) for row in rows
                  if row["backend"].startswith("clip_ttrt")]  # fmt: skip
     ours = artifacts[0] if artifacts else ("clip_ttrt", "")
-    columns = {"call": (*ours, "call"), "graph": (*ours, "graph")}
-    columns |= {name: (name, "", "call") for name in STYLES if name != "clip_ttrt"}
+    columns = {name: (name, "", "call") for name in reversed(STYLES) if name != "clip_ttrt"}
+    columns |= {"clip_ttrt": (*ours, "call"), "its graph": (*ours, "graph")}
     columns["floor"] = ("floor", "", "graph")
     measured = groups(rows, "backend", "kernels", "how")
     columns = {name: key for name, key in columns.items() if key in measured}
-    lines = [f"| encoder, batch | {' | '.join(columns)} | call / torch.compile |",
+    lines = [f"| encoder, batch | {' | '.join(columns)} | of torch.compile |",
              "|---" * (len(columns) + 2) + "|"]  # fmt: skip
     for (model, encoder, _, batch), part in groups(rows, *PANEL, "batch").items():
         found = {(row["backend"], row["kernels"], row["how"]): row["median_ms"] for row in part}
         ms = {name: float(found[key]) for name, key in columns.items() if key in found}
-        cells = [f"{ms[name]:.4g}" if name in ms else "" for name in columns]
-        both = "call" in ms and "torch.compile" in ms
-        cells.append(f"{ms['call'] / ms['torch.compile']:.2f}" if both else "")
+        cells = [f"{ms[name]:.3f}" if name in ms else "" for name in columns]
+        both = "clip_ttrt" in ms and "torch.compile" in ms
+        cells.append(f"{ms['clip_ttrt'] / ms['torch.compile']:.2f}" if both else "")
         lines.append(f"| {model} {encoder}, {batch} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

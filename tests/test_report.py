@@ -46,10 +46,10 @@ def test_the_command_draws_beside_the_file_and_prints_the_table(tmp_path, capsys
     assert report.main(["--csv", str(path)]) == 0
     assert (tmp_path / "speed.png").stat().st_size > 10_000
     assert capsys.readouterr().out.splitlines()[1:5] == [
-        "| encoder, batch | call | graph | torch.compile | floor | call / torch.compile |",
+        "| encoder, batch | torch.compile | clip_ttrt | its graph | floor | of torch.compile |",
         "|---|---|---|---|---|---|",
-        "| ViT-B/32 image, 1 | 1 | 0.9 | 2 | 0.5 | 0.50 |",
-        "| ViT-B/32 image, 8 | 8 | 7.2 |  | 4 |  |",
+        "| ViT-B/32 image, 1 | 2.000 | 1.000 | 0.900 | 0.500 | 0.50 |",
+        "| ViT-B/32 image, 8 |  | 8.000 | 7.200 | 4.000 |  |",
     ]
     with pytest.raises(SystemExit):
         report.main(["--csv", str(path), "--gpu", "no GPU"])
