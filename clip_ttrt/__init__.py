@@ -23,6 +23,7 @@ __all__ = ["Artifact", "CompiledCLIP", "Options", "UserError", "VerificationErro
 def compile(*, progress: Optional[Progress] = None, **options: Any) -> Artifact:
     """Compile a model's encoders into an artifact folder and verify them against the original.
 
+    The arguments are the fields of `clip_ttrt.Options`, which `clip-ttrt compile --help` explains.
     progress: where stages are reported; silent by default.
     Raises UserError for bad input, with nothing written; VerificationError where the compiled
     encoders lie outside their precision's bounds, with the artifact written and marked.

@@ -18,7 +18,7 @@ def load(folder: Union[str, Path], device: Optional[str] = None, force: bool = F
          cuda_graphs: bool = True, contexts: int = 1) -> tuple["CompiledCLIP", Callable]:
     """Load an artifact: `model, preprocess = clip_ttrt.load(DIR, device="cuda")`.
 
-    device: `cuda`, `cuda:N` or `cpu`; by default, and at most, what the artifact was compiled for.
+    device: `cuda`, `cuda:N` or `cpu`, of the kind compiled for, which is the default.
     force: load although verification failed.  cuda_graphs: replay CUDA graphs on a GPU, captured
     at the first use of a batch size or by `model.warmup`.  contexts: the number of calls that may
     run on a GPU at once, each with weights of its own.
