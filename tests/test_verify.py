@@ -100,3 +100,13 @@ def test_each_precision_has_its_bound_of_top1(precision, change, fails):
         checkpoint = SimpleNamespace(origin=SimpleNamespace(kind=kind))
         found = verify.failures(artifact(1, 4, 8, precision=precision), checkpoint, report)
         assert bool(found) is (fails and kind == "demo")
+
+
+@pytest.mark.parametrize("computes_in, fails", [("fp32", True), ("fp16", False)])
+def test_an_artifact_is_held_to_the_bound_of_what_it_computes_in(computes_in, fails):
+    """Whatever was asked for."""
+    found = artifact(1, 4, 8, precision=computes_in)
+    found.manifest["precision"] = "fp16"
+    report = {"errors": {"image": {"cos_min": 0.99995}}, "batches": {"image": {}}}
+    checkpoint = SimpleNamespace(origin=SimpleNamespace(kind="random"))
+    assert bool(verify.failures(found, checkpoint, report)) is fails
