@@ -8,12 +8,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.ticker import NullLocator, StrMethodFormatter
+from typing import Any
 
 from experiments.record import read_rows
 from experiments.sweep import KEY
@@ -51,18 +46,21 @@ def groups(rows: Sequence[Mapping[str, str]], *names: str) -> dict[tuple[str, ..
     return found
 
 
-def plot(rows: Sequence[Mapping[str, str]]) -> plt.Figure:
-    """A panel a model, encoder and precision, a line a backend as called.
+def plot(rows: Sequence[Mapping[str, str]]) -> Any:
+    """A matplotlib figure: a panel a model, encoder and precision, a line a backend as called.
 
-    Raises ValueError where nothing was called.
+    Raises ValueError where nothing was called, ImportError without matplotlib.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator, StrMethodFormatter
+
     panels = groups([row for row in rows if row["how"] == "call"], *PANEL)
     if not panels:
         raise ValueError("no rows of how=call; python -m experiments.sweep writes some")
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(lines, columns, squeeze=False, layout="constrained",
-                                figsize=(max(7.0, 4 * columns), 3.2 * lines + 1.2))  # fmt: skip
+    figure = Figure((max(7.0, 4 * columns), 3.2 * lines + 1.2), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False)
     handles = {}
     for panel in axes.flat[len(panels):]:
         panel.set_visible(False)
@@ -130,7 +128,6 @@ def draw(path: Path, gpu: str | None = None) -> Path:
     figure = plot(latest(read_rows(path), gpu))
     target = path.with_suffix(".png")
     figure.savefig(target, dpi=150)
-    plt.close(figure)
     return target
 
 
@@ -144,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(draw(options.csv, options.gpu))
         print(table(latest(read_rows(options.csv), options.gpu)))
-    except ValueError as problem:
+    except (ImportError, ValueError) as problem:
         parser.error(f"{options.csv}: {problem}")
     return 0
 
