@@ -1,17 +1,20 @@
-// An artifact's encoders from C++: loads image.ts and text.ts, prints features and writes them for Python.
+// An artifact's encoders from C++: loads image.ts and text.ts, prints features and writes them for
+// Python.
 //
-//   clip_features ARTIFACT_DIR INPUTS.pt [OUTPUT.pt] [--device cpu|cuda] [--runtime LIB] [--plugin LIB]
+//   clip_features ARTIFACT_DIR INPUTS.pt [OUTPUT.pt] [--device cpu|cuda] [--runtime LIB] [--plugin
+//   LIB]
 //
-// INPUTS.pt   torch.save({"images": float32 [N, 3, R, R], "tokens": int32 [N, 77]}, path); either may be absent
-// OUTPUT.pt   the features, {"image": float32 [N, embed_dim], "text": the same}, for torch.load(.., weights_only=False)
-// --runtime   libtorchtrt_runtime.so of the torch_tensorrt wheel, where the modules hold TensorRT engines
+// INPUTS.pt   torch.save({"images": float32 [N, 3, R, R], "tokens": int32 [N, 77]}, path); either
+// may be absent OUTPUT.pt   the features, {"image": float32 [N, embed_dim], "text": the same}, for
+// torch.load(.., weights_only=False)
+// --runtime   libtorchtrt_runtime.so of the torch_tensorrt wheel, where the modules hold TensorRT
+// engines
 // --plugin    the library of fused kernels, where the engines were built with it
 //
 // Exit code 0; 2 with one sentence on stderr for anything that goes wrong.
+#include <dlfcn.h>
 #include <torch/csrc/jit/runtime/jit_exception.h>
 #include <torch/script.h>
-
-#include <dlfcn.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -24,7 +27,8 @@
 namespace {
 
 constexpr const char* kUsage =
-    "usage: clip_features ARTIFACT_DIR INPUTS.pt [OUTPUT.pt] [--device cpu|cuda] [--runtime LIB] [--plugin LIB]";
+    "usage: clip_features ARTIFACT_DIR INPUTS.pt [OUTPUT.pt] [--device cpu|cuda] [--runtime LIB] "
+    "[--plugin LIB]";
 constexpr int64_t kShown = 4;  // values printed of each row
 
 struct Encoder {
@@ -50,10 +54,14 @@ Options parse(int argc, char** argv) {
     }
     if (++i == argc) throw std::invalid_argument(kUsage);
     const std::string value = argv[i];
-    if (word == "--device" && (value == "cpu" || value == "cuda")) options.device = torch::Device(value);
-    else if (word == "--runtime") options.runtime = value;
-    else if (word == "--plugin") options.plugin = value;
-    else throw std::invalid_argument(kUsage);
+    if (word == "--device" && (value == "cpu" || value == "cuda"))
+      options.device = torch::Device(value);
+    else if (word == "--runtime")
+      options.runtime = value;
+    else if (word == "--plugin")
+      options.plugin = value;
+    else
+      throw std::invalid_argument(kUsage);
   }
   if (names.size() < 2 || names.size() > 3) throw std::invalid_argument(kUsage);
   options.artifact = names[0];
@@ -71,8 +79,10 @@ std::string sentence(const std::exception& problem) {
     text = error->what_without_backtrace();
   }
   text.erase(text.find_last_not_of(" \n") + 1);
-  // An error inside an op comes after the interpreter's trace; any other message begins with the point.
-  if (text.rfind("The following operation failed", 0) == 0) return text.substr(text.find_last_of('\n') + 1);
+  // An error inside an op comes after the interpreter's trace; any other message begins with the
+  // point.
+  if (text.rfind("The following operation failed", 0) == 0)
+    return text.substr(text.find_last_of('\n') + 1);
   text.erase(std::min(text.find('\n'), text.size()));
   return text;
 }
@@ -97,15 +107,20 @@ void* load_library(const std::string& path) {
 // The fused kernels, whose plugins TensorRT must know; it is loaded by then (kernels/library.h).
 void load_plugins(const std::string& path) {
   using Register = int32_t (*)();
-  const auto ask = reinterpret_cast<Register>(dlsym(load_library(path), "clip_ttrt_register_plugins"));
+  const auto ask =
+      reinterpret_cast<Register>(dlsym(load_library(path), "clip_ttrt_register_plugins"));
   if (ask == nullptr || ask() != 1)
-    throw std::runtime_error(path + ": this TensorRT does not take its plugins; build them with python -m clip_ttrt.build_kernels");
+    throw std::runtime_error(path +
+                             ": this TensorRT does not take its plugins; build them with python -m "
+                             "clip_ttrt.build_kernels");
 }
 
-// The runtime links TensorRT's own plugins, which an engine for a range of images may hold; they register on being asked to.
+// The runtime links TensorRT's own plugins, which an engine for a range of images may hold; they
+// register on being asked to.
 void register_tensorrt_plugins() {
   using Register = bool (*)(void* logger, const char* library_namespace);
-  if (const auto ask = reinterpret_cast<Register>(dlsym(RTLD_DEFAULT, "initLibNvInferPlugins"))) ask(nullptr, "");
+  if (const auto ask = reinterpret_cast<Register>(dlsym(RTLD_DEFAULT, "initLibNvInferPlugins")))
+    ask(nullptr, "");
 }
 
 c10::Dict<c10::IValue, c10::IValue> read_tensors(const std::string& path) {
@@ -120,7 +135,8 @@ c10::Dict<c10::IValue, c10::IValue> read_tensors(const std::string& path) {
 void write_tensors(const std::string& path, const c10::Dict<std::string, torch::Tensor>& tensors) {
   const auto bytes = torch::jit::pickle_save(tensors);
   std::ofstream file(path, std::ios::binary);
-  if (!file.write(bytes.data(), bytes.size()).flush()) throw std::runtime_error("cannot be written");
+  if (!file.write(bytes.data(), bytes.size()).flush())
+    throw std::runtime_error("cannot be written");
 }
 
 torch::jit::Module load_module(const std::string& path, torch::Device device) {
@@ -130,7 +146,8 @@ torch::jit::Module load_module(const std::string& path, torch::Device device) {
     return module;
   } catch (const std::exception& problem) {
     if (std::string(problem.what()).find("torch.classes.tensorrt") == std::string::npos) throw;
-    throw std::runtime_error("holds a TensorRT engine; pass --runtime .../torch_tensorrt/lib/libtorchtrt_runtime.so");
+    throw std::runtime_error(
+        "holds a TensorRT engine; pass --runtime .../torch_tensorrt/lib/libtorchtrt_runtime.so");
   }
 }
 
@@ -139,13 +156,15 @@ void print(const char* name, const torch::Tensor& features) {
   const auto norms = features.to(torch::kDouble).norm(2, 1);
   for (int64_t row = 0; row < features.size(0); ++row) {
     std::printf("%-5s %3ld:", name, static_cast<long>(row));
-    for (int64_t i = 0; i < std::min(kShown, features.size(1)); ++i) std::printf(" %15.9g", features[row][i].item<float>());
+    for (int64_t i = 0; i < std::min(kShown, features.size(1)); ++i)
+      std::printf(" %15.9g", features[row][i].item<float>());
     std::printf("  ...  norm %.9g\n", norms[row].item<double>());
   }
 }
 
 void run(const Options& options) {
-  if (options.device.is_cuda() && !at::hasCUDA()) throw std::runtime_error("--device cuda: no CUDA GPU answers");
+  if (options.device.is_cuda() && !at::hasCUDA())
+    throw std::runtime_error("--device cuda: no CUDA GPU answers");
   if (!options.runtime.empty()) load_library(options.runtime);
   if (!options.plugin.empty()) load_plugins(options.plugin);
   register_tensorrt_plugins();
@@ -163,8 +182,10 @@ void run(const Options& options) {
     print(encoder.output, features);
     outputs.insert(encoder.output, features);
   }
-  if (outputs.empty()) throw std::runtime_error(options.inputs + ": holds neither images nor tokens");
-  if (!options.output.empty()) naming(options.output, [&] { write_tensors(options.output, outputs); });
+  if (outputs.empty())
+    throw std::runtime_error(options.inputs + ": holds neither images nor tokens");
+  if (!options.output.empty())
+    naming(options.output, [&] { write_tensors(options.output, outputs); });
 }
 
 }  // namespace
