@@ -184,10 +184,10 @@ def converting(precision: str, optimization_level: int, timing_cache: str
         "timing_cache_path": timing_cache,
     }
     settings = kind(**{name: value for name, value in wanted.items() if name in known})
-    registry = _torch_tensorrt("dynamo.conversion._ConverterRegistry.DYNAMO_CONVERTERS")
+    table = _torch_tensorrt("dynamo.conversion._ConverterRegistry.DYNAMO_CONVERTERS")
     with building() as build:
-        before, disallowed = registry.compilation_settings, registry.disallowed_targets
-        registry.set_compilation_settings(settings)  # of the whole process
+        before, disallowed = table.compilation_settings, table.disallowed_targets
+        table.set_compilation_settings(settings)  # of the whole process
         try:
             yield build, settings
         except torch.cuda.OutOfMemoryError:
@@ -195,7 +195,7 @@ def converting(precision: str, optimization_level: int, timing_cache: str
         except Exception as problem:  # an assertion, where TensorRT gave no engine
             raise_build_error(build.errors, problem)
         finally:
-            registry.compilation_settings, registry.disallowed_targets = before, disallowed
+            table.compilation_settings, table.disallowed_targets = before, disallowed
 
 
 def input_of(example: torch.Tensor, batch: BatchRange) -> Any:

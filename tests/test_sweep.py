@@ -121,3 +121,18 @@ def test_kernels_have_rows_on_a_cpu(tmp_path, capsys):
         assert row["backend"] == "reference" and 0 < float(row["median_us"]) <= float(row["p90_us"])
     assert kernels.main([*options, "--seconds", "0"]) == 1 and read_rows(out) == rows
     assert f"{len(rows)} shapes are left out" in capsys.readouterr().err
+
+
+def test_ratios_are_to_the_call_of_torch_compile_in_the_same_cell():
+    cell = {"model": "demo", "encoder": "text", "precision": "fp16", "kernels": "fused"}
+    rows = [
+        {**cell, "batch": batch, "backend": backend, "how": how, "median_ms": ms}
+        for batch, backend, how, ms in (
+            ("1", "torch.compile", "call", "2.0"), ("1", "torch.compile", "call queued", "8.0"),
+            ("1", "clip_ttrt", "graph", "1.0"), ("1", "clip_ttrt", "call queued", "2.0"),
+            ("8", "clip_ttrt", "call", "1.0"))
+    ]  # fmt: skip
+    assert sweep.ratios(rows).splitlines()[2:] == [
+        "| demo text 1 fp16 graph | clip_ttrt fused | 1.000 | 2.000 | 0.500 |",
+        "| demo text 1 fp16 call queued | clip_ttrt fused | 2.000 | 8.000 | 0.250 |",
+    ]

@@ -27,7 +27,7 @@ BACKDROPS = (  # two tones each: equal where there is no texture
     ((0.05, 0.05, 0.05), (0.05, 0.05, 0.05)), ((0.95, 0.95, 0.95), (0.95, 0.95, 0.95)),
     ((0.15, 0.30, 0.85), (0.15, 0.30, 0.85)), ((0.15, 0.60, 0.22), (0.15, 0.60, 0.22)),
     ((0.28, 0.28, 0.28), (0.52, 0.52, 0.52)), ((0.28, 0.28, 0.28), (0.52, 0.52, 0.52)))
-STRIPED, CHECKERED = map(ATTRIBUTES["background"].index, ("striped", "checkered"))
+CHECKERED = ATTRIBUTES["background"].index("checkered")
 
 VARIATIONS = 32  # uniform numbers of one scene; `_Draws` hands them out
 NOISE_SIDE = 512  # pixels of the noise picture that every scene takes a window of
@@ -181,12 +181,8 @@ def _distances(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
     ]
 
 
-def coverage(scenes: Scenes, resolution: int = 112) -> torch.Tensor:
-    """How much of each pixel the objects cover: float32 [N, R, R] in [0, 1]."""
-    return _coverage(scenes, _Draws(scenes.variation), resolution)
-
-
 def _coverage(scenes: Scenes, draw: _Draws, resolution: int) -> torch.Tensor:
+    """How much of each pixel the objects cover: float32 [N, R, R] in [0, 1]."""
     centres, radii, rotations, shown = (field.flatten(0, 1) for field in _layout(scenes, draw))
     device = centres.device
     pixel = 2 / resolution

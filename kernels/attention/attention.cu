@@ -1291,11 +1291,6 @@ bool variant_serves(const Variant& variant, int tokens, int causal, int sm_major
 
 extern "C" int32_t clip_attention_params_size(void) { return sizeof(ClipAttentionParams); }
 
-extern "C" int32_t clip_attention_ring_stages(int32_t most, int32_t chunks, int32_t groups,
-                                              int32_t tiles_per_unit) {
-  return ring_stages(most, chunks, groups, tiles_per_unit);
-}
-
 extern "C" int32_t clip_attention_supported(int64_t batch, int32_t heads, int32_t tokens,
                                             int32_t head_dim, int32_t sm_major, int32_t) {
   return batch >= 1 && heads >= 1 && heads <= kClipAttentionMaxHeads && tokens >= 1 &&

@@ -63,10 +63,6 @@ const char* clip_attention_variant(int32_t index, int32_t* id);
 int32_t clip_attention_variant_serves(int32_t variant, int32_t tokens, int32_t causal,
                                       int32_t sm_major, int32_t sm_minor);
 
-// For tests: how many of `most` stages the Hopper kernel's ring uses (attention.cu, ring_stages).
-int32_t clip_attention_ring_stages(int32_t most, int32_t chunks, int32_t groups,
-                                   int32_t tiles_per_unit);
-
 // sizeof(ClipAttentionParams): lets a caller in another language check that its copy agrees.
 int32_t clip_attention_params_size(void);
 

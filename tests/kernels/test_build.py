@@ -237,7 +237,8 @@ try:
 except build_kernels.CannotBuild:
     TOOL = None
 NAMED = [one for one in os.environ.get("TENSORRT_INCLUDE_DIRS", "").split(":") if one]
-HEADERS = NAMED or list(kernels.cache().glob("tensorrt-*/include"))
+HEADERS = NAMED or list(kernels.cache().glob("tensorrt-*/include")) or [
+    pytest.param(None, marks=pytest.mark.skip("needs TensorRT's headers: TENSORRT_INCLUDE_DIRS"))]
 needs_nvcc = pytest.mark.skipif(
     TOOL is None or shutil.which("g++") is None, reason="needs nvcc and g++")
 

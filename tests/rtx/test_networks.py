@@ -15,6 +15,8 @@ from lowering import DYNAMIC, STATIC, One, construct, encoder_in, lowered
 
 def of(function):
     return One(lambda x, value: function(x))
+MOST_LAYERS = {"demo": 240, "ViT-B/32": 480, "ViT-B/16": 480, "ViT-L/14": 840,
+               "ViT-L/14@336px": 840}  # constants not counted; seen: 196, 364, 364, 700, 700
 
 
 def mask_unknown(x, value):
@@ -171,7 +173,7 @@ def test_a_whole_encoder_is_one_network_and_its_plan_builds(model, encoder):
     assert network.num_inputs == network.num_outputs == 1
     assert tuple(network.get_input(0).shape) == (-1, *example.shape[1:])
     assert tuple(network.get_output(0).shape) == (-1, MODELS[model].embed_dim)
-    assert 0 < build.layers <= 40 * len(plain.blocks)  # 364 of 480 in both of ViT-B/32
+    assert 0 < build.layers <= MOST_LAYERS[model]
     assert build.warnings == []
     assert len(plan(interpreter)) > 0.9 * weights  # they are all in it
 
