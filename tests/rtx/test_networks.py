@@ -13,10 +13,12 @@ from clip_ttrt.models import MODELS
 from clip_ttrt.options import BatchRange
 from lowering import DYNAMIC, STATIC, One, construct, encoder_in, lowered
 
-def of(function):
-    return One(lambda x, value: function(x))
 MOST_LAYERS = {"demo": 240, "ViT-B/32": 480, "ViT-B/16": 480, "ViT-L/14": 840,
                "ViT-L/14@336px": 840}  # constants not counted; seen: 196, 364, 364, 700, 700
+
+
+def of(function):
+    return One(lambda x, value: function(x))
 
 
 def mask_unknown(x, value):
