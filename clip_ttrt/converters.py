@@ -171,23 +171,22 @@ def attention_layer(to, query, key, value, causal):
 
 
 def composed_attention(to, query, key, value, causal):
-    """Attention as product, softmax in fp32 and product.
+    """Attention as product, softmax and product, in fp32.
 
-    With a mask TensorRT 10.6 has no one kernel for a range, and what it takes instead adds up in
-    half: the products are in fp32 then, too.
+    In half TensorRT 10.6 does not always take its one kernel for the three, and what it takes
+    instead adds up in half.
     """
     dtype = value.dtype
-    if causal:
-        query, key, value = (to.cast(x, trt.float32, f"{which}_fp32") for which, x in
-                             (("query", query), ("key", key), ("value", value)))
-    scores = to.cast(to.product(query, key, "TRANSPOSE", "scores"), trt.float32, "wide")
+    query, key, value = (to.cast(x, trt.float32, f"{which}_fp32") for which, x in
+                         (("query", query), ("key", key), ("value", value)))
+    scores = to.product(query, key, "TRANSPOSE", "scores")
     if causal:
         mask = torch.full((scores.shape[2],) * 2, MASKED).triu(1)
         scores = to.elementwise("SUM", scores, to.beside(scores, mask, "mask"), "masked")
     softmax = to.net.add_softmax(scores)
     softmax.axes = 1 << 3
-    weights = to.cast(to.named(softmax, "weights"), value.dtype, "narrow")
-    return to.cast(to.product(weights, value, "NONE", "attended"), dtype, "attended_back")
+    attended = to.product(to.named(softmax, "weights"), value, "NONE", "attended")
+    return to.cast(attended, dtype, "attended_back")
 
 
 @converter(ops.extract_patches)

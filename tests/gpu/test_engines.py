@@ -12,7 +12,7 @@ import torch
 
 import clip_ttrt
 import needs
-from clip_ttrt import kernels
+from clip_ttrt import kernels, ops
 from clip_ttrt.artifact import MANIFEST, read_artifact
 from clip_ttrt.verify import COSINE_BOUND
 
@@ -117,8 +117,8 @@ def test_two_models_on_two_streams_do_not_disturb_each_other(artifact_of):
 def test_the_op_on_a_gpu_runs_the_fused_kernel(tokens, causal):
     torch.manual_seed(0)
     qkv = torch.randn(3, tokens, 3 * 12 * 64, device="cuda", dtype=torch.half)
-    actual = torch.ops.clip_ttrt.attention(qkv, 12, causal)
+    actual = ops.attention(qkv, 12, causal)
     assert torch.equal(actual, kernels.attention(qkv, 12, causal))
-    exact = clip_ttrt.ops.attention_reference(qkv.double(), 12, causal)
-    library = clip_ttrt.ops.attention_reference(qkv, 12, causal)
+    exact = ops.attention_reference(qkv.double(), 12, causal)
+    library = ops.attention_reference(qkv, 12, causal)
     assert (actual - exact).abs().max() <= 2 * (library - exact).abs().max()
