@@ -58,31 +58,25 @@ def table(n_in: int, n_out: int, offset: int, resolution: int, filter: str) -> T
     Positions outside of the n_out are a border of zeros.
     """
     position = np.arange(offset, offset + resolution)
+    inside = (position >= 0) & (position < n_out)
+    position = position.clip(0, n_out - 1)
     if n_in == n_out:  # Pillow leaves the pass out
-        start, stop = position, position + 1
-        weights = np.ones((1, resolution))
+        start, stop, weights = position, position + 1, np.ones((1, resolution))
     else:
         function, support = FILTERS[filter]
         scale = float(np.float32(n_in)) / n_out  # Pillow's box is of float32
         stretch = max(scale, 1.0)
-        center = (position + 0.5) * scale
-        start = np.maximum((center - support * stretch + 0.5).astype(np.int64), 0)
-        stop = np.minimum((center + support * stretch + 0.5).astype(np.int64), n_in)
+        center, reach = (position + 0.5) * scale, support * stretch
+        start = np.maximum((center - reach + 0.5).astype(np.int64), 0)
+        stop = np.minimum((center + reach + 0.5).astype(np.int64), n_in)
         taps = start + np.arange((stop - start).max())[:, None]
-        weights = function((taps - center + 0.5) * (1.0 / stretch))
-        weights[taps >= stop] = 0.0
+        weights = function((taps - center + 0.5) * (1.0 / stretch)) * (taps < stop)
         weights /= np.add.accumulate(weights, axis=0)[-1]  # in the order of Pillow's sum
-    if offset < 0 or offset + resolution > n_out:
-        inside = (position >= 0) & (position < n_out)
-        first, last = start[inside].min(), stop[inside].max()
-        start, stop = np.where(inside, (start, stop), first)
-        weights = np.where(inside, weights, 0.0)
-    else:
-        first, last = start[0], stop[-1]
-    scaled = weights * (1 << BITS)
+    weights = weights * inside * (1 << BITS)
     data = np.empty((2 + len(weights), resolution), np.int32)
-    data[0], data[1], data[2:] = start - first, stop - start, scaled + np.copysign(0.5, scaled)
-    return Table(int(first), int(last - first), data)
+    data[0], data[1] = start - start[0], (stop - start) * inside
+    data[2:] = weights + np.copysign(0.5, weights)
+    return Table(int(start[0]), int(stop[-1] - start[0]), data)
 
 
 @dataclass(frozen=True, eq=False)

@@ -245,8 +245,9 @@ extern "C" cudaError_t clip_preprocess_launch(const ClipPreprocessParams* params
       (params->value_bytes != 2 && params->value_bytes != 4))
     return cudaErrorInvalidValue;
   if (params->batch == 0) return cudaSuccess;
-  for (const void* pointer :
-       {params->pictures, params->tables, params->values, (const void*)params->workspace})
+  const void* const aligned[] = {params->pictures, params->tables, params->values,
+                                 params->workspace};
+  for (const void* pointer : aligned)
     if (!usable(pointer, 16)) return cudaErrorInvalidValue;
   if (!usable(params->out, params->value_bytes)) return cudaErrorInvalidValue;
   return params->value_bytes == 2 ? launch_passes<uint16_t>(*params, stream)
