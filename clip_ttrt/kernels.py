@@ -53,7 +53,13 @@ PARAMS = {  # launcher clip_*_launch -> its struct
         "batch", "tokens width", "epsilon_pre epsilon_1",
     ),
     "linear": struct("layer x weight bias out workspace", "rows"),
+    "preprocess": struct(
+        "pictures tables values workspace out", "batch most_lines", "resolution value_bytes"
+    ),
 }  # fmt: skip
+PICTURE = struct(  # ClipPreprocessPicture, of which preprocess takes an array
+    "pixels", "along across channel first second between lines channels vertical"
+)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """`load`: an artifact as a drop-in for what `clip.load` returns."""
 import re
 import warnings
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable, Iterable, Optional, Union
+from typing import Any, Callable, Iterable, Optional, Sequence, Union
 
 import torch
 from torch import Tensor, nn
@@ -80,12 +81,57 @@ class CompiledCLIP(nn.Module):
         self._loaded = {"weights": weights, "contexts": max(0, taken - weights)}
         self.eval()
 
-    def encode_image(self, images: Tensor) -> Tensor:
+    @cached_property
+    def _pipeline(self):
+        """What decodes pictures, and what preprocesses batches of them."""
+        from clip_ttrt.pipeline.decode import Decoder
+        from clip_ttrt.pipeline.resize import Preprocess
+
+        side = self.visual.input_resolution
+        return Decoder("exact", side, self.device), Preprocess(side, self.device)
+
+    def preprocess(self, pictures: Sequence[Any]) -> Tensor:
+        """The batch form of OpenAI's transform, and equal to it: pictures of any sizes
+        -> float32 [B, 3, R, R] on the model's device.
+
+        pictures: paths, bytes of files, PIL images of any mode, and uint8 tensors in any memory:
+        [H, W, C], or [C, H, W] as torchvision has them, with C = 1 (grey) or 3; the last axis is
+        the channels wherever its length is 1 or 3.
+        Raises ValueError that names the picture and the reason where one cannot be taken.
+        """
+        return self._preprocess(list(pictures), 0)
+
+    def _preprocess(self, pictures: list, start: int) -> Tensor:
+        """start: the number of the first picture, for what is raised."""
+        decoder, preprocess = self._pipeline
+        files = {}
+        for i, one in enumerate(pictures):
+            try:
+                if isinstance(one, Tensor):
+                    pictures[i] = _channels_last(one)
+                else:
+                    is_path = isinstance(one, (str, Path))
+                    files[i] = Path(one).read_bytes() if is_path else one
+            except (OSError, ValueError) as problem:
+                raise ValueError(f"picture {start + i}: {problem}") from problem
+        for i, decoded in zip(files, decoder.decode(list(files.values()))):
+            if isinstance(decoded, Exception):
+                raise ValueError(f"picture {start + i}: {decoded}") from decoded
+            pictures[i] = decoded.pixels
+        return preprocess(pictures)
+
+    def encode_image(self, images: Union[Tensor, Sequence[Any]]) -> Tensor:
         """Images [B, 3, R, R], any floating dtype -> features float32 [B, embed_dim].
 
+        images: or a list of pictures, as `preprocess` takes them.
         Raises ValueError for other inputs, UserError where the GPU's memory runs out.
         """
         side = self.visual.input_resolution
+        if isinstance(images, (list, tuple)):
+            most = self.artifact.batch.maximum  # no more pictures are decoded at once
+            return torch.cat([
+                self._encode("image", self._preprocess(list(images[i:i + most]), i))
+                for i in range(0, max(len(images), 1), most)])
         if not (isinstance(images, Tensor) and images.is_floating_point()
                 and images.shape[1:] == (3, side, side)):
             raise _unexpected(images, f"images [batch, 3, {side}, {side}] of a floating-point dtype"
@@ -144,6 +190,16 @@ class CompiledCLIP(nn.Module):
                              f"move it with .to({str(self.device)!r})")
         with memory_errors(f"encoding a batch of {x.shape[0]}"):
             return self._encoders[encoder](x)
+
+
+def _channels_last(pixels: Tensor) -> Tensor:
+    """uint8 [H, W, C] or [C, H, W] -> [H, W, C]."""
+    if pixels.dtype == torch.uint8 and pixels.ndim == 3:
+        if pixels.shape[2] in (1, 3):
+            return pixels
+        if pixels.shape[0] in (1, 3):
+            return pixels.permute(1, 2, 0)
+    raise _unexpected(pixels, "uint8 [H, W, C] or [C, H, W] with C = 1 or 3")
 
 
 def _unexpected(value, expected: str) -> ValueError:

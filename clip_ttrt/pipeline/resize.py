@@ -1,0 +1,312 @@
+"""OpenAI's preprocess for batches of pictures of any sizes, bit for bit the installed Pillow's.
+
+Pillow resizes uint8 in two passes, each along one axis, with a byte between them.  A pass follows
+a table of integers, which the CPU makes in double precision as Pillow does.  On a GPU the kernel
+of `kernels/preprocess` applies them, elsewhere the reference here; both are exact.
+"""
+import ctypes
+import functools
+from dataclasses import dataclass
+from typing import Optional, Sequence, Union
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clip_ttrt import kernels
+from clip_ttrt.errors import UserError
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
+STD = (0.26862954, 0.26130258, 0.27577711)
+FITS = ("crop", "squash", "pad")
+BITS = 22  # of a weight
+MOST_BYTES = 1 << 28  # of pixels and workspace in one launch; larger batches take several
+SIZES = 1024  # whose tables are kept: 16 KB each where pictures are shrunk to a half or so
+NOTHING = (0,) * len(kernels.PICTURE._fields_)  # the descriptor of no picture
+Pixels = Union[Tensor, np.ndarray]
+
+
+def bicubic(x: np.ndarray) -> np.ndarray:
+    x, a = np.abs(x), -0.5
+    near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1
+    return np.where(x < 1.0, near, np.where(x < 2.0, (((x - 5) * x + 8) * x - 4) * a, 0.0))
+
+
+def bilinear(x: np.ndarray) -> np.ndarray:
+    return np.maximum(1.0 - np.abs(x), 0.0)
+
+
+FILTERS = {"bicubic": (bicubic, 2.0), "bilinear": (bilinear, 1.0)}  # with the support of each
+
+
+# What a pass does
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """One pass for R positions: the pixels first .. first + length - 1 are all that it takes."""
+
+    first: int
+    length: int
+    data: np.ndarray  # int32 [2 + taps, R]: starts, from `first` on; counts; weights, 0 past them
+
+
+@functools.lru_cache(SIZES)
+def table(n_in: int, n_out: int, offset: int, resolution: int, filter: str) -> Table:
+    """Of n_in pixels resized to n_out, the positions offset .. offset + resolution - 1.
+
+    Positions outside of the n_out are a border of zeros.
+    """
+    position = np.arange(offset, offset + resolution)
+    inside = (position >= 0) & (position < n_out)
+    position = position.clip(0, n_out - 1)
+    if n_in == n_out:  # Pillow leaves the pass out
+        start, stop, weights = position, position + 1, np.ones((1, resolution))
+    else:
+        function, support = FILTERS[filter]
+        scale = float(np.float32(n_in)) / n_out  # Pillow's box is of float32
+        stretch = max(scale, 1.0)
+        center, reach = (position + 0.5) * scale, support * stretch
+        start = np.maximum((center - reach + 0.5).astype(np.int64), 0)
+        stop = np.minimum((center + reach + 0.5).astype(np.int64), n_in)
+        taps = start + np.arange((stop - start).max())[:, None]
+        weights = function((taps - center + 0.5) * (1.0 / stretch)) * (taps < stop)
+        weights /= np.add.accumulate(weights, axis=0)[-1]  # in the order of Pillow's sum
+    weights = weights * inside * (1 << BITS)
+    data = np.empty((2 + len(weights), resolution), np.int32)
+    data[0], data[1] = start - start[0], (stop - start) * inside
+    data[2:] = weights + np.copysign(0.5, weights)
+    return Table(int(start[0]), int(stop[-1] - start[0]), data)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Both passes for a size of picture, and the part of it that they take."""
+
+    rows: slice
+    columns: slice
+    vertical: bool  # the first pass goes along columns
+    first: Table
+    second: Table
+
+
+def fitted(height: int, width: int, resolution: int, fit: str) -> tuple[int, int]:
+    """Height and width that a picture is resized to: torchvision's, for "pad" open_clip's."""
+    if fit == "squash":
+        return resolution, resolution
+    if fit == "pad":
+        ratio = max(height, width) / resolution
+        return max(1, round(height / ratio)), max(1, round(width / ratio))
+    longer = int(resolution * max(height, width) / min(height, width))
+    return (longer, resolution) if width <= height else (resolution, longer)
+
+
+@functools.lru_cache(SIZES)
+def plan(height: int, width: int, resolution: int, filter: str, fit: str, order: str) -> Plan:
+    """order: as `pillow_order` gives it."""
+    tables, saved = [], []
+    for n_in, n_out in zip((height, width), fitted(height, width, resolution, fit)):
+        # As torchvision's center_crop rounds, and open_clip's borders.
+        spare = n_out - resolution
+        offset = round(spare / 2.0) if spare >= 0 else -(-spare // 2)
+        tables.append(table(n_in, n_out, offset, resolution, filter))
+        saved.append(n_in - n_out)
+    vertical = order == "vertical" and saved[0] > max(0, 2 * saved[1])
+    rows, columns = (slice(one.first, one.first + one.length) for one in tables)
+    return Plan(rows, columns, vertical, *(tables if vertical else tables[::-1]))
+
+
+# The reference
+
+
+def resample(pixels: Tensor, table: Table) -> Tensor:
+    """One pass along the first axis: uint8 [table.length, N, C] -> [R, N, C]."""
+    starts, _, *weights = torch.from_numpy(table.data).to(pixels.device)[:, :, None]
+    flat, last = pixels.reshape(pixels.shape[0], -1), pixels.shape[0] - 1
+    total = flat.new_full((starts.shape[0], flat.shape[1]), 1 << (BITS - 1), dtype=torch.int32)
+    for k, weight in enumerate(weights):
+        total.addcmul_(flat[(starts[:, 0] + k).clamp(max=last)].int(), weight)
+    total = (total >> BITS).clamp_(0, 255)
+    return total.to(torch.uint8).unflatten(1, pixels.shape[1:])
+
+
+def resize(pixels: Tensor, plan: Plan) -> Tensor:
+    """Resized and cropped: uint8 [H, W, C] -> [R, R, C]."""
+    turned = [lambda x: x, lambda x: x.transpose(0, 1)][:: -1 if plan.vertical else 1]
+    pixels = turned[1](pixels[plan.rows, plan.columns])
+    pixels = resample(resample(pixels, plan.first).transpose(0, 1), plan.second)
+    return turned[0](pixels)
+
+
+@functools.cache
+def pillow_order() -> str:
+    """Which pass the installed Pillow does first where much more of the height goes than of the
+    width: "horizontal" or "vertical".  All else is horizontal first, in every Pillow.
+
+    Raises UserError where it resizes a picture in neither order as computed here.
+    """
+    import PIL
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (500, 240, 3), np.uint8)
+    theirs = np.asarray(Image.fromarray(pixels).resize((224, 466), Image.Resampling.BICUBIC))
+    for order in ("horizontal", "vertical"):
+        ours = resize(torch.from_numpy(pixels), plan(500, 240, 224, "bicubic", "crop", order))
+        if np.array_equal(ours, theirs[121:345]):
+            return order
+    raise UserError(f"Pillow {PIL.__version__} resizes in a way that is not known here; "
+                    "install a Pillow from 10.4 to 13.0")
+
+
+# Batches
+
+
+class Preprocess:
+    """Resize, crop and normalise a batch: what clip's preprocess gives, `==`, on a device.
+
+    filter: "bicubic" or "bilinear".  fit: "crop" to the centre, "squash" to a square, or "pad"
+    with zeros (black) to one.  mean, std: of the three channels, in units of 0 to 1.
+    Thread-safe.  Raises UserError for other names.
+    """
+
+    def __init__(self, resolution: int, device, filter: str = "bicubic", fit: str = "crop",
+                 mean: Sequence[float] = MEAN, std: Sequence[float] = STD,
+                 dtype: torch.dtype = torch.float32):
+        for name, value, known in (("filter", filter, tuple(FILTERS)), ("fit", fit, FITS)):
+            if value not in known:
+                raise UserError(f"unknown {name} {value!r}; choose from {', '.join(known)}")
+        self.resolution, self.dtype = resolution, dtype
+        self.device = torch.empty(0, device=device).device  # with its index
+        self.plan = functools.partial(plan, resolution=resolution, filter=filter, fit=fit,
+                                      order=pillow_order())
+        # As torchvision's ToTensor and Normalize compute it.
+        values = (torch.arange(256).float() / 255).expand(3, 256).clone()
+        values.sub_(torch.tensor(mean)[:, None]).div_(torch.tensor(std)[:, None])
+        self.values = values.to(dtype).to(self.device)  # [3, 256]
+        self.fused = self.device.type == "cuda" and kernels.serves_on(self.device)
+
+    def __call__(self, pictures: Sequence[Optional[Pixels]], out: Optional[Tensor] = None
+                 ) -> Tensor:
+        """Pictures, each uint8 [H, W, C] with C = 1 (grey) or 3 -> [B, 3, R, R] on the device.
+
+        They have any strides (a planar one is `.permute(1, 2, 0)`), and lie in the CPU's memory or
+        the device's.  None leaves zeros.  On a GPU all happens in the order of the current stream,
+        and pictures of the CPU may be changed once this returns.  out: where to, contiguous.
+        Raises ValueError for another shape, dtype or device.
+        """
+        shape = len(pictures), 3, self.resolution, self.resolution
+        if out is None:
+            out = torch.empty(shape, dtype=self.dtype, device=self.device)
+        kernels.check("out", out, self.dtype, shape, self.device)
+        if not out.is_contiguous():
+            raise ValueError("out must be contiguous")
+        if self.fused and len(pictures) > 0:
+            with torch.cuda.device(self.device):
+                self._launch(pictures, out)
+        elif not self.fused:
+            for i, (picture, row) in enumerate(zip(pictures, out)):
+                self._reference(i, picture, row)
+        return out
+
+    def _plan(self, i: int, picture: Pixels) -> tuple[Plan, int]:
+        """Of the batch's picture i, with its channels, once it is seen to be one."""
+        is_tensor, shape = isinstance(picture, Tensor), tuple(picture.shape)
+        if picture.dtype != (torch.uint8 if is_tensor else np.uint8) or not (
+                len(shape) == 3 and shape[2] in (1, 3) and shape[0] > 0 and shape[1] > 0):
+            raise ValueError(f"picture {i} must be uint8 [H, W, 1 or 3] and not empty, "
+                             f"not {picture.dtype} {list(shape)}")
+        if is_tensor and not picture.is_cpu and picture.device != self.device:
+            raise ValueError(f"picture {i} is on {picture.device}, not {self.device} or the CPU")
+        return self.plan(shape[0], shape[1]), shape[2]
+
+    def _reference(self, i: int, picture: Optional[Pixels], row: Tensor) -> None:
+        if picture is None:
+            row.zero_()
+            return
+        plan, channels = self._plan(i, picture)
+        if not isinstance(picture, Tensor):
+            picture = torch.from_numpy(np.array(picture))
+        planes = resize(picture.to(self.device), plan).permute(2, 0, 1).reshape(channels, -1)
+        row.copy_(self.values.gather(1, planes.long().expand(3, -1)).view_as(row))
+
+    def _launch(self, pictures: Sequence[Optional[Pixels]], out: Tensor) -> None:
+        """Through the kernels, with descriptors, tables and the CPU's pixels in one copy."""
+        rows, windows, tables = [], [], {}  # a table -> where it begins, in int32s
+        most_lines = table_end = pixel_end = between = 0
+        for i, picture in enumerate(pictures):
+            if picture is None:
+                rows.append(NOTHING)
+                continue
+            plan, channels = self._plan(i, picture)
+            for one in (plan.first, plan.second):
+                if one not in tables:
+                    tables[one] = table_end
+                    table_end += one.data.size
+            is_tensor = isinstance(picture, Tensor)
+            if is_tensor and picture.is_cuda:
+                down, right, channel = picture.stride()
+                start = picture.data_ptr() + plan.rows.start * down + plan.columns.start * right
+            else:
+                window = (picture.numpy() if is_tensor else picture)[plan.rows, plan.columns]
+                height, width, _ = window.shape
+                if window.strides[2] > window.strides[1]:  # planar, and copied as such
+                    down, right, channel = width, 1, height * width
+                    window = window.transpose(2, 0, 1)
+                else:
+                    down, right, channel = width * channels, channels, 1
+                windows.append((i, pixel_end, window))
+                start, pixel_end = pixel_end, pixel_end + window.size
+            along, across = (down, right) if plan.vertical else (right, down)
+            lines = plan.second.length
+            rows.append((start, along, across, channel, tables[plan.first], tables[plan.second],
+                         between, lines, channels, plan.vertical))  # kernels.PICTURE
+            between += channels * lines * -(-self.resolution // 4) * 4
+            most_lines = max(most_lines, lines)
+        if pixel_end + between > MOST_BYTES and len(rows) > 1:
+            half = len(rows) // 2
+            self._launch(pictures[:half], out[:half])
+            self._launch(pictures[half:], out[half:])
+            return
+        tables_at = len(rows) * ctypes.sizeof(kernels.PICTURE)
+        pixels_at = aligned(tables_at + 4 * table_end)
+        copied = pixels_at + pixel_end
+        # Both allocators give memory again only to what comes after this on the stream.
+        buffer = torch.empty(aligned(copied) + between, dtype=torch.uint8, device=self.device)
+        staging = torch.empty(copied, dtype=torch.uint8, pin_memory=True)
+        address, host = buffer.data_ptr(), staging.numpy()
+        descriptors = host[:tables_at].view(np.int64).reshape(len(rows), -1)
+        descriptors[:] = rows
+        if tables:
+            blob = host[tables_at : tables_at + 4 * table_end].view(np.int32)
+            np.concatenate([one.data for one in tables], out=blob.reshape(-1, self.resolution))
+        for i, start, window in windows:
+            descriptors[i, 0] += address + pixels_at
+            start += pixels_at
+            host[start : start + window.size].reshape(window.shape)[:] = window
+        buffer[:copied].copy_(staging, non_blocking=True)
+        kernels.launch(
+            "preprocess", self.device, pictures=buffer, tables=address + tables_at,
+            values=self.values, workspace=address + aligned(copied), out=out.data_ptr(),
+            batch=len(rows), most_lines=most_lines, resolution=self.resolution,
+            value_bytes=self.values.element_size(),
+        )  # fmt: skip
+
+
+def aligned(size: int) -> int:
+    return -(-size // 16) * 16
+
+
+@torch.library.custom_op("clip_ttrt::preprocess", mutates_args=())
+def preprocess(
+    pictures: list[Tensor], resolution: int, filter: str = "bicubic", fit: str = "crop",
+    mean: Optional[list[float]] = None, std: Optional[list[float]] = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`Preprocess` as an op, on the device of the pictures."""
+    call = Preprocess(resolution, pictures[0].device, filter, fit, mean or MEAN, std or STD, dtype)
+    return call(pictures)
+
+
+@preprocess.register_fake
+def _(pictures, resolution, filter="bicubic", fit="crop", mean=None, std=None, dtype=torch.float32):
+    return pictures[0].new_empty((len(pictures), 3, resolution, resolution), dtype=dtype)
