@@ -52,6 +52,17 @@ def adobe(data, transform):
     return data[:2] + b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0" + bytes([transform]) + data[2:]
 
 
+def separate_scans():
+    """A baseline JPEG, 4:4:4, with a scan for each component: three grey JPEGs in one."""
+    greys = [file(mode="L")] * 3
+    frame, tables = greys[0].index(b"\xff\xc0"), greys[0].index(b"\xff\xc4")
+    head = (greys[0][:frame] + b"\xff\xc0\0\x11\x08\0\x50\0\x60\3\1\x11\0\2\x11\0\3\x11\0"
+            + greys[0][tables:greys[0].index(b"\xff\xda")])
+    scans = [b"\xff\xda\0\x08\1" + bytes([number]) + grey[grey.index(b"\xff\xda") + 6:-2]
+             for number, grey in enumerate(greys, 1)]
+    return head + b"".join(scans) + b"\xff\xd9"
+
+
 def mpo():
     """Two JPEGs in a file, of which Pillow gives the first."""
     stream = io.BytesIO()
@@ -84,6 +95,7 @@ FILES = {  # name: (bytes, route)
     "progressive grey": (file(mode="L", progressive=True), "cpu"),
     "4:4:0": (resampled(file(size=(96, 96), subsampling="4:2:2"), 0x21, 0x12), "cpu"),
     "4:1:1": (resampled(file(size=(96, 96)), 0x22, 0x41), "cpu"),
+    "a scan for each component": (separate_scans(), "cpu"),
     "1x1": (file(size=(1, 1)), "cpu"),
     "narrow": (file(size=(5, 90)), "cpu"),
     "ids 0, 1, 2": (renamed(JPEG, (0, 1, 2)), "cpu"),
@@ -106,6 +118,7 @@ REFUSED = {
     "empty": b"", "HTML": b"<!doctype html><p>404", "half": JPEG[:len(JPEG) // 2],
     "header": JPEG[:100], "a few bytes short": JPEG[:-10], "PNG half": FILES["PNG"][0][:2000],
     "half progressive": FILES["progressive"][0][:1000], "SOI": b"\xff\xd8\xff",
+    "12 bits": JPEG.replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\0\x11\x0c"),
 }
 
 
@@ -135,6 +148,14 @@ def decoder():
 def test_route(name):
     data, route = FILES[name]
     assert route_of(data) == route
+
+
+def test_route_of_what_is_refused():
+    """Pillow says why; what only its pixels show is the first decoder's to find."""
+    routes = {name: route_of(data) for name, data in REFUSED.items()}
+    assert routes.pop("half progressive") == "cpu" and routes.pop("half") == "cpu"
+    assert routes.pop("a few bytes short") == "cpu"
+    assert set(routes.values()) == {"pillow"}
 
 
 @pytest.mark.parametrize("name", FILES)
