@@ -1,0 +1,1 @@
+"""From files to features: decode, preprocess, embed."""
