@@ -15,8 +15,7 @@ from clip_ttrt.pipeline import decode
 from clip_ttrt.pipeline.decode import Bad, Decoder, Picture, route_of
 from clip_ttrt.pipeline.hardware import Hardware
 
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning",
-                                        "ignore:The given buffer is not writable")
+pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 SIDE = 32
 
 
@@ -269,6 +268,8 @@ def test_user_errors():
         Decoder("fast", SIDE)
     with pytest.raises(UserError, match="needs a GPU, and the device is cpu"):
         Decoder("gpu", SIDE, "cpu")
+    assert "needs a GPU" in Decoder("auto", SIDE, "cpu").report()["problem"]
+    assert Decoder("cpu", SIDE).report()["problem"] is None
 
 
 class Engines(Hardware):
@@ -346,6 +347,7 @@ def test_engines_that_raise():
     decoder = with_engines(fault=fault)
     assert equal(decoder.decode(EASY), EASY)
     assert decoder.report()["fallbacks"] == 20
+    assert decoder.report()["problem"] == "out of memory"
 
 
 def test_sampled_pictures_are_compared(monkeypatch):
