@@ -23,18 +23,19 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.io import ImageReadMode  # which registers the op that decodes as well
 
 from clip_ttrt.errors import UserError
 from clip_ttrt.pipeline.hardware import Hardware
 
 MODES = ("auto", "exact", "gpu", "cpu", "pillow")
 MAX_PIXELS = 178_956_970  # Pillow's limit: beyond it a file may be a bomb
-LARGE = 1 << 24  # pixels of a JPEG from which Pillow resizes it: a batch stays within memory
+LARGE = 1 << 24  # pixels: beyond them Pillow resizes a picture, so that a batch fits memory
 SAMPLED = 1000  # of so many pictures from the GPU's engines one is decoded on the CPU as well
+AS_IT_IS = ImageReadMode.UNCHANGED.value
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # not yet an error
 warnings.filterwarnings("ignore", "The given buffer is not writable")  # it is only read
-warnings.filterwarnings("ignore", "The image decoding", DeprecationWarning, "torchvision.io.image")
 
 
 class Bad(Exception):
@@ -73,7 +74,7 @@ BASELINE, FRAMES, SCAN, ADOBE = 0xC0, frozenset((0xC0, 0xC1, 0xC2)), 0xDA, 0xEE
 # What the engines take (nvjpeg.h: baseline, a single scan, not 4:1:0 nor 4:1:1): each component's
 # horizontal and vertical sampling as hex digits, of grey, 4:4:4, 4:2:2 and 4:2:0.
 SAMPLINGS = frozenset(((0x11,), (0x11, 0x11, 0x11), (0x21, 0x11, 0x11), (0x22, 0x11, 0x11)))
-SIDES = range(16, 16385)  # pixels; the engines' data sheets give no limits: a careful choice
+SIDES = range(16, 16385)  # pixels: NVIDIA gives no limits; what the engines refuse the CPU gets
 _segment, _frame = struct.Struct(">BBH").unpack_from, struct.Struct(">BHHB").unpack_from
 _other = Header("pillow")
 
@@ -130,11 +131,12 @@ def original_transform(resolution: int) -> Callable[[Image.Image], Image.Image]:
 
 
 def decode_jpeg(data: bytes) -> Tensor:
-    """torchvision's libjpeg: uint8 [H, W, C].  Raises RuntimeError for what it refuses."""
-    from torchvision.io import ImageReadMode, decode_jpeg
+    """torchvision's libjpeg: uint8 [H, W, C].  Raises RuntimeError for what it refuses.
 
+    The op itself: `torchvision.io.decode_jpeg` around it holds the GIL for twice as long.
+    """
     encoded = torch.frombuffer(data, dtype=torch.uint8)
-    return decode_jpeg(encoded, mode=ImageReadMode.UNCHANGED).permute(1, 2, 0)
+    return torch.ops.image.decode_jpeg(encoded, AS_IT_IS, False).permute(1, 2, 0)
 
 
 class Decoder:
@@ -157,12 +159,14 @@ class Decoder:
         self._pool = ThreadPoolExecutor(self.threads, "decode")
         self._counts, self._lock, self._largest = Counter(), threading.Lock(), None
         self._hardware: Optional[Hardware] = None
+        self._problem: Optional[str] = None
         if mode in ("auto", "gpu"):
             try:
                 self._hardware = Hardware.find(torch.device(device), min(self.threads, 8))
-            except UserError:
+            except UserError as missing:
                 if mode == "gpu":
                     raise
+                self._problem = str(missing)
 
     def decode(self, items: list) -> list[Union[Picture, Bad]]:
         """Pictures in the order of the items: bytes of files, arrays uint8 [H, W, C] or [H, W],
@@ -193,11 +197,12 @@ class Decoder:
 
     def report(self) -> dict:
         """Pictures by route and bad ones; fallbacks: refused or skipped by the engines, of them
-        silent_skips; redecoded on the CPU, and the largest distance of those, in levels."""
+        silent_skips; redecoded on the CPU, and the largest distance of those, in levels; what
+        keeps the engines from working, or None."""
         with self._lock:
             names = ("gpu", "cpu", "pillow", "bad", "fallbacks", "silent_skips", "redecoded")
             return {**{name: self._counts[name] for name in names},
-                    "largest_distance": self._largest}
+                    "largest_distance": self._largest, "problem": self._problem}
 
     def _start(self, work: list, results) -> list:
         """Let the threads decode (index, item, header) into results[index]."""
@@ -215,8 +220,8 @@ class Decoder:
         try:
             pixels, skipped = self._hardware([item for _, item, _ in work],
                                              [header[1:] for _, _, header in work])
-        except (RuntimeError, ValueError):  # out of memory, say: the CPU decodes the batch
-            pixels, skipped = [None] * len(work), 0
+        except (RuntimeError, ValueError) as problem:  # out of memory, say: the CPU decodes all
+            pixels, skipped, self._problem = [None] * len(work), 0, str(problem)
         for (index, _, header), each in zip(work, pixels):
             if each is not None:
                 results[index] = Picture(each, "gpu", header.width, header.height)
@@ -241,7 +246,7 @@ class Decoder:
             if isinstance(item, np.ndarray):
                 return self._array(item)
             if self.mode != "pillow" and header.route != "pillow":
-                with contextlib.suppress(RuntimeError):  # Pillow decides
+                with contextlib.suppress(RuntimeError, AttributeError):  # refused, or no such op
                     return Picture(decode_jpeg(item), "cpu", header.width, header.height)
             return self._pillow(item)
         except Exception as problem:

@@ -77,7 +77,12 @@ class Hardware:
             device = torch.device("cuda", torch.cuda.current_device())
         file, hardware = io.BytesIO(), cls(device, threads)
         Image.effect_noise((64, 64), 50).convert("RGB").save(file, "JPEG")
-        if hardware([file.getvalue()], [(64, 64, 3)])[0][0] is None:
+        try:
+            pixels, _ = hardware([file.getvalue()], [(64, 64, 3)])
+        except (RuntimeError, ValueError) as problem:
+            raise UserError(f"{needs} nvImageCodec to work, and it fails: {problem}; update it "
+                            f"and the driver, {instead}")
+        if pixels[0] is None:
             raise UserError(f"{needs} JPEG engines, which {torch.cuda.get_device_name(device)} "
                             f"does not offer; use another GPU {instead}")
         return hardware
