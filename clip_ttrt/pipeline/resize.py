@@ -18,7 +18,6 @@ from clip_ttrt.errors import UserError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
 STD = (0.26862954, 0.26130258, 0.27577711)
-FITS = ("crop", "squash", "pad")
 BITS = 22  # of a weight
 MOST_BYTES = 1 << 28  # of pixels and workspace in one launch; larger batches take several
 SIZES = 1024  # whose tables are kept: 16 KB each where pictures are shrunk to a half or so
@@ -32,14 +31,9 @@ def bicubic(x: np.ndarray) -> np.ndarray:
     return np.where(x < 1.0, near, np.where(x < 2.0, (((x - 5) * x + 8) * x - 4) * a, 0.0))
 
 
-def bilinear(x: np.ndarray) -> np.ndarray:
-    return np.maximum(1.0 - np.abs(x), 0.0)
-
-
-FILTERS = {"bicubic": (bicubic, 2.0), "bilinear": (bilinear, 1.0)}  # with the support of each
-
-
-# What a pass does
+FILTERS = {  # with the support of each
+    "bicubic": (bicubic, 2.0), "bilinear": (lambda x: np.maximum(1.0 - np.abs(x), 0.0), 1.0)
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,10 +47,8 @@ class Table:
 
 @functools.lru_cache(SIZES)
 def table(n_in: int, n_out: int, offset: int, resolution: int, filter: str) -> Table:
-    """Of n_in pixels resized to n_out, the positions offset .. offset + resolution - 1.
-
-    Positions outside of the n_out are a border of zeros.
-    """
+    """Of n_in pixels resized to n_out, the positions offset .. offset + resolution - 1, of which
+    those outside of the n_out are a border of zeros."""
     position = np.arange(offset, offset + resolution)
     inside = (position >= 0) & (position < n_out)
     position = position.clip(0, n_out - 1)
@@ -116,9 +108,6 @@ def plan(height: int, width: int, resolution: int, filter: str, fit: str, order:
     return Plan(rows, columns, vertical, *(tables if vertical else tables[::-1]))
 
 
-# The reference
-
-
 def resample(pixels: Tensor, table: Table) -> Tensor:
     """One pass along the first axis: uint8 [table.length, N, C] -> [R, N, C]."""
     starts, _, *weights = torch.from_numpy(table.data).to(pixels.device)[:, :, None]
@@ -132,10 +121,10 @@ def resample(pixels: Tensor, table: Table) -> Tensor:
 
 def resize(pixels: Tensor, plan: Plan) -> Tensor:
     """Resized and cropped: uint8 [H, W, C] -> [R, R, C]."""
-    turned = [lambda x: x, lambda x: x.transpose(0, 1)][:: -1 if plan.vertical else 1]
-    pixels = turned[1](pixels[plan.rows, plan.columns])
-    pixels = resample(resample(pixels, plan.first).transpose(0, 1), plan.second)
-    return turned[0](pixels)
+    pixels = pixels[plan.rows, plan.columns]
+    if plan.vertical:
+        return resample(resample(pixels, plan.first).transpose(0, 1), plan.second).transpose(0, 1)
+    return resample(resample(pixels.transpose(0, 1), plan.first).transpose(0, 1), plan.second)
 
 
 @functools.cache
@@ -158,9 +147,6 @@ def pillow_order() -> str:
                     "install a Pillow from 10.4 to 13.0")
 
 
-# Batches
-
-
 class Preprocess:
     """Resize, crop and normalise a batch: what clip's preprocess gives, `==`, on a device.
 
@@ -172,7 +158,8 @@ class Preprocess:
     def __init__(self, resolution: int, device, filter: str = "bicubic", fit: str = "crop",
                  mean: Sequence[float] = MEAN, std: Sequence[float] = STD,
                  dtype: torch.dtype = torch.float32):
-        for name, value, known in (("filter", filter, tuple(FILTERS)), ("fit", fit, FITS)):
+        fits = ("crop", "squash", "pad")
+        for name, value, known in (("filter", filter, FILTERS), ("fit", fit, fits)):
             if value not in known:
                 raise UserError(f"unknown {name} {value!r}; choose from {', '.join(known)}")
         self.resolution, self.dtype = resolution, dtype
@@ -200,34 +187,30 @@ class Preprocess:
         kernels.check("out", out, self.dtype, shape, self.device)
         if not out.is_contiguous():
             raise ValueError("out must be contiguous")
-        if self.fused and len(pictures) > 0:
-            with torch.cuda.device(self.device):
-                self._launch(pictures, out)
-        elif not self.fused:
-            for i, (picture, row) in enumerate(zip(pictures, out)):
-                self._reference(i, picture, row)
+        (self._launch if self.fused else self._reference)(pictures, out)
         return out
 
     def _plan(self, i: int, picture: Pixels) -> tuple[Plan, int]:
         """Of the batch's picture i, with its channels, once it is seen to be one."""
         is_tensor, shape = isinstance(picture, Tensor), tuple(picture.shape)
-        if picture.dtype != (torch.uint8 if is_tensor else np.uint8) or not (
-                len(shape) == 3 and shape[2] in (1, 3) and shape[0] > 0 and shape[1] > 0):
+        if not (picture.dtype == (torch.uint8 if is_tensor else np.uint8) and len(shape) == 3
+                and shape[0] > 0 and shape[1] > 0 and shape[2] in (1, 3)):
             raise ValueError(f"picture {i} must be uint8 [H, W, 1 or 3] and not empty, "
                              f"not {picture.dtype} {list(shape)}")
         if is_tensor and not picture.is_cpu and picture.device != self.device:
             raise ValueError(f"picture {i} is on {picture.device}, not {self.device} or the CPU")
         return self.plan(shape[0], shape[1]), shape[2]
 
-    def _reference(self, i: int, picture: Optional[Pixels], row: Tensor) -> None:
-        if picture is None:
-            row.zero_()
-            return
-        plan, channels = self._plan(i, picture)
-        if not isinstance(picture, Tensor):
-            picture = torch.from_numpy(np.array(picture))
-        planes = resize(picture.to(self.device), plan).permute(2, 0, 1).reshape(channels, -1)
-        row.copy_(self.values.gather(1, planes.long().expand(3, -1)).view_as(row))
+    def _reference(self, pictures: Sequence[Optional[Pixels]], out: Tensor) -> None:
+        for i, (picture, row) in enumerate(zip(pictures, out)):
+            if picture is None:
+                row.zero_()
+                continue
+            plan, channels = self._plan(i, picture)
+            if not isinstance(picture, Tensor):
+                picture = torch.from_numpy(np.array(picture))
+            planes = resize(picture.to(self.device), plan).permute(2, 0, 1).reshape(channels, -1)
+            row.copy_(self.values.gather(1, planes.long().expand(3, -1)).view_as(row))
 
     def _launch(self, pictures: Sequence[Optional[Pixels]], out: Tensor) -> None:
         """Through the kernels, with descriptors, tables and the CPU's pixels in one copy."""
@@ -249,11 +232,10 @@ class Preprocess:
             else:
                 window = (picture.numpy() if is_tensor else picture)[plan.rows, plan.columns]
                 height, width, _ = window.shape
+                down, right, channel = width * channels, channels, 1
                 if window.strides[2] > window.strides[1]:  # planar, and copied as such
                     down, right, channel = width, 1, height * width
                     window = window.transpose(2, 0, 1)
-                else:
-                    down, right, channel = width * channels, channels, 1
                 windows.append((i, pixel_end, window))
                 start, pixel_end = pixel_end, pixel_end + window.size
             along, across = (down, right) if plan.vertical else (right, down)
@@ -263,22 +245,22 @@ class Preprocess:
             between += channels * lines * -(-self.resolution // 4) * 4
             most_lines = max(most_lines, lines)
         if pixel_end + between > MOST_BYTES and len(rows) > 1:
-            half = len(rows) // 2
-            self._launch(pictures[:half], out[:half])
-            self._launch(pictures[half:], out[half:])
+            for half in (slice(len(rows) // 2), slice(len(rows) // 2, None)):
+                self._launch(pictures[half], out[half])
             return
         tables_at = len(rows) * ctypes.sizeof(kernels.PICTURE)
-        pixels_at = aligned(tables_at + 4 * table_end)
+        pixels_at = (tables_at + 4 * table_end + 15) & ~15
         copied = pixels_at + pixel_end
+        workspace_at = (copied + 15) & ~15
         # Both allocators give memory again only to what comes after this on the stream.
-        buffer = torch.empty(aligned(copied) + between, dtype=torch.uint8, device=self.device)
+        buffer = torch.empty(workspace_at + between, dtype=torch.uint8, device=self.device)
         staging = torch.empty(copied, dtype=torch.uint8, pin_memory=True)
         address, host = buffer.data_ptr(), staging.numpy()
-        descriptors = host[:tables_at].view(np.int64).reshape(len(rows), -1)
-        descriptors[:] = rows
-        if tables:
-            blob = host[tables_at : tables_at + 4 * table_end].view(np.int32)
-            np.concatenate([one.data for one in tables], out=blob.reshape(-1, self.resolution))
+        descriptors = host[:tables_at].view(np.int64).reshape(-1, len(NOTHING))
+        descriptors[:] = rows or descriptors
+        blob = host[tables_at : tables_at + 4 * table_end].view(np.int32)
+        for one, start in tables.items():
+            blob[start : start + one.data.size] = one.data.ravel()
         for i, start, window in windows:
             descriptors[i, 0] += address + pixels_at
             start += pixels_at
@@ -286,14 +268,10 @@ class Preprocess:
         buffer[:copied].copy_(staging, non_blocking=True)
         kernels.launch(
             "preprocess", self.device, pictures=buffer, tables=address + tables_at,
-            values=self.values, workspace=address + aligned(copied), out=out.data_ptr(),
+            values=self.values, workspace=address + workspace_at, out=out.data_ptr(),
             batch=len(rows), most_lines=most_lines, resolution=self.resolution,
             value_bytes=self.values.element_size(),
         )  # fmt: skip
-
-
-def aligned(size: int) -> int:
-    return -(-size // 16) * 16
 
 
 @torch.library.custom_op("clip_ttrt::preprocess", mutates_args=())
