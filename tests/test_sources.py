@@ -298,7 +298,7 @@ def test_videos_give_the_frame_on_screen_at_each_moment(tmp_path, codec, ending,
     av = pytest.importorskip("av")
     if codec not in av.codecs_available:
         pytest.skip(f"PyAV without {codec}")
-    path, steps = tmp_path / f"a.{ending}", random.Random(3)
+    path, steps = tmp_path / os.fsdecode(b"\xe9." + ending.encode()), random.Random(3)
     tick = Fraction(1, 25) if ending in ("avi", "ts") else Fraction(1, 1000)
     times = [n if tick > Fraction(1, 100) else 100 * n + steps.randrange(90) for n in range(60)]
     write_video(av, path, codec, times, options, tick)
@@ -341,12 +341,12 @@ def test_a_video_that_a_phone_held_upright_took_is_turned(tmp_path):
     av = pytest.importorskip("av")
     path = tmp_path / "a.mp4"
     write_video(av, path, "mpeg4", range(0, 1000, 100))
-    [plain], data = read(path, every=2), path.read_bytes()
+    plain, data = read(path, every=0.5)[1], path.read_bytes()
     matrices = [struct.pack(">9i", *(one << 16 for one in matrix), 1 << 30)
                 for matrix in ((1, 0, 0, 0, 1, 0, 0, 0), (0, 1, 0, -1, 0, 0, 48, 0))]
     at = data.index(matrices[0], data.index(b"tkhd"))  # of the track's header
     path.write_bytes(data[:at] + matrices[1] + data[at + 36:])
-    [turned] = read(path, every=2)
+    turned = read(path, every=0.5)[1]
     assert turned.data.shape == (64, 48, 3) and turned.data.flags["C_CONTIGUOUS"]
     assert np.array_equal(turned.data, np.flipud(plain.data).transpose(1, 0, 2))
 
@@ -361,7 +361,9 @@ def test_videos_that_are_broken_or_lack_every(tmp_path):
     rows = plan(path, every=0.5)[0]
     path.write_bytes(data[:len(data) // 2])
     records = rows.read(0, len(rows))
-    assert len(records) == len(rows) == 6 and records[0].error is None
+    cut = [record.error is None for record in records].index(False)
+    assert len(records) == len(rows) == 6 and 1 < cut < 5
+    assert all(record.error and record.data is None for record in records[cut:])
     path.write_bytes(b"nothing" * 100)
     assert all(each.error and "\n" not in each.error for each in rows.slice(0, 6).read(0, 6))
     with pytest.raises(UserError, match="a.mkv cannot be read"):

@@ -239,15 +239,16 @@ class Playback:
         """The pixels [H, W, 3] of the frame with the largest pts not after the wanted one."""
         key = max(self.keys[:bisect_right(self.keys, wanted)], default=None)
         reached = self.following or self.shown
-        if key is not None and key > (reached.pts if reached else self.keys[0]) or (
-                self.shown and self.shown.pts > wanted):
+        later = key is not None and key > (reached.pts if reached else self.keys[0])
+        if later or self.shown and self.shown.pts > wanted:
             self.start(key)
         self.advance(wanted)
         if self.shown is None:  # the seek ended behind it
             self.start(None)
             self.advance(wanted)
-        if self.shown is None or self.shown.pts < wanted and self.problem:
-            raise ValueError(f"the frame cannot be decoded ({self.problem})")
+        ended = self.following is None
+        if self.shown is None or self.shown.pts < wanted and (ended or self.problem):
+            raise ValueError(f"the frame cannot be decoded ({self.problem or 'the video ends'})")
         pixels, turns = self.shown.to_ndarray(format="rgb24"), round(self.shown.rotation / 90)
         return np.ascontiguousarray(np.rot90(pixels, turns))
 
