@@ -105,14 +105,15 @@ def test_globs_and_counts(tmp_path, monkeypatch):
 
 
 def test_lists_are_relative_to_themselves_and_what_is_missing_is_a_record(tmp_path):
-    write(tmp_path, "in/a b.jpg", b"in/\xff.jpg", "far.jpg")
+    write(tmp_path, "in/a b.jpg", b"in/\xff.jpg", "far.jpg", "in/ spaces ")
     (tmp_path / "in" / "list.txt").write_bytes(
-        b"\xef\xbb\xbfa b.jpg\r\n\n\xff.jpg\nmissing.jpg\n%s\n.\n" % bytes(tmp_path / "far.jpg"))
+        b"\xef\xbb\xbfa b.jpg\r\n\n\xff.jpg\nmissing.jpg\n%s\n.\n spaces \n"
+        % bytes(tmp_path / "far.jpg"))
     records = read(tmp_path / "in" / "list.txt", rows=2)
     assert [each.data for each in records] == [
-        b"in/a b.jpg", b"in/\xff.jpg", None, b"far.jpg", None]
+        b"in/a b.jpg", b"in/\xff.jpg", None, b"far.jpg", None, b"in/ spaces "]
     assert [each.error for each in records] == [
-        None, None, "No such file or directory", None, "it is not a regular file"]
+        None, None, "No such file or directory", None, "it is not a regular file", None]
     assert records[2].key == str(tmp_path / "in" / "missing.jpg") and records[2].metadata == {}
 
 

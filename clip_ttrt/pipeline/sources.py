@@ -308,7 +308,8 @@ def open_source(path: str, folder: bool, text: bool, every: Optional[float], col
             yield FileRows, walk_any(path), "", {}
         elif ending in ("txt", "csv"):
             rows = csv_rows(path, column, text) if ending == "csv" else (
-                (line, {}) for line in map(str.strip, lines(path, text)) if line)
+                (line.strip() if text else line.rstrip("\n"), {}) for line in lines(path, text)
+                if line.strip())
             if text:
                 yield TextRows, ([number, *row] for number, row in enumerate(rows)), path, {}
             else:  # relative paths start at the list
