@@ -109,20 +109,26 @@ def compiled(module: torch.nn.Module) -> torch.nn.Module:
     return torch.compile(module, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
 
-def clip(model: str, encoder: str, precision: str, device: str) -> Callable:
-    """The method of OpenAI's model, as `clip.load` gives it: fp32, or fp16 by its own means.
+def original(model: str, precision: str, device: str) -> torch.nn.Module:
+    """OpenAI's model, as `clip.load` gives it: fp32, or fp16 by its own means.
 
     Raises UserError for bf16, which it has not.
     """
     if precision == "bf16":
         raise UserError("the original model has no bf16; its precisions are fp32, tf32 and fp16")
     allow_tf32(precision)
-    original = original_with_weights(load_checkpoint(model, weights_of(model)), device)
+    module = original_with_weights(load_checkpoint(model, weights_of(model)), device)
     if precision == "fp16":
         from clip.model import convert_weights
 
-        convert_weights(original)
-    return original.encode_image if encoder == "image" else original.encode_text
+        convert_weights(module)
+    return module
+
+
+def clip(model: str, encoder: str, precision: str, device: str) -> Callable:
+    """The method of OpenAI's model.  Raises UserError for bf16."""
+    module = original(model, precision, device)
+    return module.encode_image if encoder == "image" else module.encode_text
 
 
 def onnxruntime(model: str, encoder: str, precision: str, device: str) -> Callable:

@@ -91,23 +91,25 @@ def test_texts_have_a_folder_of_their_own_and_many_shards_more_digits(tmp_path):
 
 
 def test_columns_are_the_union_of_keys_and_mixed_ones_become_strings(tmp_path):
-    rows = [{"image_path": os.fsdecode(b"caf\xe9.jpg"), "n": 1, "mixed": 1, "f": 1},
-            {"image_path": "b.jpg", "caption": "zwei", "mixed": "two", "f": 0.5, "flag": True},
+    rows = [{"image_path": os.fsdecode(b"caf\xe9.jpg"), "n": 1, "mixed": 1, "f": 1,
+             "half": True},
+            {"image_path": "b.jpg", "caption": "zwei", "mixed": "two", "f": 0.5, "flag": True,
+             "half": 0.5},
             {"image_path": "c.jpg", "n": None, "huge": 2**70, "none": None, "mixed": False}]
     begun(tmp_path).write(0, features(3), rows, [], {})
     table = parquet.read_table(tmp_path / "metadata/metadata_00000.parquet")
     assert {name: str(table.schema.field(name).type) for name in table.column_names} == {
         "image_path": "string", "n": "int64", "mixed": "string", "f": "double",
-        "caption": "string", "flag": "bool", "huge": "string", "none": "string"}
-    assert table.column_names == ["image_path", "n", "mixed", "f", "caption", "flag", "huge",
-                                  "none"]
+        "half": "string", "caption": "string", "flag": "bool", "huge": "string", "none": "string"}
+    assert table.column_names == ["image_path", "n", "mixed", "f", "half", "caption", "flag",
+                                  "huge", "none"]
     assert table.to_pylist() == [
-        {"image_path": r"caf\udce9.jpg", "n": 1, "mixed": "1", "f": 1.0, "caption": None,
-         "flag": None, "huge": None, "none": None},
-        {"image_path": "b.jpg", "n": None, "mixed": "two", "f": 0.5, "caption": "zwei",
-         "flag": True, "huge": None, "none": None},
-        {"image_path": "c.jpg", "n": None, "mixed": "False", "f": None, "caption": None,
-         "flag": None, "huge": str(2**70), "none": None}]
+        {"image_path": r"caf\udce9.jpg", "n": 1, "mixed": "1", "f": 1.0, "half": "True",
+         "caption": None, "flag": None, "huge": None, "none": None},
+        {"image_path": "b.jpg", "n": None, "mixed": "two", "f": 0.5, "half": "0.5",
+         "caption": "zwei", "flag": True, "huge": None, "none": None},
+        {"image_path": "c.jpg", "n": None, "mixed": "False", "f": None, "half": None,
+         "caption": None, "flag": None, "huge": str(2**70), "none": None}]
 
 
 def test_equal_rows_give_equal_bytes_in_another_process(tmp_path):

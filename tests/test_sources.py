@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import struct
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -104,14 +105,15 @@ def test_globs_and_counts(tmp_path, monkeypatch):
 
 
 def test_lists_are_relative_to_themselves_and_what_is_missing_is_a_record(tmp_path):
-    write(tmp_path, "in/a b.jpg", b"in/\xff.jpg", "far.jpg")
+    write(tmp_path, "in/a b.jpg", b"in/\xff.jpg", "far.jpg", "in/ spaces ")
     (tmp_path / "in" / "list.txt").write_bytes(
-        b"\xef\xbb\xbfa b.jpg\r\n\n\xff.jpg\nmissing.jpg\n%s\n.\n" % bytes(tmp_path / "far.jpg"))
+        b"\xef\xbb\xbfa b.jpg\r\n\n\xff.jpg\nmissing.jpg\n%s\n.\n spaces \n"
+        % bytes(tmp_path / "far.jpg"))
     records = read(tmp_path / "in" / "list.txt", rows=2)
     assert [each.data for each in records] == [
-        b"in/a b.jpg", b"in/\xff.jpg", None, b"far.jpg", None]
+        b"in/a b.jpg", b"in/\xff.jpg", None, b"far.jpg", None, b"in/ spaces "]
     assert [each.error for each in records] == [
-        None, None, "No such file or directory", None, "it is not a regular file"]
+        None, None, "No such file or directory", None, "it is not a regular file", None]
     assert records[2].key == str(tmp_path / "in" / "missing.jpg") and records[2].metadata == {}
 
 
@@ -162,7 +164,8 @@ def test_tars_are_webdatasets(tmp_path, form):
         ("d/002.v2.jpg", b"p2"), (f"{long}.jpg", b"p3" * 9000), ("004.npy", b"4"),
         ("004.txt", b"t4"),
         ("._000.jpg", b"mac"), ("no_dot", b"p5"), ("000.jpg", b"p0 again"),
-        ("IMG.1.jpg", b"p6"), ("IMG.2.jpg", b"p7")], format=form)
+        ("IMG.1.jpg", b"p6"), ("IMG.2.jpg", b"p7"),
+        ("005.jpg", b"p8"), ("005.de.txt", b"zwei\n")], format=form)
     with tarfile.open(path, "a", format=form) as archive:
         archive.addfile(folder := tarfile.TarInfo("folder"))
         link = tarfile.TarInfo("hard.jpg")
@@ -174,14 +177,14 @@ def test_tars_are_webdatasets(tmp_path, form):
         (b"p0", "000.jpg"), (b"p1", "001.PNG"), (b"p2", "d/002.v2.jpg"),
         (b"p3" * 9000, f"{long}.jpg"),
         (None, "004"), (b"p5", "no_dot"), (b"p0 again", "000.jpg"), (b"p6", "IMG.1.jpg"),
-        (b"p7", "IMG.2.jpg"), (b"", "folder"), (b"p1", "hard.jpg")]
+        (b"p7", "IMG.2.jpg"), (b"p8", "005.jpg"), (b"", "folder"), (b"p1", "hard.jpg")]
     assert records[4].error and not any(each.error for each in records[:4] + records[5:])
     assert list(records[0].metadata.items()) == [
         ("image_path", f"{path}/000.jpg"), ("caption", "Käse"), ("key", "000"), ("width", 3),
         ("tags", '["x"]'), ("url", "http://ü")]
     assert records[1].metadata == {"image_path": f"{path}/001.PNG", "key": "001"}
     texts = [each for each in read(path, text=True) if not each.error]
-    assert [each.data for each in texts] == ["Käse", "t4"]
+    assert [each.data for each in texts] == ["Käse", "t4", "zwei"]
     assert list(texts[0].metadata)[:2] == ["caption", "key"]
 
 
@@ -296,7 +299,7 @@ def test_videos_give_the_frame_on_screen_at_each_moment(tmp_path, codec, ending,
     av = pytest.importorskip("av")
     if codec not in av.codecs_available:
         pytest.skip(f"PyAV without {codec}")
-    path, steps = tmp_path / f"a.{ending}", random.Random(3)
+    path, steps = tmp_path / os.fsdecode(b"\xe9." + ending.encode()), random.Random(3)
     tick = Fraction(1, 25) if ending in ("avi", "ts") else Fraction(1, 1000)
     times = [n if tick > Fraction(1, 100) else 100 * n + steps.randrange(90) for n in range(60)]
     write_video(av, path, codec, times, options, tick)
@@ -335,6 +338,20 @@ def test_a_video_is_decoded_on_and_seeks_only_to_a_later_key_frame(tmp_path, mon
         assert len(starts) > 1 or every == 0.1
 
 
+def test_a_video_that_a_phone_held_upright_took_is_turned(tmp_path):
+    av = pytest.importorskip("av")
+    path = tmp_path / "a.mp4"
+    write_video(av, path, "mpeg4", range(0, 1000, 100))
+    plain, data = read(path, every=0.5)[1], path.read_bytes()
+    matrices = [struct.pack(">9i", *(one << 16 for one in matrix), 1 << 30)
+                for matrix in ((1, 0, 0, 0, 1, 0, 0, 0), (0, 1, 0, -1, 0, 0, 48, 0))]
+    at = data.index(matrices[0], data.index(b"tkhd"))  # of the track's header
+    path.write_bytes(data[:at] + matrices[1] + data[at + 36:])
+    turned = read(path, every=0.5)[1]
+    assert turned.data.shape == (64, 48, 3) and turned.data.flags["C_CONTIGUOUS"]
+    assert np.array_equal(turned.data, np.flipud(plain.data).transpose(1, 0, 2))
+
+
 def test_videos_that_are_broken_or_lack_every(tmp_path):
     av = pytest.importorskip("av")
     path = tmp_path / "a.mkv"
@@ -345,7 +362,9 @@ def test_videos_that_are_broken_or_lack_every(tmp_path):
     rows = plan(path, every=0.5)[0]
     path.write_bytes(data[:len(data) // 2])
     records = rows.read(0, len(rows))
-    assert len(records) == len(rows) == 6 and records[0].error is None
+    cut = [record.error is None for record in records].index(False)
+    assert len(records) == len(rows) == 6 and 1 < cut < 5
+    assert all(record.error and record.data is None for record in records[cut:])
     path.write_bytes(b"nothing" * 100)
     assert all(each.error and "\n" not in each.error for each in rows.slice(0, 6).read(0, 6))
     with pytest.raises(UserError, match="a.mkv cannot be read"):

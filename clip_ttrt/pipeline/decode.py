@@ -17,7 +17,8 @@ import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Callable, NamedTuple, Optional, Union
+from itertools import chain
+from typing import Callable, Iterator, NamedTuple, Optional, Union
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ from clip_ttrt.pipeline.hardware import Hardware
 MODES = ("auto", "exact", "gpu", "cpu", "pillow")
 MAX_PIXELS = 178_956_970  # Pillow's limit: beyond it a file may be a bomb
 LARGE = 1 << 24  # pixels: beyond them Pillow resizes a picture, so that a batch fits memory
+LARGE_OTHER = 1 << 20  # the same of other files, of which only Pillow knows the size
+MOST_BYTES = 1 << 28  # of pixels that are decoded at once
 SAMPLED = 1000  # of so many pictures from the GPU's engines one is decoded on the CPU as well
 AS_IT_IS = ImageReadMode.UNCHANGED.value
 
@@ -175,16 +178,32 @@ class Decoder:
         Pixels on the GPU are complete.  They lie in memory that is used again after the last
         tensor on it is dropped: by a thread whose current stream is the one that reads them.
         """
-        results: list = [None] * len(items)
-        rest, easy = [], []
-        for index, item in enumerate(items):
+        return list(chain.from_iterable(self.parts(items)))
+
+    def parts(self, items: list) -> Iterator[list[Union[Picture, Bad]]]:
+        """The same in parts, one after the other, each of about MOST_BYTES of pixels at most."""
+        part, size = [], 0
+        for item in items:
             try:
                 header = scan(item) if isinstance(item, bytes) else _other
+                pixels = header.height * header.width * header.channels or 3 * LARGE_OTHER
             except Bad as bad:
-                results[index] = bad
-                continue
-            on_gpu = header.route == "gpu" and self._hardware is not None
-            (easy if on_gpu else rest).append((index, item, header))
+                header, pixels = bad, 0
+            if part and size + pixels > MOST_BYTES:
+                yield self._decode(part)
+                part, size = [], 0
+            part.append((item, header))
+            size += pixels
+        if part:
+            yield self._decode(part)
+
+    def _decode(self, part: list) -> list[Union[Picture, Bad]]:
+        results: list = [header if isinstance(header, Bad) else None for _, header in part]
+        rest, easy = [], []
+        for index, (item, header) in enumerate(part):
+            if results[index] is None:
+                on_gpu = header.route == "gpu" and self._hardware is not None
+                (easy if on_gpu else rest).append((index, item, header))
         waiting = self._start(rest, results)
         again, exact = self._on_gpu(easy, results), {}
         for each in (*waiting, *self._start(again, exact)):
@@ -264,7 +283,8 @@ class Decoder:
     def _pillow(self, item: Union[bytes, Image.Image]) -> Picture:
         picture = item if isinstance(item, Image.Image) else Image.open(io.BytesIO(item))
         width, height = picture.size
-        if self.mode == "pillow" or picture.mode not in ("L", "RGB") or width * height > LARGE:
+        whole = picture.mode in ("L", "RGB") and width * height <= LARGE_OTHER
+        if self.mode == "pillow" or not whole:
             picture = self.transform(picture)
         pixels = torch.from_numpy(np.array(picture))
         return Picture(pixels if pixels.ndim == 3 else pixels[..., None], "pillow", width, height)

@@ -40,7 +40,7 @@ class Output:
         self.root, self.kind, self.shards = str(root), kind, shards
         self.digits = max(5, len(str(shards)))
         self.system, self.folder = file_system(self.root)
-        self.local = "file" in np.atleast_1d(self.system.protocol)
+        self.local = "://" not in self.root or self.root.startswith("file://")
 
     def begin(self, run: dict[str, Any], overwrite: bool = False) -> None:
         """Write run.json or, where the folder was begun before, compare; what was left half

@@ -94,17 +94,17 @@ class Rows:
 
 
 class LostRows(Rows):
-    """What cannot be read at all, such as the rest of a damaged archive.  items: [key, error]."""
+    """What cannot be read at all, such as the rest of a damaged archive.  items: [error]."""
 
-    def record(self, key: str, error: str) -> Record:
-        return Record(key, None, {}, error)
+    def record(self, error: str) -> Record:
+        return Record(self.path, None, {}, error)
 
 
 class TextRows(Rows):
-    """Texts of a .txt or .csv file.  items: [key, text, its other metadata]."""
+    """Texts of a .txt or .csv file.  items: [number, text, its other metadata]."""
 
-    def record(self, key: str, text: str, others: dict[str, Any]) -> Record:
-        return record(key, text, {"caption": text}, others)
+    def record(self, number: int, text: str, others: dict[str, Any]) -> Record:
+        return record(f"{self.path}:{number}", text, {"caption": text}, others)
 
 
 class FileRows(Rows):
@@ -135,17 +135,19 @@ class TarRows(Rows):
                 for key, members in items]
 
     def record(self, key: str, members: list[tuple[str, Union[bytes, Exception]]]) -> Record:
-        path = f"{self.path}/{key}"
         if not members:
-            return Record(path, None, {}, "nothing among the sample's members can be embedded")
+            error = "nothing among the sample's members can be embedded"
+            return Record(f"{self.path}/{key}", None, {}, error)
         texts = {suffix: blob.decode(errors="replace").strip() for suffix, blob in members
-                 if suffix in ("txt", "json") and isinstance(blob, bytes)}
-        ours = {"caption": texts["txt"], "key": key} if "txt" in texts else {"key": key}
+                 if suffix.endswith(("txt", "json")) and isinstance(blob, bytes)}
         suffix, data = members[0]
+        path = f"{self.path}/{key}.{suffix}" if suffix else f"{self.path}/{key}"
+        ours, caption = {"key": key}, texts.get(suffix, texts.get("txt"))
+        if caption is not None:
+            ours = {"caption": caption, **ours}
         if self.options["text"]:
-            data = texts.get("txt", data)
+            data = texts.get(suffix, data)
         else:
-            path += f".{suffix}" if suffix else ""
             ours = {"image_path": path, **ours}
         return record(path, data, ours, json_fields(texts.get("json", "")))
 
@@ -237,16 +239,17 @@ class Playback:
         """The pixels [H, W, 3] of the frame with the largest pts not after the wanted one."""
         key = max(self.keys[:bisect_right(self.keys, wanted)], default=None)
         reached = self.following or self.shown
-        if key is not None and key > (reached.pts if reached else self.keys[0]) or (
-                self.shown and self.shown.pts > wanted):
+        later = key is not None and key > (reached.pts if reached else self.keys[0])
+        if later or self.shown and self.shown.pts > wanted:
             self.start(key)
         self.advance(wanted)
         if self.shown is None:  # the seek ended behind it
             self.start(None)
             self.advance(wanted)
-        if self.shown is None or self.shown.pts < wanted and self.problem:
-            raise ValueError(f"the frame cannot be decoded ({self.problem})")
-        pixels, turns = self.shown.to_ndarray(format="rgb24"), self.shown.rotation // 90
+        ended = self.following is None
+        if self.shown is None or self.shown.pts < wanted and (ended or self.problem):
+            raise ValueError(f"the frame cannot be decoded ({self.problem or 'the video ends'})")
+        pixels, turns = self.shown.to_ndarray(format="rgb24"), round(self.shown.rotation / 90)
         return np.ascontiguousarray(np.rot90(pixels, turns))
 
     def advance(self, wanted: int) -> None:
@@ -287,73 +290,65 @@ def plan(inputs: list[str], text: bool, shard_rows: int, every: Optional[float],
     if not shards:
         raise UserError(f"{', '.join(inputs)}: nothing in it can be embedded")
     if all(isinstance(rows, LostRows) for rows in shards):
-        raise UserError("{} cannot be read ({})".format(*shards[0].items(0, 1)[0]))
+        raise UserError(f"{shards[0].path} cannot be read ({shards[0].read(0, 1)[0].error})")
     return shards
 
 
-Source = tuple[type[Rows], Iterable, str, dict[str, Any]]  # kind, items, path and options
-
-
-def open_source(path: str, folder: bool, text: bool, every: Optional[float],
-                column: Optional[str]) -> Iterator[Source]:
-    """What a folder or a file that was named holds; its extension says what it is."""
+def open_source(path: str, folder: bool, text: bool, every: Optional[float], column: Optional[str]
+                ) -> Iterator[tuple[type[Rows], Iterable, str, dict[str, Any]]]:
+    """(kind, items, path, options) of the rows in a folder or a file that was named: its extension
+    says what it is."""
     ending = "" if folder else path.rpartition(".")[2].lower()
     if text and ending not in ("txt", "csv", "tar", "parquet"):
         raise UserError(f"{path} holds no texts; name .txt, .csv, .tar or .parquet files")
     if ending in VIDEOS and not every:
         raise UserError(f"{path} is a video; --every 1s embeds a frame of each second")
-    if folder:
-        yield FileRows, walk_any(path), "", {}
-    elif ending in ("txt", "csv"):
-        rows = csv_rows(path, column, text) if ending == "csv" else (
-            (line, {}) for line in map(str.strip, lines(path, text)) if line)
-        if text:
-            yield TextRows, ([f"{path}:{number}", line, others]
-                             for number, (line, others) in enumerate(rows)), path, {}
-        else:  # relative paths start at the list
-            rows = ((name if "://" in name else os.path.join(os.path.dirname(path), name), others)
-                    for name, others in rows)
-            yield FileRows, ([name, others] if others else name for name, others in rows), "", {}
-    elif ending in ("tar", "parquet") or ending in VIDEOS:
-        try:
-            if ending == "tar":
-                items, damage = tar_items(path, text)
-                yield TarRows, items, path, {"text": text}
-                if damage:
-                    yield LostRows, [[path, damage]], path, {}
-            elif ending == "parquet":
-                yield ParquetRows, *parquet_rows(path, text, column)
-            else:
-                yield VideoRows, *video_frames(path, every)
-        except UserError:
-            raise
-        except (OSError, ValueError, tarfile.TarError) as problem:
-            yield LostRows, [[path, reason(problem)]], path, {}
-    else:
-        yield FileRows, [path], "", {}
+    try:
+        if folder:
+            yield FileRows, walk_any(path), "", {}
+        elif ending in ("txt", "csv"):
+            rows = csv_rows(path, column, text) if ending == "csv" else (
+                (line.strip() if text else line.rstrip("\n"), {}) for line in lines(path, text)
+                if line.strip())
+            if text:
+                yield TextRows, ([number, *row] for number, row in enumerate(rows)), path, {}
+            else:  # relative paths start at the list
+                near = os.path.dirname(path)
+                yield FileRows, ([name if "://" in name else os.path.join(near, name), others]
+                                 for name, others in rows), "", {}
+        elif ending == "tar":
+            items, damage = tar_items(path, text)
+            yield TarRows, items, path, {"text": text}
+            yield LostRows, damage, path, {}
+        elif ending == "parquet":
+            yield ParquetRows, *parquet_rows(path, text, column)
+        elif ending in VIDEOS:
+            yield VideoRows, *video_frames(path, every)
+        else:
+            yield FileRows, [path], "", {}
+    except UserError:
+        raise
+    except (OSError, ValueError, tarfile.TarError) as problem:  # of a container
+        yield LostRows, [[reason(problem)]], path, {}
 
 
 def expand(given: str) -> Iterator[tuple[str, bool]]:
-    """(path, whether it is a folder) of all that an input stands for; UserError where it is none.
-    """
+    """(path, whether it is a folder) of all that an input stands for; UserError for nothing."""
     counted = re.search(r"\{(\d+)\.\.(\d+)\}", given)
     if counted and not os.path.exists(given):
         before, after = given[:counted.start()], given[counted.end():]
         for number in range(int(counted[1]), int(counted[2]) + 1):
             yield from expand(f"{before}{number:0{len(counted[1])}}{after}")
         return
-    system, path = file_system(given)
     local = "://" not in given
-    if system.exists(path):
-        paths = [path]
-    elif local:
-        paths = glob.glob(os.path.abspath(given), recursive=True)
-    else:
-        paths = system.glob(path) if glob.has_magic(path) else []
+    system, path = (os.path, os.path.abspath(given)) if local else file_system(given)
+    paths = [path]
+    if not system.exists(path):
+        paths = glob.glob(path, recursive=True) if local else system.glob(path)
     if not paths:
         raise UserError(f"{given} matches no file")
-    for each in sorted(paths, key=os.fsencode):
-        yield each if local else system.unstrip_protocol(each), system.isdir(each)
+    for path in sorted(paths, key=os.fsencode):
+        yield path if local else system.unstrip_protocol(path), system.isdir(path)
 
 
 def walk_any(folder: str) -> Iterator[str]:
@@ -402,10 +397,10 @@ def csv_rows(path: str, column: Optional[str], text: bool) -> Iterator[tuple[str
         yield row.pop(chosen), row
 
 
-def tar_items(path: str, text: bool) -> tuple[list, Optional[str]]:
-    """`TarRows`' items from the headers alone, and what is wrong with the rest of the archive.
+def tar_items(path: str, text: bool) -> tuple[list, list]:
+    """`TarRows`' items from the headers alone, and `LostRows`' of the rest of a damaged archive.
     Names that begin with a dot are no samples, as in WebDataset."""
-    samples, latest, places, damage = [], {}, {}, None
+    samples, latest, places, damage = [], {}, {}, []
     with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
         try:
             for member in archive:
@@ -419,10 +414,10 @@ def tar_items(path: str, text: bool) -> tuple[list, Optional[str]]:
                         samples.append((key, latest[key]))
                     latest[key][suffix] = place
         except tarfile.TarError as problem:
-            damage = reason(problem)
+            damage = [[reason(problem)]]
         file.seek(archive.offset)  # where tarfile stopped, in silence at most damages
         if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-            damage = f"the archive is damaged at byte {archive.offset}"
+            damage = [[f"the archive is damaged at byte {archive.offset}"]]
     wanted, items = {"txt"} if text else PICTURES | {""}, []
     for key, members in samples:
         first = [suffix for suffix in members if suffix.lower() in wanted][:1] or [
@@ -441,24 +436,24 @@ def parquet_rows(path: str, text: bool, column: Optional[str]) -> tuple[range, s
         schema, facts, size = opened.schema_arrow, opened.metadata, file.seek(0, os.SEEK_END)
     ends = list(accumulate(facts.row_group(each).num_rows for each in range(facts.num_row_groups)))
 
-    def is_text(kind: Any) -> bool:
-        return types.is_string(kind) or types.is_large_string(kind)
+    texts = [each.name for each in schema
+             if types.is_string(each.type) or types.is_large_string(each.type)]
+    scalars = texts + [each.name for each in schema if types.is_boolean(each.type)
+                       or types.is_integer(each.type) or types.is_floating(each.type)]
 
     def is_bytes(kind: Any) -> bool:
         if types.is_struct(kind):
             return kind.get_field_index("bytes") >= 0 and is_bytes(kind.field("bytes").type)
         return types.is_binary(kind) or types.is_large_binary(kind)
 
-    names = [each.name for each in schema if (is_text if text else is_bytes)(each.type)]
-    usual = [name for name in TEXT_COLUMNS if text and name in names][:1]
+    names = texts if text else [each.name for each in schema if is_bytes(each.type)]
+    usual = [name for name in TEXT_COLUMNS if name in names][:1] if text else []
     chosen = [name for name in names if name == column] if column else usual or names
     if len(chosen) != 1:
         raise UserError(f"{path} has {len(chosen) or 'no'} columns {column or ''} of "
                         f"{'texts' if text else 'bytes'}; --column names one of "
                         f"{', '.join(names or schema.names)}")
-    others = [each.name for each in schema if each.name not in chosen and any(
-        test(each.type) for test in (is_text, types.is_boolean, types.is_integer,
-                                     types.is_floating))]
+    others = [name for name in schema.names if name in scalars and name not in chosen]
     return range(facts.num_rows), path, {"text": text, "column": chosen[0], "others": others,
                                          "ends": ends, "size": size}
 
