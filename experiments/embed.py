@@ -15,6 +15,7 @@ import argparse
 import importlib
 import io
 import itertools
+import json
 import os
 import random
 import sys
@@ -23,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
@@ -205,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     continue
                 out = root / f"features-{kind}-{gpus}-{source}-{decode}"
                 done = embed(artifact.folder, inputs[source], out, gpus=gpus, decode=decode)
-                print(done.json(), flush=True)
+                print(json.dumps(asdict(done)), flush=True)
                 count = len(gpus.split(","))
                 record("clip_ttrt", kind, source, decode, count, done.images_per_s, done.images)
             for name in options.peers:

@@ -230,7 +230,8 @@ def test_pixel_limit_by_the_header_alone():
 
 
 def test_large_pictures_are_resized_by_pillow(monkeypatch):
-    monkeypatch.setattr(decode, "LARGE", 96 * 80 - 1)
+    for name in ("LARGE", "LARGE_OTHER"):
+        monkeypatch.setattr(decode, name, 96 * 80 - 1)
     for name in ("4:2:0", "PNG"):
         result, = Decoder("exact", SIDE).decode([FILES[name][0]])
         assert result.route == "pillow"

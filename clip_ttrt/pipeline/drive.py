@@ -23,7 +23,7 @@ from clip_ttrt.errors import UserError
 PROCESSES = multiprocessing.get_context("spawn")  # a forked one could not use CUDA
 STARTS = 2  # of a shard that is not written, from which on rows that kill are looked for
 DEATHS = 4  # of processes in a shard of which no row kills, and the run ends
-FAILED_STARTS = 3  # of processes one after the other that died while they started, likewise
+FAILED_STARTS = 3  # of processes one after the other that died before a shard, and likewise
 
 
 class Task(NamedTuple):
@@ -145,10 +145,10 @@ def run_processes(tasks: Tasks, make_worker: Callable, devices: Sequence[str], m
                 died = not child.process.is_alive()  # asked before its last messages are read
                 for kind, value in child.messages():
                     if kind == "ready":
-                        child.ready, failed_starts = True, 0
+                        child.ready = True
                         meter.ready()
                     elif kind == "begun":
-                        child.begun += 1
+                        child.begun, failed_starts = child.begun + 1, 0
                     elif kind == "running":
                         meter.running(child.device, value)
                     elif kind == "done":
@@ -161,10 +161,10 @@ def run_processes(tasks: Tasks, make_worker: Callable, devices: Sequence[str], m
                         raise UserError(f"the process of {child.device} failed: {value}")
                 if died:
                     code, killed = child.process.exitcode, child.at_work()
-                    failed_starts += not child.ready
+                    failed_starts += killed is None
                     if failed_starts == FAILED_STARTS:
-                        raise UserError(f"the process of {child.device} ended with exit code {code} "
-                                        "before it was ready")
+                        raise UserError(f"processes of {child.device} ended with exit code {code} "
+                                        "before they began a shard")
                     meter.lost(child.device, code, killed)
                     tasks.waiting.extendleft(each for each in reversed(child.sent)
                                              if each is not killed)

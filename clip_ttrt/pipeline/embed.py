@@ -1,6 +1,5 @@
 """`embed`: pictures, frames and texts of any number, from files to features."""
 import hashlib
-import json
 import os
 import sys
 import time
@@ -18,7 +17,7 @@ from clip_ttrt.checkpoint import sha256_of_file
 from clip_ttrt.errors import UserError
 from clip_ttrt.options import option
 from clip_ttrt.pipeline import decode, drive
-from clip_ttrt.pipeline.output import Output
+from clip_ttrt.pipeline.output import Output, to_json
 from clip_ttrt.pipeline.sources import plan
 
 LARGEST_BATCH = 512  # beyond it an engine gains little
@@ -57,128 +56,117 @@ class EmbedOptions:
             value, choices = getattr(self, each.name), each.metadata["values"]
             if isinstance(choices, tuple) and value not in choices:
                 raise UserError(f"unknown {each.name} {value!r}; choices: {', '.join(choices)}")
-            if each.name in ("shard_rows", "batch", "threads") and value is not None and value < 1:
-                raise UserError(f"--{each.name.replace('_', '-')} {value}: at least 1 is needed")
-        object.__setattr__(self, "every", parse("every", self.every, "s", 1, "1s or 0.5"))
-        object.__setattr__(self, "max_bad", parse("max-bad", self.max_bad, "%", 0.01, "1% or 0.01"))
-        if not self.every > 0:
-            raise UserError(f"--every {self.every}: seconds above 0 are needed")
+        for name in ("shard_rows", "batch", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
+        every = parse("every", self.every, "s", 1)
+        object.__setattr__(self, "every", every)
+        object.__setattr__(self, "max_bad", parse("max-bad", self.max_bad, "%", 0.01))
+        if not every > 0:
+            raise UserError(f"--every {every}: seconds above 0 are needed")
+        if self.shards and self.overwrite:
+            raise UserError("--shards with --overwrite: each job would delete the others' shards")
         self.chosen(0)
 
     def chosen(self, number: int) -> bool:
         """Whether a shard is of those that `shards` asks for."""
-        if self.shards is None:
-            return True
-        index, _, count = self.shards.partition("/")
+        index, _, count = (self.shards or "0/1").partition("/")
         if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-            raise UserError(f"bad --shards {self.shards!r}: write I/N with I from 0 to N-1")
+            raise UserError(f"bad --shards {self.shards!r}: write I/N, with I from 0 to N-1")
         return number % int(count) == int(index)
 
 
-def parse(name: str, value: Union[str, float], unit: str, scale: float, forms: str) -> float:
-    """A number, whose text may end with a unit: that scales it."""
+def parse(name: str, value: Union[str, float], unit: str, scale: float) -> float:
+    """A number, which the unit behind it scales."""
     text = str(value).strip()
     try:
         return float(text.removesuffix(unit)) * (scale if text.endswith(unit) else 1)
     except ValueError:
-        raise UserError(f"bad --{name} {value!r}: write {forms}") from None
+        raise UserError(f"bad --{name} {value!r}: write a number, as 1{unit}") from None
 
 
 @dataclass
 class Summary:
-    """What a run did: rows by what became of them, and where its time went."""
+    """What a run did, and where its time went."""
 
-    images: int = 0  # rows (texts and frames, too) with features, of this run
-    bad: int = 0  # rows of this run that are in bad/ instead
+    images: int = 0  # rows (frames and texts, too) to which this run gave features
+    bad: int = 0  # rows that it put into bad/
     seconds: float = 0  # of the whole call
     starting: float = 0  # of these, until the first device was ready
-    images_per_s: float = 0  # over the rest
-    shards: int = 0  # embedded by this run
-    skipped: int = 0  # shards that were done before or are of other array jobs
+    images_per_s: float = 0  # over the others
+    shards: int = 0  # written by this run
+    skipped: int = 0  # shards written before, or of other array jobs
     devices: list[str] = field(default_factory=list)
-    routes: dict[str, int] = field(default_factory=dict)  # pictures by how they were decoded
-    stages: dict[str, float] = field(default_factory=dict)  # seconds waited for each
-    decode: dict[str, Any] = field(default_factory=dict)  # `Decoder.report()`, of all processes
+    routes: dict[str, int] = field(default_factory=dict)  # pictures by who decoded them
+    stages: dict[str, float] = field(default_factory=dict)  # seconds that encoders waited for each
+    decode: dict[str, Any] = field(default_factory=dict)  # what the decoders report
+    total_images: int = 0  # of the whole output, earlier runs included
+    total_bad: int = 0
 
-    def add(self, result: dict) -> None:
-        """Count what `Worker.run` returned for a shard."""
+    def bad_share(self) -> float:
+        """Of all rows of the output."""
+        return self.total_bad / max(1, self.total_images + self.total_bad)
+
+    def count(self, result: dict[str, Any]) -> None:
+        """Add what `Worker.run` returns for a shard."""
         self.shards += 1
         self.images += result["images"]
         self.bad += result["bad"]
         for name in ("routes", "stages", "decode"):
-            merge(getattr(self, name), result.get(name, {}))
-
-
-def merge(total: dict, more: dict) -> None:
-    """Add figures up; of the largest and the lowest of anything it is that of both."""
-    for name, value in more.items():
-        if isinstance(value, dict):
-            merge(total.setdefault(name, {}), value)
-        elif name.startswith(("largest", "lowest")) and None not in (value, total.get(name)):
-            total[name] = (max if name.startswith("largest") else min)(total[name], value)
-        elif isinstance(value, (int, float)) and name in total and not name.startswith("l"):
-            total[name] += value
-        elif value is not None:
-            total[name] = value
+            total = getattr(self, name)
+            for key, value in result.get(name, {}).items():
+                values = [each for each in (total.get(key), value) if each is not None]
+                add = {"largest": max, "lowest": min, "problem": max}.get(key.split("_")[0], sum)
+                total[key] = add(values) if values else None
 
 
 class Meter:
-    """Progress on a stream: a line that renews itself on a terminal, else one every 10 s."""
+    """Progress on a stream: one line that renews itself on a terminal, else a line every 10 s."""
 
     def __init__(self, rows: int, stream=None):
         self.rows, self.stream = rows, stream or sys.stderr
         self.live, self.summary = self.stream.isatty(), Summary()
         self.begun = self.shown = time.perf_counter()
-        self.partial, self.recent = Counter(), deque(maxlen=20)
+        self.partial: Counter = Counter()  # images of shards that are not written yet, by device
+        self.recent = deque([(self.begun, 0)], maxlen=20 if self.live else 2)
 
     def ready(self) -> None:
+        """The first call tells that a device is ready."""
         self.summary.starting = self.summary.starting or time.perf_counter() - self.begun
 
-    def running(self, device: str, counts: dict) -> None:
-        """Rows embedded of a shard that is not done yet."""
+    def running(self, device: str, counts: dict[str, Any]) -> None:
         self.partial[device] += counts["images"]
         self.show()
 
-    def count(self, device: str, result: dict) -> None:
-        del self.partial[device]
-        self.summary.add(result)
+    def count(self, device: str, result: dict[str, Any]) -> None:
+        self.partial[device] = max(0, self.partial[device] - result["images"])
+        self.summary.count(result)
         self.show()
 
-    def lost(self, device: str, exit_code: int, sent: Sequence) -> None:
-        del self.partial[device]
-        shard = f" in shard {sent[0].number}" if sent else ""
+    def lost(self, device: str, exit_code: int, task: Optional[drive.Task]) -> None:
+        self.partial[device] = 0
+        shard = f" in shard {task.number}" if task else ""
         self.say(f"the process of {device} died{shard} (exit code {exit_code}); another starts")
 
     def say(self, line: str) -> None:
-        print(f"{CLEAR if self.live else ''}clip_ttrt: {line}", file=self.stream, flush=True)
+        print(f"{CLEAR * self.live}clip_ttrt: {line}", file=self.stream, flush=True)
 
     def show(self) -> None:
         now, done = time.perf_counter(), self.summary
         if now - self.shown < (0.5 if self.live else 10):
             return
-        self.shown = now
-        images = done.images + sum(self.partial.values())
+        self.shown, images = now, done.images + sum(self.partial.values())
+        then, before = self.recent[0]
         self.recent.append((now, images))
-        (then, before), left = self.recent[0], max(0, self.rows - images - done.bad)
-        rate = (images - before) / (now - then) if now > then else 0
+        rate, decoded = (images - before) / (now - then), sum(done.routes.values())
         parts = [f"{images:,} of {self.rows:,} images", f"{rate:,.0f} images/s"]
-        decoded = sum(done.routes.values())
-        parts += (f"{name} {count / decoded:.0%}" for name, count in done.routes.items() if count)
-        if done.stages:
-            parts.append(f"waits for {max(done.stages, key=done.stages.get)}")
-        if done.bad:
-            parts.append(f"{done.bad:,} bad")
-        if rate:
-            parts.append(f"{left / rate:,.0f} s left")
+        parts += [f"{name} {count / decoded:.0%}" for name, count in done.routes.items() if count]
+        parts += [f"waits for {max(done.stages, key=done.stages.get)}"] if done.stages else []
+        parts += [f"{done.bad:,} bad"] if done.bad else []
+        parts += [f"{(self.rows - images - done.bad) / rate:,.0f} s left"] if rate else []
         start, end = (CLEAR, "") if self.live else ("clip_ttrt: ", "\n")
         print(start + ", ".join(parts), end=end, file=self.stream, flush=True)
-
-    def finish(self) -> Summary:
-        summary = self.summary
-        summary.seconds = time.perf_counter() - self.begun
-        summary.images_per_s = summary.images / max(1e-9, summary.seconds - summary.starting)
-        print(CLEAR * self.live, end="", file=self.stream, flush=True)
-        return summary
 
 
 def embed(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], output: Union[str, Path],
@@ -194,43 +182,50 @@ def embed(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], output:
     Raises UserError for bad input, for an OUTPUT of another artifact, inputs or options, and
     where processes fail: what is done then stays, and the same call goes on.
     """
-    options = EmbedOptions(**options)
-    model = read_artifact(artifact)
-    encoder = "text" if options.text else "image"
-    if encoder not in model.encoders:
-        raise UserError(f"{artifact} holds no {encoder} encoder; compile with --encoder both")
+    options, started = EmbedOptions(**options), time.perf_counter()
+    model, kind = read_artifact(artifact), "text" if options.text else "image"
+    if kind not in model.encoders:
+        raise UserError(f"{artifact} holds no {kind} encoder; compile with --encoder both")
     if model.verified is False and not options.force:
         raise UserError(f"{artifact} failed its verification; compile anew, or --force")
     if options.ray is None:
         check_runs_here(model)
         devices = list(devices or devices_of(model, options.gpus))
-    share = len(os.sched_getaffinity(0)) // len(devices or "1")
-    options = replace(options, threads=options.threads or max(1, share),
+        cores, run = len(os.sched_getaffinity(0)), drive.run
+    else:
+        from clip_ttrt.pipeline import ray
+
+        devices, cores = ray.devices(options.ray, model.device, options.threads)
+        run = ray.run
+    options = replace(options, threads=options.threads or max(1, cores // len(devices)),
                       batch=min(options.batch or LARGEST_BATCH, model.batch.maximum))
     inputs = [inputs] if isinstance(inputs, (str, Path)) else inputs
     shards = plan(list(map(str, inputs)), options.text, options.shard_rows, options.every,
                   options.column)
-    out = Output(str(output), encoder, len(shards))
-    out.begin(identity(model, shards, options))
+    out = Output(output, kind, len(shards))
+    out.begin(identity(model, shards, options), options.overwrite)
+    if options.retry_bad:
+        out.retry()
     todo = [number for number in sorted(set(range(len(shards))) - out.done())
             if options.chosen(number)]
     meter = Meter(sum(len(shards[number]) for number in todo), stream)
-    meter.summary.skipped, meter.summary.devices = len(shards) - len(todo), devices or ["ray"]
+    meter.begun, summary = started, meter.summary
+    summary.devices, summary.skipped = devices, len(shards) - len(todo)
     from clip_ttrt.pipeline.worker import Worker  # needs all that a run does
 
     make_worker = partial(Worker, model.folder, out, options)
     try:
-        if options.ray is None:
-            drive.run(shards, todo, make_worker, devices, out, meter)
-        else:
-            from clip_ttrt.pipeline import ray
-
-            ray.run(shards, todo, make_worker, model.device, options, out, meter)
+        run(shards, todo, make_worker, devices, out, meter)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; {len(out.done())} of {len(shards)} shards are done, "
-                                "and the same command goes on") from None
-    summary = meter.finish()
-    Path(output, "summary.json").write_text(summary.json() + "\n")
+        raise KeyboardInterrupt(f"interrupted; {len(out.done())} of {len(shards)} shards are "
+                                "done, and the same command goes on") from None
+    written = out.checkpoints()
+    summary.total_images, summary.total_bad = (
+        sum(each[name] for each in written.values()) for name in ("rows", "bad"))
+    summary.seconds = time.perf_counter() - started
+    summary.images_per_s = summary.images / (summary.seconds - summary.starting)
+    meter.say(f"{output} holds {summary.total_images:,} features; {summary.total_bad:,} bad rows")
+    out.put("summary.json", to_json(asdict(summary)))
     return summary
 
 

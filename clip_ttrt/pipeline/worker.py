@@ -240,8 +240,9 @@ class Worker:
         """What the decoder has counted since the last report, and the lowest cosine of features
         between pictures of the GPU's engines and the same from the CPU."""
         before, self.reported = self.reported, self.decoder.report()
-        counts = {name: value if name.startswith("largest") else value - before[name]
-                  for name, value in self.reported.items()}
+        counts = {name: value - before[name] if isinstance(before[name], int) else value
+                  for name, value in self.reported.items() if not name.startswith("largest")}
+        counts["largest_distance"] = self.reported["largest_distance"]
         return {**counts, "lowest_cosine": min(map(float, lowest), default=None)}
 
 
