@@ -82,13 +82,16 @@ class CompiledCLIP(nn.Module):
         self.eval()
 
     @cached_property
-    def _pipeline(self):
-        """What decodes pictures, and what preprocesses batches of them."""
+    def _decoder(self):
         from clip_ttrt.pipeline.decode import Decoder
+
+        return Decoder("exact", self.visual.input_resolution, self.device)
+
+    @cached_property
+    def _resize(self):
         from clip_ttrt.pipeline.resize import Preprocess
 
-        side = self.visual.input_resolution
-        return Decoder("exact", side, self.device), Preprocess(side, self.device)
+        return Preprocess(self.visual.input_resolution, self.device)
 
     def preprocess(self, pictures: Sequence[Any]) -> Tensor:
         """The batch form of OpenAI's transform, and equal to it: pictures of any sizes
@@ -103,7 +106,6 @@ class CompiledCLIP(nn.Module):
 
     def _preprocess(self, pictures: list, start: int) -> Tensor:
         """start: the number of the first picture, for what is raised."""
-        decoder, preprocess = self._pipeline
         files = {}
         for i, one in enumerate(pictures):
             try:
@@ -114,11 +116,11 @@ class CompiledCLIP(nn.Module):
                     files[i] = Path(one).read_bytes() if is_path else one
             except (OSError, ValueError) as problem:
                 raise ValueError(f"picture {start + i}: {problem}") from problem
-        for i, decoded in zip(files, decoder.decode(list(files.values()))):
+        for i, decoded in zip(files, self._decoder.decode(list(files.values())) if files else ()):
             if isinstance(decoded, Exception):
                 raise ValueError(f"picture {start + i}: {decoded}") from decoded
             pictures[i] = decoded.pixels
-        return preprocess(pictures)
+        return self._resize(pictures)
 
     def encode_image(self, images: Union[Tensor, Sequence[Any]]) -> Tensor:
         """Images [B, 3, R, R], any floating dtype -> features float32 [B, embed_dim].

@@ -1,8 +1,12 @@
 """`load`: a drop-in for what `clip.load` returns, for any batch and from several threads."""
+import io
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import clip
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -56,6 +60,64 @@ def test_the_interface_of_clip(loaded, original):
     assert model.dtype == torch.float32 and not model.training and model.eval() is model
     assert torch.isclose(model.logit_scale.cpu(), original.logit_scale)
     assert preprocess(Image.new("RGB", (200, 150), (10, 200, 30))).shape == (3, 112, 112)
+
+
+class PillowDecoder:
+    """As pipeline.decode's, for RGB pictures."""
+
+    def __init__(self, mode, resolution, device):
+        assert (mode, resolution) == ("exact", 112)
+
+    def decode(self, items):
+        return [self.decode_one(one) for one in items]
+
+    def decode_one(self, item):
+        try:
+            opened = Image.open(io.BytesIO(item)) if isinstance(item, bytes) else item
+        except OSError:
+            return ValueError("no picture")
+        return SimpleNamespace(pixels=np.asarray(opened))
+
+
+@pytest.fixture
+def pictures(model, monkeypatch, tmp_path):
+    """The same one as an image, a path, bytes and tensors; another; and a grey tensor."""
+    decode = SimpleNamespace(Decoder=PillowDecoder)
+    monkeypatch.setitem(sys.modules, "clip_ttrt.pipeline.decode", decode)
+    model.__dict__.pop("_decoder", None)
+    noise = np.random.default_rng(0).integers(0, 256, (90, 150, 3), np.uint8)
+    image, path, tensor = Image.fromarray(noise), tmp_path / "noise.png", torch.from_numpy(noise)
+    image.save(path)
+    same = [image, path, str(path), path.read_bytes(), tensor, tensor.permute(2, 0, 1)]
+    same += [one.to(model.device) for one in same[-2:]]
+    yield [*same, image.rotate(90, expand=True), tensor[:, :, :1], tensor[None, :, :, 1]]
+    model.__dict__.pop("_decoder", None)
+
+
+def test_preprocess_and_encode_image_take_lists_of_pictures(loaded, pictures):
+    model, preprocess = loaded
+    noise = np.asarray(pictures[0])
+    images = [preprocess(one) for one in (
+        pictures[0], pictures[8], Image.fromarray(noise[:, :, 0]), Image.fromarray(noise[:, :, 1]))]
+    expected = torch.stack([images[0]] * 8 + images[1:]).to(model.device)
+    assert torch.equal(model.preprocess(pictures), expected)
+    assert close(model.encode_image(pictures), model.encode_image(expected))
+    assert close(model.encode_image(tuple(pictures[4:6])), model.encode_image(expected[4:6]))
+    assert model.preprocess([]).shape == (0, 3, 112, 112)
+    assert model.encode_image([]).shape == (0, 256)
+    assert pictures[1].name == "noise.png"  # the caller's list is as it was
+
+
+@pytest.mark.parametrize("bad, sentence", [
+    (b"GIF87a", "picture 9: no picture"), ("nowhere.jpg", "picture 9: .*No such file.*nowhere.jpg"),
+    (torch.zeros(9, 9, 3), r"picture 9: expected uint8 \[H, W, C\] or .*float32 \[9, 9, 3\]"),
+    (torch.zeros(9, 9, 4, dtype=torch.uint8), r"picture 9: expected uint8 .*uint8 \[9, 9, 4\]"),
+])
+def test_a_bad_picture_of_a_list_is_named(model, pictures, bad, sentence):
+    """Also behind the first batch that the engine takes."""
+    for call in (model.preprocess, model.encode_image):
+        with pytest.raises(ValueError, match=sentence):
+            call([*pictures[:9], bad])
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 8, 9, 16, 17, 20])
