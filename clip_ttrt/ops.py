@@ -59,9 +59,9 @@ def extract_patches_reference(images: Tensor, size: int) -> Tensor:
     Values are in the order of a convolution's weight: a convolution whose stride is its kernel is
     then one matrix product with that weight.
     """
-    batch, channels, side = images.shape[0], images.shape[1], images.shape[2] // size
-    cut = images.reshape(batch, channels, side, size, side, size).permute(0, 2, 4, 1, 3, 5)
-    return cut.reshape(batch, side * side, channels * size * size)
+    # In a trace on a GPU the quotient of two sizes would be a tensor there, and waited for.
+    cut = images.unflatten(3, (-1, size)).unflatten(2, (-1, size))
+    return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def prepend_class_token_reference(patches: Tensor, class_token: Tensor) -> Tensor:
