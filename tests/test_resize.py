@@ -35,6 +35,15 @@ def normalised(square):
     return functional.normalize(functional.to_tensor(square.convert("RGB")), MEAN, STD)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """OpenMP's threads wait for each other at every small operation where other tests run too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("resolution", [112, 224, 336])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_equals_clips_own_transform(resolution, channels):

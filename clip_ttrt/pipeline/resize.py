@@ -158,8 +158,8 @@ class Preprocess:
     def __init__(self, resolution: int, device, filter: str = "bicubic", fit: str = "crop",
                  mean: Sequence[float] = MEAN, std: Sequence[float] = STD,
                  dtype: torch.dtype = torch.float32):
-        fits = ("crop", "squash", "pad")
-        for name, value, known in (("filter", filter, FILTERS), ("fit", fit, fits)):
+        arguments = {"filter": (filter, [*FILTERS]), "fit": (fit, ["crop", "squash", "pad"])}
+        for name, (value, known) in arguments.items():
             if value not in known:
                 raise UserError(f"unknown {name} {value!r}; choose from {', '.join(known)}")
         self.resolution, self.dtype = resolution, dtype
@@ -177,8 +177,9 @@ class Preprocess:
         """Pictures, each uint8 [H, W, C] with C = 1 (grey) or 3 -> [B, 3, R, R] on the device.
 
         They have any strides (a planar one is `.permute(1, 2, 0)`), and lie in the CPU's memory or
-        the device's.  None leaves zeros.  On a GPU all happens in the order of the current stream,
-        and pictures of the CPU may be changed once this returns.  out: where to, contiguous.
+        the device's.  None leaves zeros.  On a GPU all happens in the order of the current stream
+        (a tensor that another stream's work made: `record_stream`, as for any op), and pictures of
+        the CPU may be changed once this returns.  out: where to, contiguous.
         Raises ValueError for another shape, dtype or device.
         """
         shape = len(pictures), 3, self.resolution, self.resolution
@@ -187,7 +188,8 @@ class Preprocess:
         kernels.check("out", out, self.dtype, shape, self.device)
         if not out.is_contiguous():
             raise ValueError("out must be contiguous")
-        (self._launch if self.fused else self._reference)(pictures, out)
+        if len(pictures) > 0:
+            (self._launch if self.fused else self._reference)(pictures, out)
         return out
 
     def _plan(self, i: int, picture: Pixels) -> tuple[Plan, int]:
@@ -257,7 +259,7 @@ class Preprocess:
         staging = torch.empty(copied, dtype=torch.uint8, pin_memory=True)
         address, host = buffer.data_ptr(), staging.numpy()
         descriptors = host[:tables_at].view(np.int64).reshape(-1, len(NOTHING))
-        descriptors[:] = rows or descriptors
+        descriptors[:] = rows
         blob = host[tables_at : tables_at + 4 * table_end].view(np.int32)
         for one, start in tables.items():
             blob[start : start + one.data.size] = one.data.ravel()
@@ -276,13 +278,16 @@ class Preprocess:
 
 @torch.library.custom_op("clip_ttrt::preprocess", mutates_args=())
 def preprocess(
-    pictures: list[Tensor], resolution: int, filter: str = "bicubic", fit: str = "crop",
-    mean: Optional[list[float]] = None, std: Optional[list[float]] = None,
+    pictures: Sequence[Tensor], resolution: int, filter: str = "bicubic", fit: str = "crop",
+    mean: Optional[Sequence[float]] = None, std: Optional[Sequence[float]] = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """`Preprocess` as an op, on the device of the pictures."""
-    call = Preprocess(resolution, pictures[0].device, filter, fit, mean or MEAN, std or STD, dtype)
-    return call(pictures)
+    """`Preprocess` as an op, on the device of the first of at least one picture."""
+    device, mean, std = pictures[0].device, tuple(mean or MEAN), tuple(std or STD)
+    return _of_the_op(resolution, device, filter, fit, mean, std, dtype)(pictures)
+
+
+_of_the_op = functools.lru_cache(16)(Preprocess)
 
 
 @preprocess.register_fake
