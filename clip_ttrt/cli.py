@@ -1,11 +1,13 @@
 """The command line: `clip-ttrt COMMAND ...`, which is also `python -m clip_ttrt.COMMAND ...`.
 
-Exit codes: 0; 1 for a failed verification; 2 for bad input, which is one sentence.
+Exit codes: 0; 1 for a failed verification; 2 for bad input, which is one sentence; 3 where more
+rows were bad than `embed` may take.
 """
 import argparse
 import json
+import signal
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Optional
 
@@ -17,6 +19,7 @@ from clip_ttrt.artifact import check_runs_here, read_artifact
 from clip_ttrt.checkpoint import reload_checkpoint
 from clip_ttrt.errors import UserError, VerificationError
 from clip_ttrt.options import Options
+from clip_ttrt.pipeline.embed import EmbedOptions, embed
 from clip_ttrt.progress import Progress
 
 
@@ -32,8 +35,8 @@ def main(arguments: Optional[list[str]] = None) -> int:
         code, message = 1 if isinstance(problem, VerificationError) else 2, str(problem)
     except torch.cuda.OutOfMemoryError:
         code, message = 2, "out of GPU memory; use a smaller batch or free the GPU"
-    except KeyboardInterrupt:
-        code, message = 2, "interrupted; nothing was written"
+    except KeyboardInterrupt as stopped:
+        code, message = 2, str(stopped) or "interrupted; nothing was written"
     print(f"clip_ttrt: {message}", file=sys.stderr)
     return code
 
@@ -49,15 +52,14 @@ def parser() -> argparse.ArgumentParser:
         return added.add_argument
 
     add = command("compile", run_compile, "compile CLIP's encoders into TorchScript modules")
-    for each in fields(Options):
-        default, values, about = each.default, each.metadata["values"], each.metadata["help"]
-        if isinstance(default, bool):
-            more = {"action": argparse.BooleanOptionalAction}
-        else:
-            metavar = values if isinstance(values, str) else "|".join(values)
-            more = {"metavar": metavar, "type": int if isinstance(default, int) else str}
-            about += "" if default is None else f" (default {default})"
-        add(f"--{each.name.replace('_', '-')}", default=default, help=about, **more)
+    add_fields(add, Options)
+
+    add = command("embed", run_embed, "embed files: pictures, frames or texts, to features")
+    add("artifact", type=Path, metavar="DIR", help="the artifact")
+    add("inputs", nargs="+", metavar="INPUT",
+        help="folders, globs, lists (.txt, .csv), .tar, .parquet, videos; local or URLs")
+    add("--output", required=True, metavar="OUT", help="a folder, in clip-retrieval's layout")
+    add_fields(add, EmbedOptions)
 
     add = command("verify", run_verify, "compare an artifact with the original model in fp32")
     add("folder", type=Path, metavar="DIR", help="the artifact")
@@ -79,12 +81,38 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def add_fields(add, options: type) -> None:
+    """An option for each field of a dataclass of options."""
+    for each in fields(options):
+        default, values = each.default, each.metadata["values"]
+        about = each.metadata["help"].replace("%", "%%")
+        if isinstance(default, bool):
+            more = {"action": argparse.BooleanOptionalAction}
+        else:
+            metavar = values if isinstance(values, str) else "|".join(values)
+            more = {"metavar": metavar, "type": int if each.type in (int, Optional[int]) else str}
+            about += "" if default is None else " (default %(default)s)"
+        if each.name == "ray":
+            more |= {"nargs": "?", "const": "auto"}
+        add(f"--{each.name.replace('_', '-')}", default=default, help=about, **more)
+
+
 def run_compile(**options: Any) -> int:
     artifact = clip_ttrt.compile(progress=Progress(), **options)
     if artifact.verified:
         show(artifact.manifest["verification"])
     print(f"wrote {artifact.folder} ({'verified' if artifact.verified else 'not verified'})")
     return 0
+
+
+def run_embed(artifact: Path, inputs: list[str], output: str, **options: Any) -> int:
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        summary = embed(artifact, inputs, output, **options)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    print(json.dumps(asdict(summary), indent=2))
+    return 3 if summary.bad_share() > EmbedOptions(**options).max_bad else 0
 
 
 def run_verify(folder: Path, figures: Path, weights: Optional[str], trust_weights: bool) -> int:
