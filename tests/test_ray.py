@@ -1,0 +1,58 @@
+"""The cluster: a local Ray on the CPU, with the driver's worker that embeds nothing."""
+from functools import partial
+
+import pytest
+from test_drive import Rows, Worker, features
+
+from clip_ttrt.errors import UserError
+from clip_ttrt.pipeline import ray as cluster
+from clip_ttrt.pipeline.embed import Meter
+from clip_ttrt.pipeline.output import Output
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local():
+    """A local Ray of 2 cores, whose processes find the tests' modules."""
+    ray = pytest.importorskip("ray", reason="needs Ray: the extra `ray`")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+             object_store_memory=100 * 2**20)
+    yield
+    ray.shutdown()
+
+
+def embed_all(folder, words):
+    out, log = Output(folder / "out", "image", len(words)), folder / "log"
+    out.begin({"artifact": "fake"})
+    meter = Meter(sum(map(len, words)))
+    devices, cores = cluster.devices("auto", "cpu", 1)
+    assert devices == ["cpu"] * 2 and cores == 2
+    cluster.run([Rows(each) for each in words], sorted(set(range(len(words))) - out.done()),
+                partial(Worker, out, str(log)), devices, out, meter)
+    return out, [line.split(" ", 2) for line in log.read_text().splitlines()]
+
+
+def test_actors_share_the_shards_and_one_killed_once_is_started_again(tmp_path):
+    out, log = embed_all(tmp_path, [["sleeps"]] * 5 + [["kills once"] * 2, ["sleeps"]])
+    assert out.done() == set(range(7))
+    assert features(tmp_path) == [[0]] * 5 + [[0, 1], [0]]
+    assert len({process for process, _, _ in log}) == 3
+
+
+def test_rows_that_always_kill_are_found_and_the_rest_embedded(tmp_path):
+    out, log = embed_all(tmp_path, [["fine"], ["fine", "kills", "fine"], ["fine"]])
+    assert features(tmp_path) == [[0], [0, 2], [0]] and out.crashed(1) == {1}
+    assert sum(number == "1" and only == "None" for _, number, only in log) == 3
+
+
+def test_what_a_worker_raises_stops_the_run_and_loses_nothing(tmp_path):
+    with pytest.raises(UserError, match="^an actor failed: row refused$"):
+        embed_all(tmp_path, [["fine"], ["refused"]])
+    embed_all(tmp_path, [["fine"], ["fine"]])
+    assert features(tmp_path) == [[0], [0]]
+
+
+def test_a_cluster_without_gpus_is_refused(tmp_path):
+    with pytest.raises(UserError, match="^the cluster has 2 cores and 0 GPUs, too few"):
+        cluster.devices("auto", "cuda", None)
