@@ -56,7 +56,9 @@ class Worker:
         self.encode = self.model.encode_text if options.text else self.model.encode_image
         if not options.text:
             side = self.model.visual.input_resolution
-            self.decoder = Decoder(options.decode, side, self.model.device, options.threads)
+            # Without a GPU Pillow's own resize is the fastest.
+            mode = "pillow" if options.decode == "auto" and not self.on_gpu else options.decode
+            self.decoder = Decoder(mode, side, self.model.device, options.threads)
             self.preprocess = Preprocess(side, self.model.device)
             self.reported = self.decoder.report()
         # CUDA forbids other threads some calls while a graph is captured: none is, later.
