@@ -146,7 +146,7 @@ def test_a_process_that_never_starts_is_tried_a_few_times(tmp_path):
 def test_halves_find_every_row_that_kills_and_only_those():
     for count in range(1, 18):
         for killers in [set(), {0}, {count - 1}, {count // 2, count // 3}, set(range(count))]:
-            search, tried = drive.rows_that_kill(count), 0
+            search, tried = drive.rows_that_kill(range(count)), 0
             part = next(search)
             try:
                 while True:

@@ -116,9 +116,9 @@ class Summary:
         for name in ("routes", "stages", "decode"):
             total = getattr(self, name)
             for key, value in result.get(name, {}).items():
-                values = [each for each in (total.get(key), value) if each is not None]
-                add = {"largest": max, "lowest": min}.get(key.split("_")[0], sum)
-                total[key] = add(values) if values else None
+                both = [each for each in (total.get(key), value) if each is not None]
+                whole = {"largest": max, "lowest": min, "problem": max}.get(key.split("_")[0], sum)
+                total[key] = whole(both) if both else None
 
 
 class Meter:
