@@ -1,4 +1,5 @@
 """The command as a user types it, and what a run of it is: resumed, refused, killed at random."""
+import io
 import json
 import os
 import random
@@ -149,7 +150,8 @@ def test_another_run_is_refused_and_it_is_said_why(demo_artifact, pictures, tmp_
     assert written(tmp_path / "o") == before
 
 
-def test_ctrl_c_and_sigterm_say_how_to_go_on(demo_artifact, pictures, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_and_sigterm_say_how_to_go_on(
+        demo_artifact, pictures, tmp_path, monkeypatch, capsys):
     count, stop = Meter.count, signal.SIGTERM
 
     def counted(*arguments):
@@ -218,6 +220,26 @@ def test_figures_of_shards_are_added_up():
     assert summary.routes == {"gpu": 6, "cpu": 1} and summary.stages == {"read": 0.75}
     assert summary.decode == {"redecoded": 1, "largest_distance": 1, "lowest_cosine": 0.99,
                               "problem": "no engine"}
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_progress_is_a_line_that_renews_itself_or_one_now_and_then(live, monkeypatch):
+    stream, now = io.StringIO(), 100.0
+    monkeypatch.setattr(stream, "isatty", lambda: live)
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    meter = Meter(1100, stream)
+    for now in (100.1, 112, 113):
+        meter.running("cuda:0", {"images": 100})
+    now = 122
+    meter.count("cuda:0", {"images": 300, "bad": 1, "routes": {"gpu": 225, "cpu": 75},
+                           "stages": {"read": 1, "decode": 2}})
+    lines = stream.getvalue().replace("\r\x1b[K", "\n" if live else "no terminal")
+    assert [line for line in lines.split("\n") if line] == [
+        f"clip_ttrt: {line}" for line in (
+            "200 of 1,100 images, 17 images/s, 54 s left",
+            *["300 of 1,100 images, 23 images/s, 35 s left"][:live],
+            "300 of 1,100 images, 14 images/s, gpu 75%, cpu 25%, waits for decode, 1 bad, "
+            "59 s left")]
 
 
 def test_options_come_from_text_or_numbers():
