@@ -101,6 +101,30 @@ def test_texts(demo_artifact, tmp_path):
     assert summary.images == 5 and np.abs(found - expected.numpy()).max() < 1e-5
 
 
+def test_processes_give_the_same_bytes(demo_artifact, pictures, tmp_path):
+    run = dict(shard_rows=8, threads=1)
+    two = embed(demo_artifact.folder, pictures, tmp_path / "two", devices=["cpu"] * 2, **run)
+    one = embed(demo_artifact.folder, pictures, tmp_path / "one", **run)
+    assert (two.images, two.bad, two.devices) == (one.images, one.bad, ["cpu", "cpu"])
+    assert two.routes == one.routes and sum(one.routes.values()) == 30
+    assert written(tmp_path / "two") == written(tmp_path / "one")
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_a_process_of_its_own(demo_engines, pictures, tmp_path):
+    summary = embed(demo_engines.folder, pictures, tmp_path / "o", decode="exact", shard_rows=12)
+    assert (summary.images, summary.bad, summary.devices) == (30, 2, ["cuda:0"])
+    model, preprocess = clip_ttrt.load(demo_engines.folder)
+    images = [preprocess(Image.open(file)) for file in sorted(pictures.glob("??.png"))]
+    with torch.no_grad():
+        expected = model.encode_image(torch.stack(images)).cpu().numpy()
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    found = [np.load(path) for path in sorted((tmp_path / "o/img_emb").iterdir())]
+    assert (np.concatenate(found).astype(np.float32) * expected).sum(1).min() > 0.9999
+    with pytest.raises(clip_ttrt.UserError, match="bad --gpus '99': write all, or of 0 to"):
+        embed(demo_engines.folder, pictures, tmp_path / "o", gpus="99")
+
+
 def test_array_jobs_share_a_folder(demo_artifact, pictures, tmp_path):
     whole = embed(demo_artifact.folder, pictures, tmp_path / "whole", shard_rows=8)
     jobs = [embed(demo_artifact.folder, pictures, tmp_path / "o", shard_rows=8, shards=f"{job}/3")
@@ -152,14 +176,14 @@ def test_another_run_is_refused_and_it_is_said_why(demo_artifact, pictures, tmp_
 
 def test_ctrl_c_and_sigterm_say_how_to_go_on(
         demo_artifact, pictures, tmp_path, monkeypatch, capsys):
-    count, stop = Meter.count, signal.SIGTERM
+    stop = signal.SIGTERM
 
-    def counted(*arguments):
-        count(*arguments)
-        os.kill(os.getpid(), stop)
-        time.sleep(5)  # in which the signal comes
+    def running(meter, *arguments):
+        if meter.summary.shards == 1:  # in the midst of the second one
+            os.kill(os.getpid(), stop)
+            time.sleep(5)  # in which the signal comes
 
-    monkeypatch.setattr(Meter, "count", counted)
+    monkeypatch.setattr(Meter, "running", running)
     arguments = ["embed", str(demo_artifact.folder), str(pictures), "--output", str(tmp_path / "o"),
                  "--shard-rows", "8"]
     for done, stop in enumerate((signal.SIGTERM, signal.SIGINT), 1):
