@@ -63,9 +63,10 @@ class Worker:
                 raise RuntimeError("CUDA error: an illegal memory access")
         good = [row for row in range(len(rows)) if row not in crashed]
         self.progress({"images": 1})
-        return partial(self.finish, number, good, sorted(crashed), only)
+        return partial(self.finish, number, good, sorted(crashed), "slow to write" in rows, only)
 
-    def finish(self, number, good, crashed, only):
+    def finish(self, number, good, crashed, slowly, only):
+        time.sleep(0.3 * slowly)
         if only is None:
             self.out.write(number, np.array(good, np.float16)[:, None],
                            [{"key": row} for row in good], [{"key": row} for row in crashed], {})
@@ -114,6 +115,12 @@ def test_rows_that_kill_are_found_and_the_rest_embedded(tmp_path, capsys):
     assert re.search(r"process of cpu died in shard 1 \(exit code -9\)", capsys.readouterr().err)
 
 
+def test_a_shard_that_is_being_written_is_not_blamed_for_the_next_one(tmp_path):
+    out, summary, log = drive_all(tmp_path, [["slow to write"], ["fine", "kills"]], ["device"])
+    assert features(tmp_path) == [[0], [0]] and not out.crashed(0) and out.crashed(1) == {1}
+    assert {only for _, number, only in log if number == "0"} == {"None"}
+
+
 def test_a_search_goes_on_where_a_run_was_stopped(tmp_path):
     """Starts are counted in the output: the first run here is one that was killed thrice."""
     shards = [["fine"] * 3 + ["kills"]]
@@ -134,6 +141,7 @@ def test_what_stops_a_run_is_one_sentence_and_loses_nothing(word, sentence, tmp_
     with pytest.raises(UserError, match=sentence):
         drive_all(tmp_path, [["fine"], ["waits", word]], ["cpu", "cpu"])
     assert features(tmp_path) == [[0]]
+    assert (tmp_path / "log").read_text().count(" 1 (") == 2 * (word == "kills with all")  # halves
     drive_all(tmp_path, [["fine"], ["fine", "fine"]], ["cpu"])
     assert features(tmp_path) == [[0], [0, 1]]
 
@@ -146,7 +154,7 @@ def test_a_process_that_never_starts_is_tried_a_few_times(tmp_path):
 def test_halves_find_every_row_that_kills_and_only_those():
     for count in range(1, 18):
         for killers in [set(), {0}, {count - 1}, {count // 2, count // 3}, set(range(count))]:
-            search, tried = drive.rows_that_kill(count), 0
+            search, tried = drive.rows_that_kill(range(count)), 0
             part = next(search)
             try:
                 while True:

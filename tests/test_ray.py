@@ -1,9 +1,13 @@
 """The cluster: a local Ray on the CPU, with the driver's worker that embeds nothing."""
+import json
 from functools import partial
 
+import numpy as np
 import pytest
 from test_drive import Rows, Worker, features
+from test_embed import pictures, written  # noqa: F401  a fixture
 
+from clip_ttrt import cli
 from clip_ttrt.errors import UserError
 from clip_ttrt.pipeline import ray as cluster
 from clip_ttrt.pipeline.embed import Meter
@@ -56,3 +60,24 @@ def test_what_a_worker_raises_stops_the_run_and_loses_nothing(tmp_path):
 def test_a_cluster_without_gpus_is_refused(tmp_path):
     with pytest.raises(UserError, match="^the cluster has 2 cores and 0 GPUs, too few"):
         cluster.devices("auto", "cuda", None)
+
+
+def test_the_command_gives_what_it_gives_without_ray(
+        demo_artifact, pictures, tmp_path, capsys):  # noqa: F811
+    arguments = ["embed", str(demo_artifact.folder), str(pictures), "--shard-rows", "9",
+                 "--threads", "1", "--max-bad", "10%", "--output"]
+    assert cli.main([*arguments, str(tmp_path / "here")]) == 0
+    capsys.readouterr()
+    assert cli.main([*arguments, str(tmp_path / "ray"), "--ray"]) == 0
+    told = capsys.readouterr()
+    summary = json.loads(told.out)
+    assert (summary["images"], summary["bad"], summary["devices"]) == (30, 2, ["cpu", "cpu"])
+    assert len(told.err.splitlines()) == 1  # none of Ray's
+    here, there = written(tmp_path / "here"), written(tmp_path / "ray")
+    assert list(here) == list(there)
+    for name in here:
+        if name.endswith(".npy"):
+            one, other = (np.load(tmp_path / each / name) for each in ("here", "ray"))
+            assert np.abs(one.astype(np.float32) - other).max() < 2e-3  # of float16, another CPU's
+        else:
+            assert here[name] == there[name]

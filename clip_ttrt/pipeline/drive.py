@@ -16,14 +16,14 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing.connection import wait
-from typing import Callable, Generator, Iterator, NamedTuple, Optional, Sequence
+from typing import Callable, Generator, NamedTuple, Optional, Sequence
 
 from clip_ttrt.errors import UserError
 
 PROCESSES = multiprocessing.get_context("spawn")  # a forked one could not use CUDA
 STARTS = 2  # of a shard that is not written, from which on rows that kill are looked for
 DEATHS = 4  # of processes in a shard of which no row kills, and the run ends
-FAILED_STARTS = 3  # of processes one after the other that died before a shard, and likewise
+FAILED_STARTS = 3  # of a device's processes, one after the other, before they began a shard
 
 
 class Task(NamedTuple):
@@ -33,22 +33,13 @@ class Task(NamedTuple):
     only: Optional[range] = None
 
 
-def rows_that_kill(count: int) -> Generator[range, bool, list[int]]:
-    """Yield rows to try, be sent whether the process survived; return those that kill alone."""
-    parts, killers = halves(range(count)), []
-    while parts:
-        part = parts.pop()
-        if not (yield part):
-            if len(part) == 1:
-                killers += part
-            else:
-                parts += halves(part)
+def rows_that_kill(rows: range) -> Generator[range, bool, list[int]]:
+    """Yield halves to try, be sent whether the process survived; return rows that kill alone."""
+    middle, killers = (len(rows) + 1) // 2, []
+    for half in (rows[:middle], rows[middle:]):
+        if half and not (yield half):
+            killers += half if len(half) == 1 else (yield from rows_that_kill(half))
     return killers
-
-
-def halves(rows: range) -> list[range]:
-    middle = (len(rows) + 1) // 2
-    return [part for part in (rows[middle:], rows[:middle]) if part]
 
 
 def unfinished(out) -> Counter:
@@ -70,7 +61,7 @@ class Tasks:
     def add(self, number: int, starts: int) -> None:
         only = None
         if starts >= STARTS and number not in self.blameless:
-            self.trials[number] = rows_that_kill(len(self.shards[number]))
+            self.trials[number] = rows_that_kill(range(len(self.shards[number])))
             only = next(self.trials[number])
         self.waiting.appendleft(Task(number, only))
 
@@ -135,41 +126,30 @@ def run(shards: Sequence, todo: Sequence[int], make_worker: Callable, devices: S
 
 
 def run_processes(tasks: Tasks, make_worker: Callable, devices: Sequence[str], meter) -> None:
-    children, failed_starts = [], 0
+    children, failed_starts = [], Counter()
     try:
         children += (Child(make_worker, device, tasks.out) for device in devices)
         while tasks.waiting or any(child.sent for child in children):
-            feed(children, tasks)
-            wait([each for child in children for each in child.handles], timeout=1)
+            for ahead in (0, 1):  # a second task to go on with, while there are enough for all
+                for child in children:
+                    if len(tasks.waiting) >= (len(children) if ahead else 1):
+                        child.feed(tasks, ahead)
+            wait([each for child in children for each in (child.pipe, child.process.sentinel)], 1)
             for slot, child in enumerate(children):
                 died = not child.process.is_alive()  # asked before its last messages are read
-                for kind, value in child.messages():
-                    if kind == "ready":
-                        child.ready = True
-                        meter.ready()
-                    elif kind == "begun":
-                        child.begun, failed_starts = child.begun + 1, 0
-                    elif kind == "running":
-                        meter.running(child.device, value)
-                    elif kind == "done":
-                        task = child.sent.popleft()
-                        child.begun -= 1
-                        tasks.settle(task, survived=True)
-                        if task.only is None:
-                            meter.count(child.device, value)
-                    else:
-                        raise UserError(f"the process of {child.device} failed: {value}")
+                child.listen(tasks, meter)
+                failed_starts[slot] *= not child.begun
                 if died:
-                    code, killed = child.process.exitcode, child.at_work()
-                    failed_starts += killed is None
-                    if failed_starts == FAILED_STARTS:
+                    code, task = child.process.exitcode, child.at_work()
+                    failed_starts[slot] += task is None
+                    if failed_starts[slot] == FAILED_STARTS:
                         raise UserError(f"processes of {child.device} ended with exit code {code} "
                                         "before they began a shard")
-                    meter.lost(child.device, code, killed)
+                    meter.lost(child.device, code, task)
                     tasks.waiting.extendleft(each for each in reversed(child.sent)
-                                             if each is not killed)
-                    if killed:
-                        tasks.settle(killed, survived=False)
+                                             if each is not task)
+                    if task:
+                        tasks.settle(task, survived=False)
                     child.stop()
                     children[slot] = Child(make_worker, child.device, tasks.out)
             meter.show()
@@ -178,15 +158,6 @@ def run_processes(tasks: Tasks, make_worker: Callable, devices: Sequence[str], m
             child.pipe.close()
         for child in children:
             child.stop()
-
-
-def feed(children: list["Child"], tasks: Tasks) -> None:
-    """A task for each process, and another to go on with while there are enough for all."""
-    for ahead in (0, 1):
-        for child in children:
-            if (child.ready and len(child.sent) == ahead
-                    and len(tasks.waiting) >= (len(children) if ahead else 1)):
-                child.send(tasks)
 
 
 class Child:
@@ -204,21 +175,38 @@ class Child:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             theirs.close()
-        self.handles = [self.pipe, self.process.sentinel]
 
-    def send(self, tasks: Tasks) -> None:
-        task = tasks.waiting[0]
-        with contextlib.suppress(OSError):  # it has just died
-            self.pipe.send((task, tasks.shards[task.number]))
-            self.sent.append(tasks.waiting.popleft())
+    def feed(self, tasks: Tasks, ahead: int) -> None:
+        """Send it a task where it has `ahead` others."""
+        if self.ready and len(self.sent) == ahead:
+            task = tasks.waiting[0]
+            with contextlib.suppress(OSError):  # it has just died
+                self.pipe.send((task, tasks.shards[task.number]))
+                self.sent.append(tasks.waiting.popleft())
 
-    def messages(self) -> Iterator[tuple]:
-        with contextlib.suppress(EOFError, OSError):
+    def listen(self, tasks: Tasks, meter) -> None:
+        """Read what it has sent.  Raises UserError for what a worker raised."""
+        with contextlib.suppress(EOFError, ConnectionError):
             while self.pipe.poll():
-                yield self.pipe.recv()
+                kind, value = self.pipe.recv()
+                if kind == "failed":
+                    raise UserError(f"the process of {self.device} failed: {value}")
+                if kind == "ready":
+                    self.ready = True
+                    meter.ready()
+                elif kind == "begun":
+                    self.begun += 1
+                elif kind == "running":
+                    meter.running(self.device, value)
+                else:
+                    task = self.sent.popleft()
+                    self.begun -= 1
+                    tasks.settle(task, survived=True)
+                    if task.only is None:
+                        meter.count(self.device, value)
 
     def at_work(self) -> Optional[Task]:
-        """The task that it began last; one before it is being written."""
+        """The task that it began last; one before that is only being written."""
         return self.sent[self.begun - 1] if self.begun else None
 
     def stop(self) -> None:

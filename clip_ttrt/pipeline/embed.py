@@ -60,11 +60,10 @@ class EmbedOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
-        every = parse("every", self.every, "s", 1)
-        object.__setattr__(self, "every", every)
+        object.__setattr__(self, "every", parse("every", self.every, "s", 1))
         object.__setattr__(self, "max_bad", parse("max-bad", self.max_bad, "%", 0.01))
-        if not every > 0:
-            raise UserError(f"--every {every}: seconds above 0 are needed")
+        if not self.every > 0:
+            raise UserError(f"--every {self.every}: seconds above 0 are needed")
         if self.shards and self.overwrite:
             raise UserError("--shards with --overwrite: each job would delete the others' shards")
         self.chosen(0)
@@ -116,9 +115,9 @@ class Summary:
         for name in ("routes", "stages", "decode"):
             total = getattr(self, name)
             for key, value in result.get(name, {}).items():
-                values = [each for each in (total.get(key), value) if each is not None]
-                add = {"largest": max, "lowest": min, "problem": max}.get(key.split("_")[0], sum)
-                total[key] = add(values) if values else None
+                both = [each for each in (total.get(key), value) if each is not None]
+                whole = {"largest": max, "lowest": min, "problem": max}.get(key.split("_")[0], sum)
+                total[key] = whole(both) if both else None
 
 
 class Meter:
@@ -150,7 +149,11 @@ class Meter:
         self.say(f"the process of {device} died{shard} (exit code {exit_code}); another starts")
 
     def say(self, line: str) -> None:
-        print(f"{CLEAR * self.live}clip_ttrt: {line}", file=self.stream, flush=True)
+        self.clear()
+        print(f"clip_ttrt: {line}", file=self.stream, flush=True)
+
+    def clear(self) -> None:
+        print(CLEAR * self.live, end="", file=self.stream, flush=True)
 
     def show(self) -> None:
         now, done = time.perf_counter(), self.summary
@@ -164,9 +167,10 @@ class Meter:
         parts += [f"{name} {count / decoded:.0%}" for name, count in done.routes.items() if count]
         parts += [f"waits for {max(done.stages, key=done.stages.get)}"] if done.stages else []
         parts += [f"{done.bad:,} bad"] if done.bad else []
-        parts += [f"{(self.rows - images - done.bad) / rate:,.0f} s left"] if rate else []
-        start, end = (CLEAR, "") if self.live else ("clip_ttrt: ", "\n")
-        print(start + ", ".join(parts), end=end, file=self.stream, flush=True)
+        parts += [f"{(self.rows - images - done.bad) / rate:,.0f} s left"] if rate > 0 else []
+        self.clear()
+        print("clip_ttrt: " + ", ".join(parts), end="" if self.live else "\n", file=self.stream,
+              flush=True)
 
 
 def embed(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], output: Union[str, Path],
@@ -219,9 +223,14 @@ def embed(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], output:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; {len(out.done())} of {len(shards)} shards are "
                                 "done, and the same command goes on") from None
-    written = out.checkpoints()
+    finally:
+        meter.clear()
+    written = out.checkpoints()  # and not the processes, which may have died before they told
     summary.total_images, summary.total_bad = (
         sum(each[name] for each in written.values()) for name in ("rows", "bad"))
+    ours = [written[number] for number in todo if number in written]
+    summary.shards, summary.images, summary.bad = (
+        len(ours), sum(each["rows"] for each in ours), sum(each["bad"] for each in ours))
     summary.seconds = time.perf_counter() - started
     summary.images_per_s = summary.images / (summary.seconds - summary.starting)
     meter.say(f"{output} holds {summary.total_images:,} features; {summary.total_bad:,} bad rows")
