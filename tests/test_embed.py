@@ -221,6 +221,7 @@ for times in (0, 30):
 """
 
 
+@pytest.mark.slow
 def test_killed_30_times_at_random_gives_the_same_bytes(demo_artifact, pictures, tmp_path):
     """Forked from a process of its own, which has imported everything and started no thread."""
     subprocess.run([sys.executable, "-c", SCRIPT, tmp_path, demo_artifact.folder,
