@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import warnings
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -64,6 +65,8 @@ PICTURE = struct(  # ClipPreprocessPicture, of which preprocess takes an array
 FILES = struct("paths offsets sizes errors buffer", "count most", "threads")  # ClipFilesParams
 NOT_REGULAR, BEYOND_END = -1, -2  # among its errors, where errno has no word
 FILE_THREADS = 4  # that read a batch
+KEPT = 1 << 28  # bytes: smaller buffers are used again, for fresh pages cost more than reading
+_idle: list[np.ndarray] = []
 
 
 @dataclass(frozen=True)
@@ -265,7 +268,12 @@ def read_files(
     addresses = (each.ctypes.data for each in (paths, offsets, sizes, errors))
     params = FILES(*addresses, None, len(sizes), most, FILE_THREADS)
     status = library().clip_files_measure(ctypes.byref(params))
-    data = np.empty(sizes.sum(), np.uint8)
+    whole = _idle.pop() if _idle else np.empty(0, np.uint8)
+    if whole.size < sizes.sum():
+        whole = np.empty(int(sizes.sum() * 1.2), np.uint8)
+    data = whole[: sizes.sum()]
+    if whole.size <= KEPT:
+        weakref.finalize(data, _idle.append, whole)  # once nothing refers to the data
     params.buffer = data.ctypes.data
     if status := status or library().clip_files_read(ctypes.byref(params)):
         raise OSError(status, os.strerror(status))
