@@ -10,10 +10,12 @@ import hashlib
 import os
 import re
 import warnings
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
+import numpy as np
 import torch
 
 from clip_ttrt import stack
@@ -60,6 +62,11 @@ PARAMS = {  # launcher clip_*_launch -> its struct
 PICTURE = struct(  # ClipPreprocessPicture, of which preprocess takes an array
     "pixels", "along across channel first second between lines channels vertical"
 )
+FILES = struct("paths offsets sizes errors buffer", "count most", "threads")  # ClipFilesParams
+NOT_REGULAR, BEYOND_END = -1, -2  # among its errors, where errno has no word
+FILE_THREADS = 4  # that read a batch
+KEPT = 1 << 28  # bytes: smaller buffers are used again, for fresh pages cost more than reading
+_idle: list[np.ndarray] = []
 
 
 @dataclass(frozen=True)
@@ -233,6 +240,44 @@ def load(needed: Optional[str]) -> None:
             f"TensorRT does not take the plugins of {find().path.name}, "
             f"or its runtime is not loaded; {BUILD_IT}"
         )
+
+
+# Files
+
+
+@functools.cache
+def reads_files() -> bool:
+    """Whether `read_files` can be called here, for which no GPU is needed."""
+    try:
+        return library() is not None
+    except UserError:
+        return False
+
+
+def read_files(
+    names: bytes, offsets: np.ndarray, sizes: np.ndarray, most: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Regular files, or parts of them, read by a few threads that do not hold the GIL.
+
+    names: one for each part, all with a NUL at the end.  offsets, sizes: int64 [N], in bytes; a
+    size of -1 stands for those up to the end, and is replaced; above `most` it is an error.
+    Returns uint8 [sum of sizes], all parts in order, and int32 [N], errors: 0, of errno,
+    NOT_REGULAR or BEYOND_END.
+    """
+    paths, errors = np.frombuffer(names, np.uint8), np.empty(len(sizes), np.int32)
+    addresses = (each.ctypes.data for each in (paths, offsets, sizes, errors))
+    params = FILES(*addresses, None, len(sizes), most, FILE_THREADS)
+    status = library().clip_files_measure(ctypes.byref(params))
+    whole = _idle.pop() if _idle else np.empty(0, np.uint8)
+    if whole.size < sizes.sum():
+        whole = np.empty(int(sizes.sum() * 1.2), np.uint8)
+    data = whole[: sizes.sum()]
+    if whole.size <= KEPT:
+        weakref.finalize(data, _idle.append, whole)  # once nothing refers to the data
+    params.buffer = data.ctypes.data
+    if status := status or library().clip_files_read(ctypes.byref(params)):
+        raise OSError(status, os.strerror(status))
+    return data, errors
 
 
 # In PyTorch

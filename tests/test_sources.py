@@ -13,9 +13,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from clip_ttrt import kernels
 from clip_ttrt.errors import UserError
 from clip_ttrt.pipeline import sources
-from clip_ttrt.pipeline.sources import FileRows, LostRows, TarRows, VideoRows
 
 arrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -27,8 +27,14 @@ def plan(*inputs, text=False, rows=1000, every=None, column=None):
 
 def read(*inputs, **options):
     """All records: a shard at a time as a worker that got it by pickle would read it."""
-    return [record for rows in plan(*inputs, **options)
+    return [own(record) for rows in plan(*inputs, **options)
             for record in pickle.loads(pickle.dumps(rows)).read(0, len(rows))]
+
+
+def own(record):
+    """With bytes of its own, which compare."""
+    data = bytes(record.data) if isinstance(record.data, memoryview) else record.data
+    return sources.Record(record.key, data, record.metadata, record.error)
 
 
 def write(folder, *names):
@@ -72,36 +78,30 @@ def test_a_folder_gives_every_regular_file_by_the_bytes_of_its_path(tmp_path):
     assert not any(record.error for record in records)
 
 
-def test_consecutive_files_are_one_sequence_cut_into_shards(tmp_path):
+def test_files_and_archives_are_one_sequence_cut_into_shards(tmp_path):
     write(tmp_path, *(f"a/{number:02d}.jpg" for number in range(7)), "c.jpg", "b/0.jpg")
     write_tar(tmp_path / "t.tar", [(f"{number}.jpg", b"tar") for number in range(3)])
     shards = plan(tmp_path / "a", tmp_path / "c.jpg", tmp_path / "t.tar", tmp_path / "b", rows=4)
-    assert [(type(rows), len(rows)) for rows in shards] == [
-        (FileRows, 4), (FileRows, 4), (TarRows, 3), (FileRows, 1)]
-    assert [record.data[-6:] for record in shards[1].read(1, 4)] == [b"05.jpg", b"06.jpg", b"c.jpg"]
-    assert [record.key for record in shards[0].slice(1, 3).read(0, 2)] == [
-        record.key for record in shards[0].read(1, 3)]
+    assert [len(rows) for rows in shards] == [4, 4, 4]
+    assert [record.data for record in shards[1].read(1, 4)] == [b"a/05.jpg", b"a/06.jpg", b"c.jpg"]
+    assert [record.data for record in shards[2].read(0, 4)] == [b"tar", b"tar", b"tar", b"b/0.jpg"]
     again = plan(tmp_path / "a", tmp_path / "c.jpg", tmp_path / "t.tar", tmp_path / "b", rows=4)
     assert [rows.digest() for rows in again] == [rows.digest() for rows in shards]
-    assert len({rows.digest() for rows in shards}) == 4
+    assert len({rows.digest() for rows in shards}) == 3
 
 
-def test_globs_and_counts(tmp_path, monkeypatch):
+def test_globs(tmp_path, monkeypatch):
     write(tmp_path, "in/b1.jpg", "in/b2.jpg", "in/b3.png", "in/sub/c.jpg", "in/b10.jpg",
           "{1..2}.jpg")
     monkeypatch.chdir(tmp_path)
     for given, names in (("in/*.jpg", ["b1.jpg", "b10.jpg", "b2.jpg"]),
                          ("in/**/*.jpg", ["b1.jpg", "b10.jpg", "b2.jpg", "sub/c.jpg"]),
-                         ("in/b{1..3}.*", ["b1.jpg", "b2.jpg", "b3.png"]),
                          ("in/s*", ["sub/c.jpg"]), ("in/", ["b1.jpg", "b10.jpg", "b2.jpg", "b3.png",
                                                            "sub/c.jpg"])):
         assert [each.key for each in read(given)] == [str(tmp_path / "in" / name) for name in names]
     assert [each.key for each in read("{1..2}.jpg")] == [str(tmp_path / "{1..2}.jpg")]
-    write(tmp_path, *(f"n/{number:03d}.jpg" for number in range(8, 12)))
-    assert [each.data for each in read("n/{008..011}.jpg")] == [
-        b"n/008.jpg", b"n/009.jpg", b"n/010.jpg", b"n/011.jpg"]
-    with pytest.raises(UserError, match=r"n/012.jpg matches no file"):
-        plan("n/{008..012}.jpg")
+    with pytest.raises(UserError, match="in/d.* matches no file"):
+        plan("in/d*")
 
 
 def test_lists_are_relative_to_themselves_and_what_is_missing_is_a_record(tmp_path):
@@ -134,10 +134,10 @@ def test_csv_lists(tmp_path):
     texts = read(tmp_path / "list.csv", text=True, column="id")
     assert [list(each.metadata.items())[:2] for each in texts][1] == [
         ("caption", "1"), ("path", 'q"uote.jpg')]
-    with pytest.raises(UserError, match="no column picture; .* id, path, caption"):
+    with pytest.raises(UserError, match="no column picture .* id, path, caption"):
         plan(tmp_path / "list.csv", column="picture")
     (tmp_path / "list.csv").write_text("url,id\nhttp://x,1\n")
-    with pytest.raises(UserError, match="no column image_path or path; .* one of url, id"):
+    with pytest.raises(UserError, match="no column image_path or path .* one of url, id"):
         plan(tmp_path / "list.csv")
 
 
@@ -163,28 +163,24 @@ def test_tars_are_webdatasets(tmp_path, form):
         ("001.seg.png", b"s1"), ("001.PNG", b"p1"), ("001.json", b"{broken"),
         ("d/002.v2.jpg", b"p2"), (f"{long}.jpg", b"p3" * 9000), ("004.npy", b"4"),
         ("004.txt", b"t4"),
-        ("._000.jpg", b"mac"), ("no_dot", b"p5"), ("000.jpg", b"p0 again"),
-        ("IMG.1.jpg", b"p6"), ("IMG.2.jpg", b"p7"),
-        ("005.jpg", b"p8"), ("005.de.txt", b"zwei\n")], format=form)
+        ("._000.jpg", b"mac"), ("e.f/.hidden", b"x"), ("no_dot", b"p5"), ("000.jpg", b"p0 again"),
+        ("IMG.1.jpg", b"p6"), ("IMG.2.jpg", b"p7")], format=form)
     with tarfile.open(path, "a", format=form) as archive:
         archive.addfile(folder := tarfile.TarInfo("folder"))
-        link = tarfile.TarInfo("hard.jpg")
-        link.type, link.linkname = tarfile.LNKTYPE, "001.PNG"
-        archive.addfile(link)
+        archive.addfile(tarfile.TarInfo("a directory/"))
         assert folder.isreg()
     records = read(path, rows=4)
     assert [(each.data, each.key.removeprefix(f"{path}/")) for each in records] == [
-        (b"p0", "000.jpg"), (b"p1", "001.PNG"), (b"p2", "d/002.v2.jpg"),
-        (b"p3" * 9000, f"{long}.jpg"),
-        (None, "004"), (b"p5", "no_dot"), (b"p0 again", "000.jpg"), (b"p6", "IMG.1.jpg"),
-        (b"p7", "IMG.2.jpg"), (b"p8", "005.jpg"), (b"", "folder"), (b"p1", "hard.jpg")]
-    assert records[4].error and not any(each.error for each in records[:4] + records[5:])
+        (b"p0", "000.jpg"), (b"s1", "001.seg.png"), (b"p1", "001.PNG"), (b"p2", "d/002.v2.jpg"),
+        (b"p3" * 9000, f"{long}.jpg"), (None, "004"), (b"p5", "no_dot"), (b"p0 again", "000.jpg"),
+        (b"p6", "IMG.1.jpg"), (b"p7", "IMG.2.jpg"), (b"", "folder")]
+    assert records[5].error and not any(each.error for each in records[:5] + records[6:])
     assert list(records[0].metadata.items()) == [
         ("image_path", f"{path}/000.jpg"), ("caption", "Käse"), ("key", "000"), ("width", 3),
-        ("tags", '["x"]'), ("url", "http://ü")]
-    assert records[1].metadata == {"image_path": f"{path}/001.PNG", "key": "001"}
+        ("tags", ["x"]), ("url", "http://ü")]
+    assert records[2].metadata == {"image_path": f"{path}/001.PNG", "key": "001"}
     texts = [each for each in read(path, text=True) if not each.error]
-    assert [each.data for each in texts] == ["Käse", "t4", "zwei"]
+    assert [each.data for each in texts] == ["Käse", "t4"]
     assert list(texts[0].metadata)[:2] == ["caption", "key"]
 
 
@@ -194,7 +190,7 @@ def test_a_damaged_tar_gives_what_is_whole_and_one_record_of_the_rest(tmp_path):
     write_tar(path, members)
     whole = path.read_bytes()
     at = 3 * 3584
-    for data, good, reason in ((whole[:at + 512 + 100], 3, "beyond its end"),
+    for data, good, reason in ((whole[:at + 512 + 100], 3, "unexpected end of data"),
                                (whole[:at] + b"x" * 512 + whole[at + 512:], 3, "damaged at byte"),
                                (whole[:at + 100], 3, "damaged at byte")):
         path.write_bytes(data)
@@ -204,10 +200,9 @@ def test_a_damaged_tar_gives_what_is_whole_and_one_record_of_the_rest(tmp_path):
         errors = [each.error for each in records if each.error]
         assert errors and reason in errors[0]
     path.write_bytes(b"no tar" * 1000)
-    with pytest.raises(UserError, match="a.tar cannot be read"):
-        plan(path)
     write(tmp_path, "good.jpg")
-    assert [type(rows) for rows in plan(path, tmp_path / "good.jpg")] == [LostRows, FileRows]
+    records = read(path, tmp_path / "good.jpg")
+    assert [each.data for each in records] == [None, b"good.jpg"] and records[0].error
 
 
 def test_parquets(tmp_path):
@@ -230,11 +225,11 @@ def test_parquets(tmp_path):
         ("caption", "c3"), ("id", 3), ("score", 1.5), ("good", False)]
     pictures = [{"bytes": b"x", "path": "x.jpg"}, {"bytes": b"y", "path": None}]
     parquet.write_table(arrow.table({"n": [1, 2], "img": pictures, "mask": [b"1", b"2"]}), path)
-    with pytest.raises(UserError, match="2 columns .* one of img, mask"):
+    with pytest.raises(UserError, match="no column image_path or path .* one of img, mask"):
         plan(path)
-    with pytest.raises(UserError, match="no columns n of bytes; --column names one of img, mask"):
+    with pytest.raises(UserError, match="no column n that serves; --column names one of img, mask"):
         plan(path, column="n")
-    with pytest.raises(UserError, match="no columns .*of texts; .* one of n, img, mask"):
+    with pytest.raises(UserError, match="no column caption or text that serves"):
         plan(path, text=True)
     records = read(path, column="img")
     assert [(each.data, each.metadata) for each in records] == [
@@ -322,20 +317,36 @@ def test_a_video_is_decoded_on_and_seeks_only_to_a_later_key_frame(tmp_path, mon
     av = pytest.importorskip("av")
     path = tmp_path / "a.mp4"
     write_video(av, path, "mpeg4", range(0, 6000, 100), gop=10)
-    starts, start = [], sources.Playback.start
-    monkeypatch.setattr(sources.Playback, "start",
-                        lambda self, key: (starts.append(key), start(self, key))[1])
+    seeks, opened = [], []
+
+    class Container:
+        """A video's, that notes where it seeks."""
+
+        def __init__(self, path):
+            self.container = av.open(path)
+            opened.append(path)
+
+        def seek(self, pts, **options):
+            seeks.append(pts)
+            self.container.seek(pts, **options)
+
+        def __getattr__(self, name):
+            return getattr(self.container, name)
+
     with av.open(str(path)) as container:
         packets = list(container.demux(container.streams.video[0]))
     keys = [packet.pts for packet in packets if packet.is_keyframe]
-    assert len(keys) > 4 and VideoRows.sequential
+    assert len(keys) > 4
     for every in (0.1, 0.5, 1.5):
         [rows] = plan(path, every=every)
-        starts.clear()
+        assert rows.sequential
+        seeks.clear(), opened.clear(), sources.playback.cache_clear()
+        monkeypatch.setattr(sources, "open_video", Container)
         wanted = [record.metadata["pts"] for record in rows.read(0, len(rows))]
         nearest = [max(key for key in keys if key <= pts) for pts in wanted]
-        assert starts == [None] + [key for before, key in zip(wanted, nearest[1:]) if key > before]
-        assert len(starts) > 1 or every == 0.1
+        monkeypatch.undo()
+        assert seeks == [key for before, key in zip(wanted, nearest[1:]) if key > before]
+        assert len(opened) == 1 and (seeks or every == 0.1)
 
 
 def test_a_video_that_a_phone_held_upright_took_is_turned(tmp_path):
@@ -352,12 +363,10 @@ def test_a_video_that_a_phone_held_upright_took_is_turned(tmp_path):
     assert np.array_equal(turned.data, np.flipud(plain.data).transpose(1, 0, 2))
 
 
-def test_videos_that_are_broken_or_lack_every(tmp_path):
+def test_videos_that_are_broken(tmp_path):
     av = pytest.importorskip("av")
     path = tmp_path / "a.mkv"
     write_video(av, path, "mpeg4", range(0, 3000, 100), gop=5)
-    with pytest.raises(UserError, match="is a video; --every 1s"):
-        plan(path)
     data = path.read_bytes()
     rows = plan(path, every=0.5)[0]
     path.write_bytes(data[:len(data) // 2])
@@ -366,11 +375,12 @@ def test_videos_that_are_broken_or_lack_every(tmp_path):
     assert len(records) == len(rows) == 6 and 1 < cut < 5
     assert all(record.error and record.data is None for record in records[cut:])
     path.write_bytes(b"nothing" * 100)
-    assert all(each.error and "\n" not in each.error for each in rows.slice(0, 6).read(0, 6))
-    with pytest.raises(UserError, match="a.mkv cannot be read"):
-        plan(path, every=1)
+    sources.playback.cache_clear()
+    assert all(each.error and "\n" not in each.error for each in rows.read(0, 6))
+    [lost] = read(path, every=1)
+    assert lost.error and lost.key == str(path)
     path.unlink()
-    assert all(each.error == "No such file or directory" for each in rows.slice(0, 2).read(0, 2))
+    assert all(each.error == "No such file or directory" for each in rows.read(0, 2))
 
 
 def test_remote_inputs_give_what_local_ones_give(tmp_path):
@@ -385,7 +395,7 @@ def test_remote_inputs_give_what_local_ones_give(tmp_path):
     memory.put(str(tmp_path), "/bucket", recursive=True)
     try:
         for given in (["in"], ["in.txt"], ["0.tar"], ["1.parquet"], ["v.mp4"], ["*.tar"],
-                      ["in/b.jpg", "other.jpg"], ["{0..0}.tar"]):
+                      ["in/b.jpg", "other.jpg"]):
             local = read(*(tmp_path / each for each in given), every=0.3, rows=4)
             remote = read(*(f"memory://bucket/{each}" for each in given), every=0.3, rows=4)
             assert [each.key.replace("memory:///", "memory://") for each in remote] == [
@@ -405,14 +415,42 @@ def test_inputs_that_hold_nothing(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.txt").write_text("\n\n")
     write_tar(tmp_path / "empty.tar", [])
-    for given, words in (("empty", "empty holds no file"), ("gone.jpg", "gone.jpg matches no file"),
+    for given, words in (("empty", "can be embedded"), ("gone.jpg", "gone.jpg matches no file"),
                          ("*.png", r"\*.png matches no file"), ("empty.txt", "can be embedded"),
                          ("empty.tar", "can be embedded")):
         with pytest.raises(UserError, match=words):
             plan(tmp_path / given)
 
 
-def test_a_file_too_large_for_a_picture_is_not_read(tmp_path, monkeypatch):
-    write(tmp_path, "a", "b")
-    os.truncate(tmp_path / "a", sources.MAX_BYTES + 1)
-    assert [each.error is None for each in read(tmp_path)] == [False, True]
+@pytest.mark.parametrize("library", [True, False])
+def test_what_the_library_of_kernels_reads_is_what_python_reads(tmp_path, monkeypatch, library):
+    """Both give each file, and the same words for what cannot be read."""
+    if library and not kernels.reads_files():
+        pytest.skip("the library is not built: python -m clip_ttrt.build_kernels")
+    monkeypatch.setattr(kernels, "reads_files", lambda: library)
+    names = [f"{number}.jpg" for number in range(100)]
+    write(tmp_path, *names)
+    write_tar(tmp_path / "a.tar", [(name, name.encode() * 99) for name in names])
+    os.truncate(tmp_path / "7.jpg", sources.MAX_BYTES + 1)
+    (tmp_path / "8.jpg").unlink()
+    (tmp_path / "9.jpg").unlink()
+    os.mkfifo(tmp_path / "9.jpg")
+    os.truncate(tmp_path / "10.jpg", 0)
+    (tmp_path / "list.txt").write_text("\n".join(names) + "\n.\n7.jpg/x\nnul\0.jpg\n")
+    too_much = "more than 1073741824 bytes, or beyond its end"
+    wrong = {7: too_much, 8: "No such file or directory", 9: "it is not a regular file",
+             100: "it is not a regular file", 101: "Not a directory", 102: "embedded null byte"}
+    for last in (103, 102):  # without the NUL, which the library does not take
+        [rows] = plan(tmp_path / "list.txt")
+        records = list(map(own, rows.read(0, last)))
+        assert {n: each.error for n, each in enumerate(records) if each.error} == {
+            n: words for n, words in wrong.items() if n < last}
+        assert all(each.data is None and each.metadata == {} for each in records if each.error)
+        assert [each.data for each in records[:7] + records[10:100]] == [
+            b"" if name == "10.jpg" else name.encode() for name in names[:7] + names[10:]]
+    [rows] = plan(tmp_path / "a.tar")
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        os.truncate(archive.name, archive.getmembers()[50].offset_data + 3)
+    records = list(map(own, rows.read(0, 100)))
+    assert [each.data for each in records[:50]] == [name.encode() * 99 for name in names[:50]]
+    assert {each.error for each in records[50:]} == {too_much}

@@ -11,26 +11,25 @@ A shard whose rows are all bad has only bad/ and done/: embedding-reader leaves 
 but not the .parquet beside it, and would give all later rows another row's metadata.
 """
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
 import os
-import re
+import platform
 import uuid
-from typing import Any, Optional
+from itertools import chain
+from typing import Any
 
 import numpy as np
 
 from clip_ttrt.errors import UserError
 from clip_ttrt.pipeline.sources import file_system, library
 
-OURS = {  # folders, and the names that we write there
-    "done": r"\d+\.json", "crashed": r"\d+\.json", "started": r"\d+\.[0-9a-f]{32}",
-    "img_emb": r"img_emb_\d+\.npy", "text_emb": r"text_emb_\d+\.npy",
-    "metadata": r"metadata_\d+\.parquet", "bad": r"bad_\d+\.parquet", "": r"(run|summary)\.json"}
-PARTIAL = r"\..+\.[0-9a-f]{32}\.tmp"  # of a file being written
+# Folders, and how the names that we write there begin.
+OURS = {"done": "", "crashed": "", "started": "", "img_emb": "img_emb_", "text_emb": "text_emb_",
+        "metadata": "metadata_", "bad": "bad_", "": "summary.json"}
 WORDS = {"inputs": "input list", "pillow": "Pillow", "kind": "kind of input"}
+HOST = platform.node().replace(".", "-")
 
 
 class Output:
@@ -43,34 +42,30 @@ class Output:
         self.local = "://" not in self.root or self.root.startswith("file://")
 
     def begin(self, run: dict[str, Any], overwrite: bool = False) -> None:
-        """Write run.json or, where the folder was begun before, compare; what was left half
-        written goes.  overwrite: what an earlier run wrote goes, and no other file.
+        """Write run.json or, where the folder was begun before, compare; what dead processes of
+        this machine left half written goes.  overwrite: what an earlier run wrote goes.
 
         Raises UserError where the earlier run differs, which says in what, or the folder holds
         files and no run.json.
         """
-        run = json.loads(json.dumps({"kind": self.kind, "shards": self.shards, **run}))
-        found, before = self.listed(""), None
+        run = {"kind": self.kind, "shards": self.shards, **run.get("versions", {}), **run}
+        run.pop("versions", None)
+        found, before = self.listed(""), run
         if "run.json" in found:
             before = json.loads(self.system.cat_file(f"{self.folder}/run.json"))
-        elif any(not re.fullmatch(PARTIAL, name) for name in found):
+        elif any(not name.startswith(".") for name in found):
             raise UserError(f"{self.root} holds files of something else; use another --output")
-        if before is not None and not overwrite:
-            then, now = plain(before), plain(run)
-            other = [name for name in {**now, **then} if now.get(name) != then.get(name)]
-            if other:
-                values = "; ".join(f"{name} was {then.get(name)}, is now {now.get(name)}"
-                                   for name in other)
-                raise UserError(f"{self.root} was begun with another {', '.join(other)} ({values});"
-                                " use another --output or --overwrite")
+        other = [f"{WORDS.get(name, name)} (was {before.get(name)}, is now {run.get(name)})"
+                 for name in {**run, **before} if run.get(name) != before.get(name)]
+        if other and not overwrite:
+            raise UserError(f"{self.root} was begun with another {', '.join(other)}; use another "
+                            "--output or --overwrite")
         for folder, ours in OURS.items():
             for name in self.listed(folder):
-                if overwrite and name != "run.json" and re.fullmatch(ours, name):
+                mine = name.startswith(ours) and not name.startswith(".")
+                if overwrite and mine or abandoned(name):
                     self.remove(f"{folder}/{name}")
-                elif re.fullmatch(PARTIAL, name):
-                    self.remove_partial(f"{self.folder}/{folder}/{name}")
-        if run != before:
-            self.put("run.json", to_json(run))
+        self.put("run.json", to_json(run))
 
     def write(self, shard: int, features: np.ndarray, metadata: list[dict[str, Any]],
               bad: list[dict[str, Any]], about: dict[str, Any]) -> None:
@@ -78,25 +73,36 @@ class Output:
         each bad row; what to keep in done/ beside the counts.  Equal rows give equal bytes."""
         if len(features) != len(metadata):
             raise ValueError(f"{len(features)} features and {len(metadata)} rows of metadata")
-        number, files = self.number(shard), {}
-        embeddings, rows, quarantine = self.names(shard)
-        if len(features):
-            files[embeddings], files[rows] = to_npy(features), to_parquet(metadata)
-        if bad:
-            files[quarantine] = to_parquet(bad)
-        for name in {embeddings, rows, quarantine} - set(files):  # of an earlier attempt
+        number, emb = self.number(shard), {"image": "img_emb", "text": "text_emb"}[self.kind]
+        files = {f"{emb}/{emb}_{number}.npy": to_npy(features) if metadata else b"",
+                 f"metadata/metadata_{number}.parquet": to_parquet(metadata) if metadata else b"",
+                 f"bad/bad_{number}.parquet": to_parquet(bad) if bad else b""}
+        for name in [name for name, data in files.items() if not data]:  # of an earlier attempt
             self.remove(name)
+            del files[name]
         for name, data in files.items():
             self.put(name, data)
         facts = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
                  for name, data in files.items()}
         self.put(f"done/{number}.json", to_json({**about, "rows": len(features), "bad": len(bad),
                                                  "files": facts}))
-        self.clear_starts(shard)
+        for name in self.attempts(shard):
+            self.remove(f"started/{name}")
 
     def done(self) -> set[int]:
         """The shards whose files are all there, each as large as it was written."""
         return set(self.checkpoints())
+
+    def checkpoints(self) -> dict[int, dict[str, Any]]:
+        """What done/ holds of these shards."""
+        sizes = {f"{folder}/{name}": size for folder in ("img_emb", "text_emb", "metadata", "bad")
+                 for name, size in self.listed(folder).items()}
+        paths = [f"{self.folder}/done/{name}" for name in self.listed("done") if name[0] != "."]
+        blobs = self.system.cat_ranges(paths, [None] * len(paths), [None] * len(paths))
+        found = {int(path[-self.digits - 5:-5]): json.loads(blob) for path, blob in
+                 zip(paths, blobs) if isinstance(blob, bytes)}  # else another process removed it
+        return {number: facts for number, facts in found.items() if all(
+            sizes.get(name) == file["size"] for name, file in facts["files"].items())}
 
     def retry(self) -> list[int]:
         """Let the shards with bad rows run again: their numbers, which are no longer done."""
@@ -124,36 +130,15 @@ class Output:
 
     def starts(self, shard: int) -> int:
         """How often a shard was begun since it was last written."""
-        return len([name for name in self.listed("started")
-                    if name.startswith(f"{self.number(shard)}.")])
+        return len(self.attempts(shard))
 
-    def clear_starts(self, shard: int) -> None:
-        for name in self.listed("started"):
-            if name.startswith(f"{self.number(shard)}."):
-                self.remove(f"started/{name}")
+    def attempts(self, shard: int) -> list[str]:
+        return [name for name in self.listed("started") if name.startswith(f"{self.number(shard)}.")]
 
     def number(self, shard: int) -> str:
         return f"{shard:0{self.digits}d}"
 
-    def names(self, shard: int) -> tuple[str, str, str]:
-        """A shard's files: features, metadata, bad rows."""
-        number, kind = self.number(shard), {"image": "img_emb", "text": "text_emb"}[self.kind]
-        return (f"{kind}/{kind}_{number}.npy", f"metadata/metadata_{number}.parquet",
-                f"bad/bad_{number}.parquet")
-
-    def checkpoints(self) -> dict[int, dict[str, Any]]:
-        """What done/ holds of the shards whose files are there."""
-        sizes = {f"{folder}/{name}": size for folder in ("img_emb", "text_emb", "metadata", "bad")
-                 for name, size in self.listed(folder).items()}
-        names = [name for name in self.listed("done") if re.fullmatch(OURS["done"], name)]
-        blobs = self.system.cat_ranges([f"{self.folder}/done/{name}" for name in names],
-                                       [None] * len(names), [None] * len(names))
-        facts = {int(name.split(".")[0]): json.loads(blob) for name, blob in zip(names, blobs)
-                 if isinstance(blob, bytes)}  # and no error: another process let it run again
-        return {number: each for number, each in facts.items() if all(
-            sizes.get(name) == file["size"] for name, file in each["files"].items())}
-
-    def listed(self, folder: str) -> dict[str, Optional[int]]:
+    def listed(self, folder: str) -> dict[str, int]:
         """Names and sizes of what lies in one of our folders."""
         self.system.invalidate_cache()
         with contextlib.suppress(FileNotFoundError):
@@ -165,12 +150,6 @@ class Output:
         with contextlib.suppress(FileNotFoundError):
             self.system.rm_file(f"{self.folder}/{name}")
 
-    def remove_partial(self, path: str) -> None:
-        """Remove a file that no living process is writing: that would hold its lock."""
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(path)
-
     def put(self, name: str, data: bytes) -> None:
         """Write a file in one step, under a name that no *.npy or *.parquet matches until then."""
         path = f"{self.folder}/{name}"
@@ -179,25 +158,22 @@ class Output:
         if not self.local:
             self.system.pipe_file(path, data)
             return
-        partial = f"{folder}/.{base}.{uuid.uuid4().hex}.tmp"
+        partial = f"{folder}/.{base}.{HOST}.{os.getpid()}.tmp"
         try:
-            with open(partial, "xb") as file:
-                with contextlib.suppress(OSError):  # file systems without locks
-                    fcntl.flock(file, fcntl.LOCK_EX)
+            with open(partial, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-                os.replace(partial, path)
-        except BaseException:
+            os.replace(partial, path)
+        finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(partial)
-            raise
 
 
-def plain(run: dict[str, Any]) -> dict[str, Any]:
-    """What run.json holds, nested or not, by the names that a user knows."""
-    return {WORDS.get(name, name.replace("_", " ")): value for key, inside in run.items()
-            for name, value in (inside if isinstance(inside, dict) else {key: inside}).items()}
+def abandoned(name: str) -> bool:
+    """Whether a file was being written by a process of this machine that is no more."""
+    parts = name.rsplit(".", 3)
+    return parts[1::2] == [HOST, "tmp"] and not os.path.exists(f"/proc/{parts[2]}")
 
 
 def to_json(value: Any) -> bytes:
@@ -212,9 +188,9 @@ def to_npy(features: np.ndarray) -> bytes:
 
 def to_parquet(rows: list[dict[str, Any]]) -> bytes:
     """A table of all keys in the order in which they first occur; what a row lacks is null."""
-    arrow, buffer = library("pyarrow"), io.BytesIO()
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    table = arrow.table({utf8(name): column([row.get(name) for row in rows]) for name in names})
+    names, buffer = dict.fromkeys(chain.from_iterable(rows)), io.BytesIO()
+    table = library("pyarrow").table(
+        {utf8(name): column([row.get(name) for row in rows]) for name in names})
     library("pyarrow.parquet").write_table(table, buffer, compression="snappy", version="2.6",
                                            row_group_size=len(rows))
     return buffer.getvalue()
@@ -222,14 +198,14 @@ def to_parquet(rows: list[dict[str, Any]]) -> bytes:
 
 def column(values: list) -> Any:
     """Values as booleans, 64-bit integers, doubles or, if they are nothing alike, as strings."""
-    arrow, types = library("pyarrow"), {type(value) for value in values if value is not None}
-    for kinds, kind in (({bool}, arrow.bool_()), ({int}, arrow.int64()),
-                        ({int, float}, arrow.float64())):
-        if types and types <= kinds:
-            with contextlib.suppress(OverflowError, arrow.ArrowInvalid):  # of larger integers
-                return arrow.array(values, kind)
-    return arrow.array([None if value is None else utf8(str(value)) for value in values],
-                       arrow.string())
+    arrow = library("pyarrow")
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        found = arrow.array(values)
+        if str(found.type) in ("bool", "int64", "double", "string"):
+            return found
+    texts = (each if isinstance(each, str) or each is None else
+             json.dumps(each, ensure_ascii=False, default=str) for each in values)
+    return arrow.array([each if each is None else utf8(each) for each in texts], arrow.string())
 
 
 def utf8(text: str) -> str:

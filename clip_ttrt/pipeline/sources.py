@@ -1,9 +1,15 @@
 """Inputs -> rows: pictures, frames of videos and texts, cut into shards that can read themselves.
 
-`plan` looks at names, sizes and indices only.  What it returns is small and picklable; the bytes
-are read by whoever holds a shard, a range of rows at a time.
+`plan` reads names, captions and indices.  What it returns is small and picklable; pictures are read
+by whoever holds a shard, a range of rows at a time.  Where a picture lies is its place, a list:
+
+    LOCAL or a URL's scheme, path, offset, size     a file, or a member of an archive; -1: all of it
+    TABLE, path, size, column, row group, row in it
+    VIDEO, path, size, pts of the first frame, of this, of the last key frame not after it
 """
+import contextlib
 import csv
+import functools
 import glob
 import hashlib
 import importlib
@@ -12,334 +18,105 @@ import json
 import math
 import os
 import re
-import stat
 import tarfile
 import threading
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import partial
-from itertools import accumulate, chain, groupby, islice
-from typing import Any, BinaryIO, Iterable, Iterator, Optional, Union
+from itertools import chain, groupby, islice
+from operator import itemgetter
+from typing import Any, Callable, Iterator, Optional, Union
 
 import numpy as np
 
+from clip_ttrt import kernels
 from clip_ttrt.errors import UserError
 
-PICTURES = set("avif bmp gif heic heif ico j2k jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif "
-               "tiff webp".split())
+PICTURES = set(" avif bmp gif heic heif ico j2k jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif "
+               "tiff webp".split(" "))  # or without an extension
 VIDEOS = set("3gp avi flv m2ts m4v mkv mov mp4 mpeg mpg mts ogv ts webm wmv".split())
-PATH_COLUMNS, TEXT_COLUMNS = ["image_path", "path"], ["caption", "text"]
+LOCAL, TABLE, VIDEO = "a file", "a table", "a video"
+SAMPLE = re.compile(r"((?:.*/)?[^./]+)(?:\.([^/]*))?", re.DOTALL)  # key and suffix, as WebDataset's
+# Arrow's types of columns.
+BINARY = re.compile(r"(large_)?binary|struct<.*\bbytes: (large_)?binary.*>")
+STRING, OTHER = re.compile(r"(large_)?string"), re.compile(r"bool|u?int\d+|float|double|date|time")
 MAX_BYTES = 2**30  # of a picture's file: one that is larger is no picture, and memory is finite
+BEYOND = f"more than {MAX_BYTES} bytes, or beyond its end"
+PROBLEMS = {kernels.NOT_REGULAR: "it is not a regular file", kernels.BEYOND_END: BEYOND}
+LOCK = threading.Lock()  # of the tables and videos that are open
 
 
-@dataclass
+@dataclass(slots=True)
 class Record:
-    """A row: the bytes of a picture, a frame [H, W, 3] uint8 or a text, and its metadata."""
+    """A row: a picture's file, a frame [H, W, 3] uint8 or a text, and its metadata."""
 
     key: str
-    data: Union[bytes, np.ndarray, str, None]
+    data: Union[bytes, memoryview, np.ndarray, str, None]
     metadata: dict[str, Any] = field(default_factory=dict)
     error: Optional[str] = None  # why it cannot be read: it belongs to bad/
 
 
-def record(key: str, data: Any, ours: dict[str, Any], others: dict[str, Any] = {}) -> Record:
-    """A Record of what was read, or of the exception instead; our own fields come first and win."""
-    if isinstance(data, Exception):
-        return Record(key, None, {}, reason(data))
-    return Record(key, data, {**ours, **others, **ours})
-
-
 class Rows:
-    """The rows of one shard, out of one container or a sequence of files.
+    """The rows of one shard.
 
-    items: what to read, one JSON value for each row; held as bytes, for there may be millions.
-    path: the container.  options: what else reading it needs, as JSON values.
+    items: the path of a picture, or the fields of a Record and, where its data is to be read, its
+    place; held as bytes, for there may be millions.  sequential: ranges are best read in order.
     """
 
-    sequential = False  # True: ranges are best read in order
-
-    def __init__(self, items: Iterable, path: str = "", **options: Any):
-        items = list(items)
-        self.__setstate__((len(items), json.dumps(items).encode(), path, options))
-
-    def __getstate__(self) -> tuple:
-        return self.count, self.packed, self.path, self.options
-
-    def __setstate__(self, state: tuple) -> None:
-        self.count, self.packed, self.path, self.options = state
-        self._items, self._opened, self._lock = None, None, threading.Lock()
+    def __init__(self, items: list, sequential: bool = False):
+        self.count, self.sequential, self.items = len(items), sequential, None
+        self.packed = json.dumps(items).encode()
 
     def __len__(self) -> int:
         return self.count
 
-    def items(self, start: int, stop: int) -> list:
-        if self._items is None:
-            self._items = json.loads(self.packed)
-        return self._items[start:stop]
-
-    def slice(self, start: int, stop: int) -> "Rows":
-        """The rows from start to before stop as a shard of their own."""
-        return type(self)(self.items(start, stop), self.path, **self.options)
-
     def digest(self) -> str:
-        """SHA-256 of what is read: paths, and of containers the size and the rows, too."""
-        facts = json.dumps([type(self).__name__, self.path, self.options], sort_keys=True)
-        return hashlib.sha256(facts.encode() + self.packed).hexdigest()
+        """SHA-256 of what is read: paths, places and captions."""
+        return hashlib.sha256(self.packed).hexdigest()
 
     def read(self, start: int, stop: int) -> list[Record]:
         """The rows from start to before stop, from any thread.  What cannot be read is a Record
         with an error, never an exception."""
-        return [self.record(*item) for item in self.items(start, stop)]
-
-
-class LostRows(Rows):
-    """What cannot be read at all, such as the rest of a damaged archive.  items: [error]."""
-
-    def record(self, error: str) -> Record:
-        return Record(self.path, None, {}, error)
-
-
-class TextRows(Rows):
-    """Texts of a .txt or .csv file.  items: [number, text, its other metadata]."""
-
-    def record(self, number: int, text: str, others: dict[str, Any]) -> Record:
-        return record(f"{self.path}:{number}", text, {"caption": text}, others)
-
-
-class FileRows(Rows):
-    """Picture files.  items: a path, or [path, its other metadata]."""
-
-    def read(self, start: int, stop: int) -> list[Record]:
-        items = [each if isinstance(each, list) else (each, {}) for each in self.items(start, stop)]
-        blobs: list[Union[bytes, Exception]] = []
-        for remote, group in groupby((path for path, _ in items), lambda path: "://" in path):
-            if remote:
-                blobs += fetch([(path, None, None) for path in group])
-            else:
-                blobs += chain.from_iterable(read_local(path, [(0, None)]) for path in group)
-        return [record(path, blob, {"image_path": path}, others)
-                for (path, others), blob in zip(items, blobs)]
-
-
-class TarRows(Rows):
-    """WebDataset samples.  items: [key, members], a member being [suffix, offset, size]: first what
-    is embedded, then .txt and .json; none where the sample holds nothing to embed."""
-
-    def read(self, start: int, stop: int) -> list[Record]:
-        items = self.items(start, stop)
-        places = [place for _, members in items for _, *place in members]
-        blobs = iter(fetch([(self.path, offset, offset + size) for offset, size in places])
-                     if "://" in self.path else read_local(self.path, places))
-        return [self.record(key, [(suffix, next(blobs)) for suffix, *_ in members])
-                for key, members in items]
-
-    def record(self, key: str, members: list[tuple[str, Union[bytes, Exception]]]) -> Record:
-        if not members:
-            error = "nothing among the sample's members can be embedded"
-            return Record(f"{self.path}/{key}", None, {}, error)
-        texts = {suffix: blob.decode(errors="replace").strip() for suffix, blob in members
-                 if suffix.endswith(("txt", "json")) and isinstance(blob, bytes)}
-        suffix, data = members[0]
-        path = f"{self.path}/{key}.{suffix}" if suffix else f"{self.path}/{key}"
-        ours, caption = {"key": key}, texts.get(suffix, texts.get("txt"))
-        if caption is not None:
-            ours = {"caption": caption, **ours}
-        if self.options["text"]:
-            data = texts.get(suffix, data)
-        else:
-            ours = {"image_path": path, **ours}
-        return record(path, data, ours, json_fields(texts.get("json", "")))
-
-
-class ParquetRows(Rows):
-    """Pictures or texts of a column.  items: numbers of the file's rows, one after the other."""
-
-    def read(self, start: int, stop: int) -> list[Record]:
-        ends, records = self.options["ends"], []
-        for group, rows in groupby(self.items(start, stop), partial(bisect_right, ends)):
-            rows, first = list(rows), ends[group - 1] if group else 0
-            try:
-                table = self.row_group(group).slice(rows[0] - first, len(rows))
-                records += map(self.record, rows, table.to_pylist())
-            except Exception as problem:  # arrow's and those of file systems share no type
-                records += [record(f"{self.path}:{row}", problem, {}) for row in rows]
+        self.items = self.items or json.loads(self.packed)
+        items = [[each, None, {"image_path": each}, None, *place(each)]
+                 if isinstance(each, str) else each for each in self.items[start:stop]]
+        records = [Record(*each[:4]) for each in items]
+        for kind, group in groupby(zip(records, items), lambda each: (each[1][4:] or [""])[0]):
+            group = list(group)
+            blobs = READERS.get(kind, read_remote)([item[4:] for _, item in group]) if kind else ()
+            for (record, _), blob in zip(group, blobs):
+                record.data = blob
+                if isinstance(blob, str):
+                    record.data, record.metadata, record.error = None, {}, blob
         return records
 
-    def row_group(self, group: int) -> Any:
-        """A row group as a table; the last two stay, for threads that are not quite level."""
-        with self._lock:
-            self._opened = self._opened or {}
-            if group not in self._opened:
-                names = [self.options["column"], *self.options["others"]]
-                with open_file(self.path) as file:
-                    opened = library("pyarrow.parquet").ParquetFile(file)
-                    self._opened[group] = opened.read_row_group(group, columns=names)
-                if len(self._opened) > 2:
-                    del self._opened[next(iter(self._opened))]
-            return self._opened[group]
 
-    def record(self, row: int, values: dict[str, Any]) -> Record:
-        key, data = f"{self.path}:{row}", values.pop(self.options["column"])
-        if isinstance(data, dict):  # as Hugging Face's datasets has it
-            values["image_path"], data = data.get("path"), data["bytes"]
-        if data is None:
-            return Record(key, None, {}, "the row is empty")
-        ours = {"caption": data} if self.options["text"] else {
-            "image_path": values.get("image_path") or key}
-        return record(key, data, ours, values)
-
-
-class VideoRows(Rows):
-    """Frames of a video.  items: [k, pts of the frame that is on screen at k * every]."""
-
-    sequential = True
-
-    def read(self, start: int, stop: int) -> list[Record]:
-        with self._lock:
-            return super().read(start, stop)
-
-    def record(self, k: int, pts: int) -> Record:
-        time = float(k * Fraction(self.options["every"]))
-        try:
-            self._opened = self._opened or Playback(self.path, self.options["keys"])
-            data = self._opened.at(pts)
-        except Exception as problem:  # FFmpeg's and those of file systems share no type
-            data = problem
-        ours = {"image_path": self.path, "time": time, "pts": pts}
-        return record(f"{self.path}:{time:.6g}s", data, ours)
-
-
-class Playback:
-    """A video that is decoded on, or from a later key frame where one is nearer."""
-
-    def __init__(self, path: str, keys: list[int]):
-        self.path, self.keys = path, keys
-        self.start(None)
-
-    def start(self, key: Optional[int]) -> None:
-        """Decode from a key frame's pts on, or anew from the first frame."""
-        if key is None:
-            self.container = open_video(self.path)
-            self.stream = self.container.streams.video[0]
-            self.stream.thread_type = "AUTO"
-        else:
-            self.container.seek(key, stream=self.stream)
-        self.shown = self.following = self.problem = None
-        self.frames = self.decode()
-
-    def decode(self) -> Iterator[Any]:
-        for packet in self.container.demux(self.stream):
-            try:
-                yield from (frame for frame in packet.decode() if frame.pts is not None)
-            except library("av").FFmpegError as problem:  # of this packet: the next may be good
-                self.problem = problem
-
-    def at(self, wanted: int) -> np.ndarray:
-        """The pixels [H, W, 3] of the frame with the largest pts not after the wanted one."""
-        key = max(self.keys[:bisect_right(self.keys, wanted)], default=None)
-        reached = self.following or self.shown
-        later = key is not None and key > (reached.pts if reached else self.keys[0])
-        if later or self.shown and self.shown.pts > wanted:
-            self.start(key)
-        self.advance(wanted)
-        if self.shown is None:  # the seek ended behind it
-            self.start(None)
-            self.advance(wanted)
-        ended = self.following is None
-        if self.shown is None or self.shown.pts < wanted and (ended or self.problem):
-            raise ValueError(f"the frame cannot be decoded ({self.problem or 'the video ends'})")
-        pixels, turns = self.shown.to_ndarray(format="rgb24"), round(self.shown.rotation / 90)
-        return np.ascontiguousarray(np.rot90(pixels, turns))
-
-    def advance(self, wanted: int) -> None:
-        while self.shown is None or self.shown.pts < wanted:
-            self.following = self.following or next(self.frames, None)
-            if self.following is None or self.following.pts > wanted:
-                break
-            self.shown, self.following = self.following, None
-
-
-def plan(inputs: list[str], text: bool, shard_rows: int, every: Optional[float],
-         column: Optional[str]) -> list[Rows]:
+def plan(inputs: list[str], text: bool, shard_rows: int, every: float, column: Optional[str]
+         ) -> list[Rows]:
     """One `Rows` for each shard of at most shard_rows, in the order of the inputs.
 
-    inputs: folders, globs, files and fsspec URLs; {000..099} counts.  text: texts, not pictures.
+    inputs: folders, globs, files and fsspec URLs.  text: texts, not pictures.
     every: seconds between the frames of a video.  column: where tables hold paths, bytes or texts.
-    Consecutive picture files are one sequence; a container or a file of texts is cut by itself.
+    Consecutive inputs are one sequence, but for videos, which are cut by themselves.
     Raises UserError for inputs that are missing, empty or need what is not given.
     """
+    playback.cache_clear(), row_group.cache_clear()  # of files that were there before
     shards: list[Rows] = []
-
-    def cut(kind: type[Rows], items: Iterable, path: str = "", **options: Any) -> None:
-        items = iter(items)
-        while batch := list(islice(items, shard_rows)):
-            shards.append(kind(batch, path, **options))
-
-    sources = (source for given in inputs for path, folder in expand(given)
-               for source in open_source(path, folder, text, every, column))
+    sources = (each for given in inputs for each in expand(given))
     try:
-        for files, group in groupby(sources, lambda source: source[0] is FileRows):
-            if files:
-                cut(FileRows, chain.from_iterable(items for _, items, *_ in group))
-            else:
-                for kind, items, path, options in group:
-                    cut(kind, items, path, **options)
+        for video, group in groupby(sources, lambda source: source[0] * (source[1] in VIDEOS)):
+            items = chain.from_iterable(read_items(*each, text, every, column) for each in group)
+            while batch := list(islice(items, shard_rows)):
+                shards.append(Rows(batch, sequential=bool(video)))
     except (OSError, csv.Error) as problem:
         raise UserError(f"the inputs cannot be listed: {problem}") from problem
     if not shards:
         raise UserError(f"{', '.join(inputs)}: nothing in it can be embedded")
-    if all(isinstance(rows, LostRows) for rows in shards):
-        raise UserError(f"{shards[0].path} cannot be read ({shards[0].read(0, 1)[0].error})")
     return shards
 
 
-def open_source(path: str, folder: bool, text: bool, every: Optional[float], column: Optional[str]
-                ) -> Iterator[tuple[type[Rows], Iterable, str, dict[str, Any]]]:
-    """(kind, items, path, options) of the rows in a folder or a file that was named: its extension
-    says what it is."""
-    ending = "" if folder else path.rpartition(".")[2].lower()
-    if text and ending not in ("txt", "csv", "tar", "parquet"):
-        raise UserError(f"{path} holds no texts; name .txt, .csv, .tar or .parquet files")
-    if ending in VIDEOS and not every:
-        raise UserError(f"{path} is a video; --every 1s embeds a frame of each second")
-    try:
-        if folder:
-            yield FileRows, walk_any(path), "", {}
-        elif ending in ("txt", "csv"):
-            rows = csv_rows(path, column, text) if ending == "csv" else (
-                (line.strip() if text else line.rstrip("\n"), {}) for line in lines(path, text)
-                if line.strip())
-            if text:
-                yield TextRows, ([number, *row] for number, row in enumerate(rows)), path, {}
-            else:  # relative paths start at the list
-                near = os.path.dirname(path)
-                yield FileRows, ([name if "://" in name else os.path.join(near, name), others]
-                                 for name, others in rows), "", {}
-        elif ending == "tar":
-            items, damage = tar_items(path, text)
-            yield TarRows, items, path, {"text": text}
-            yield LostRows, damage, path, {}
-        elif ending == "parquet":
-            yield ParquetRows, *parquet_rows(path, text, column)
-        elif ending in VIDEOS:
-            yield VideoRows, *video_frames(path, every)
-        else:
-            yield FileRows, [path], "", {}
-    except UserError:
-        raise
-    except (OSError, ValueError, tarfile.TarError) as problem:  # of a container
-        yield LostRows, [[reason(problem)]], path, {}
-
-
-def expand(given: str) -> Iterator[tuple[str, bool]]:
-    """(path, whether it is a folder) of all that an input stands for; UserError for nothing."""
-    counted = re.search(r"\{(\d+)\.\.(\d+)\}", given)
-    if counted and not os.path.exists(given):
-        before, after = given[:counted.start()], given[counted.end():]
-        for number in range(int(counted[1]), int(counted[2]) + 1):
-            yield from expand(f"{before}{number:0{len(counted[1])}}{after}")
-        return
+def expand(given: str) -> Iterator[tuple[str, str]]:
+    """(path, its extension; / of a folder) of all that an input stands for."""
     local = "://" not in given
     system, path = (os.path, os.path.abspath(given)) if local else file_system(given)
     paths = [path]
@@ -348,182 +125,258 @@ def expand(given: str) -> Iterator[tuple[str, bool]]:
     if not paths:
         raise UserError(f"{given} matches no file")
     for path in sorted(paths, key=os.fsencode):
-        yield path if local else system.unstrip_protocol(path), system.isdir(path)
+        ending = "/" if system.isdir(path) else path.rpartition(".")[2].lower()
+        yield path if local else system.unstrip_protocol(path), ending
 
 
-def walk_any(folder: str) -> Iterator[str]:
-    """All files beneath, in the order of their paths' bytes; UserError where there is none."""
+def read_items(path: str, ending: str, text: bool, every: float, column: Optional[str]) -> Iterator:
+    """Of a damaged container those that are whole, and one that says what is wrong."""
+    readers = {"txt": list_items, "csv": list_items, "tar": tar_items, "parquet": table_items}
+    if text and ending not in readers:
+        raise UserError(f"{path} holds no texts; name .txt, .csv, .tar or .parquet files")
+    try:
+        if ending in readers:
+            yield from readers[ending](path, text, column)
+        elif ending in VIDEOS:
+            yield from video_items(path, every)
+        else:
+            yield from walk(path) if ending == "/" else [path]
+    except (OSError, ValueError, tarfile.TarError) as problem:
+        if isinstance(problem, UserError) or ending in ("txt", "csv", "/"):
+            raise
+        yield [path, None, {}, reason(problem)]
+
+
+def walk(folder: str) -> Iterator[str]:
+    """The regular files beneath, in the order of their paths' bytes, and not beneath links."""
     if "://" in folder:
         system, path = file_system(folder)
-        paths = map(system.unstrip_protocol, sorted(system.find(path), key=os.fsencode))
-    else:
-        paths = map(os.fsdecode, walk(os.fsencode(folder)))
-    first = next(paths, None)
-    if first is None:
-        raise UserError(f"{folder} holds no file")
-    return chain([first], paths)
+        yield from map(system.unstrip_protocol, sorted(system.find(path), key=os.fsencode))
+        return
+    entries = {entry.name + "/" * entry.is_dir(follow_symlinks=False): entry
+               for entry in os.scandir(folder)}
+    for name in sorted(entries, key=os.fsencode):
+        if name.endswith("/"):
+            yield from walk(entries[name].path)
+        elif entries[name].is_file():
+            yield entries[name].path
 
 
-def walk(folder: bytes) -> Iterator[bytes]:
-    """The regular files beneath; links to files are files, links to folders are not followed."""
-    with os.scandir(folder) as entries:
-        names = [entry.name + b"/" * entry.is_dir() for entry in entries
-                 if entry.is_dir(follow_symlinks=False) or entry.is_file()]
-    for name in sorted(names):
-        path = os.path.join(folder, name)
-        if name.endswith(b"/"):
-            yield from walk(path[:-1])
-        else:
-            yield path
-
-
-def lines(path: str, text: bool, newline: Optional[str] = None) -> Iterator[str]:
-    """Lines of texts, or of paths in any bytes."""
-    errors = "replace" if text else "surrogateescape"
+def list_items(path: str, text: bool, column: Optional[str]) -> Iterator[list]:
+    """Of a .txt file, or a .csv file with a header: texts, or paths, which start at the list."""
+    table, name = path.lower().endswith(".csv"), "caption" if text else "image_path"
     with open_file(path) as file:
-        yield from io.TextIOWrapper(file, "utf-8-sig", errors, newline)
+        lines = io.TextIOWrapper(file, "utf-8-sig", "replace" if text else "surrogateescape",
+                                 newline="" if table else None)
+        if table:
+            rows = csv.DictReader(lines, restkey="", restval="")
+            name = choose(path, rows.fieldnames or [], text, column)
+        else:
+            stripped = (line.strip() if text else line.rstrip("\n") for line in lines)
+            rows = ({name: line} for line in stripped if line and not line.isspace())
+        for number, row in enumerate(rows):
+            value, _ = row.pop(name), row.pop("", None)  # more fields than the header has
+            if text:
+                yield item(f"{path}:{number}", {"caption": value}, row, value)
+            else:
+                value = value if "://" in value else os.path.join(os.path.dirname(path), value)
+                yield item(value, {"image_path": value}, row, None, *place(value))
 
 
-def csv_rows(path: str, column: Optional[str], text: bool) -> Iterator[tuple[str, dict]]:
-    """(path or text, the other columns) of each row of a .csv file with a header."""
-    reader = csv.DictReader(lines(path, text, newline=""), restkey="", restval="")
-    names, known = reader.fieldnames or [], TEXT_COLUMNS if text else PATH_COLUMNS
-    chosen = next((name for name in ([column] if column else known) if name in names), None)
-    if chosen is None:
-        raise UserError(f"{path} has no column {column or ' or '.join(known)}; --column names one "
-                        f"of {', '.join(names)}")
-    for row in reader:
-        row.pop("", None)
-        yield row.pop(chosen), row
-
-
-def tar_items(path: str, text: bool) -> tuple[list, list]:
-    """`TarRows`' items from the headers alone, and `LostRows`' of the rest of a damaged archive.
-    Names that begin with a dot are no samples, as in WebDataset."""
-    samples, latest, places, damage = [], {}, {}, []
+def tar_items(path: str, text: bool, _: Optional[str]) -> Iterator[list]:
+    """Of an archive in WebDataset's layout, with captions and fields of .txt and .json members."""
     with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-        try:
-            for member in archive:
-                place = [member.offset_data, member.size] if member.isreg() else None
-                places[member.name] = place = place or places.get(member.linkname)
-                key, _, suffix = os.path.basename(member.name).partition(".")
-                if place and key:
-                    key = os.path.join(os.path.dirname(member.name), key)
-                    if suffix in latest.get(key, {suffix}):
-                        latest[key] = {}
-                        samples.append((key, latest[key]))
-                    latest[key][suffix] = place
-        except tarfile.TarError as problem:
-            damage = [[reason(problem)]]
+        members = ((SAMPLE.fullmatch(each.name), each) for each in archive if each.isreg())
+        named = ((*match.groups(""), each) for match, each in members if match)
+        for key, group in groupby(named, itemgetter(0)):
+            sample, texts, fields = [each[1:] for each in group], {}, {}
+            for suffix, member in sample:
+                if suffix in ("txt", "json"):
+                    file.seek(member.offset_data)
+                    texts[suffix] = str(file.read(member.size), "utf-8", "replace").strip()
+            with contextlib.suppress(ValueError, TypeError):
+                fields = dict(json.loads(texts.get("json", "{}")))
+            ours = {"caption": texts["txt"], "key": key} if "txt" in texts else {"key": key}
+            pictures = [each for each in sample if each[0].lower().split(".")[-1] in PICTURES]
+            if text and "txt" in texts:
+                yield item(f"{path}/{key}.txt", ours, fields, texts["txt"])
+            elif text or not pictures:
+                yield [f"{path}/{key}", None, {}, "nothing in it can be embedded"]
+            for suffix, member in pictures if not text else ():
+                name = f"{path}/{key}.{suffix}".rstrip(".")
+                yield item(name, {"image_path": name, **ours}, fields, None,
+                           *place(path, member.offset_data, member.size))
         file.seek(archive.offset)  # where tarfile stopped, in silence at most damages
         if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-            damage = [[f"the archive is damaged at byte {archive.offset}"]]
-    wanted, items = {"txt"} if text else PICTURES | {""}, []
-    for key, members in samples:
-        first = [suffix for suffix in members if suffix.lower() in wanted][:1] or [
-            suffix for suffix in members if suffix.rpartition(".")[2].lower() in wanted]
-        rest = [suffix for suffix in ("txt", "json") if suffix in members and suffix not in first]
-        items += [[key, [[suffix, *members[suffix]] for suffix in (each, *rest)]]
-                  for each in first] or [[key, []]]
-    return items, damage
+            raise tarfile.ReadError(f"the archive is damaged at byte {archive.offset}")
 
 
-def parquet_rows(path: str, text: bool, column: Optional[str]) -> tuple[range, str, dict]:
-    """Items, path and options of `ParquetRows`."""
-    types = library("pyarrow").types
+def table_items(path: str, text: bool, column: Optional[str]) -> Iterator[list]:
+    """Of a .parquet file: all but the pictures."""
     with open_file(path) as file:
-        opened = library("pyarrow.parquet").ParquetFile(file)
-        schema, facts, size = opened.schema_arrow, opened.metadata, file.seek(0, os.SEEK_END)
-    ends = list(accumulate(facts.row_group(each).num_rows for each in range(facts.num_row_groups)))
-
-    texts = [each.name for each in schema
-             if types.is_string(each.type) or types.is_large_string(each.type)]
-    scalars = texts + [each.name for each in schema if types.is_boolean(each.type)
-                       or types.is_integer(each.type) or types.is_floating(each.type)]
-
-    def is_bytes(kind: Any) -> bool:
-        if types.is_struct(kind):
-            return kind.get_field_index("bytes") >= 0 and is_bytes(kind.field("bytes").type)
-        return types.is_binary(kind) or types.is_large_binary(kind)
-
-    names = texts if text else [each.name for each in schema if is_bytes(each.type)]
-    usual = [name for name in TEXT_COLUMNS if name in names][:1] if text else []
-    chosen = [name for name in names if name == column] if column else usual or names
-    if len(chosen) != 1:
-        raise UserError(f"{path} has {len(chosen) or 'no'} columns {column or ''} of "
-                        f"{'texts' if text else 'bytes'}; --column names one of "
-                        f"{', '.join(names or schema.names)}")
-    others = [name for name in schema.names if name in scalars and name not in chosen]
-    return range(facts.num_rows), path, {"text": text, "column": chosen[0], "others": others,
-                                         "ends": ends, "size": size}
+        table = library("pyarrow.parquet").ParquetFile(file)
+        size, types = file.seek(0, os.SEEK_END), {each.name: str(each.type)
+                                                  for each in table.schema_arrow}
+        names = [name for name in types if (STRING if text else BINARY).fullmatch(types[name])]
+        chosen = choose(path, names, text, column)
+        others = [name for name, kind in types.items() if STRING.match(kind) or OTHER.match(kind)]
+        others += [f"{chosen}.path"] if "path: " in types[chosen] else []  # as in Hugging Face's
+        groups = (table.read_row_group(group, columns=others).to_pylist()
+                  for group in range(table.num_row_groups))
+        rows = ((group, *each) for group, rows in enumerate(groups) for each in enumerate(rows))
+        for number, (group, index, row) in enumerate(rows):
+            key, value = f"{path}:{number}", row.pop(chosen, None)
+            name = (value or {}).get("path") or row.get("image_path") or key if not text else value
+            if name is None:
+                yield [key, None, {}, "the row is empty"]
+            elif text:
+                yield item(key, {"caption": value}, row, value)
+            else:
+                yield item(key, {"image_path": name}, row, None, TABLE, path, size, chosen, group,
+                           index)
 
 
-def video_frames(path: str, every: float) -> tuple[list, str, dict]:
-    """Items, path and options of `VideoRows`, from the packets: nothing is decoded.  Times count
-    from the first frame, and the last one is on screen for its duration."""
+def choose(path: str, names: list[str], text: bool, column: Optional[str]) -> str:
+    """The column that is asked for, else that of a usual name, else the only one."""
+    usual = ["caption", "text"] if text else ["image_path", "path"]
+    found = [column] if column else [each for each in usual if each in names][:1] or names
+    if len(found) != 1 or found[0] not in names:
+        raise UserError(f"{path} has no column {column or ' or '.join(usual)} that serves; "
+                        f"--column names one of {', '.join(names)}")
+    return found[0]
+
+
+def video_items(path: str, every: float) -> Iterator[list]:
+    """Of a video: the frame that is on screen at each k * every, from the packets alone.  Times
+    count from the first frame, and the last one is on screen for its duration."""
     with open_video(path) as container:
         if not container.streams.video:
             raise ValueError("it has no video stream")
-        stream, size = container.streams.video[0], container.size
-        packets = [(packet.pts, packet.duration or 0, packet.is_keyframe)
-                   for packet in container.demux(stream)
+        packets = [(packet.pts, packet.duration or 1, packet.is_keyframe)
+                   for packet in container.demux(container.streams.video[0])
                    if packet.pts is not None and not packet.is_discard]
-        step = Fraction(str(every)) / stream.time_base
+        tick, size = container.streams.video[0].time_base, container.size
     if not packets:
         raise ValueError("its frames have no timestamps")
-    shown, keys = sorted(pts for pts, *_ in packets), sorted(pts for pts, _, key in packets if key)
-    end = max(pts + max(duration, 1) for pts, duration, _ in packets) - shown[0]
-    items = [[k, shown[bisect_right(shown, shown[0] + k * step) - 1]]
-             for k in range(math.ceil(end / step))]
-    return items, path, {"every": str(every), "keys": keys, "size": size}
+    shown, step = sorted(pts for pts, *_ in packets), Fraction(str(every)) / tick
+    keys = sorted({shown[0], *(pts for pts, _, key in packets if key)})
+    end = max(pts + duration for pts, duration, _ in packets) - shown[0]
+    for k in range(math.ceil(end / step)):
+        pts, time = shown[bisect_right(shown, shown[0] + k * step) - 1], float(k * step * tick)
+        key = keys[bisect_right(keys, pts) - 1]
+        yield item(f"{path}:{time:.6g}s", {"image_path": path, "time": time, "pts": pts}, {}, None,
+                   VIDEO, path, size, keys[0], pts, key)
 
 
-def json_fields(text: str) -> dict[str, Any]:
-    """The fields of a JSON object, nested ones as JSON; none where it is no such thing."""
+def item(key: str, ours: dict, others: dict, text: Optional[str], *where: Any) -> list:
+    """Of `Rows`; our own fields come first and win."""
+    return [key, text, {**ours, **others, **ours}, None, *where]
+
+
+def place(path: str, offset: int = 0, size: int = -1) -> list:
+    scheme, remote, _ = path.partition("://")
+    return [scheme if remote else LOCAL, path, offset, size]
+
+
+# Readers: what lies at each place of a kind, or in a word why it cannot be read.
+
+
+def attempt(function: Callable, *arguments: Any) -> Any:
     try:
-        return {name: json.dumps(value) if isinstance(value, (list, dict)) else value
-                for name, value in json.loads(text).items()}
-    except (ValueError, AttributeError):
-        return {}
+        return function(*arguments)
+    except Exception as problem:  # of arrow, FFmpeg and file systems, which share no type
+        return reason(problem)
 
 
-def read_local(path: str, places: list) -> list[Union[bytes, Exception]]:
-    """What lies at each (offset, size; None: all) of a file, or why it cannot be read."""
-    file = None
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        facts, blobs = os.fstat(file), []
-        if not stat.S_ISREG(facts.st_mode):
-            raise ValueError("it is not a regular file")
-        for offset, size in places:
-            size = facts.st_size if size is None else size
-            blob = os.pread(file, size, offset) if size <= MAX_BYTES else b""
-            blobs.append(blob if len(blob) == size else ValueError(
-                f"{size} bytes, which are too many or beyond its end"))
-        return blobs
-    except (OSError, ValueError) as problem:
-        return [problem] * len(places)
-    finally:
-        if file is not None:
-            os.close(file)
+def read_local(places: list) -> list[Union[bytes, memoryview, str]]:
+    """In one call that does not hold the GIL, where the library of kernels is built."""
+    names = os.fsencode("".join([f"{path}\0" for _, path, *_ in places]))
+    if not kernels.reads_files() or names.count(0) != len(places):
+        return [attempt(read_one, *each[1:]) for each in places]
+    offsets, sizes = np.array([each[2:] for each in places]).T.copy()
+    data, errors = kernels.read_files(names, offsets, sizes, MAX_BYTES)
+    whole, ends = memoryview(data), sizes.cumsum().tolist()
+    return [whole[end - size:end] if error == 0 else PROBLEMS.get(error) or os.strerror(error)
+            for end, size, error in zip(ends, sizes.tolist(), errors.tolist())]
 
 
-def fetch(places: list) -> list[Union[bytes, Exception]]:
-    """What lies at each (URL, start, stop; None: all) of one remote file system, all at once."""
-    system, _ = file_system(places[0][0])
-    urls, starts, stops = map(list, zip(*places))
-    blobs = system.cat_ranges([system._strip_protocol(url) for url in urls], starts, stops,
+def read_one(path: str, offset: int, size: int) -> Union[bytes, str]:
+    if os.path.exists(path) and not os.path.isfile(path):
+        return PROBLEMS[kernels.NOT_REGULAR]
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size - offset if size < 0 else size
+        blob = os.pread(file.fileno(), size, offset) if size <= MAX_BYTES else b""
+    return blob if len(blob) == size else BEYOND
+
+
+def read_remote(places: list) -> list[Union[bytes, str]]:
+    """Of one remote file system, all at once."""
+    system, _ = file_system(places[0][1])
+    _, urls, starts, sizes = map(list, zip(*places))
+    stops = [start + size if size >= 0 else None for start, size in zip(starts, sizes)]
+    blobs = system.cat_ranges(list(map(system._strip_protocol, urls)), starts, stops,
                               on_error="return")
-    return [blob if isinstance(blob, Exception) or stop is None or len(blob) == stop - start else
-            ValueError(f"it ends at byte {start + len(blob)}, not {stop}")
-            for blob, start, stop in zip(blobs, starts, stops)]
+    return [reason(blob) if isinstance(blob, Exception) else
+            blob if size in (-1, len(blob)) else BEYOND for blob, size in zip(blobs, sizes)]
 
 
-def open_file(path: str) -> BinaryIO:
-    if "://" not in path:
-        return open(path, "rb")
-    system, inside = file_system(path)
-    return system.open(inside, "rb")
+def read_table(places: list) -> list[Union[bytes, str]]:
+    blobs = []
+    for where, group in groupby(places, lambda each: each[1:5]):
+        rows = [row for *_, row in group]
+        with LOCK:
+            column = attempt(row_group, *where)
+        values = [column] * len(rows) if isinstance(column, str) else column.take(rows).to_pylist()
+        values = (each["bytes"] if isinstance(each, dict) else each for each in values)
+        blobs += ["the row is empty" if each is None else each for each in values]
+    return blobs
+
+
+@functools.lru_cache(2)  # for threads that are not quite level
+def row_group(path: str, size: int, column: str, group: int) -> Any:
+    with open_file(path) as file:
+        table = library("pyarrow.parquet").ParquetFile(file)
+        return table.read_row_group(group, columns=[column])[column]
+
+
+def read_frames(places: list) -> list[Union[np.ndarray, str]]:
+    with LOCK:
+        return [attempt(lambda: playback(*each[1:4]).at(*each[4:])) for each in places]
+
+
+class Playback:
+    """A video that is decoded on, or from a later key frame that is not after the wanted frame."""
+
+    def __init__(self, path: str, size: int, first: int):
+        self.container, self.first = open_video(path), first
+        self.stream = self.container.streams.video[0]
+        self.stream.thread_type = "AUTO"
+        self.frames = self.container.decode(self.stream)
+        self.shown, self.reached = next(self.frames, None), first
+
+    def at(self, wanted: int, key: int) -> np.ndarray:
+        """Pixels [H, W, 3] of the frame whose pts is wanted."""
+        seek, self.reached = key > self.reached or wanted < self.reached, math.inf
+        for start in (key, self.first) if seek else ():  # a seek may end behind the frame
+            self.container.seek(start, stream=self.stream)
+            self.frames = self.container.decode(self.stream)
+            self.shown = next(self.frames, None)
+            if self.shown and self.shown.pts <= wanted:
+                break
+        while self.shown and self.shown.pts < wanted:
+            self.shown = next(self.frames, None)
+        if not self.shown or self.shown.pts > wanted:
+            raise ValueError("the frame cannot be decoded")
+        self.reached, turns = wanted, round(self.shown.rotation / 90)
+        return np.ascontiguousarray(np.rot90(self.shown.to_ndarray(format="rgb24"), turns))
+
+
+playback = functools.lru_cache(1)(Playback)
+READERS = {LOCAL: read_local, TABLE: read_table, VIDEO: read_frames}
+
+
+def open_file(path: str) -> Any:
+    return file_system(path)[0].open(path, "rb") if "://" in path else open(path, "rb")
 
 
 def open_video(path: str) -> Any:
