@@ -60,6 +60,9 @@ PARAMS = {  # launcher clip_*_launch -> its struct
 PICTURE = struct(  # ClipPreprocessPicture, of which preprocess takes an array
     "pixels", "along across channel first second between lines channels vertical"
 )
+JPEG_FILE = struct(  # ClipJpegFile, of which the calls of jpeg.h take an array
+    "data pixels", "size route height width channels hash written"
+)
 
 
 @dataclass(frozen=True)
