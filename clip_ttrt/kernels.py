@@ -67,6 +67,9 @@ NOT_REGULAR, BEYOND_END = -1, -2  # among its errors, where errno has no word
 FILE_THREADS = 4  # that read a batch
 KEPT = 1 << 28  # bytes: smaller buffers are used again, for fresh pages cost more than reading
 _idle: list[np.ndarray] = []
+JPEG_FILE = struct(  # ClipJpegFile, of which the calls of jpeg.h take an array
+    "data pixels", "size route height width channels hash written"
+)
 
 
 @dataclass(frozen=True)

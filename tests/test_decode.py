@@ -1,6 +1,9 @@
 """Decoding: the routes, and pixels and refusals against Pillow's own."""
+import ctypes
 import io
 import random
+import shutil
+import subprocess
 import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
+from clip_ttrt import kernels
 from clip_ttrt.errors import UserError
 from clip_ttrt.pipeline import decode
-from clip_ttrt.pipeline.decode import Bad, Decoder, Picture, route_of
-from clip_ttrt.pipeline.hardware import Hardware
+from clip_ttrt.pipeline.decode import Bad, Decoder, Picture
+from clip_ttrt.pipeline.hardware import FILE, Hardware
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 SIDE = 32
@@ -140,6 +144,38 @@ def original(data, side=SIDE):
     return np.asarray(opened.convert("RGB"))
 
 
+CUDA = """
+#pragma once
+enum cudaError_t { cudaSuccess = 0, cudaErrorMemoryAllocation = 2 };
+using cudaStream_t = struct CUstream_st*;
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+"""
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """kernels/jpeg of these sources, without CUDA."""
+    if not shutil.which("g++"):
+        pytest.skip("needs g++")
+    folder = tmp_path_factory.mktemp("jpeg")
+    (folder / "cuda_runtime_api.h").write_text(CUDA)
+    subprocess.run(["g++", "-O2", "-Wall", "-Wextra", "-Werror", "-std=c++17", "-shared", "-fPIC",
+                    "-I", folder, "-o", folder / "jpeg.so", kernels.sources() / "jpeg/jpeg.cpp",
+                    "-ldl"], check=True)
+    return ctypes.CDLL(str(folder / "jpeg.so"))
+
+
+@pytest.fixture(autouse=True)
+def library(built, monkeypatch):
+    monkeypatch.setattr(kernels, "library", lambda: built)
+    monkeypatch.setattr(kernels, "available", lambda: True)
+    return built
+
+
+def route_of(data):
+    return ("gpu", "cpu", "pillow")[decode.scan([data])["route"][0]]
+
+
 @pytest.fixture(scope="module")
 def decoder():
     return Decoder("exact", SIDE, threads=2)
@@ -157,6 +193,19 @@ def test_route_of_what_is_refused():
     assert routes.pop("half progressive") == "cpu" and routes.pop("half") == "cpu"
     assert routes.pop("a few bytes short") == "cpu"
     assert set(routes.values()) == {"pillow"}
+
+
+def test_route_without_the_library(monkeypatch):
+    """As if there were no engines, which need it."""
+    monkeypatch.setattr(kernels, "available", lambda: False)
+    for data, route in FILES.values():
+        assert route_of(data) == {"gpu": "cpu"}.get(route, route)
+    files = [data for data, _ in FILES.values()] + [*REFUSED.values()]
+    for data, each in zip(files, Decoder("exact", SIDE, threads=1).decode(files)):
+        if data in REFUSED.values():
+            assert isinstance(each, Bad)
+        else:
+            assert each.pixels.shape[:2] == (SIDE, SIDE) or np.array_equal(each.pixels, full(data))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -215,18 +264,16 @@ def test_refusals_keep_their_place(mode):
 def test_pixel_limit_by_the_header_alone():
     at = JPEG.index(b"\xff\xc0")
     bomb = JPEG[:at + 5] + (20_000).to_bytes(2, "big") * 2 + JPEG[at + 9:]
-    with pytest.raises(Bad) as ours:
-        route_of(bomb)
     with pytest.raises(Image.DecompressionBombError) as pillows:
         Image.open(io.BytesIO(bomb))
-    assert str(ours.value) == f"DecompressionBombError: {pillows.value}"
+    reason = f"DecompressionBombError: {pillows.value}"
     good, bad = Decoder("cpu", SIDE).decode([JPEG, bomb])
-    assert isinstance(good, Picture) and str(bad) == str(ours.value)
+    assert isinstance(good, Picture) and str(bad) == reason
     png = bytearray(FILES["PNG"][0])
     png[16:24] = (20_000).to_bytes(4, "big") * 2
     png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
     bad, = Decoder("cpu", SIDE).decode([bytes(png)])
-    assert str(bad) == str(ours.value)
+    assert str(bad) == reason
 
 
 def test_large_pictures_are_resized_by_pillow(monkeypatch):
@@ -260,10 +307,22 @@ def test_arrays_and_pictures(decoder):
     assert decoder.decode([]) == []
 
 
-def test_own_transform():
-    decoder = Decoder("pillow", SIDE, transform=lambda each: each.convert("RGB").resize((7, 7)))
-    result, = decoder.decode([JPEG])
-    assert result.pixels.shape == (7, 7, 3)
+def test_any_bytes(decoder):
+    """One buffer in which files follow each other, and copies of it in other types."""
+    names = ("4:2:0", "grey", "progressive", "PNG", "CMYK")
+    files, start = [FILES[name][0] for name in names] + [JPEG[:700], b""], 0
+    whole, views = b"".join(files), []
+    for data in files:
+        views.append(memoryview(whole)[start:start + len(data)])
+        start += len(data)
+    assert (decode.scan(views)["route"] == decode.scan(files)["route"]).all()
+    assert (decode.scan(views)["hash"] == decode.scan(files)["hash"]).all()
+    for kind in (memoryview, bytearray, lambda each: np.frombuffer(each, np.uint8)):
+        results = decoder.decode([kind(each) for each in views])
+        for result, expected in zip(results[:5], decoder.decode(files)):
+            assert result.route == expected.route
+            assert torch.equal(result.pixels, expected.pixels)
+        assert all(isinstance(each, Bad) for each in results[5:])
 
 
 def test_user_errors():
@@ -285,17 +344,19 @@ class Engines(Hardware):
     def create(self):
         return None, None
 
-    def decode(self, decoder, stream, files, views):
-        written = []
-        for data, view in zip(files, views):
+    def decode(self, decoder, stream, files):
+        for file in files:
+            pixels = full(ctypes.string_at(int(file["data"]), int(file["size"])))
+            place = ctypes.c_uint8 * pixels.size
+            view = torch.frombuffer(place.from_address(int(file["pixels"])), dtype=torch.uint8)
+            view = view.view(pixels.shape)
             before = view.clone()
-            view.copy_(torch.from_numpy(full(data).copy()))
+            view.copy_(torch.from_numpy(pixels.copy()))
             answer = self.fault(self.decoded, view)
             if answer == "skip":
                 view.copy_(before)
-            written.append(bool(answer))
+            file["written"] = bool(answer)
             self.decoded += 1
-        return written
 
 
 def with_engines(**options):
@@ -407,22 +468,3 @@ def test_threads_share_a_decoder():
         list(pool.map(work, range(4)))
     report = decoder.report()
     assert report["gpu"] + report["cpu"] == 800 and report["bad"] == 40
-
-
-def test_nvimagecodec_on_the_cpu():
-    """The calls of nvImageCodec, with its decoder for the CPU in place of the engines."""
-    nv = pytest.importorskip("nvidia.nvimgcodec")
-
-    class OnCPU(Hardware):
-        def create(self):
-            return nv.Decoder(device_id=nv.NVIMGCODEC_DEVICE_CPU_ONLY, max_num_cpu_threads=1,
-                              backends=[nv.Backend(nv.BackendKind.CPU_ONLY)]), None
-
-    cpu = OnCPU(torch.device("cpu"), 1)
-    shapes = [full(data).shape for data in EASY]
-    for _ in range(2):
-        pixels, skipped = cpu(EASY[:3] + [b"junk", EASY[3][:-50]] + EASY[4:],
-                              shapes[:3] + [(9, 9, 3), shapes[3]] + shapes[4:])
-        assert skipped == 0 and pixels[3:5] == [None, None]
-        for data, each in zip(EASY[:3] + EASY[4:], pixels[:3] + pixels[5:]):
-            assert np.array_equal(each, full(data))

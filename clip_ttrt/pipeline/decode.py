@@ -6,36 +6,35 @@
 
 What one refuses the next one tries, and what Pillow refuses is Bad.
 """
-import contextlib
+import ctypes
+import functools
 import io
 import os
 import re
-import struct
 import threading
 import warnings
-import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Callable, Iterator, NamedTuple, Optional, Union
 
 import numpy as np
 import torch
+import torchvision  # noqa: F401 - it registers the op that decodes
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode  # which registers the op that decodes as well
 
+from clip_ttrt import kernels
 from clip_ttrt.errors import UserError
-from clip_ttrt.pipeline.hardware import Hardware
+from clip_ttrt.pipeline.hardware import FILE, Hardware
 
 MODES = ("auto", "exact", "gpu", "cpu", "pillow")
-MAX_PIXELS = 178_956_970  # Pillow's limit: beyond it a file may be a bomb
+GPU, CPU, PILLOW = range(3)  # routes, as kernels/jpeg/jpeg.h has them
 LARGE = 1 << 24  # pixels: beyond them Pillow resizes a picture, so that a batch fits memory
 LARGE_OTHER = 1 << 20  # the same of other files, of which only Pillow knows the size
 MOST_BYTES = 1 << 28  # of pixels that are decoded at once
 SAMPLED = 1000  # of so many pictures from the GPU's engines one is decoded on the CPU as well
-AS_IT_IS = ImageReadMode.UNCHANGED.value
+CHUNK = 8  # JPEGs that a thread decodes without asking for the GIL
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # not yet an error
 warnings.filterwarnings("ignore", "The given buffer is not writable")  # it is only read
@@ -51,8 +50,7 @@ class Bad(Exception):
         return cls(f"{type(problem).__name__}: {text}")
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A decoded picture, of its full size or already [R, R, 3]."""
 
     pixels: Union[Tensor, np.ndarray]  # uint8 [H, W, C], C 1 (grey) or 3 (RGB), on the CPU or GPU
@@ -62,84 +60,54 @@ class Picture:
     exact: Optional[Tensor] = None  # of one in SAMPLED from the GPU's engines: the CPU's pixels
 
 
-class Header(NamedTuple):
-    """What the header of a file tells; sizes are 0 where the route is pillow."""
+def scan(items: list) -> np.ndarray:
+    """[n] of FILE with their routes and what the headers tell of JPEGs; no file goes to Pillow.
 
-    route: str
-    height: int = 0
-    width: int = 0
-    channels: int = 0
-
-
-# A JPEG's markers: tables and comments between SOI and the frame, and the frames of libjpeg.
-SEGMENTS = frozenset((0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)))
-BASELINE, FRAMES, SCAN, ADOBE = 0xC0, frozenset((0xC0, 0xC1, 0xC2)), 0xDA, 0xEE
-# What the engines take (nvjpeg.h: baseline, a single scan, not 4:1:0 nor 4:1:1): each component's
-# horizontal and vertical sampling as hex digits, of grey, 4:4:4, 4:2:2 and 4:2:0.
-SAMPLINGS = frozenset(((0x11,), (0x11, 0x11, 0x11), (0x21, 0x11, 0x11), (0x22, 0x11, 0x11)))
-SIDES = range(16, 16385)  # pixels: NVIDIA gives no limits; what the engines refuse the CPU gets
-_segment, _frame = struct.Struct(">BBH").unpack_from, struct.Struct(">BHHB").unpack_from
-_other = Header("pillow")
-
-
-def scan(data: bytes) -> Header:
-    """The header of a file, whatever its name.  Raises Bad for a JPEG over the pixel limit."""
-    if data[:3] != b"\xff\xd8\xff":
-        return _other
-    at, kind, rgb = 2, 0, False
-    try:
-        while True:
-            start, marker, length = _segment(data, at)
-            if start != 0xFF:
-                return _other
-            if marker in SEGMENTS:
-                if marker == ADOBE and data[at + 4:at + 9] == b"Adobe":
-                    rgb = data[at + 15] != 1  # the transform: YCbCr is 1
-            elif marker in FRAMES and not kind:
-                kind, (bits, height, width, channels) = marker, _frame(data, at + 4)
-                if width * height > MAX_PIXELS:
-                    raise Bad(f"DecompressionBombError: Image size ({width * height} pixels) "
-                              f"exceeds limit of {MAX_PIXELS} pixels, could be decompression "
-                              "bomb DOS attack.")
-                components = data[at + 10:at + 10 + 3 * channels]
-            elif marker == SCAN and kind:
-                break
-            else:
-                return _other
-            at += 2 + length
-        ids, samplings, scanned = components[::3], tuple(components[1::3]), data[at + 4]
-    except (struct.error, IndexError):  # the file ends before its pixels begin
-        return _other
-    colour = channels == 3 and ids != b"RGB" and not rgb
-    if bits != 8 or not (colour or channels == 1) or not 0 < width * height <= LARGE:
-        return _other
-    easy = (kind == BASELINE and scanned == channels and samplings in SAMPLINGS
-            and (channels == 1 or ids == b"\1\2\3") and width in SIDES and height in SIDES
-            and data.rfind(b"\xff\xd9", -1024) > 0)
-    return Header("gpu" if easy else "cpu", height, width, channels)
-
-
-def route_of(data: bytes) -> str:
-    """gpu, cpu or pillow: the decoder for a file's bytes.  Raises Bad over the pixel limit."""
-    return scan(data).route
-
-
-def original_transform(resolution: int) -> Callable[[Image.Image], Image.Image]:
-    """OpenAI's preprocess up to the tensor: a picture, resized in its own mode -> RGB, R x R."""
-    from torchvision.transforms import Compose
-
-    from clip_ttrt import deprecations
-
-    return Compose(deprecations.clip()._transform(resolution).transforms[:-2])
-
-
-def decode_jpeg(data: bytes) -> Tensor:
-    """torchvision's libjpeg: uint8 [H, W, C].  Raises RuntimeError for what it refuses.
-
-    The op itself: `torchvision.io.decode_jpeg` around it holds the GIL for twice as long.
+    Without the library of kernels there are no engines, and Pillow reads the headers.
     """
-    encoded = torch.frombuffer(data, dtype=torch.uint8)
-    return torch.ops.image.decode_jpeg(encoded, AS_IT_IS, False).permute(1, 2, 0)
+    data = [item if isinstance(item, (bytes, bytearray, memoryview)) else b"" for item in items]
+    files, pointers = np.zeros(len(data), FILE), ctypes.c_char_p * len(data)
+    if not kernels.available():
+        files[["route", "height", "width", "channels"]] = list(map(header, data))
+        return files
+    try:
+        files["data"] = np.frombuffer(pointers(*data), np.uintp)
+    except TypeError:  # not all are bytes
+        files["data"] = [torch.frombuffer(each, dtype=torch.uint8).data_ptr() if each else 0
+                         for each in data]
+    files["size"] = list(map(len, data))
+    kernels.library().clip_jpeg_scan(files.ctypes, len(files), LARGE)
+    return files
+
+
+def header(data: bytes) -> tuple[int, int, int, int]:
+    """A file's route, cpu or pillow, and of a JPEG for the CPU its height, width and channels."""
+    try:
+        opened = Image.open(io.BytesIO(data), formats=["JPEG"])
+    except Exception:
+        return PILLOW, 0, 0, 0
+    names, channels = bytes(layer[0] for layer in opened.layer), len(opened.layer)
+    rgb = channels == 3 and (names == b"RGB" or opened.info.get("adobe_transform", 1) != 1)
+    if rgb or channels == 4 or opened.width * opened.height > LARGE:
+        return PILLOW, 0, 0, 0
+    return CPU, opened.height, opened.width, channels
+
+
+@functools.cache
+def libjpeg() -> Callable[[list[Tensor]], list[Tensor]]:
+    """torchvision's for a list, in TorchScript: it asks for the GIL once, not for each file."""
+    return torch.jit.CompilationUnit("""
+def decode(files: List[Tensor]) -> List[Tensor]:
+    return [torch.ops.image.decode_jpeg(each, 0, False).permute(1, 2, 0) for each in files]
+""").decode
+
+
+def decode_jpegs(files: list) -> list[Optional[Tensor]]:
+    """uint8 [H, W, C] of each on the CPU, equal to Pillow's; None for what libjpeg refuses."""
+    try:
+        return libjpeg()([torch.frombuffer(each, dtype=torch.uint8) for each in files])
+    except RuntimeError:  # of one of them, or there is no such op
+        return [None] if len(files) == 1 else [decode_jpegs([each])[0] for each in files]
 
 
 class Decoder:
@@ -148,21 +116,23 @@ class Decoder:
     mode: auto (the GPU's engines where they are, then the CPU), exact and cpu (equal to Pillow's
     pixels), gpu (the engines must be there), pillow (Pillow resizes too).  resolution: R, in
     pixels.  device: where the engines are.  threads: of the CPU, all cores by default.
-    transform: what Pillow's pictures go through, PIL image -> RGB image [R, R].
     Raises UserError for an unknown mode, and in mode gpu where something is missing.
     """
 
     def __init__(self, mode: str, resolution: int, device: Union[str, torch.device] = "cpu",
-                 threads: Optional[int] = None,
-                 transform: Optional[Callable[[Image.Image], Image.Image]] = None):
+                 threads: Optional[int] = None):
         if mode not in MODES:
             raise UserError(f"unknown decode mode {mode!r}; choose one of {', '.join(MODES)}")
-        self.mode, self.transform = mode, transform or original_transform(resolution)
-        self.threads = threads or len(os.sched_getaffinity(0))
+        from torchvision.transforms import Compose
+
+        from clip_ttrt import deprecations
+
+        # OpenAI's up to the tensor: a picture, resized in its own mode -> RGB, R x R.
+        self.transform = Compose(deprecations.clip()._transform(resolution).transforms[:-2])
+        self.mode, self.threads = mode, threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(self.threads, "decode")
         self._counts, self._lock, self._largest = Counter(), threading.Lock(), None
-        self._hardware: Optional[Hardware] = None
-        self._problem: Optional[str] = None
+        self._hardware = self._problem = None
         if mode in ("auto", "gpu"):
             try:
                 self._hardware = Hardware.find(torch.device(device), min(self.threads, 8))
@@ -172,8 +142,9 @@ class Decoder:
                 self._problem = str(missing)
 
     def decode(self, items: list) -> list[Union[Picture, Bad]]:
-        """Pictures in the order of the items: bytes of files, arrays uint8 [H, W, C] or [H, W],
-        PIL images.  What is no picture is Bad at its place; nothing of an item raises.
+        """Pictures in the order of the items: the bytes of files (bytes, bytearray, memoryview or
+        array uint8 [N]), arrays uint8 [H, W, C] or [H, W], PIL images.  What is no picture is Bad
+        at its place; nothing of an item raises.
 
         Pixels on the GPU are complete.  They lie in memory that is used again after the last
         tensor on it is dropped: by a thread whose current stream is the one that reads them.
@@ -182,37 +153,18 @@ class Decoder:
 
     def parts(self, items: list) -> Iterator[list[Union[Picture, Bad]]]:
         """The same in parts, one after the other, each of about MOST_BYTES of pixels at most."""
-        part, size = [], 0
-        for item in items:
-            try:
-                header = scan(item) if isinstance(item, bytes) else _other
-                pixels = header.height * header.width * header.channels or 3 * LARGE_OTHER
-            except Bad as bad:
-                header, pixels = bad, 0
-            if part and size + pixels > MOST_BYTES:
-                yield self._decode(part)
-                part, size = [], 0
-            part.append((item, header))
-            size += pixels
-        if part:
-            yield self._decode(part)
-
-    def _decode(self, part: list) -> list[Union[Picture, Bad]]:
-        results: list = [header if isinstance(header, Bad) else None for _, header in part]
-        rest, easy = [], []
-        for index, (item, header) in enumerate(part):
-            if results[index] is None:
-                on_gpu = header.route == "gpu" and self._hardware is not None
-                (easy if on_gpu else rest).append((index, item, header))
-        waiting = self._start(rest, results)
-        again, exact = self._on_gpu(easy, results), {}
-        for each in (*waiting, *self._start(again, exact)):
-            each.result()
-        for index, picture in exact.items():
-            results[index] = self._compared(results[index], picture)
-        with self._lock:
-            self._counts.update(getattr(each, "route", "bad") for each in results)
-        return results
+        items = [memoryview(each) if isinstance(each, np.ndarray) and each.ndim == 1
+                 and each.dtype == np.uint8 else each for each in items]
+        files, begin, total = scan(items), 0, 0
+        sizes = files["height"] * files["width"] * files["channels"]
+        for end, size in enumerate(sizes.tolist()):
+            size = size or 3 * LARGE_OTHER
+            if total + size > MOST_BYTES and end > begin:
+                yield self._decode(items[begin:end], files[begin:end])
+                begin, total = end, 0
+            total += size
+        if items:
+            yield self._decode(items[begin:], files[begin:])
 
     def report(self) -> dict:
         """Pictures by route and bad ones; fallbacks: refused or skipped by the engines, of them
@@ -223,32 +175,44 @@ class Decoder:
             return {**{name: self._counts[name] for name in names},
                     "largest_distance": self._largest, "problem": self._problem}
 
-    def _start(self, work: list, results) -> list:
-        """Let the threads decode (index, item, header) into results[index]."""
-        left = iter(work)  # shared: a thread that is done takes the next one
+    def _decode(self, items: list, files: np.ndarray) -> list[Union[Picture, Bad]]:
+        results, exact = [None] * len(items), {}
+        on_gpu = (files["route"] == GPU) & (self._hardware is not None)
+        waiting = self._start(np.flatnonzero(~on_gpu).tolist(), items, files, results)
+        again = self._on_gpu(np.flatnonzero(on_gpu), files[on_gpu], results)
+        for each in (*waiting, *self._start(again, items, files, exact)):
+            each.result()
+        for index, picture in exact.items():
+            results[index] = self._compared(results[index], picture)
+        with self._lock:
+            self._counts.update(getattr(each, "route", "bad") for each in results)
+        return results
+
+    def _start(self, indices: list[int], items: list, files: np.ndarray, results) -> list:
+        """Let the threads decode items[index] into results[index]."""
+        size = min(CHUNK, -(-len(indices) // self.threads)) or 1
+        chunks = [indices[start:start + size] for start in range(0, len(indices), size)]
+        left = iter(chunks)  # shared: a thread that is done takes the next one
 
         def drain():
-            for index, item, header in left:
-                results[index] = self._on_cpu(item, header)
-        return [self._pool.submit(drain) for _ in range(min(self.threads, len(work)))]
+            for chunk in left:
+                self._on_cpu(chunk, items, files, results)
+        return [self._pool.submit(drain) for _ in chunks[:self.threads]]
 
-    def _on_gpu(self, work: list, results: list) -> list:
+    def _on_gpu(self, indices: np.ndarray, files: np.ndarray, results: list) -> list[int]:
         """Decode with the engines; returns those for the CPU: the others, and one in SAMPLED."""
-        if not work:
-            return []
         try:
-            pixels, skipped = self._hardware([item for _, item, _ in work],
-                                             [header[1:] for _, _, header in work])
-        except (RuntimeError, ValueError) as problem:  # out of memory, say: the CPU decodes all
-            pixels, skipped, self._problem = [None] * len(work), 0, str(problem)
-        for (index, _, header), each in zip(work, pixels):
+            pixels, skipped = self._hardware(files) if len(files) else ([], 0)
+        except RuntimeError as problem:  # out of memory, say: the CPU decodes all
+            pixels, skipped, self._problem = [None] * len(files), 0, str(problem)
+        for index, each, width, height in zip(indices.tolist(), pixels, files["width"].tolist(),
+                                              files["height"].tolist()):
             if each is not None:
-                results[index] = Picture(each, "gpu", header.width, header.height)
+                results[index] = Picture(each, "gpu", width, height)
+        missing = np.array([each is None for each in pixels], bool)
         with self._lock:
-            self._counts.update(fallbacks=sum(each is None for each in pixels),
-                                silent_skips=skipped)
-        return [each for each, decoded in zip(work, pixels)
-                if decoded is None or zlib.crc32(each[1][-256:]) % SAMPLED == 0]
+            self._counts.update(fallbacks=int(missing.sum()), silent_skips=skipped)
+        return indices[missing | (files["hash"] % SAMPLED == 0)].tolist()
 
     def _compared(self, picture: Optional[Picture], exact: Union[Picture, Bad]):
         """A picture of the engines with the CPU's pixels beside it, or the CPU's result."""
@@ -258,29 +222,29 @@ class Decoder:
         with self._lock:
             self._counts["redecoded"] += 1
             self._largest = max(gap, self._largest or 0)
-        return replace(picture, exact=exact.pixels)
+        return picture._replace(exact=exact.pixels)
 
-    def _on_cpu(self, item, header: Header) -> Union[Picture, Bad]:
-        try:
-            if isinstance(item, np.ndarray):
-                return self._array(item)
-            if self.mode != "pillow" and header.route != "pillow":
-                with contextlib.suppress(RuntimeError, AttributeError):  # refused, or no such op
-                    return Picture(decode_jpeg(item), "cpu", header.width, header.height)
-            return self._pillow(item)
-        except Exception as problem:
-            return Bad.because(problem)
+    def _on_cpu(self, indices: list[int], items: list, files: np.ndarray, results) -> None:
+        jpegs = [index for index in indices
+                 if files["route"][index] != PILLOW and self.mode != "pillow"]
+        decoded = dict(zip(jpegs, decode_jpegs([items[index] for index in jpegs])))
+        for index in indices:
+            try:
+                pixels = decoded.get(index)
+                results[index] = (self._pillow(items[index]) if pixels is None else
+                                  Picture(pixels, "cpu", pixels.shape[1], pixels.shape[0]))
+            except Exception as problem:
+                results[index] = Bad.because(problem)
 
-    @staticmethod
-    def _array(array: np.ndarray) -> Picture:
-        pixels = array[..., None] if array.ndim == 2 else array
-        if (pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3)
-                or not pixels.size):
-            raise ValueError(f"an array of {array.dtype} {list(array.shape)}; give uint8 "
-                             "[H, W, 3], [H, W, 1] or [H, W]")
-        return Picture(pixels, "cpu", pixels.shape[1], pixels.shape[0])
-
-    def _pillow(self, item: Union[bytes, Image.Image]) -> Picture:
+    def _pillow(self, item) -> Picture:
+        """A file, a PIL image or an array."""
+        if isinstance(item, np.ndarray):
+            pixels = item[..., None] if item.ndim == 2 else item
+            if (item.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3)
+                    or not item.size):
+                raise ValueError(f"an array of {item.dtype} {list(item.shape)}; give uint8 "
+                                 "[H, W, 3], [H, W, 1] or [H, W]")
+            return Picture(pixels, "cpu", item.shape[1], item.shape[0])
         picture = item if isinstance(item, Image.Image) else Image.open(io.BytesIO(item))
         width, height = picture.size
         whole = picture.mode in ("L", "RGB") and width * height <= LARGE_OTHER
