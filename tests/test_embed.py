@@ -1,5 +1,4 @@
 """The command as a user types it, and what a run of it is: resumed, refused, killed at random."""
-import io
 import json
 import os
 import random
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_drive import quick  # noqa: F401  processes start at once
 
 import clip_ttrt
 from clip_ttrt import cli
@@ -200,7 +200,7 @@ def be_killed(output, times, *arguments):
         process = os.fork()
         if not process:
             torch.set_num_threads(1)
-            embed(*arguments, output, shard_rows=6, threads=1, stream=open(os.devnull, "w"))
+            embed(*arguments, output, shard_rows=6, threads=1)
             os._exit(0)
         while kill < times and len(out.listed("done")) < before + more:
             time.sleep(0.001)
@@ -222,7 +222,7 @@ for times in (0, 30):
 def test_killed_30_times_at_random_gives_the_same_bytes(demo_artifact, pictures, tmp_path):
     """Forked from a process of its own, which has imported everything and started no thread."""
     subprocess.run([sys.executable, "-c", SCRIPT, tmp_path, demo_artifact.folder,
-                    *[pictures] * 12], check=True, timeout=120,
+                    *[pictures] * 12], check=True, timeout=120, stderr=subprocess.DEVNULL,
                    env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     whole = written(tmp_path / "0")
     assert len(whole) == 64 * 2 + 24 and written(tmp_path / "30") == whole
@@ -230,8 +230,7 @@ def test_killed_30_times_at_random_gives_the_same_bytes(demo_artifact, pictures,
 
 
 def test_progress_tells_the_rate_and_what_is_waited_for(capsys):
-    stream = io.StringIO()
-    progress = Progress(1000, stream)
+    progress = Progress(1000)
     progress.bar.mininterval = 0
     progress.running({"images": 100})
     for result in ({"images": 300, "bad": 0, "routes": {"gpu": 200, "cpu": 100},
@@ -244,9 +243,10 @@ def test_progress_tells_the_rate_and_what_is_waited_for(capsys):
                                "problem": "no engine"}}):
         progress.count(result)
     progress.bar.refresh()
-    line = stream.getvalue().split("\r")[-1]
+    told = capsys.readouterr().err
+    line = told.split("\r")[-1]
     assert "| 402/1000 [" in line and " images/s, gpu 75%, cpu 25%, waits for decode]" in line
-    assert stream.getvalue().count("no JPEG is decoded on the GPU: no engine\n") == 1
+    assert told.count("no JPEG is decoded on the GPU: no engine\n") == 1
     assert progress.routes == {"gpu": 300, "cpu": 100}
     assert progress.stages == {"read": 0.75, "decode": 1}
     assert progress.decode == {"redecoded": 1, "largest_distance": 1, "lowest_cosine": 0.99,

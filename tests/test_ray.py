@@ -1,5 +1,7 @@
 """The cluster: a local Ray on the CPU, with the driver's worker that embeds nothing."""
 import json
+import os
+import sys
 from functools import partial
 
 import numpy as np
@@ -21,7 +23,8 @@ def local():
     """A local Ray of 2 cores, whose processes find the tests' modules."""
     ray = pytest.importorskip("ray", reason="needs Ray: the extra `ray`")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-             object_store_memory=100 * 2**20)
+             object_store_memory=100 * 2**20,
+             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}})
     yield
     ray.shutdown()
 

@@ -4,6 +4,7 @@ How often a shard was begun is noted in OUT, so that it holds over runs and mach
 was twice and it is not written, its rows are tried in halves until those that kill are found:
 they become rows of bad/, and the shard is embedded without them.
 """
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -44,7 +45,8 @@ def run(shards: Sequence, todo: Sequence[int], execute: Callable[[list[Task]], I
     """
     failures = 0
     while todo:
-        starts = unfinished(out)
+        starts = Counter(int(name.split(".")[0]) for name in out.listed("started")
+                         if name[0].isdigit())
         for number in todo:
             if starts[number] >= STARTS:
                 progress.say(f"shard {number} was begun {starts[number]} times and is not done: "
@@ -61,11 +63,6 @@ def run(shards: Sequence, todo: Sequence[int], execute: Callable[[list[Task]], I
                             "its rows does alone; is there too little memory?")
 
 
-def unfinished(out) -> Counter:
-    """How often each shard was begun and not written."""
-    return Counter(int(name.split(".")[0]) for name in out.listed("started") if name[0].isdigit())
-
-
 def killers(task: Task, execute: Callable) -> Iterator[int]:
     """The rows that end a process alone."""
     rows = task.only or range(len(task.rows))
@@ -78,8 +75,8 @@ def killers(task: Task, execute: Callable) -> Iterator[int]:
 
 def here(tasks: list[Task], make_worker: Callable, devices: Sequence[str], out, progress
          ) -> Iterator[dict]:
-    """As `processes`, in this one, unless a shard was begun twice."""
-    if any(unfinished(out)[task.number] >= STARTS for task in tasks):
+    """As `processes`, in this one; rows that may kill are tried in another."""
+    if tasks[0].only:
         yield from processes(tasks, make_worker, devices, out, progress)
         return
     worker = make_worker(*devices)
@@ -96,59 +93,56 @@ def processes(tasks: list[Task], make_worker: Callable, devices: Sequence[str], 
     make_worker: a device -> `Worker`, picklable.  Raises UserError for what a worker raises, and
     where a process dies before it is ready.
     """
-    waiting, children = deque(tasks), []
-    try:
-        children += (Child(make_worker, device, out) for device in devices[:len(tasks)])
-        while children:
-            pipes = wait([child.pipe for child in children])
-            for child in [each for each in children if each.pipe in pipes]:
-                try:
-                    yield from child.answer(waiting, progress)
-                except (EOFError, ConnectionError):
-                    children.remove(child)
-                    if child.died(progress) and waiting:
-                        children.append(Child(make_worker, child.device, out))
-    finally:
-        for child in children:
-            child.process.kill()
-            child.process.join()
+    waiting, children, ready = deque(tasks), {}, set()
 
-
-class Child:
-    """A process of a device, which sends a result, the first time {}, and then is sent a task."""
-
-    def __init__(self, make_worker: Callable, device: str, out):
-        self.device, self.ready = device, False
-        self.pipe, theirs = PROCESSES.Pipe()
-        self.process = PROCESSES.Process(target=serve, args=(theirs, make_worker, device, out),
-                                         daemon=True)
-        self.process.start()
+    def start(device):
+        pipe, theirs = PROCESSES.Pipe()
+        process = PROCESSES.Process(target=serve, args=(theirs, make_worker, device, out),
+                                    daemon=True)
+        process.start()
         theirs.close()
+        children[pipe] = process, device
 
-    def answer(self, waiting: deque[Task], progress) -> Iterator[dict]:
-        result = succeeded(self.pipe.recv(), f"the process of {self.device}")
-        if not self.ready:
-            self.ready = True
-            progress.ready()
-        self.pipe.send(waiting.popleft() if waiting else None)
-        if result:
-            yield result
-
-    def died(self, progress) -> bool:
-        """Whether it ended before its time.  UserError where that was before it was ready."""
-        self.process.join()
-        if code := self.process.exitcode:
-            about = f"the process of {self.device} ended with exit code {code}"
-            if not self.ready:
-                raise UserError(f"{about} before it was ready")
-            progress.say(f"{about}; what it had not written is tried again")
-        return code != 0
+    try:
+        for device in devices[:len(tasks)]:
+            start(device)
+        while children:
+            for pipe in wait(list(children)):
+                process, device = children[pipe]
+                try:
+                    result = succeeded(pipe.recv(), f"the process of {device}")
+                except (EOFError, ConnectionError):
+                    del children[pipe]
+                    process.join()
+                    if process.exitcode:
+                        about = f"the process of {device} ended with exit code {process.exitcode}"
+                        if pipe not in ready:
+                            raise UserError(f"{about} before it was ready") from None
+                        progress.say(f"{about}; what it had not written is tried again")
+                        if waiting:
+                            start(device)
+                    continue
+                ready.add(pipe)
+                progress.ready()
+                if result:
+                    yield result
+                with contextlib.suppress(ConnectionError):
+                    pipe.send(waiting.popleft() if waiting else None)
+    finally:
+        for process, _ in children.values():
+            process.kill()
+            process.join()
 
 
 def serve(pipe, make_worker: Callable, device: str, out) -> None:
-    """What a process does: it embeds a shard while the last one is being written."""
+    """What a process does: it embeds a shard while the last one is being written, and sends a
+    result, the first time {}, before each task that it is sent.  It ends with its parent."""
+    def end():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
-    threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         worker = make_worker(device)
         with ThreadPoolExecutor(1) as writer:
@@ -161,11 +155,6 @@ def serve(pipe, make_worker: Callable, device: str, out) -> None:
             pipe.send(written.result())
     except Exception as problem:
         pipe.send(failure(problem))
-
-
-def end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def failure(problem: Exception) -> dict[str, str]:

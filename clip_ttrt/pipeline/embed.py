@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Optional, Sequence, Union
 
+import PIL
 import torch
 from tqdm import tqdm
 
@@ -19,6 +20,7 @@ from clip_ttrt.errors import UserError
 from clip_ttrt.options import option
 from clip_ttrt.pipeline import decode, drive
 from clip_ttrt.pipeline.output import Output, to_json
+from clip_ttrt.pipeline.resize import pillow_order
 from clip_ttrt.pipeline.sources import plan
 
 LARGEST_BATCH = 512  # beyond it an engine gains little
@@ -60,6 +62,7 @@ class EmbedOptions:
                 raise UserError(f"bad {each.name} {value}: it must be above 0")
         if self.shards and self.overwrite:
             raise UserError("--shards with --overwrite: each job would delete the others' shards")
+        self.of_this_job(0)
 
     def of_this_job(self, count: int) -> set[int]:
         """Those of so many shards that `shards` asks for."""
@@ -72,16 +75,15 @@ class EmbedOptions:
 class Progress:
     """A bar with images/s, the share of each decoder and what encoders wait for most."""
 
-    def __init__(self, rows: int, stream=None):
-        stream = stream or sys.stderr
-        self.begun, self.starting, self.rows = time.perf_counter(), 0.0, 0
+    def __init__(self, rows: int):
+        self.rows, self.ready_at = 0, None
         self.routes, self.stages, self.decode = Counter(), Counter(), {}
-        self.bar = tqdm(total=rows, unit=" images", file=stream, dynamic_ncols=True, leave=False,
-                        mininterval=0.5 if stream.isatty() else 10)
+        self.bar = tqdm(total=rows, unit=" images", dynamic_ncols=True, leave=False,
+                        mininterval=0.5 if sys.stderr.isatty() else 10)
 
     def ready(self) -> None:
         """The first call tells that a device is ready."""
-        self.starting = self.starting or time.perf_counter() - self.begun
+        self.ready_at = self.ready_at or time.perf_counter()
 
     def running(self, counts: dict[str, int]) -> None:
         """Some images of a shard are embedded."""
@@ -99,7 +101,7 @@ class Progress:
             both = [each for each in (self.decode.get(name), value) if each is not None]
             self.decode[name] = whole(both) if both else None
         parts = [f"{name} {count / self.routes.total():.0%}"
-                 for name, count in self.routes.most_common()]
+                 for name, count in (+self.routes).most_common()]
         parts += [f"waits for {name}" for name, _ in self.stages.most_common(1)]
         self.bar.set_postfix_str(", ".join(parts), refresh=False)
         self.bar.update(self.rows - self.bar.n)
@@ -109,13 +111,12 @@ class Progress:
 
 
 def embed(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], output: Union[str, Path],
-          *, devices: Optional[Sequence[str]] = None, stream=None, **options: Any
-          ) -> dict[str, Any]:
+          *, devices: Optional[Sequence[str]] = None, **options: Any) -> dict[str, Any]:
     """Embed pictures, frames of videos or texts into OUTPUT, and go on where a run was stopped.
 
     inputs: folders, globs, lists, archives, tables or videos, local or URLs that fsspec knows.
     devices: `cpu` or `cuda:N`, a process each; by default those of the option `gpus`.
-    stream: of the progress, by default standard error.  options: fields of `EmbedOptions`.
+    options: fields of `EmbedOptions`.
     OUTPUT gets img_emb/img_emb_N.npy or text_emb/text_emb_N.npy, [rows, embed_dim] of `dtype`,
     metadata/metadata_N.parquet with a row for each, bad/ with what cannot be read, and why.
     With more than one process, or a GPU, a script needs `if __name__ == "__main__":` around it.
@@ -131,29 +132,28 @@ def embed(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], output:
     model, kind = read_artifact(artifact), "text" if options.text else "image"
     if kind not in model.encoders:
         raise UserError(f"{artifact} holds no {kind} encoder; compile with --encoder both")
-    if options.ray is None:
-        check_runs_here(model)
-        devices, cores = devices or devices_of(model, options.gpus), len(os.sched_getaffinity(0))
-    else:
+    if options.ray:
         from clip_ttrt.pipeline import ray
 
         devices, cores = ray.devices(options.ray, model.device, options.threads)
+        execute = ray.execute
+    else:
+        check_runs_here(model)
+        devices, cores = devices or devices_of(model, options.gpus), len(os.sched_getaffinity(0))
+        execute = drive.here if devices == ["cpu"] else drive.processes
     options = replace(options, threads=options.threads or max(1, cores // len(devices)),
                       batch=min(options.batch or LARGEST_BATCH, model.batch.maximum))
     inputs = [inputs] if isinstance(inputs, (str, Path)) else inputs
     shards = plan(list(map(str, inputs)), options.text, options.shard_rows, options.every,
                   options.column)
-    mine = options.of_this_job(len(shards))
     out = Output(output, kind, len(shards))
     out.begin(identity(model, shards, options), options.overwrite)
     if options.retry_bad:
         out.retry()
-    todo = sorted(mine - out.done())
-    progress = Progress(sum(len(shards[number]) for number in todo), stream)
-    progress.begun = begun
+    todo = sorted(options.of_this_job(len(shards)) - out.done())
     from clip_ttrt.pipeline.worker import Worker  # needs all that a run does
 
-    execute = ray.execute if options.ray else drive.here if devices == ["cpu"] else drive.processes
+    progress = Progress(sum(len(shards[number]) for number in todo))
     execute = partial(execute, make_worker=partial(Worker, model.folder, out, options),
                       devices=devices, out=out, progress=progress)
     try:
@@ -163,21 +163,20 @@ def embed(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], output:
                                 "done, and the same command goes on") from None
     finally:
         progress.bar.close()
-    written = out.checkpoints()  # and not the processes, which may have died before they told
+    written, end = out.checkpoints(), time.perf_counter()  # and not what processes have told
     ours = [written[number] for number in todo if number in written]
     (images, bad), (total_images, total_bad) = (
         [sum(each[name] for each in some) for name in ("rows", "bad")]
         for some in (ours, written.values()))
-    seconds = time.perf_counter() - begun
+    ready = progress.ready_at or end
     summary = {"images": images, "bad": bad, "shards": len(ours),
-               "skipped": len(shards) - len(todo), "devices": list(devices), "seconds": seconds,
-               "starting": progress.starting,
-               "images_per_s": images / (seconds - progress.starting),
-               "routes": progress.routes, "stages": progress.stages, "decode": progress.decode,
-               "total_images": total_images, "total_bad": total_bad,
-               "bad_share": total_bad / max(1, total_images + total_bad)}
-    progress.say(f"{output} holds {total_images:,} features; {total_bad:,} bad rows")
+               "skipped": len(shards) - len(todo), "total_images": total_images,
+               "total_bad": total_bad, "bad_share": total_bad / max(1, total_images + total_bad),
+               "seconds": end - begun, "starting": ready - begun,
+               "images_per_s": images / max(end - ready, 1e-3), "devices": list(devices),
+               "routes": progress.routes, "stages": progress.stages, "decode": progress.decode}
     out.put("summary.json", to_json(summary))
+    progress.say(f"{output} holds {total_images:,} features; {total_bad:,} bad rows")
     return summary
 
 
@@ -186,25 +185,19 @@ def devices_of(model: Artifact, gpus: str) -> list[str]:
     if model.device == "cpu":
         return ["cpu"]
     count = torch.cuda.device_count()
-    numbers = list(map(str, range(count))) if gpus == "all" else gpus.split(",")
-    if not all(number.isdecimal() and int(number) < count for number in numbers):
+    numbers = [*range(count)] if gpus == "all" else gpus.split(",")
+    if not {*map(str, numbers)} <= {*map(str, range(count))}:
         raise UserError(f"bad --gpus {gpus!r}: write all, or of 0 to {count - 1} some as 0,1")
-    return [f"cuda:{int(number)}" for number in dict.fromkeys(numbers)]
+    return [f"cuda:{number}" for number in dict.fromkeys(numbers)]
 
 
 def identity(model: Artifact, shards: Sequence, options: EmbedOptions) -> dict[str, Any]:
     """What the bytes of the output follow from, which run.json keeps and another run must equal."""
-    inputs = hashlib.sha256("\n".join(rows.digest() for rows in shards).encode())
-    run = {"artifact": sha256_of_file(model.folder / MANIFEST), "model": model.manifest["model"],
-           "inputs": inputs.hexdigest(), "rows": sum(map(len, shards)),
-           "shard_rows": options.shard_rows, "batch": options.batch, "dtype": options.dtype,
-           "normalize": options.normalize, "versions": stack.versions()}
+    run = {name: getattr(options, name) for name in ("shard_rows", "batch", "dtype", "normalize")}
+    inputs = hashlib.sha256("\n".join(rows.digest() for rows in shards).encode()).hexdigest()
+    run |= {"artifact": sha256_of_file(model.folder / MANIFEST), "model": model.manifest["model"],
+            "inputs": inputs, "rows": sum(map(len, shards)), "versions": stack.versions()}
     if not options.text:
-        import PIL
-
-        from clip_ttrt.pipeline.resize import pillow_order
-
-        side = model.dimensions.image_resolution
         run |= {"decode": options.decode, "pillow": PIL.__version__, "order": pillow_order(),
-                "preprocess": f"bicubic, crop, {side}"}
+                "preprocess": f"bicubic, crop, {model.dimensions.image_resolution}"}
     return run

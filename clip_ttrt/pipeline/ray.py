@@ -41,20 +41,18 @@ def devices(address: str, device: str, threads: Optional[int]) -> tuple[list[str
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
-        import ray.data
-    except ImportError as problem:
-        raise UserError("--ray needs Ray: pip install 'clip_ttrt[ray]'") from problem
-    try:
+
         if not ray.is_initialized():
             ray.init(address=None if address == "auto" else address, log_to_driver=False,
                      logging_level="ERROR")
+    except ImportError as problem:
+        raise UserError("--ray needs Ray: pip install 'clip_ttrt[ray]'") from problem
     except (ConnectionError, ValueError, RuntimeError) as problem:
         raise UserError(f"no Ray cluster answers at {address}: {problem}") from problem
-    there = ray.cluster_resources()
-    cores, gpus = int(there.get("CPU", 0)), int(there.get("GPU", 0))
+    cores, gpus = (int(ray.cluster_resources().get(name, 0)) for name in ("CPU", "GPU"))
     count = gpus if device == "cuda" else cores // (threads or min(cores, CORES))
     if not count:
-        raise UserError(f"the cluster has {cores} cores and {gpus} GPUs, too few for one actor of "
+        raise UserError(f"the cluster has {cores} cores and {gpus} GPUs, too few for an actor of "
                         f"{device}")
     return [device] * count, cores
 
@@ -83,5 +81,5 @@ def execute(tasks: list[Task], make_worker: Callable, devices: Sequence[str], ou
             progress.ready()
             yield succeeded(json.loads(row["result"]), "an actor")
     except ray.exceptions.RayError as problem:
-        progress.say(f"an actor died twice ({type(problem).__name__}); what is not done is tried "
-                     "again")
+        why = str(problem).strip().splitlines()[-1]
+        progress.say(f"an actor died twice ({why}); what is not done is tried again")
