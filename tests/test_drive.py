@@ -75,15 +75,18 @@ class Worker:
 
 
 def drive_all(folder, shards, devices, execute=drive.processes):
-    """Run the fake worker over shards (lists of words); returns the output, progress and log."""
+    """Run the fake worker over shards (lists of words); returns the output, progress and log:
+    of each attempt the process, the shard and the rows."""
     out = Output(str(folder / "out"), "image", len(shards))
     out.begin({"artifact": "fake"})
     progress, log = Progress(sum(map(len, shards))), folder / "log"
     execute = partial(execute, make_worker=partial(Worker, out, str(log)), devices=devices, out=out,
                       progress=progress)
-    drive.run([Rows(each) for each in shards], sorted(set(range(len(shards))) - out.done()),
-              execute, out, progress)
-    progress.bar.close()
+    try:
+        drive.run([Rows(each) for each in shards], sorted(set(range(len(shards))) - out.done()),
+                  execute, out, progress)
+    finally:
+        progress.bar.close()
     return out, progress, [line.split(" ", 2) for line in log.read_text().splitlines()]
 
 

@@ -2,18 +2,15 @@
 import json
 import os
 import sys
-from functools import partial
 
 import numpy as np
 import pytest
-from test_drive import Rows, Worker, features
+from test_drive import drive_all, features
 from test_embed import pictures, written  # noqa: F401  a fixture
 
 from clip_ttrt import cli
 from clip_ttrt.errors import UserError
-from clip_ttrt.pipeline import drive, ray as cluster
-from clip_ttrt.pipeline.embed import Progress
-from clip_ttrt.pipeline.output import Output
+from clip_ttrt.pipeline import ray as cluster
 
 pytestmark = pytest.mark.slow
 
@@ -30,16 +27,10 @@ def local():
 
 
 def embed_all(folder, words):
-    out, log = Output(folder / "out", "image", len(words)), folder / "log"
-    out.begin({"artifact": "fake"})
-    progress = Progress(sum(map(len, words)))
     devices, cores = cluster.devices("auto", "cpu", 1)
     assert devices == ["cpu"] * 2 and cores == 2
-    execute = partial(cluster.execute, make_worker=partial(Worker, out, str(log)),
-                      devices=devices, out=out, progress=progress)
-    drive.run([Rows(each) for each in words], sorted(set(range(len(words))) - out.done()),
-              execute, out, progress)
-    return out, [line.split(" ", 2) for line in log.read_text().splitlines()]
+    out, _, log = drive_all(folder, words, devices, cluster.execute)
+    return out, log
 
 
 def test_actors_share_the_shards_and_one_killed_once_is_started_again(tmp_path):
@@ -77,7 +68,7 @@ def test_the_command_gives_what_it_gives_without_ray(
     told = capsys.readouterr()
     summary = json.loads(told.out)
     assert (summary["images"], summary["bad"], summary["devices"]) == (30, 2, ["cpu", "cpu"])
-    assert len(told.err.splitlines()) == 1 and "\n" not in told.err[:-1]  # none of Ray's
+    assert told.err.count("\n") == 1  # none of Ray's
     here, there = written(tmp_path / "here"), written(tmp_path / "ray")
     assert list(here) == list(there)
     for name in here:
