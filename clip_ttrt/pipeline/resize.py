@@ -32,11 +32,8 @@ def bicubic(x: np.ndarray) -> np.ndarray:
     return np.where(x < 1.0, near, np.where(x < 2.0, (((x - 5) * x + 8) * x - 4) * a, 0.0))
 
 
-def bilinear(x: np.ndarray) -> np.ndarray:
-    return np.maximum(1.0 - np.abs(x), 0.0)
-
-
-FILTERS = {"bicubic": (bicubic, 2.0), "bilinear": (bilinear, 1.0)}  # with the support of each
+FILTERS = {"bicubic": (bicubic, 2.0),  # with the support of each
+           "bilinear": (lambda x: np.maximum(1.0 - np.abs(x), 0.0), 1.0)}
 FITS = ("crop", "squash", "pad")
 
 
@@ -191,10 +188,7 @@ class Preprocess:
         kernels.check("out", out, self.dtype, shape, self.device)
         if not out.is_contiguous():
             raise ValueError("out must be contiguous")
-        if self.fused and pictures:
-            self._launch(pictures, out)
-        else:
-            self._reference(pictures, out)
+        (self._launch if self.fused and len(pictures) else self._reference)(pictures, out)
         return out
 
     def _plan(self, i: int, picture: Pixels) -> tuple[Plan, int]:
@@ -236,11 +230,11 @@ class Preprocess:
                 start = picture.data_ptr() + plan.rows.start * down + plan.columns.start * right
             else:
                 window = np.asarray(picture)[plan.rows, plan.columns]
-                height, width, _ = window.shape
-                down, right, channel = width * channels, channels, 1
                 if window.strides[2] > window.strides[1]:  # planar, and copied as such
-                    down, right, channel = width, 1, height * width
+                    down, right, channel = window.shape[1], 1, window[:, :, 0].size
                     window = window.transpose(2, 0, 1)
+                else:
+                    down, right, channel = window[0].size, channels, 1
                 windows.append((i, pixel_end, window))
                 start, pixel_end = pixel_end, pixel_end + window.size
             along, across = (down, right) if plan.vertical else (right, down)
@@ -278,19 +272,17 @@ class Preprocess:
 
 
 @torch.library.custom_op("clip_ttrt::preprocess", mutates_args=())
-def preprocess(
-    pictures: Sequence[Tensor], resolution: int, filter: str = "bicubic", fit: str = "crop",
-    mean: Optional[Sequence[float]] = None, std: Optional[Sequence[float]] = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
+def preprocess(pictures: Sequence[Tensor], resolution: int, filter: str = "bicubic",
+               fit: str = "crop", mean: Optional[Sequence[float]] = None,
+               std: Optional[Sequence[float]] = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """`Preprocess` as an op, on the device of the first of at least one picture."""
     device, mean, std = pictures[0].device, tuple(mean or MEAN), tuple(std or STD)
-    return _of_the_op(resolution, device, filter, fit, mean, std, dtype)(pictures)
-
-
-_of_the_op = functools.lru_cache(16)(Preprocess)
+    return cached(resolution, device, filter, fit, mean, std, dtype)(pictures)
 
 
 @preprocess.register_fake
 def _(pictures, resolution, filter="bicubic", fit="crop", mean=None, std=None, dtype=torch.float32):
     return pictures[0].new_empty((len(pictures), 3, resolution, resolution), dtype=dtype)
+
+
+cached = functools.lru_cache(16)(Preprocess)
