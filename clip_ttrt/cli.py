@@ -18,8 +18,7 @@ from clip_ttrt import build_kernels, classify, info, verify
 from clip_ttrt.artifact import check_runs_here, read_artifact
 from clip_ttrt.checkpoint import reload_checkpoint
 from clip_ttrt.errors import UserError, VerificationError
-from clip_ttrt.options import Options
-from clip_ttrt.pipeline.embed import EmbedOptions, embed
+from clip_ttrt.options import EmbedOptions, Options
 from clip_ttrt.progress import Progress
 
 
@@ -112,6 +111,8 @@ def run_compile(**options: Any) -> int:
 
 
 def run_embed(artifact: Path, inputs: list[str], output: str, **options: Any) -> int:
+    from clip_ttrt.pipeline.embed import embed  # which brings torchvision
+
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         summary = embed(artifact, inputs, output, **options)

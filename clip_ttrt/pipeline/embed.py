@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional, Sequence, Union
@@ -17,59 +17,12 @@ from clip_ttrt import stack
 from clip_ttrt.artifact import MANIFEST, Artifact, check_runs_here, read_artifact
 from clip_ttrt.checkpoint import sha256_of_file
 from clip_ttrt.errors import UserError
-from clip_ttrt.options import option
-from clip_ttrt.pipeline import decode, drive
+from clip_ttrt.options import LARGEST_EMBED_BATCH, EmbedOptions
+from clip_ttrt.pipeline import drive
 from clip_ttrt.pipeline.output import Output, to_json
 from clip_ttrt.pipeline.resize import pillow_order
 from clip_ttrt.pipeline.sources import plan
-
-LARGEST_BATCH = 512  # beyond it an engine gains little
-
-
-@dataclass(frozen=True)
-class EmbedOptions:
-    """Everything that `embed` can be told.  Raises UserError for a value outside its choices."""
-
-    text: bool = option(False, help="inputs are texts: a line of a file or a column")
-    every: float = option(1.0, "SECONDS", "between the frames of a video: 1s or 1")
-    column: Optional[str] = option(None, "NAME", "of a .parquet or .csv (default: found by its "
-                                   "type or name)")
-    shard_rows: int = option(10_000, "N", "rows of a shard, which is written whole or not at all")
-    batch: Optional[int] = option(None, "N", "of the encoder (default: the artifact's largest, up "
-                                  f"to {LARGEST_BATCH})")
-    dtype: str = option("float16", ("float16", "float32"), "of the features")
-    normalize: bool = option(True, help="scale features to length 1")
-    decode: str = option("auto", decode.MODES, "auto: by the GPU where that is within one level; "
-                         "exact: pixels equal Pillow's")
-    gpus: str = option("0", "all|0,1", "one process for each")
-    ray: Optional[str] = option(None, "ADDRESS", "run on Ray Data: on the cluster at this address, "
-                                "or on a local one")
-    shards: Optional[str] = option(None, "I/N", "of array jobs: the shards whose number modulo N "
-                                   "is I, from 0 to N-1")
-    max_bad: float = option(0.01, "SHARE", "of bad rows, as 1% or 0.01, above which exit code 3 "
-                            "says so")
-    retry_bad: bool = option(False, help="embed shards with bad rows again")
-    overwrite: bool = option(False, help="delete what an earlier run wrote to --output")
-    force: bool = option(False, help="use an artifact that failed its verification")
-    threads: Optional[int] = option(None, "N", "of each process (default: its share of the cores)")
-
-    def __post_init__(self):
-        for each in fields(self):
-            value, choices = getattr(self, each.name), each.metadata["values"]
-            if isinstance(choices, tuple) and value not in choices:
-                raise UserError(f"unknown {each.name} {value!r}; choices: {', '.join(choices)}")
-            if choices in ("N", "SECONDS") and value is not None and value <= 0:
-                raise UserError(f"bad {each.name} {value}: it must be above 0")
-        if self.shards and self.overwrite:
-            raise UserError("--shards with --overwrite: each job would delete the others' shards")
-        self.of_this_job(0)
-
-    def of_this_job(self, count: int) -> set[int]:
-        """Those of so many shards that `shards` asks for."""
-        index, _, jobs = (self.shards or "0/1").partition("/")
-        if not (index.isdecimal() and jobs.isdecimal() and int(index) < int(jobs)):
-            raise UserError(f"bad --shards {self.shards!r}: write I/N, with I from 0 to N-1")
-        return set(range(int(index), count, int(jobs)))
+from clip_ttrt.pipeline.worker import Worker
 
 
 class Progress:
@@ -142,7 +95,7 @@ def embed(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], output:
         devices, cores = devices or devices_of(model, options.gpus), len(os.sched_getaffinity(0))
         execute = drive.here if devices == ["cpu"] else drive.processes
     options = replace(options, threads=options.threads or max(1, cores // len(devices)),
-                      batch=min(options.batch or LARGEST_BATCH, model.batch.maximum))
+                      batch=min(options.batch or LARGEST_EMBED_BATCH, model.batch.maximum))
     inputs = [inputs] if isinstance(inputs, (str, Path)) else inputs
     shards = plan(list(map(str, inputs)), options.text, options.shard_rows, options.every,
                   options.column)
@@ -151,8 +104,6 @@ def embed(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], output:
     if options.retry_bad:
         out.retry()
     todo = sorted(options.of_this_job(len(shards)) - out.done())
-    from clip_ttrt.pipeline.worker import Worker  # needs all that a run does
-
     progress = Progress(sum(len(shards[number]) for number in todo))
     execute = partial(execute, make_worker=partial(Worker, model.folder, out, options),
                       devices=devices, out=out, progress=progress)
