@@ -1,4 +1,4 @@
-"""What a compile is asked for: one frozen dataclass, which the command line's options follow."""
+"""What `compile` and `embed` are asked for: frozen dataclasses, which the command line follows."""
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -9,7 +9,9 @@ from clip_ttrt.models import MODELS, dimensions_of
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
 BACKENDS = ("auto", "tensorrt", "rtx", "torchscript")
 KERNELS = ("auto", "fused", "tensorrt")
+DECODE = ("auto", "exact", "gpu", "cpu", "pillow")
 LARGEST_BATCH = 65536
+LARGEST_EMBED_BATCH = 512  # beyond it an engine gains little
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,14 @@ def option(default: Any, values: Union[str, tuple[str, ...]] = "", help: str = "
     return field(default=default, metadata={"values": values, "help": help})
 
 
+def check_choices(options: Any) -> None:
+    """UserError for a field whose value is none of its choices."""
+    for each in fields(options):
+        value, choices = getattr(options, each.name), each.metadata["values"]
+        if isinstance(choices, tuple) and value not in choices:
+            raise UserError(f"unknown {each.name} {value!r}; choices: {', '.join(choices)}")
+
+
 @dataclass(frozen=True)
 class Options:
     """Everything that `compile` can be told.  Raises UserError for a value outside its choices."""
@@ -70,10 +80,7 @@ class Options:
     def __post_init__(self):
         dimensions_of(self.model)
         object.__setattr__(self, "batch", BatchRange.parse(self.batch))
-        for each in fields(self):
-            value, choices = getattr(self, each.name), each.metadata["values"]
-            if isinstance(choices, tuple) and value not in choices:
-                raise UserError(f"unknown {each.name} {value!r}; choices: {', '.join(choices)}")
+        check_choices(self)
         if self.optimization_level not in range(6):
             raise UserError(f"bad optimization level {self.optimization_level!r}: "
                             "TensorRT's builder has 0 to 5")
@@ -87,3 +94,48 @@ class Options:
         """The artifact's folder."""
         name = f"{self.model.replace('/', '-')}-{self.precision}"
         return Path("artifacts", name) if self.output is None else Path(self.output)
+
+
+@dataclass(frozen=True)
+class EmbedOptions:
+    """Everything that `embed` can be told.  Raises UserError for a value outside its choices."""
+
+    text: bool = option(False, help="inputs are texts: a line of a file or a column")
+    every: float = option(1.0, "SECONDS", "between the frames of a video: 1s or 1")
+    column: Optional[str] = option(None, "NAME", "of a .parquet or .csv (default: found by its "
+                                   "type or name)")
+    shard_rows: int = option(10_000, "N", "rows of a shard, which is written whole or not at all")
+    batch: Optional[int] = option(None, "N", "of the encoder (default: the artifact's largest, up "
+                                  f"to {LARGEST_EMBED_BATCH})")
+    dtype: str = option("float16", ("float16", "float32"), "of the features")
+    normalize: bool = option(True, help="scale features to length 1")
+    decode: str = option("auto", DECODE, "auto: by the GPU where that is within one level; "
+                         "exact: pixels equal Pillow's")
+    gpus: str = option("0", "all|0,1", "one process for each")
+    ray: Optional[str] = option(None, "ADDRESS", "run on Ray Data: on the cluster at this address, "
+                                "or on a local one")
+    shards: Optional[str] = option(None, "I/N", "of array jobs: the shards whose number modulo N "
+                                   "is I, from 0 to N-1")
+    max_bad: float = option(0.01, "SHARE", "of bad rows, as 1% or 0.01, above which exit code 3 "
+                            "says so")
+    retry_bad: bool = option(False, help="embed shards with bad rows again")
+    overwrite: bool = option(False, help="delete what an earlier run wrote to --output")
+    force: bool = option(False, help="use an artifact that failed its verification")
+    threads: Optional[int] = option(None, "N", "of each process (default: its share of the cores)")
+
+    def __post_init__(self):
+        check_choices(self)
+        for name in ("every", "shard_rows", "batch", "threads"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"bad {name} {value}: it must be above 0")
+        if self.shards and self.overwrite:
+            raise UserError("--shards with --overwrite: each job would delete the others' shards")
+        self.of_this_job(0)
+
+    def of_this_job(self, count: int) -> set[int]:
+        """Those of so many shards that `shards` asks for."""
+        index, _, jobs = (self.shards or "0/1").partition("/")
+        if not (index.isdecimal() and jobs.isdecimal() and int(index) < int(jobs)):
+            raise UserError(f"bad --shards {self.shards!r}: write I/N, with I from 0 to N-1")
+        return set(range(int(index), count, int(jobs)))

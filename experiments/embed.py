@@ -24,7 +24,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
@@ -36,7 +35,8 @@ import clip_ttrt
 from clip_ttrt import deprecations
 from clip_ttrt.artifact import Artifact, read_artifact
 from clip_ttrt.errors import UserError
-from clip_ttrt.pipeline.embed import LARGEST_BATCH, embed
+from clip_ttrt.options import LARGEST_EMBED_BATCH
+from clip_ttrt.pipeline.embed import embed
 from experiments import baselines
 from experiments.record import append_row, provenance
 from experiments.timing import wall_times_ms
@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--out", type=Path, default=Path("results/embed.csv"))
     options = parser.parse_args(arguments)
     artifact, cores = read_artifact(options.artifact), len(os.sched_getaffinity(0))
-    batch = min(artifact.batch.maximum, LARGEST_BATCH)
+    batch = min(artifact.batch.maximum, LARGEST_EMBED_BATCH)
 
     def record(backend: str, picture: str, source: str, decode: str, gpus: int, rate: float,
                images: int) -> None:
@@ -207,9 +207,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     continue
                 out = root / f"features-{kind}-{gpus}-{source}-{decode}"
                 done = embed(artifact.folder, inputs[source], out, gpus=gpus, decode=decode)
-                print(json.dumps(asdict(done)), flush=True)
+                print(json.dumps(done), flush=True)
                 count = len(gpus.split(","))
-                record("clip_ttrt", kind, source, decode, count, done.images_per_s, done.images)
+                record("clip_ttrt", kind, source, decode, count, done["images_per_s"],
+                       done["images"])
             for name in options.peers:
                 try:
                     counts = PEERS[name](artifact, folder, batch, cores)

@@ -14,7 +14,7 @@ import pytest
 
 from clip_ttrt.errors import UserError
 from clip_ttrt.pipeline import drive
-from clip_ttrt.pipeline.embed import Meter
+from clip_ttrt.pipeline.embed import Progress
 from clip_ttrt.pipeline.output import Output
 
 
@@ -34,7 +34,7 @@ class Worker:
     """Writes the indices of a shard's rows; some rows kill it, raise, or are slow."""
 
     def __init__(self, out, log, device):
-        self.out, self.log, self.device, self.progress = out, Path(log), device, None
+        self.out, self.log, self.progress = out, Path(log), lambda counts: None
         if device == "broken":
             os._exit(7)
 
@@ -70,18 +70,24 @@ class Worker:
         if only is None:
             self.out.write(number, np.array(good, np.float16)[:, None],
                            [{"key": row} for row in good], [{"key": row} for row in crashed], {})
-        return {"images": len(good), "bad": len(crashed), "routes": {"cpu": len(good)}}
+        return {"images": len(good), "bad": len(crashed), "routes": {"cpu": len(good)},
+                "stages": {}, "decode": {}}
 
 
-def drive_all(folder, shards, devices, todo=None):
-    """Run the fake worker over shards (lists of words); returns the output, summary and log."""
+def drive_all(folder, shards, devices, execute=drive.processes):
+    """Run the fake worker over shards (lists of words); returns the output, progress and log:
+    of each attempt the process, the shard and the rows."""
     out = Output(str(folder / "out"), "image", len(shards))
     out.begin({"artifact": "fake"})
-    meter, log = Meter(sum(map(len, shards))), folder / "log"
-    todo = sorted(set(range(len(shards))) - out.done()) if todo is None else todo
-    drive.run([Rows(each) for each in shards], todo, partial(Worker, out, str(log)), devices, out,
-              meter)
-    return out, meter.summary, [line.split(" ", 2) for line in log.read_text().splitlines()]
+    progress, log = Progress(sum(map(len, shards))), folder / "log"
+    execute = partial(execute, make_worker=partial(Worker, out, str(log)), devices=devices, out=out,
+                      progress=progress)
+    try:
+        drive.run([Rows(each) for each in shards], sorted(set(range(len(shards))) - out.done()),
+                  execute, out, progress)
+    finally:
+        progress.bar.close()
+    return out, progress, [line.split(" ", 2) for line in log.read_text().splitlines()]
 
 
 def features(folder):
@@ -90,79 +96,80 @@ def features(folder):
 
 
 def test_one_cpu_is_this_process(tmp_path):
-    out, summary, log = drive_all(tmp_path, [["fine"] * 3, ["fine"] * 2], ["cpu"])
+    out, progress, log = drive_all(tmp_path, [["fine"] * 3, ["fine"] * 2], ["cpu"], drive.here)
     assert log == [[str(os.getpid()), "0", "None"], [str(os.getpid()), "1", "None"]]
     assert features(tmp_path) == [[0, 1, 2], [0, 1]] and out.done() == {0, 1}
-    assert (summary.images, summary.bad, summary.shards) == (5, 0, 2)
+    assert progress.rows == progress.bar.n == 5
 
 
 def test_processes_share_the_shards_and_take_over_those_of_the_dead(tmp_path):
     shards = [["kills once"] * 2] + [["sleeps"] * 2] * 7
-    out, summary, log = drive_all(tmp_path, shards, ["cpu", "cpu"])
-    assert out.done() == set(range(8)) and summary.images == 16 and summary.bad == 0
-    processes = {process for process, _, _ in log}
-    assert len(processes) == 3 and str(os.getpid()) not in processes
-    assert [number for _, number, _ in log].count("0") == 2 and len(log) == 9  # none but the dead's
+    out, progress, log = drive_all(tmp_path, shards, ["cpu", "cpu"])
+    assert out.done() == set(range(8)) and progress.rows == 16
+    processes = [process for process, _, _ in log]
+    assert str(os.getpid()) not in processes
+    first, second = [process for process, number, _ in log if number == "0"]
+    assert first != second and len(log) == 9  # none but the dead one's
+    assert len(set(processes[:8])) == 3  # the dead one's device goes on
 
 
 def test_rows_that_kill_are_found_and_the_rest_embedded(tmp_path, capsys):
-    words = ["fine"] * 11
-    words[2] = words[9] = "kills"
-    out, summary, log = drive_all(tmp_path, [["fine"], words, ["kills"]], ["cpu", "cpu"])
-    assert features(tmp_path) == [[0], [0, 1, 3, 4, 5, 6, 7, 8, 10]]
-    assert (summary.images, summary.bad) == (10, 3)
-    assert out.crashed(1) == {2, 9} and out.crashed(2) == {0} and not out.crashed(0)
-    assert re.search(r"process of cpu died in shard 1 \(exit code -9\)", capsys.readouterr().err)
+    words = ["fine"] * 5
+    words[1] = words[4] = "kills"
+    out, progress, log = drive_all(tmp_path, [["fine"], words, ["kills"]], ["cpu", "cpu"])
+    assert features(tmp_path) == [[0], [0, 2, 3]]
+    assert out.crashed(1) == {1, 4} and out.crashed(2) == {0} and not out.crashed(0)
+    assert progress.rows == progress.bar.n == 7
+    assert re.search(r"process of cpu ended with exit code -9; what", capsys.readouterr().err)
 
 
 def test_a_shard_that_is_being_written_is_not_blamed_for_the_next_one(tmp_path):
-    out, summary, log = drive_all(tmp_path, [["slow to write"], ["fine", "kills"]], ["device"])
+    out, _, log = drive_all(tmp_path, [["slow to write"], ["fine", "kills"]], ["device"])
     assert features(tmp_path) == [[0], [0]] and not out.crashed(0) and out.crashed(1) == {1}
-    assert {only for _, number, only in log if number == "0"} == {"None"}
 
 
 def test_a_search_goes_on_where_a_run_was_stopped(tmp_path):
-    """Starts are counted in the output: the first run here is one that was killed thrice."""
+    """Starts are counted in the output: the first runs here are two that were killed."""
     shards = [["fine"] * 3 + ["kills"]]
     out = Output(str(tmp_path / "out"), "image", 1)
     out.begin({"artifact": "fake"})
-    for _ in range(3):
+    for _ in range(2):
         out.start(0)
-    out, summary, log = drive_all(tmp_path, shards, ["cpu"])
-    assert log[0][2] == "(0, 2)" and str(os.getpid()) not in {process for process, _, _ in log}
+    out, _, log = drive_all(tmp_path, shards, ["cpu"], drive.here)
+    assert log[0][2] == "(0, 2)"
+    assert [process == str(os.getpid()) for process, _, _ in log] == [only == "None"
+                                                                     for _, _, only in log]
     assert features(tmp_path) == [[0, 1, 2]] and out.crashed(0) == {3}
 
 
 @pytest.mark.parametrize("word, sentence", [
     ("refused", "^the process of cpu failed: row refused$"),
     ("fails", "^the process of cpu failed: RuntimeError: CUDA error: an illegal memory access$"),
-    ("kills with all", "^shard 1 killed its process 4 times, and none of its rows does alone")])
+    ("kills with all", "^shard 1 ended its process in 3 rounds, and none of its rows does alone")])
 def test_what_stops_a_run_is_one_sentence_and_loses_nothing(word, sentence, tmp_path):
     with pytest.raises(UserError, match=sentence):
         drive_all(tmp_path, [["fine"], ["waits", word]], ["cpu", "cpu"])
     assert features(tmp_path) == [[0]]
-    assert (tmp_path / "log").read_text().count(" 1 (") == 2 * (word == "kills with all")  # halves
     drive_all(tmp_path, [["fine"], ["fine", "fine"]], ["cpu"])
     assert features(tmp_path) == [[0], [0, 1]]
 
 
-def test_a_process_that_never_starts_is_tried_a_few_times(tmp_path):
-    with pytest.raises(UserError, match="^processes of broken ended with exit code 7 before they"):
+def test_a_process_that_never_starts_ends_the_run(tmp_path):
+    with pytest.raises(UserError, match="^the process of broken ended with exit code 7 before it"):
         drive_all(tmp_path, [["fine"]], ["broken"])
 
 
 def test_halves_find_every_row_that_kills_and_only_those():
     for count in range(1, 18):
         for killers in [set(), {0}, {count - 1}, {count // 2, count // 3}, set(range(count))]:
-            search, tried = drive.rows_that_kill(range(count)), 0
-            part = next(search)
-            try:
-                while True:
-                    tried += 1
-                    part = search.send(not killers & set(part))
-            except StopIteration as end:
-                assert set(end.value) == killers
-            assert tried <= 2 * max(1, len(killers)) * count.bit_length()
+            tried = []
+
+            def execute(tasks):
+                tried.append(tasks[0].only)
+                return [] if killers & set(tasks[0].only) else [{"images": 1}]
+
+            assert set(drive.killers(drive.Task(0, range(count)), execute)) == killers
+            assert len(tried) <= 2 * max(1, len(killers)) * count.bit_length()
 
 
 SCRIPT = """import sys, pathlib, test_drive
@@ -172,9 +179,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("stop", [
-    signal.SIGKILL, *(pytest.param(each, marks=pytest.mark.slow)
-                      for each in (signal.SIGTERM, signal.SIGINT))])
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_processes_end_with_their_parent(stop, tmp_path):
     """With processes as they are, spawned by a script of a user's."""
     script, log, deadline = tmp_path / "script.py", tmp_path / "log", time.time() + 60

@@ -1,5 +1,4 @@
 """The command as a user types it, and what a run of it is: resumed, refused, killed at random."""
-import io
 import json
 import os
 import random
@@ -13,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_drive import quick  # noqa: F401  processes start at once
 
 import clip_ttrt
 from clip_ttrt import cli
 from clip_ttrt.demo import scenes
-from clip_ttrt.pipeline import drive
-from clip_ttrt.pipeline.embed import EmbedOptions, Meter, Summary, embed
+from clip_ttrt.pipeline.embed import Progress, embed
 from clip_ttrt.pipeline.output import Output
 
 parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra embed")
@@ -54,7 +53,7 @@ def test_the_command_embeds_a_folder_and_does_no_more_the_second_time(
     assert summary == json.loads((tmp_path / "o/summary.json").read_text())
     assert [summary[name] for name in ("images", "bad", "shards", "skipped")] == [30, 2, 3, 0]
     assert 0 < summary["images_per_s"] < 1e6 and summary["devices"] == ["cpu"]
-    assert "\r" not in told.err and told.err.endswith("30 features; 2 bad rows\n")
+    assert told.err.endswith("clip_ttrt: " f"{tmp_path / 'o'} holds 30 features; 2 bad rows\n")
 
     model, preprocess = clip_ttrt.load(demo_artifact.folder)
     files = sorted(pictures.glob("??.png"))
@@ -82,11 +81,12 @@ def test_bad_rows_are_tried_again(demo_artifact, pictures, tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     run = dict(output=tmp_path / "o", shard_rows=4)
     first = embed(demo_artifact.folder, str(tmp_path / "0*"), **run)
-    assert (first.images, first.bad, first.bad_share()) == (10, 1, 1 / 11)
+    assert (first["images"], first["bad"], first["bad_share"]) == (10, 1, 1 / 11)
     (tmp_path / "07b.jpg").write_bytes((pictures / "07.png").read_bytes())  # no JPEG by its content
-    assert embed(demo_artifact.folder, str(tmp_path / "0*"), **run).shards == 0
+    assert embed(demo_artifact.folder, str(tmp_path / "0*"), **run)["shards"] == 0
     again = embed(demo_artifact.folder, str(tmp_path / "0*"), retry_bad=True, **run)
-    assert (again.shards, again.images, again.total_images, again.total_bad) == (1, 3, 11, 0)
+    assert [again[name] for name in ("shards", "images", "total_images", "total_bad")] == [
+        1, 3, 11, 0]
 
 
 def test_texts(demo_artifact, tmp_path):
@@ -98,22 +98,22 @@ def test_texts(demo_artifact, tmp_path):
     with torch.no_grad():
         expected = model.encode_text(clip.tokenize(texts))
     found = np.load(tmp_path / "o/text_emb/text_emb_00000.npy")
-    assert summary.images == 5 and np.abs(found - expected.numpy()).max() < 1e-5
+    assert summary["images"] == 5 and np.abs(found - expected.numpy()).max() < 1e-5
 
 
 def test_processes_give_the_same_bytes(demo_artifact, pictures, tmp_path):
     run = dict(shard_rows=8, threads=1)
     two = embed(demo_artifact.folder, pictures, tmp_path / "two", devices=["cpu"] * 2, **run)
     one = embed(demo_artifact.folder, pictures, tmp_path / "one", **run)
-    assert (two.images, two.bad, two.devices) == (one.images, one.bad, ["cpu", "cpu"])
-    assert two.routes == one.routes and sum(one.routes.values()) == 30
+    assert [two[name] for name in ("images", "bad", "devices")] == [30, 2, ["cpu", "cpu"]]
+    assert two["routes"] == one["routes"] and sum(one["routes"].values()) == 30
     assert written(tmp_path / "two") == written(tmp_path / "one")
 
 
 @pytest.mark.gpu
 def test_a_gpu_is_a_process_of_its_own(demo_engines, pictures, tmp_path):
     summary = embed(demo_engines.folder, pictures, tmp_path / "o", decode="exact", shard_rows=12)
-    assert (summary.images, summary.bad, summary.devices) == (30, 2, ["cuda:0"])
+    assert [summary[name] for name in ("images", "bad", "devices")] == [30, 2, ["cuda:0"]]
     model, preprocess = clip_ttrt.load(demo_engines.folder)
     images = [preprocess(Image.open(file)) for file in sorted(pictures.glob("??.png"))]
     with torch.no_grad():
@@ -129,19 +129,17 @@ def test_array_jobs_share_a_folder(demo_artifact, pictures, tmp_path):
     whole = embed(demo_artifact.folder, pictures, tmp_path / "whole", shard_rows=8)
     jobs = [embed(demo_artifact.folder, pictures, tmp_path / "o", shard_rows=8, shards=f"{job}/3")
             for job in range(3)]
-    assert [job.shards for job in jobs] == [2, 1, 1] and whole.shards == 4
+    assert [job["shards"] for job in jobs] == [2, 1, 1] and whole["shards"] == 4
     assert written(tmp_path / "o") == written(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("options, sentence", [
     (["--dtype", "int8"], "unknown dtype 'int8'; choices: float16, float32"),
-    (["--every", "often"], "bad --every 'often': write a number, as 1s"),
-    (["--every", "0"], "--every 0.0: seconds above 0"),
-    (["--max-bad", "few"], "bad --max-bad 'few': write a number, as 1%"),
+    (["--every", "0"], "bad every 0.0: it must be above 0"),
     (["--shards", "3/3"], "bad --shards '3/3': write I/N, with I from 0 to N-1"),
     (["--shards", "0/3", "--overwrite"], "each job would delete"),
-    (["--shard-rows", "0"], "--shard-rows 0: at least 1"),
-    (["--batch", "0"], "--batch 0: at least 1"),
+    (["--shard-rows", "0"], "bad shard_rows 0: it must be above 0"),
+    (["--batch", "0"], "bad batch 0: it must be above 0"),
 ])
 def test_bad_options_are_one_sentence(options, sentence, demo_artifact, tmp_path, capsys):
     output = tmp_path / "o"
@@ -178,12 +176,12 @@ def test_ctrl_c_and_sigterm_say_how_to_go_on(
         demo_artifact, pictures, tmp_path, monkeypatch, capsys):
     stop = signal.SIGTERM
 
-    def running(meter, *arguments):
-        if meter.summary.shards == 1:  # in the midst of the second one
+    def running(progress, counts):
+        if progress.rows:  # in the midst of the second one
             os.kill(os.getpid(), stop)
             time.sleep(5)  # in which the signal comes
 
-    monkeypatch.setattr(Meter, "running", running)
+    monkeypatch.setattr(Progress, "running", running)
     arguments = ["embed", str(demo_artifact.folder), str(pictures), "--output", str(tmp_path / "o"),
                  "--shard-rows", "8"]
     for done, stop in enumerate((signal.SIGTERM, signal.SIGINT), 1):
@@ -191,7 +189,6 @@ def test_ctrl_c_and_sigterm_say_how_to_go_on(
         assert cli.main(arguments) == 2 and signal.getsignal(signal.SIGTERM) is before
         assert capsys.readouterr().err.splitlines()[-1] == (
             f"clip_ttrt: interrupted; {done} of 4 shards are done, and the same command goes on")
-    assert not drive.unfinished(Output(tmp_path / "o", "image", 4))  # a stop is no death
 
 
 def be_killed(output, times, *arguments):
@@ -203,7 +200,7 @@ def be_killed(output, times, *arguments):
         process = os.fork()
         if not process:
             torch.set_num_threads(1)
-            embed(*arguments, output, shard_rows=6, threads=1, stream=open(os.devnull, "w"))
+            embed(*arguments, output, shard_rows=6, threads=1)
             os._exit(0)
         while kill < times and len(out.listed("done")) < before + more:
             time.sleep(0.001)
@@ -225,48 +222,36 @@ for times in (0, 30):
 def test_killed_30_times_at_random_gives_the_same_bytes(demo_artifact, pictures, tmp_path):
     """Forked from a process of its own, which has imported everything and started no thread."""
     subprocess.run([sys.executable, "-c", SCRIPT, tmp_path, demo_artifact.folder,
-                    *[pictures] * 12], check=True, timeout=120,
+                    *[pictures] * 12], check=True, timeout=120, stderr=subprocess.DEVNULL,
                    env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     whole = written(tmp_path / "0")
     assert len(whole) == 64 * 2 + 24 and written(tmp_path / "30") == whole
     assert not (tmp_path / "30/crashed").exists()
 
 
-def test_figures_of_shards_are_added_up():
-    summary = Summary()
-    for result in ({"images": 3, "bad": 0, "routes": {"gpu": 2, "cpu": 1}, "stages": {"read": 0.5},
+def test_progress_tells_the_rate_and_what_is_waited_for(capsys):
+    progress = Progress(1000)
+    progress.bar.mininterval = 0
+    progress.running({"images": 100})
+    for result in ({"images": 300, "bad": 0, "routes": {"gpu": 200, "cpu": 100},
+                    "stages": {"read": 0.5},
                     "decode": {"redecoded": 1, "largest_distance": 1, "lowest_cosine": 0.99,
                                "problem": "no engine"}},
-                   {"images": 4, "bad": 1, "routes": {"gpu": 4}, "stages": {"read": 0.25},
+                   {"images": 100, "bad": 2, "routes": {"gpu": 100},
+                    "stages": {"read": 0.25, "decode": 1},
                     "decode": {"redecoded": 0, "largest_distance": 0, "lowest_cosine": None,
-                               "problem": None}}):
-        summary.count(result)
-    assert (summary.images, summary.bad, summary.shards) == (7, 1, 2)
-    assert summary.routes == {"gpu": 6, "cpu": 1} and summary.stages == {"read": 0.75}
-    assert summary.decode == {"redecoded": 1, "largest_distance": 1, "lowest_cosine": 0.99,
-                              "problem": "no engine"}
+                               "problem": "no engine"}}):
+        progress.count(result)
+    progress.bar.refresh()
+    told = capsys.readouterr().err
+    line = told.split("\r")[-1]
+    assert "| 402/1000 [" in line and " images/s, gpu 75%, cpu 25%, waits for decode]" in line
+    assert told.count("no JPEG is decoded on the GPU: no engine\n") == 1
+    assert progress.routes == {"gpu": 300, "cpu": 100}
+    assert progress.stages == {"read": 0.75, "decode": 1}
+    assert progress.decode == {"redecoded": 1, "largest_distance": 1, "lowest_cosine": 0.99,
+                               "problem": "no engine"}
 
 
-@pytest.mark.parametrize("live", [False, True])
-def test_progress_is_a_line_that_renews_itself_or_one_now_and_then(live, monkeypatch):
-    stream, now = io.StringIO(), 100.0
-    monkeypatch.setattr(stream, "isatty", lambda: live)
-    monkeypatch.setattr(time, "perf_counter", lambda: now)
-    meter = Meter(1100, stream)
-    for now in (100.1, 112, 113):
-        meter.running("cuda:0", {"images": 100})
-    now = 122
-    meter.count("cuda:0", {"images": 300, "bad": 1, "routes": {"gpu": 225, "cpu": 75},
-                           "stages": {"read": 1, "decode": 2}})
-    lines = stream.getvalue().replace("\r\x1b[K", "\n" if live else "no terminal")
-    assert [line for line in lines.split("\n") if line] == [
-        f"clip_ttrt: {line}" for line in (
-            "200 of 1,100 images, 17 images/s, 54 s left",
-            *["300 of 1,100 images, 23 images/s, 35 s left"][:live],
-            "300 of 1,100 images, 14 images/s, gpu 75%, cpu 25%, waits for decode, 1 bad, "
-            "59 s left")]
-
-
-def test_options_come_from_text_or_numbers():
-    assert EmbedOptions(every="0.5s", max_bad="2%").every == EmbedOptions(every=0.5).every == 0.5
-    assert EmbedOptions(max_bad="2%").max_bad == EmbedOptions(max_bad=0.02).max_bad == 0.02
+def test_seconds_and_shares_of_the_command_line():
+    assert [cli.number(text) for text in ("0.5s", "2", "2%", "0.02")] == [0.5, 2, 0.02, 0.02]

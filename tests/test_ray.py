@@ -1,17 +1,16 @@
 """The cluster: a local Ray on the CPU, with the driver's worker that embeds nothing."""
 import json
-from functools import partial
+import os
+import sys
 
 import numpy as np
 import pytest
-from test_drive import Rows, Worker, features
+from test_drive import drive_all, features
 from test_embed import pictures, written  # noqa: F401  a fixture
 
 from clip_ttrt import cli
 from clip_ttrt.errors import UserError
 from clip_ttrt.pipeline import ray as cluster
-from clip_ttrt.pipeline.embed import Meter
-from clip_ttrt.pipeline.output import Output
 
 pytestmark = pytest.mark.slow
 
@@ -21,20 +20,17 @@ def local():
     """A local Ray of 2 cores, whose processes find the tests' modules."""
     ray = pytest.importorskip("ray", reason="needs Ray: the extra `ray`")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-             object_store_memory=100 * 2**20)
+             object_store_memory=100 * 2**20,
+             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}})
     yield
     ray.shutdown()
 
 
 def embed_all(folder, words):
-    out, log = Output(folder / "out", "image", len(words)), folder / "log"
-    out.begin({"artifact": "fake"})
-    meter = Meter(sum(map(len, words)))
     devices, cores = cluster.devices("auto", "cpu", 1)
     assert devices == ["cpu"] * 2 and cores == 2
-    cluster.run([Rows(each) for each in words], sorted(set(range(len(words))) - out.done()),
-                partial(Worker, out, str(log)), devices, out, meter)
-    return out, [line.split(" ", 2) for line in log.read_text().splitlines()]
+    out, _, log = drive_all(folder, words, devices, cluster.execute)
+    return out, log
 
 
 def test_actors_share_the_shards_and_one_killed_once_is_started_again(tmp_path):
@@ -47,7 +43,7 @@ def test_actors_share_the_shards_and_one_killed_once_is_started_again(tmp_path):
 def test_rows_that_always_kill_are_found_and_the_rest_embedded(tmp_path):
     out, log = embed_all(tmp_path, [["fine"], ["fine", "kills", "fine"], ["fine"]])
     assert features(tmp_path) == [[0], [0, 2], [0]] and out.crashed(1) == {1}
-    assert sum(number == "1" and only == "None" for _, number, only in log) == 3
+    assert sum(number == "1" and only == "None" for _, number, only in log) == 3  # two died
 
 
 def test_what_a_worker_raises_stops_the_run_and_loses_nothing(tmp_path):
@@ -72,7 +68,7 @@ def test_the_command_gives_what_it_gives_without_ray(
     told = capsys.readouterr()
     summary = json.loads(told.out)
     assert (summary["images"], summary["bad"], summary["devices"]) == (30, 2, ["cpu", "cpu"])
-    assert len(told.err.splitlines()) == 1  # none of Ray's
+    assert told.err.count("\n") == 1  # none of Ray's
     here, there = written(tmp_path / "here"), written(tmp_path / "ray")
     assert list(here) == list(there)
     for name in here:

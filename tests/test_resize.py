@@ -206,6 +206,7 @@ print(order)
 """
 
 
+@pytest.mark.slow
 def test_equals_the_pillow_of_the_other_order_too(tmp_path):
     """In a process of its own; all else here is of the installed one."""
     vertical = resize.pillow_order() == "horizontal"  # of the other

@@ -21,6 +21,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 BITS = 22  # of a weight
 MOST_BYTES = 1 << 28  # of pixels and workspace in one launch; larger batches take several
 SIZES = 1024  # whose tables are kept: 16 KB each where pictures are shrunk to a half or so
+CPU = torch.device("cpu")
 NOTHING = (0,) * len(kernels.PICTURE._fields_)  # the descriptor of no picture
 Pixels = Union[Tensor, np.ndarray]
 
@@ -31,9 +32,9 @@ def bicubic(x: np.ndarray) -> np.ndarray:
     return np.where(x < 1.0, near, np.where(x < 2.0, (((x - 5) * x + 8) * x - 4) * a, 0.0))
 
 
-FILTERS = {  # with the support of each
-    "bicubic": (bicubic, 2.0), "bilinear": (lambda x: np.maximum(1.0 - np.abs(x), 0.0), 1.0)
-}  # fmt: skip
+FILTERS = {"bicubic": (bicubic, 2.0),  # with the support of each
+           "bilinear": (lambda x: np.maximum(1.0 - np.abs(x), 0.0), 1.0)}
+FITS = ("crop", "squash", "pad")
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,8 +159,7 @@ class Preprocess:
     def __init__(self, resolution: int, device, filter: str = "bicubic", fit: str = "crop",
                  mean: Sequence[float] = MEAN, std: Sequence[float] = STD,
                  dtype: torch.dtype = torch.float32):
-        arguments = {"filter": (filter, [*FILTERS]), "fit": (fit, ["crop", "squash", "pad"])}
-        for name, (value, known) in arguments.items():
+        for name, value, known in ("filter", filter, FILTERS), ("fit", fit, FITS):
             if value not in known:
                 raise UserError(f"unknown {name} {value!r}; choose from {', '.join(known)}")
         self.resolution, self.dtype = resolution, dtype
@@ -188,20 +188,18 @@ class Preprocess:
         kernels.check("out", out, self.dtype, shape, self.device)
         if not out.is_contiguous():
             raise ValueError("out must be contiguous")
-        if len(pictures) > 0:
-            (self._launch if self.fused else self._reference)(pictures, out)
+        (self._launch if self.fused and len(pictures) else self._reference)(pictures, out)
         return out
 
     def _plan(self, i: int, picture: Pixels) -> tuple[Plan, int]:
         """Of the batch's picture i, with its channels, once it is seen to be one."""
-        is_tensor, shape = isinstance(picture, Tensor), tuple(picture.shape)
-        if not (picture.dtype == (torch.uint8 if is_tensor else np.uint8) and len(shape) == 3
-                and shape[0] > 0 and shape[1] > 0 and shape[2] in (1, 3)):
+        dtype, shape = str(picture.dtype), tuple(picture.shape)
+        if dtype not in ("uint8", "torch.uint8") or 0 in shape or shape[2:] not in ((1,), (3,)):
             raise ValueError(f"picture {i} must be uint8 [H, W, 1 or 3] and not empty, "
-                             f"not {picture.dtype} {list(shape)}")
-        if is_tensor and not picture.is_cpu and picture.device != self.device:
+                             f"not {dtype} {list(shape)}")
+        if isinstance(picture, Tensor) and picture.device not in (CPU, self.device):
             raise ValueError(f"picture {i} is on {picture.device}, not {self.device} or the CPU")
-        return self.plan(shape[0], shape[1]), shape[2]
+        return self.plan(*shape[:2]), shape[2]
 
     def _reference(self, pictures: Sequence[Optional[Pixels]], out: Tensor) -> None:
         for i, (picture, row) in enumerate(zip(pictures, out)):
@@ -227,17 +225,16 @@ class Preprocess:
                 if one not in tables:
                     tables[one] = table_end
                     table_end += one.data.size
-            is_tensor = isinstance(picture, Tensor)
-            if is_tensor and picture.is_cuda:
+            if isinstance(picture, Tensor) and picture.is_cuda:
                 down, right, channel = picture.stride()
                 start = picture.data_ptr() + plan.rows.start * down + plan.columns.start * right
             else:
-                window = (picture.numpy() if is_tensor else picture)[plan.rows, plan.columns]
-                height, width, _ = window.shape
-                down, right, channel = width * channels, channels, 1
+                window = np.asarray(picture)[plan.rows, plan.columns]
                 if window.strides[2] > window.strides[1]:  # planar, and copied as such
-                    down, right, channel = width, 1, height * width
+                    down, right, channel = window.shape[1], 1, window[:, :, 0].size
                     window = window.transpose(2, 0, 1)
+                else:
+                    down, right, channel = window[0].size, channels, 1
                 windows.append((i, pixel_end, window))
                 start, pixel_end = pixel_end, pixel_end + window.size
             along, across = (down, right) if plan.vertical else (right, down)
@@ -260,36 +257,32 @@ class Preprocess:
         address, host = buffer.data_ptr(), staging.numpy()
         descriptors = host[:tables_at].view(np.int64).reshape(-1, len(NOTHING))
         descriptors[:] = rows
-        blob = host[tables_at : tables_at + 4 * table_end].view(np.int32)
-        for one, start in tables.items():
-            blob[start : start + one.data.size] = one.data.ravel()
+        if tables:
+            blob = np.concatenate([one.data.ravel() for one in tables])
+            host[tables_at : tables_at + 4 * table_end] = blob.view(np.uint8)
         for i, start, window in windows:
             descriptors[i, 0] += address + pixels_at
             start += pixels_at
             host[start : start + window.size].reshape(window.shape)[:] = window
         buffer[:copied].copy_(staging, non_blocking=True)
-        kernels.launch(
-            "preprocess", self.device, pictures=buffer, tables=address + tables_at,
-            values=self.values, workspace=address + workspace_at, out=out.data_ptr(),
-            batch=len(rows), most_lines=most_lines, resolution=self.resolution,
-            value_bytes=self.values.element_size(),
-        )  # fmt: skip
+        kernels.launch("preprocess", self.device, pictures=buffer, tables=address + tables_at,
+                       values=self.values, workspace=address + workspace_at, out=out.data_ptr(),
+                       batch=len(rows), most_lines=most_lines, resolution=self.resolution,
+                       value_bytes=self.values.element_size())
 
 
 @torch.library.custom_op("clip_ttrt::preprocess", mutates_args=())
-def preprocess(
-    pictures: Sequence[Tensor], resolution: int, filter: str = "bicubic", fit: str = "crop",
-    mean: Optional[Sequence[float]] = None, std: Optional[Sequence[float]] = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
+def preprocess(pictures: Sequence[Tensor], resolution: int, filter: str = "bicubic",
+               fit: str = "crop", mean: Optional[Sequence[float]] = None,
+               std: Optional[Sequence[float]] = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """`Preprocess` as an op, on the device of the first of at least one picture."""
     device, mean, std = pictures[0].device, tuple(mean or MEAN), tuple(std or STD)
-    return _of_the_op(resolution, device, filter, fit, mean, std, dtype)(pictures)
-
-
-_of_the_op = functools.lru_cache(16)(Preprocess)
+    return cached(resolution, device, filter, fit, mean, std, dtype)(pictures)
 
 
 @preprocess.register_fake
 def _(pictures, resolution, filter="bicubic", fit="crop", mean=None, std=None, dtype=torch.float32):
     return pictures[0].new_empty((len(pictures), 3, resolution, resolution), dtype=dtype)
+
+
+cached = functools.lru_cache(16)(Preprocess)
