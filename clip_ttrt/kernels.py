@@ -7,6 +7,7 @@ layers.  Nothing here imports TensorRT.
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import os
 import re
 import warnings
@@ -363,3 +364,48 @@ def serves(qkv: torch.Tensor, heads: int) -> bool:
     batch, capability = max(1, qkv.shape[0]), torch.cuda.get_device_capability(qkv.device)
     supported = library().clip_attention_supported
     return bool(supported(ctypes.c_int64(batch), heads, qkv.shape[1], 64, *capability))
+
+
+# JPEG files
+
+
+def nvimagecodec() -> Optional[Path]:
+    """nvImageCodec's library in NVIDIA's wheel; None where that is not installed."""
+    try:
+        found = importlib.util.find_spec("nvidia.nvimgcodec")
+    except ModuleNotFoundError:  # nor any other of NVIDIA's wheels
+        return None
+    return found and Path(found.origin).with_name("libnvimgcodec.so.0")
+
+
+class JpegDecoder:
+    """nvImageCodec's decoder on the engines of a GPU, given by its number, or None: on the CPU.
+
+    It serves one call at a time.  threads: of the CPU, that parse.  Raises UserError without the
+    library or nvImageCodec, RuntimeError where that fails.
+    """
+
+    def __init__(self, device: Optional[int], threads: int):
+        path, name = nvimagecodec(), "libjpeg_turbo_ext" if device is None else "libnvjpeg_ext"
+        if path is None:
+            raise UserError("nvImageCodec is missing; pip install 'clip_ttrt[embed-gpu]'")
+        extension = next(path.parent.glob(f"extensions/{name}.so*"), path)
+        create, error = library().clip_jpeg_create, ctypes.create_string_buffer(500)
+        create.restype = ctypes.c_void_p
+        self.handle = ctypes.c_void_p(create(
+            os.fsencode(path), os.fsencode(extension), -1 if device is None else device, threads,
+            error, len(error),
+        ))  # fmt: skip
+        if not self.handle:
+            raise RuntimeError(f"nvImageCodec fails: {error.value.decode(errors='replace')}")
+        weakref.finalize(self, library().clip_jpeg_destroy, self.handle).atexit = False
+
+    def __call__(self, files, stream: Optional[int]) -> None:
+        """Decode a NumPy array of JPEG_FILE, scanned, to its `pixels`, and set `written`.
+
+        What the CUDA stream has been given before is waited for.  Raises RuntimeError.
+        """
+        decode, on = library().clip_jpeg_decode, ctypes.c_void_p(stream)
+        status = decode(self.handle, files.ctypes, len(files), on)
+        if status != 0:
+            raise RuntimeError(f"decoding {len(files)} JPEGs failed with status {status}")

@@ -6,7 +6,6 @@
 
 What one refuses the next one tries, and what Pillow refuses is Bad.
 """
-import ctypes
 import functools
 import io
 import os
@@ -14,17 +13,17 @@ import re
 import threading
 import warnings
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from typing import Callable, Iterator, NamedTuple, Optional, Union
 
 import numpy as np
 import torch
-import torchvision  # noqa: F401 - it registers the op that decodes
+import torchvision  # which registers the op that decodes
 from PIL import Image
 from torch import Tensor
 
-from clip_ttrt import kernels
+from clip_ttrt import deprecations, kernels
 from clip_ttrt.errors import UserError
 from clip_ttrt.pipeline.hardware import FILE, Hardware
 
@@ -34,6 +33,7 @@ LARGE = 1 << 24  # pixels: beyond them Pillow resizes a picture, so that a batch
 LARGE_OTHER = 1 << 20  # the same of other files, of which only Pillow knows the size
 MOST_BYTES = 1 << 28  # of pixels that are decoded at once
 SAMPLED = 1000  # of so many pictures from the GPU's engines one is decoded on the CPU as well
+COUNTS = ("gpu", "cpu", "pillow", "bad", "fallbacks", "silent_skips", "redecoded")
 CHUNK = 8  # JPEGs that a thread decodes without asking for the GIL
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # not yet an error
@@ -41,13 +41,11 @@ warnings.filterwarnings("ignore", "The given buffer is not writable")  # it is o
 
 
 class Bad(Exception):
-    """A picture that Pillow refuses; str() is the reason, one line."""
+    """A picture that Pillow refuses; str() is the reason, one line, the same in every run."""
 
-    @classmethod
-    def because(cls, problem: Exception) -> "Bad":
-        """Without addresses of memory, so that the same file has the same reason in every run."""
+    def __init__(self, problem: Exception):
         text = re.sub(r" ?<[^<>]* at 0x[0-9a-fA-F]+>", "", " ".join(str(problem).split()))
-        return cls(f"{type(problem).__name__}: {text}")
+        super().__init__(f"{type(problem).__name__}: {text}")
 
 
 class Picture(NamedTuple):
@@ -61,20 +59,17 @@ class Picture(NamedTuple):
 
 
 def scan(items: list) -> np.ndarray:
-    """[n] of FILE with their routes and what the headers tell of JPEGs; no file goes to Pillow.
+    """[n] of FILE: routes, and what the headers of JPEGs tell; what is no file goes to Pillow.
 
-    Without the library of kernels there are no engines, and Pillow reads the headers.
+    Without the library of kernels, and so without engines, Pillow reads the headers.
     """
     data = [item if isinstance(item, (bytes, bytearray, memoryview)) else b"" for item in items]
-    files, pointers = np.zeros(len(data), FILE), ctypes.c_char_p * len(data)
+    files = np.zeros(len(data), FILE)
     if not kernels.available():
         files[["route", "height", "width", "channels"]] = list(map(header, data))
         return files
-    try:
-        files["data"] = np.frombuffer(pointers(*data), np.uintp)
-    except TypeError:  # not all are bytes
-        files["data"] = [torch.frombuffer(each, dtype=torch.uint8).data_ptr() if each else 0
-                         for each in data]
+    files["data"] = [torch.frombuffer(each, dtype=torch.uint8).data_ptr() if each else 0
+                     for each in data]
     files["size"] = list(map(len, data))
     kernels.library().clip_jpeg_scan(files.ctypes, len(files), LARGE)
     return files
@@ -123,19 +118,19 @@ class Decoder:
                  threads: Optional[int] = None):
         if mode not in MODES:
             raise UserError(f"unknown decode mode {mode!r}; choose one of {', '.join(MODES)}")
-        from torchvision.transforms import Compose
-
-        from clip_ttrt import deprecations
-
         # OpenAI's up to the tensor: a picture, resized in its own mode -> RGB, R x R.
-        self.transform = Compose(deprecations.clip()._transform(resolution).transforms[:-2])
+        self.transform = torchvision.transforms.Compose(
+            deprecations.clip()._transform(resolution).transforms[:-2])
         self.mode, self.threads = mode, threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(self.threads, "decode")
-        self._counts, self._lock, self._largest = Counter(), threading.Lock(), None
+        self._lock, self._largest = threading.Lock(), None
+        self._counts = Counter(dict.fromkeys(COUNTS, 0))
         self._hardware = self._problem = None
         if mode in ("auto", "gpu"):
+            trial = (kernels.PACKAGE / "pictures/coffee.jpg").read_bytes()
             try:
-                self._hardware = Hardware.find(torch.device(device), min(self.threads, 8))
+                self._hardware = Hardware.find(torch.device(device), min(self.threads, 8),
+                                               scan([trial]))
             except UserError as missing:
                 if mode == "gpu":
                     raise
@@ -144,17 +139,15 @@ class Decoder:
     def decode(self, items: list) -> list[Union[Picture, Bad]]:
         """Pictures in the order of the items: the bytes of files (bytes, bytearray, memoryview or
         array uint8 [N]), arrays uint8 [H, W, C] or [H, W], PIL images.  What is no picture is Bad
-        at its place; nothing of an item raises.
-
-        Pixels on the GPU are complete.  They lie in memory that is used again after the last
-        tensor on it is dropped: by a thread whose current stream is the one that reads them.
+        at its place; nothing of an item raises.  Pixels on the GPU are complete, and made on the
+        current stream as far as PyTorch's use of their memory goes.
         """
         return list(chain.from_iterable(self.parts(items)))
 
     def parts(self, items: list) -> Iterator[list[Union[Picture, Bad]]]:
         """The same in parts, one after the other, each of about MOST_BYTES of pixels at most."""
-        items = [memoryview(each) if isinstance(each, np.ndarray) and each.ndim == 1
-                 and each.dtype == np.uint8 else each for each in items]
+        items = [np.ascontiguousarray(each).data if isinstance(each, np.ndarray)
+                 and each.ndim == 1 and each.dtype == np.uint8 else each for each in items]
         files, begin, total = scan(items), 0, 0
         sizes = files["height"] * files["width"] * files["channels"]
         for end, size in enumerate(sizes.tolist()):
@@ -171,52 +164,45 @@ class Decoder:
         silent_skips; redecoded on the CPU, and the largest distance of those, in levels; what
         keeps the engines from working, or None."""
         with self._lock:
-            names = ("gpu", "cpu", "pillow", "bad", "fallbacks", "silent_skips", "redecoded")
-            return {**{name: self._counts[name] for name in names},
-                    "largest_distance": self._largest, "problem": self._problem}
+            return {**self._counts, "largest_distance": self._largest, "problem": self._problem}
 
     def _decode(self, items: list, files: np.ndarray) -> list[Union[Picture, Bad]]:
-        results, exact = [None] * len(items), {}
-        on_gpu = (files["route"] == GPU) & (self._hardware is not None)
-        waiting = self._start(np.flatnonzero(~on_gpu).tolist(), items, files, results)
-        again = self._on_gpu(np.flatnonzero(on_gpu), files[on_gpu], results)
-        for each in (*waiting, *self._start(again, items, files, exact)):
-            each.result()
-        for index, picture in exact.items():
-            results[index] = self._compared(results[index], picture)
+        easy = (files["route"] == GPU) & (self._hardware is not None)
+        results, waiting = [None] * len(items), self._start(items, files, ~easy)
+        skipped = self._on_gpu(files, easy, results) if easy.any() else 0
+        missing = easy & [each is None for each in results]
+        again = self._start(items, files, missing | easy & (files["hash"] % SAMPLED == 0))
+        for each in (*waiting, *again):
+            for index, picture in each.result():
+                results[index] = self._compared(results[index], picture)
         with self._lock:
             self._counts.update(getattr(each, "route", "bad") for each in results)
+            self._counts.update(fallbacks=int(missing.sum()), silent_skips=skipped)
         return results
 
-    def _start(self, indices: list[int], items: list, files: np.ndarray, results) -> list:
-        """Let the threads decode items[index] into results[index]."""
+    def _start(self, items: list, files: np.ndarray, wanted: np.ndarray) -> list[Future]:
+        """Let the threads decode some items, to lists of (index, picture)."""
+        indices = np.flatnonzero(wanted).tolist()
         size = min(CHUNK, -(-len(indices) // self.threads)) or 1
-        chunks = [indices[start:start + size] for start in range(0, len(indices), size)]
-        left = iter(chunks)  # shared: a thread that is done takes the next one
+        return [self._pool.submit(self._on_cpu, indices[start:start + size], items, files)
+                for start in range(0, len(indices), size)]
 
-        def drain():
-            for chunk in left:
-                self._on_cpu(chunk, items, files, results)
-        return [self._pool.submit(drain) for _ in chunks[:self.threads]]
-
-    def _on_gpu(self, indices: np.ndarray, files: np.ndarray, results: list) -> list[int]:
-        """Decode with the engines; returns those for the CPU: the others, and one in SAMPLED."""
+    def _on_gpu(self, files: np.ndarray, easy: np.ndarray, results: list) -> int:
+        """Let the engines decode: what they refuse or skip stays None; how many they skip."""
         try:
-            pixels, skipped = self._hardware(files) if len(files) else ([], 0)
+            pixels, skipped = self._hardware(files[easy])
         except RuntimeError as problem:  # out of memory, say: the CPU decodes all
-            pixels, skipped, self._problem = [None] * len(files), 0, str(problem)
-        for index, each, width, height in zip(indices.tolist(), pixels, files["width"].tolist(),
-                                              files["height"].tolist()):
+            self._problem = str(problem)
+            return 0
+        for index, each in zip(np.flatnonzero(easy).tolist(), pixels):
             if each is not None:
+                height, width, _ = each.shape
                 results[index] = Picture(each, "gpu", width, height)
-        missing = np.array([each is None for each in pixels], bool)
-        with self._lock:
-            self._counts.update(fallbacks=int(missing.sum()), silent_skips=skipped)
-        return indices[missing | (files["hash"] % SAMPLED == 0)].tolist()
+        return skipped
 
     def _compared(self, picture: Optional[Picture], exact: Union[Picture, Bad]):
         """A picture of the engines with the CPU's pixels beside it, or the CPU's result."""
-        if picture is None or isinstance(exact, Bad):
+        if picture is None or isinstance(exact, Bad) or exact.route == "pillow":
             return exact
         gap = (picture.pixels.cpu().int() - exact.pixels.int()).abs().max().item()
         with self._lock:
@@ -224,31 +210,28 @@ class Decoder:
             self._largest = max(gap, self._largest or 0)
         return picture._replace(exact=exact.pixels)
 
-    def _on_cpu(self, indices: list[int], items: list, files: np.ndarray, results) -> None:
+    def _on_cpu(self, indices: list[int], items: list, files: np.ndarray) -> list:
         jpegs = [index for index in indices
-                 if files["route"][index] != PILLOW and self.mode != "pillow"]
+                 if self.mode != "pillow" and files["route"][index] != PILLOW]
         decoded = dict(zip(jpegs, decode_jpegs([items[index] for index in jpegs])))
-        for index in indices:
-            try:
-                pixels = decoded.get(index)
-                results[index] = (self._pillow(items[index]) if pixels is None else
-                                  Picture(pixels, "cpu", pixels.shape[1], pixels.shape[0]))
-            except Exception as problem:
-                results[index] = Bad.because(problem)
+        return [(index, self._picture(items[index], decoded.get(index))) for index in indices]
 
-    def _pillow(self, item) -> Picture:
-        """A file, a PIL image or an array."""
-        if isinstance(item, np.ndarray):
-            pixels = item[..., None] if item.ndim == 2 else item
-            if (item.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3)
-                    or not item.size):
-                raise ValueError(f"an array of {item.dtype} {list(item.shape)}; give uint8 "
-                                 "[H, W, 3], [H, W, 1] or [H, W]")
-            return Picture(pixels, "cpu", item.shape[1], item.shape[0])
-        picture = item if isinstance(item, Image.Image) else Image.open(io.BytesIO(item))
-        width, height = picture.size
-        whole = picture.mode in ("L", "RGB") and width * height <= LARGE_OTHER
-        if self.mode == "pillow" or not whole:
-            picture = self.transform(picture)
-        pixels = torch.from_numpy(np.array(picture))
-        return Picture(pixels if pixels.ndim == 3 else pixels[..., None], "pillow", width, height)
+    def _picture(self, item, pixels: Optional[Tensor]) -> Union[Picture, Bad]:
+        """Of a JPEG's pixels, an array, a PIL image or a file."""
+        try:
+            if isinstance(item, np.ndarray):
+                pixels = np.atleast_3d(item)
+                if item.dtype != np.uint8 or pixels.shape[2:] not in ((1,), (3,)) or not item.size:
+                    raise ValueError(f"an array of {item.dtype} {list(item.shape)}; give uint8 "
+                                     "[H, W, 3], [H, W, 1] or [H, W]")
+            if pixels is not None:
+                return Picture(pixels, "cpu", pixels.shape[1], pixels.shape[0])
+            opened = item if isinstance(item, Image.Image) else Image.open(io.BytesIO(item))
+            width, height = opened.size
+            whole = opened.mode in ("L", "RGB") and width * height <= LARGE_OTHER
+            if self.mode == "pillow" or not whole:
+                opened = self.transform(opened)
+            pixels = torch.from_numpy(np.atleast_3d(np.array(opened)))
+            return Picture(pixels, "pillow", width, height)
+        except Exception as problem:
+            return Bad(problem)

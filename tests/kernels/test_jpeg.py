@@ -17,12 +17,12 @@ import torch
 from test_decode import CUDA, EASY, FILES, JPEG, REFUSED, built, full, library  # noqa: F401
 
 from clip_ttrt import kernels
-from clip_ttrt.pipeline import decode, hardware
+from clip_ttrt.pipeline import decode
 from clip_ttrt.pipeline.hardware import FILE, Hardware
 
 HEADER = (kernels.sources() / "jpeg" / "jpeg.h").read_text()
 DECLARED = (kernels.sources() / "jpeg" / "nvimagecodec.h").read_text()
-needs_nvimagecodec = pytest.mark.skipif(hardware.library() is None, reason="needs nvImageCodec")
+needs_nvimagecodec = pytest.mark.skipif(kernels.nvimagecodec() is None, reason="needs nvImageCodec")
 
 # Headers
 
@@ -82,7 +82,8 @@ def changed(data, chance):
                 (0xFF, 0xD9, 0xD8, 0, 0xDA, 0xC0, 0xC1, 0xC2, 0xEE, 0x11, 0x21, 3, 1))
     elif kind == 4:
         frame = max(data.find(b"\xff\xc0"), 0)
-        data[min(frame + chance.randrange(20), len(data) - 1)] = chance.choice((0, 1, 2, 3, 4, 8, 16, 0x11, 82, 255))
+        data[min(frame + chance.randrange(20), len(data) - 1)] = chance.choice(
+            (0, 1, 2, 3, 4, 8, 16, 0x11, 82, 255))
     else:
         del data[at:]
         data += chance.choice((b"", b"\xff\xd9", b"\xff\xd9" + bytes(1022), b"\xff\xd9" * 2))
@@ -148,7 +149,7 @@ VALUES = {
 
 @needs_nvimagecodec
 def test_what_is_declared_of_nvimagecodec_is_what_its_header_says(tmp_path):
-    theirs = hardware.library().parent / "include"
+    theirs = kernels.nvimagecodec().parent / "include"
     lines = ["#include <cstddef>", "using std::ptrdiff_t;", "#include <nvimgcodec.h>",
              '#include "nvimagecodec.h"', "namespace n = nvimagecodec;"]
     for ours, (name, members) in THEIRS.items():
@@ -180,7 +181,7 @@ def test_what_is_declared_of_nvimagecodec_is_what_its_header_says(tmp_path):
 
 @pytest.fixture
 def cpu(library):  # noqa: F811
-    if hardware.library() is None:
+    if kernels.nvimagecodec() is None:
         pytest.skip("needs nvImageCodec")
     return Hardware(torch.device("cpu"), 1)
 
@@ -219,30 +220,25 @@ def test_threads_have_a_decoder_each(cpu):
     assert 1 <= len(cpu.idle) <= 3
 
 
-def test_nothing_is_lost(library):  # noqa: F811
+def test_nothing_is_lost(cpu):
     """Memory and threads stay as they were over batches and over decoders."""
-    def batches(count):
+    def batches(hardware, count):
         for _ in range(count):
-            cpu(decode.scan(EASY + [b"junk", JPEG[:-300]]))
+            hardware(decode.scan(EASY + [b"junk", JPEG[:-300]]))
 
-    if hardware.library() is None:
-        pytest.skip("needs nvImageCodec")
-    cpu = Hardware(torch.device("cpu"), 1)
-    batches(100)
+    batches(cpu, 100)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    batches(300)
+    batches(cpu, 300)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4000  # KB
     threads = len([*Path("/proc/self/task").iterdir()])
     for _ in range(5):
-        cpu = Hardware(torch.device("cpu"), 3)
-        batches(1)
-    del cpu
+        batches(Hardware(torch.device("cpu"), 3), 1)
     assert len([*Path("/proc/self/task").iterdir()]) <= threads
 
 
 def test_errors(cpu, library, tmp_path, monkeypatch):  # noqa: F811
     for path, text in ((tmp_path / "missing.so", "missing.so: cannot open shared object file"),
                        (Path(library._name), "undefined symbol: nvimgcodecGetProperties")):
-        monkeypatch.setattr(hardware, "library", lambda: path)
+        monkeypatch.setattr(kernels, "nvimagecodec", lambda: path)
         with pytest.raises(RuntimeError, match=re.escape(text)):
             cpu.create()
