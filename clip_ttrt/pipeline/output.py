@@ -62,8 +62,8 @@ class Output:
                             "--output or --overwrite")
         for folder, ours in OURS.items():
             for name in self.listed(folder):
-                mine = name.startswith(ours) and not name.startswith(".")
-                if overwrite and mine or abandoned(name):
+                ours_too = overwrite and name.startswith(ours) and name[0] != "."
+                if ours_too or abandoned(name):
                     self.remove(f"{folder}/{name}")
         self.put("run.json", to_json(run))
 
@@ -77,13 +77,13 @@ class Output:
         files = {f"{emb}/{emb}_{number}.npy": to_npy(features) if metadata else b"",
                  f"metadata/metadata_{number}.parquet": to_parquet(metadata) if metadata else b"",
                  f"bad/bad_{number}.parquet": to_parquet(bad) if bad else b""}
-        for name in [name for name, data in files.items() if not data]:  # of an earlier attempt
-            self.remove(name)
-            del files[name]
-        for name, data in files.items():
-            self.put(name, data)
         facts = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
-                 for name, data in files.items()}
+                 for name, data in files.items() if data}
+        for name, data in files.items():
+            if data:
+                self.put(name, data)
+            else:  # of an earlier attempt
+                self.remove(name)
         self.put(f"done/{number}.json", to_json({**about, "rows": len(features), "bad": len(bad),
                                                  "files": facts}))
         for name in self.attempts(shard):
@@ -133,7 +133,8 @@ class Output:
         return len(self.attempts(shard))
 
     def attempts(self, shard: int) -> list[str]:
-        return [name for name in self.listed("started") if name.startswith(f"{self.number(shard)}.")]
+        number = self.number(shard)
+        return [name for name in self.listed("started") if name.startswith(f"{number}.")]
 
     def number(self, shard: int) -> str:
         return f"{shard:0{self.digits}d}"
