@@ -5,7 +5,7 @@
     metadata/metadata_00012.parquet       the same rows
     bad/bad_00012.parquet                 rows without features, where there are any
     done/00012.json                       written last: rows, bad, SHA-256 and size of each file
-    started/00012.*  crashed/00012.json   unfinished attempts; rows that kill the process
+    started/00012.*  crashed/00012.7      unfinished attempts; a row that kills the process
 
 A shard whose rows are all bad has only bad/ and done/: embedding-reader leaves out an empty .npy
 but not the .parquet beside it, and would give all later rows another row's metadata.
@@ -62,8 +62,8 @@ class Output:
                             "--output or --overwrite")
         for folder, ours in OURS.items():
             for name in self.listed(folder):
-                mine = name.startswith(ours) and not name.startswith(".")
-                if overwrite and mine or abandoned(name):
+                ours_too = overwrite and name.startswith(ours) and name[0] != "."
+                if ours_too or abandoned(name):
                     self.remove(f"{folder}/{name}")
         self.put("run.json", to_json(run))
 
@@ -77,17 +77,17 @@ class Output:
         files = {f"{emb}/{emb}_{number}.npy": to_npy(features) if metadata else b"",
                  f"metadata/metadata_{number}.parquet": to_parquet(metadata) if metadata else b"",
                  f"bad/bad_{number}.parquet": to_parquet(bad) if bad else b""}
-        for name in [name for name, data in files.items() if not data]:  # of an earlier attempt
-            self.remove(name)
-            del files[name]
-        for name, data in files.items():
-            self.put(name, data)
         facts = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
-                 for name, data in files.items()}
+                 for name, data in files.items() if data}
+        for name, data in files.items():
+            if data:
+                self.put(name, data)
+            else:  # of an earlier attempt
+                self.remove(name)
         self.put(f"done/{number}.json", to_json({**about, "rows": len(features), "bad": len(bad),
                                                  "files": facts}))
-        for name in self.attempts(shard):
-            self.remove(f"started/{name}")
+        for note in self.notes("started", shard):
+            self.remove(f"started/{number}.{note}")
 
     def done(self) -> set[int]:
         """The shards whose files are all there, each as large as it was written."""
@@ -113,27 +113,24 @@ class Output:
 
     def crashed(self, shard: int) -> set[int]:
         """The rows of a shard that are known to kill the process."""
-        with contextlib.suppress(FileNotFoundError):
-            path = f"{self.folder}/crashed/{self.number(shard)}.json"
-            return set(json.loads(self.system.cat_file(path)))
-        return set()
+        return set(map(int, self.notes("crashed", shard)))
 
     def mark_crashed(self, shard: int, row: int) -> None:
-        rows = sorted(self.crashed(shard) | {row})
-        self.put(f"crashed/{self.number(shard)}.json", to_json(rows))
+        self.put(f"crashed/{self.number(shard)}.{row}", b"")
 
     def start(self, shard: int) -> str:
         """Note that a shard is begun, until it is written; returns the note's name."""
-        token = f"{self.number(shard)}.{uuid.uuid4().hex}"
-        self.put(f"started/{token}", b"")
-        return token
+        name = f"{self.number(shard)}.{uuid.uuid4().hex}"
+        self.put(f"started/{name}", b"")
+        return name
 
     def starts(self, shard: int) -> int:
         """How often a shard was begun since it was last written."""
-        return len(self.attempts(shard))
+        return len(self.notes("started", shard))
 
-    def attempts(self, shard: int) -> list[str]:
-        return [name for name in self.listed("started") if name.startswith(f"{self.number(shard)}.")]
+    def notes(self, folder: str, shard: int) -> list[str]:
+        found = (name.partition(".") for name in self.listed(folder))
+        return [note for number, _, note in found if number == self.number(shard)]
 
     def number(self, shard: int) -> str:
         return f"{shard:0{self.digits}d}"

@@ -9,7 +9,6 @@ by whoever holds a shard, a range of rows at a time.  Where a picture lies is it
 """
 import contextlib
 import csv
-import functools
 import glob
 import hashlib
 import importlib
@@ -23,6 +22,7 @@ import threading
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import lru_cache, partial
 from itertools import chain, groupby, islice
 from operator import itemgetter
 from typing import Any, Callable, Iterator, Optional, Union
@@ -65,7 +65,7 @@ class Rows:
 
     def __init__(self, items: list, sequential: bool = False):
         self.count, self.sequential, self.items = len(items), sequential, None
-        self.packed = json.dumps(items).encode()
+        self.packed = json.dumps(items, default=str).encode()
 
     def __len__(self) -> int:
         return self.count
@@ -81,13 +81,12 @@ class Rows:
         items = [[each, None, {"image_path": each}, None, *place(each)]
                  if isinstance(each, str) else each for each in self.items[start:stop]]
         records = [Record(*each[:4]) for each in items]
-        for kind, group in groupby(zip(records, items), lambda each: (each[1][4:] or [""])[0]):
-            group = list(group)
-            blobs = READERS.get(kind, read_remote)([item[4:] for _, item in group]) if kind else ()
-            for (record, _), blob in zip(group, blobs):
-                record.data = blob
-                if isinstance(blob, str):
-                    record.data, record.metadata, record.error = None, {}, blob
+        for kind, group in groupby(zip(items, records), lambda each: "".join(each[0][4:5])):
+            places, unread = zip(*((item[4:], record) for item, record in group))
+            for record, data in zip(unread, READERS.get(kind, read_remote)(places) if kind else ()):
+                record.data = data
+                if isinstance(data, str):
+                    record.data, record.metadata, record.error = None, {}, data
         return records
 
 
@@ -100,9 +99,10 @@ def plan(inputs: list[str], text: bool, shard_rows: int, every: float, column: O
     Consecutive inputs are one sequence, but for videos, which are cut by themselves.
     Raises UserError for inputs that are missing, empty or need what is not given.
     """
-    playback.cache_clear(), row_group.cache_clear()  # of files that were there before
+    for cache in (row_group, playback):  # of what lay at a path before
+        cache.cache_clear()
     shards: list[Rows] = []
-    sources = (each for given in inputs for each in expand(given))
+    sources = chain.from_iterable(map(expand, inputs))
     try:
         for video, group in groupby(sources, lambda source: source[0] * (source[1] in VIDEOS)):
             items = chain.from_iterable(read_items(*each, text, every, column) for each in group)
@@ -115,18 +115,16 @@ def plan(inputs: list[str], text: bool, shard_rows: int, every: float, column: O
     return shards
 
 
-def expand(given: str) -> Iterator[tuple[str, str]]:
+def expand(given: str) -> list[tuple[str, str]]:
     """(path, its extension; / of a folder) of all that an input stands for."""
     local = "://" not in given
     system, path = (os.path, os.path.abspath(given)) if local else file_system(given)
-    paths = [path]
-    if not system.exists(path):
-        paths = glob.glob(path, recursive=True) if local else system.glob(path)
+    find = partial(glob.glob, recursive=True) if local else system.glob
+    paths = [path] if system.exists(path) else sorted(find(path), key=os.fsencode)
     if not paths:
         raise UserError(f"{given} matches no file")
-    for path in sorted(paths, key=os.fsencode):
-        ending = "/" if system.isdir(path) else path.rpartition(".")[2].lower()
-        yield path if local else system.unstrip_protocol(path), ending
+    return [(path if local else system.unstrip_protocol(path),
+             "/" if system.isdir(path) else path.rpartition(".")[2].lower()) for path in paths]
 
 
 def read_items(path: str, ending: str, text: bool, every: float, column: Optional[str]) -> Iterator:
@@ -226,14 +224,14 @@ def table_items(path: str, text: bool, column: Optional[str]) -> Iterator[list]:
         rows = ((group, *each) for group, rows in enumerate(groups) for each in enumerate(rows))
         for number, (group, index, row) in enumerate(rows):
             key, value = f"{path}:{number}", row.pop(chosen, None)
-            name = (value or {}).get("path") or row.get("image_path") or key if not text else value
-            if name is None:
-                yield [key, None, {}, "the row is empty"]
-            elif text:
-                yield item(key, {"caption": value}, row, value)
-            else:
+            if not text:
+                name = (value or {}).get("path") or row.get("image_path") or key
                 yield item(key, {"image_path": name}, row, None, TABLE, path, size, chosen, group,
                            index)
+            elif value is not None:
+                yield item(key, {"caption": value}, row, value)
+            else:
+                yield [key, None, {}, "the row is empty"]
 
 
 def choose(path: str, names: list[str], text: bool, column: Optional[str]) -> str:
@@ -332,7 +330,7 @@ def read_table(places: list) -> list[Union[bytes, str]]:
     return blobs
 
 
-@functools.lru_cache(2)  # for threads that are not quite level
+@lru_cache(2)  # for threads that are not quite level
 def row_group(path: str, size: int, column: str, group: int) -> Any:
     with open_file(path) as file:
         table = library("pyarrow.parquet").ParquetFile(file)
@@ -371,7 +369,7 @@ class Playback:
         return np.ascontiguousarray(np.rot90(self.shown.to_ndarray(format="rgb24"), turns))
 
 
-playback = functools.lru_cache(1)(Playback)
+playback = lru_cache(1)(Playback)
 READERS = {LOCAL: read_local, TABLE: read_table, VIDEO: read_frames}
 
 
