@@ -139,8 +139,8 @@ class Decoder:
     def decode(self, items: list) -> list[Union[Picture, Bad]]:
         """Pictures in the order of the items: the bytes of files (bytes, bytearray, memoryview or
         array uint8 [N]), arrays uint8 [H, W, C] or [H, W], PIL images.  What is no picture is Bad
-        at its place; nothing of an item raises.  Pixels on the GPU are complete, and made on the
-        current stream as far as PyTorch's use of their memory goes.
+        at its place; nothing of an item raises.  Pixels on the GPU are complete; where another
+        stream than the current one reads them, `record_stream`.
         """
         return list(chain.from_iterable(self.parts(items)))
 

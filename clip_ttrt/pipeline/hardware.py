@@ -41,7 +41,7 @@ class Hardware:
 
     def __call__(self, files: np.ndarray) -> tuple[list[Optional[Tensor]], int]:
         """[n] of FILE, scanned -> pixels uint8 [H, W, C] on the device, complete, None for what
-        was refused or skipped; the number skipped.  They are for the current stream."""
+        was refused or skipped, for the current stream to read; the number skipped."""
         shapes = [files[name].tolist() for name in ("height", "width", "channels")]
         sizes = files["height"] * files["width"] * files["channels"]
         steps = (sizes // GAP + 2) * GAP

@@ -148,7 +148,7 @@ struct Engines : Functions {
       Backend backend{};
       backend.kind = cpu ? kCpuOnlyBackend : kEnginesBackend;
       backend.params.load_hint = 1;
-      backend.params.load_hint_policy = kIgnoreLoadHint;
+      backend.params.load_hint_policy = kFixedLoadHint;
       ExecutionParams params{};
       params.cpu_threads = threads;
       params.device = cpu ? kCpuOnlyDevice : device;

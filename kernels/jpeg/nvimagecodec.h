@@ -25,7 +25,7 @@ enum : int32_t {
   kCpuOnlyDevice = -99999,
   kCpuOnlyBackend = 1,
   kEnginesBackend = 4,
-  kIgnoreLoadHint = 1,
+  kFixedLoadHint = 2,
   kSrgb = 1,
   kGrey = 2,
   kNoSubsampling = 0,

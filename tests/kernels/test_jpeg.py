@@ -138,7 +138,7 @@ THEIRS = {  # our name -> theirs, and the names of members in their order
 VALUES = {
     "kVersion": "VER", "kCpuOnlyDevice": "DEVICE_CPU_ONLY",
     "kCpuOnlyBackend": "BACKEND_KIND_CPU_ONLY", "kEnginesBackend": "BACKEND_KIND_HW_GPU_ONLY",
-    "kIgnoreLoadHint": "LOAD_HINT_POLICY_IGNORE", "kSrgb": "COLORSPEC_SRGB",
+    "kFixedLoadHint": "LOAD_HINT_POLICY_FIXED", "kSrgb": "COLORSPEC_SRGB",
     "kGrey": "COLORSPEC_GRAY", "kNoSubsampling": "SAMPLING_NONE",
     "kGreySubsampling": "SAMPLING_GRAY", "kInterleavedY": "SAMPLEFORMAT_I_Y",
     "kInterleavedRgb": "SAMPLEFORMAT_I_RGB", "kUint8": "SAMPLE_DATA_TYPE_UINT8",
