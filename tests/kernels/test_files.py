@@ -81,11 +81,13 @@ def test_memory_is_used_again_only_when_nothing_refers_to_it(tmp_path):
 
 
 @needs.built
-@pytest.mark.parametrize("changed", [{"count": -1}, {"threads": 0}, {"most": -1}, {"paths": None},
-                                     {"sizes": None}, {"errors": None}, {"offsets": None}, {"buffer": None}])
+@pytest.mark.parametrize("changed", [
+    {"count": -1}, {"threads": 0}, {"most": -1}, {"paths": None}, {"sizes": None},
+    {"errors": None}, {"offsets": None}, {"buffer": None}])
 def test_what_is_outside_the_contract_is_refused(changed):
     arrays = [np.zeros(16, np.uint8) for _ in range(5)]
-    fields = dict(zip(("paths", "offsets", "sizes", "errors", "buffer"),
-                      (each.ctypes.data for each in arrays)), count=1, most=1, capacity=1, threads=1)
+    names = ("paths", "offsets", "sizes", "errors", "buffer")
+    fields = {name: each.ctypes.data for name, each in zip(names, arrays)}
+    fields.update(count=1, most=1, capacity=1, threads=1)
     params = kernels.FILES(**{**fields, **changed})
     assert kernels.library().clip_files_read(ctypes.byref(params)) == errno.EINVAL
