@@ -5,6 +5,7 @@
 layers.  Nothing here imports TensorRT.
 """
 import ctypes
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -63,7 +64,9 @@ PARAMS = {  # launcher clip_*_launch -> its struct
 PICTURE = struct(  # ClipPreprocessPicture, of which preprocess takes an array
     "pixels", "along across channel first second between lines channels vertical"
 )
-FILES = struct("paths offsets sizes errors buffer", "count most", "threads")  # ClipFilesParams
+FILES = struct(  # ClipFilesParams
+    "paths offsets sizes errors buffer", "count most capacity", "threads"
+)
 NOT_REGULAR, BEYOND_END = -1, -2  # among its errors, where errno has no word
 FILE_THREADS = 4  # that read a batch
 KEPT = 1 << 28  # bytes: smaller buffers are used again, for fresh pages cost more than reading
@@ -268,19 +271,20 @@ def read_files(
     Returns uint8 [sum of sizes], all parts in order, and int32 [N], errors: 0, of errno,
     NOT_REGULAR or BEYOND_END.
     """
-    paths, errors = np.frombuffer(names, np.uint8), np.empty(len(sizes), np.int32)
-    addresses = (each.ctypes.data for each in (paths, offsets, sizes, errors))
-    params = FILES(*addresses, None, len(sizes), most, FILE_THREADS)
-    status = library().clip_files_measure(ctypes.byref(params))
-    whole = _idle.pop() if _idle else np.empty(0, np.uint8)
-    if whole.size < sizes.sum():
-        whole = np.empty(int(sizes.sum() * 1.2), np.uint8)
+    paths, errors, asked = np.frombuffer(names, np.uint8), np.empty(len(sizes), np.int32), sizes * 1
+    addresses = [each.ctypes.data for each in (paths, offsets, sizes, errors)]
+    whole, status = _idle.pop() if _idle else np.empty(0, np.uint8), errno.ENOBUFS
+    while status == errno.ENOBUFS:
+        sizes[:] = asked
+        params = FILES(*addresses, whole.ctypes.data, len(sizes), most, whole.size, FILE_THREADS)
+        status = library().clip_files_read(ctypes.byref(params))
+        if status == errno.ENOBUFS:
+            whole = np.empty(int(sizes.sum() * 1.2), np.uint8)
+    if status != 0:
+        raise OSError(status, os.strerror(status))
     data = whole[: sizes.sum()]
     if whole.size <= KEPT:
         weakref.finalize(data, _idle.append, whole)  # once nothing refers to the data
-    params.buffer = data.ctypes.data
-    if status := status or library().clip_files_read(ctypes.byref(params)):
-        raise OSError(status, os.strerror(status))
     return data, errors
 
 

@@ -114,33 +114,25 @@ void share(int64_t count, int32_t threads, F function) {
 
 bool valid(const ClipFilesParams* params) {
   return params && params->count >= 0 && params->most >= 0 && params->threads >= 1 &&
+         params->capacity >= 0 && (params->capacity == 0 || params->buffer) &&
          (params->count == 0 ||
           (params->paths && params->offsets && params->sizes && params->errors));
 }
 
 }  // namespace
 
-int32_t clip_files_measure(const ClipFilesParams* params) try {
+int32_t clip_files_read(const ClipFilesParams* params) try {
   if (!valid(params)) return EINVAL;
   Batch batch(*params);
   share(params->count, params->threads,
         [&](int64_t begin, int64_t end) { measure(batch, begin, end); });
-  return 0;
-} catch (const std::bad_alloc&) {
-  return ENOMEM;
-}
-
-int32_t clip_files_read(const ClipFilesParams* params) try {
-  if (!valid(params)) return EINVAL;
-  Batch batch(*params);
   std::vector<int64_t> places;
   int64_t total = 0;
   for (int64_t i = 0; i < params->count; ++i) {
-    if (batch.sizes[i] < 0) return EINVAL;
     places.push_back(total);
     total += batch.sizes[i];
   }
-  if (total > 0 && !batch.buffer) return EINVAL;
+  if (total > params->capacity) return ENOBUFS;
   share(params->count, params->threads,
         [&](int64_t begin, int64_t end) { read(batch, places, begin, end); });
   return 0;

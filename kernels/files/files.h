@@ -1,14 +1,14 @@
 // Reading many files at once, by a few threads and without a Python interpreter's lock. Plain C,
 // neither CUDA nor Torch.
 //
-// A batch is `count` parts of regular files: a whole file, or some bytes of an archive. First
-// clip_files_measure fills in their sizes, then the caller allocates, and clip_files_read reads
-// them one after the other into `buffer`, in order. Entries one after the other with the same path
-// are read through one descriptor. What fails has an error, size 0 and no place in the buffer if
-// clip_files_measure found it so; a failure of clip_files_read leaves its bytes as they are.
+// A batch is `count` parts of regular files: a whole file, or some bytes of an archive. They go one
+// after the other into `buffer`, in order. Entries one after the other with the same path are read
+// through one descriptor. What fails has an error; its size is 0 if it fails before it is read, and
+// else its bytes are undefined.
 //
-// Both return 0, or EINVAL for a size or a pointer outside the contract, and may be called from any
-// number of threads at once.
+// Returns 0; ENOBUFS where the sizes, which are filled in then, are more than `capacity` together,
+// and nothing is read; EINVAL for a size or a pointer outside the contract; ENOMEM. Any number of
+// threads may call it at once.
 #ifndef CLIP_TTRT_FILES_H_
 #define CLIP_TTRT_FILES_H_
 
@@ -28,15 +28,15 @@ enum {
 typedef struct ClipFilesParams {
   const void* paths;    // `count` names, each with a NUL at its end
   const void* offsets;  // int64 [count], of the first byte in its file
-  void* sizes;          // int64 [count], bytes; -1: clip_files_measure puts those up to the end
+  void* sizes;          // int64 [count], bytes; -1: up to the end, and the number is filled in
   void* errors;         // int32 [count]
-  void* buffer;         // the sum of the sizes, in bytes; clip_files_measure leaves it alone
+  void* buffer;         // of `capacity` bytes
   int64_t count;
-  int64_t most;     // bytes of an entry
+  int64_t most;  // bytes of an entry
+  int64_t capacity;
   int32_t threads;  // at most, the caller's among them
 } ClipFilesParams;
 
-int32_t clip_files_measure(const ClipFilesParams* params);
 int32_t clip_files_read(const ClipFilesParams* params);
 
 // sizeof the struct: lets a caller in another language check that its copy agrees.

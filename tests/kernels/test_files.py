@@ -29,7 +29,7 @@ def test_the_struct_and_the_errors_are_the_headers():
     body = re.search(r"typedef struct ClipFilesParams \{(.*?)\}", HEADER, re.S)[1]
     types = {"*": ctypes.c_void_p, "int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32}
     declared = re.findall(r"^\s*(?:const )?(\w+)(\*?) (\w+);", body, re.M)
-    assert len(declared) == 8 and kernels.FILES._fields_ == [
+    assert len(declared) == 9 and kernels.FILES._fields_ == [
         (name, types[star or kind]) for kind, star, name in declared]
     codes = re.findall(r"kClipFiles(\w+) = (-\d+)", HEADER)
     assert codes == [("NotRegular", str(kernels.NOT_REGULAR)),
@@ -81,12 +81,13 @@ def test_memory_is_used_again_only_when_nothing_refers_to_it(tmp_path):
 
 
 @needs.built
-@pytest.mark.parametrize("changed", [{"count": -1}, {"threads": 0}, {"most": -1}, {"paths": None},
-                                     {"sizes": None}, {"errors": None}, {"offsets": None}])
+@pytest.mark.parametrize("changed", [
+    {"count": -1}, {"threads": 0}, {"most": -1}, {"paths": None}, {"sizes": None},
+    {"errors": None}, {"offsets": None}, {"buffer": None}])
 def test_what_is_outside_the_contract_is_refused(changed):
     arrays = [np.zeros(16, np.uint8) for _ in range(5)]
-    fields = dict(zip(("paths", "offsets", "sizes", "errors", "buffer"),
-                      (each.ctypes.data for each in arrays)), count=1, most=1, threads=1)
+    names = ("paths", "offsets", "sizes", "errors", "buffer")
+    fields = {name: each.ctypes.data for name, each in zip(names, arrays)}
+    fields.update(count=1, most=1, capacity=1, threads=1)
     params = kernels.FILES(**{**fields, **changed})
-    for function in (kernels.library().clip_files_measure, kernels.library().clip_files_read):
-        assert function(ctypes.byref(params)) == errno.EINVAL
+    assert kernels.library().clip_files_read(ctypes.byref(params)) == errno.EINVAL
