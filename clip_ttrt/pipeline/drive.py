@@ -122,12 +122,12 @@ def processes(tasks: list[Task], make_worker: Callable, devices: Sequence[str], 
                         if waiting:
                             start(device)
                     continue
+                with contextlib.suppress(ConnectionError):
+                    pipe.send(waiting.popleft() if waiting else None)
                 ready.add(pipe)
                 progress.ready()
                 if result:
                     yield result
-                with contextlib.suppress(ConnectionError):
-                    pipe.send(waiting.popleft() if waiting else None)
     finally:
         for process, _ in children.values():
             process.kill()
@@ -155,6 +155,7 @@ def serve(pipe, make_worker: Callable, device: str, out) -> None:
             pipe.send(written.result())
     except Exception as problem:
         pipe.send(failure(problem))
+    os._exit(0)  # CUDA's teardown would take a second
 
 
 def failure(problem: Exception) -> dict[str, str]:

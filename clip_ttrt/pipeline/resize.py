@@ -39,11 +39,10 @@ FITS = ("crop", "squash", "pad")
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """One pass for R positions: the pixels first .. first + length - 1 are all that it takes."""
+    """One pass for R positions, which takes the pixels of `span` alone."""
 
-    first: int
-    length: int
-    data: np.ndarray  # int32 [2 + taps, R]: starts, from `first` on; counts; weights, 0 past them
+    span: slice
+    data: np.ndarray  # int32 [2 + taps, R]: starts in the span; counts; weights, 0 past them
 
 
 @functools.lru_cache(SIZES)
@@ -69,7 +68,7 @@ def table(n_in: int, n_out: int, offset: int, resolution: int, filter: str) -> T
     data = np.empty((2 + len(weights), resolution), np.int32)
     data[0], data[1] = start - start[0], (stop - start) * inside
     data[2:] = weights + np.copysign(0.5, weights)
-    return Table(int(start[0]), int(stop[-1] - start[0]), data)
+    return Table(slice(int(start[0]), int(stop[-1])), data)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,12 +104,11 @@ def plan(height: int, width: int, resolution: int, filter: str, fit: str, order:
         tables.append(table(n_in, n_out, offset, resolution, filter))
         saved.append(n_in - n_out)
     vertical = order == "vertical" and saved[0] > max(0, 2 * saved[1])
-    rows, columns = (slice(one.first, one.first + one.length) for one in tables)
-    return Plan(rows, columns, vertical, *(tables if vertical else tables[::-1]))
+    return Plan(tables[0].span, tables[1].span, vertical, *(tables if vertical else tables[::-1]))
 
 
 def resample(pixels: Tensor, table: Table) -> Tensor:
-    """One pass along the first axis: uint8 [table.length, N, C] -> [R, N, C]."""
+    """One pass along the first axis: uint8 [length of the span, N, C] -> [R, N, C]."""
     starts, _, *weights = torch.from_numpy(table.data).to(pixels.device)[:, :, None]
     flat, last = pixels.reshape(pixels.shape[0], -1), pixels.shape[0] - 1
     total = flat.new_full((starts.shape[0], flat.shape[1]), 1 << (BITS - 1), dtype=torch.int32)
@@ -238,7 +236,7 @@ class Preprocess:
                 windows.append((i, pixel_end, window))
                 start, pixel_end = pixel_end, pixel_end + window.size
             along, across = (down, right) if plan.vertical else (right, down)
-            lines = plan.second.length
+            lines = plan.second.span.stop - plan.second.span.start
             rows.append((start, along, across, channel, tables[plan.first], tables[plan.second],
                          between, lines, channels, plan.vertical))  # kernels.PICTURE
             between += channels * lines * -(-self.resolution // 4) * 4
