@@ -71,15 +71,17 @@ def write_pictures(folder: Path, kind: str, numbers: Sequence[int]) -> None:
 
 
 def corpus(root: Path, kind: str, count: int, cores: int) -> tuple[Path, list[Path]]:
-    """A folder of so many pictures, and archives of the same ones."""
-    folder = root / kind
+    """A folder of so many pictures, and archives of the same ones, taken as they are if there."""
+    folder = root / f"{kind}-{count}"
+    archives = [root / f"{kind}-{count}-{copy}.tar" for copy in range(NAMES)]
+    if archives[-1].exists():
+        return folder, archives
     for copy in range(NAMES):
         (folder / f"{copy}").mkdir(parents=True)
     numbers = range(count // NAMES)
     with ProcessPoolExecutor(cores) as pool:
         parts = [numbers[i::cores] for i in range(cores)]
         list(pool.map(write_pictures, *zip(*((folder, kind, part) for part in parts))))
-    archives = [root / f"{kind}-{copy}.tar" for copy in range(NAMES)]
     with tarfile.open(archives[0], "w") as archive:
         archive.add(folder / "0", "")
     for path in archives[1:]:
@@ -205,8 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ):
                 if source == "tar" and decode != options.decodes[0]:
                     continue
-                out = root / f"features-{kind}-{gpus}-{source}-{decode}"
-                done = embed(artifact.folder, inputs[source], out, gpus=gpus, decode=decode)
+                done = embed(artifact.folder, inputs[source], root / "features", gpus=gpus,
+                             decode=decode, overwrite=True)
                 print(json.dumps(done), flush=True)
                 count = len(gpus.split(","))
                 record("clip_ttrt", kind, source, decode, count, done["images_per_s"],

@@ -1,5 +1,4 @@
 """A shard through the worker, against pictures encoded one by one."""
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -94,7 +93,7 @@ def test_pictures_decoded_twice_are_compared(demo_artifact, files):
     pixels = [torch.full((60, 60, 3), value, dtype=torch.uint8) for value in (0, 40, 255)]
     pictures = [Picture(each, "gpu", 60, 60, exact=each) for each in pixels]
     for exact, largest in ((pixels[1], 1.0), (pixels[2], 0.999)):
-        pictures[1] = replace(pictures[1], exact=exact)
+        pictures[1] = pictures[1]._replace(exact=exact)
         one.decoder.parts = lambda items: iter([pictures[:2], pictures[2:]])
         lowest = one.run(0, shard(files[:3]))["decode"]["lowest_cosine"]
         assert lowest == pytest.approx(1, abs=1e-6) if largest == 1 else lowest < largest

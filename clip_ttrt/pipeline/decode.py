@@ -25,9 +25,9 @@ from torch import Tensor
 
 from clip_ttrt import deprecations, kernels
 from clip_ttrt.errors import UserError
+from clip_ttrt.options import DECODE
 from clip_ttrt.pipeline.hardware import FILE, Hardware
 
-MODES = ("auto", "exact", "gpu", "cpu", "pillow")
 GPU, CPU, PILLOW = range(3)  # routes, as kernels/jpeg/jpeg.h has them
 LARGE = 1 << 24  # pixels: beyond them Pillow resizes a picture, so that a batch fits memory
 LARGE_OTHER = 1 << 20  # the same of other files, of which only Pillow knows the size
@@ -116,8 +116,8 @@ class Decoder:
 
     def __init__(self, mode: str, resolution: int, device: Union[str, torch.device] = "cpu",
                  threads: Optional[int] = None):
-        if mode not in MODES:
-            raise UserError(f"unknown decode mode {mode!r}; choose one of {', '.join(MODES)}")
+        if mode not in DECODE:
+            raise UserError(f"unknown decode mode {mode!r}; choose one of {', '.join(DECODE)}")
         # OpenAI's up to the tensor: a picture, resized in its own mode -> RGB, R x R.
         self.transform = torchvision.transforms.Compose(
             deprecations.clip()._transform(resolution).transforms[:-2])
