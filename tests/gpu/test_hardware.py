@@ -156,7 +156,8 @@ def test_nothing_is_printed(files):
     done = subprocess.run([sys.executable, "-c", program], input=files[0], capture_output=True)
     if b"cannot decode" in done.stderr:
         pytest.skip("no engines")
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    printed = [line for line in (done.stdout + done.stderr).splitlines() if b"[TRT]" not in line]
+    assert (done.returncode, printed) == (0, [])  # TensorRT tells of itself as it is loaded
 
 
 def test_memory_is_read_before_it_is_written(decoder, files):
