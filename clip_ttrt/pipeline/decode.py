@@ -43,9 +43,12 @@ warnings.filterwarnings("ignore", "The given buffer is not writable")  # it is o
 class Bad(Exception):
     """A picture that Pillow refuses; str() is the reason, one line, the same in every run."""
 
+    route, pixels, width, height, exact = "bad", None, 0, 0, None  # as of a Picture
+
     def __init__(self, problem: Exception):
         text = re.sub(r" ?<[^<>]* at 0x[0-9a-fA-F]+>", "", " ".join(str(problem).split()))
-        super().__init__(f"{type(problem).__name__}: {text}")
+        self.error = f"{type(problem).__name__}: {text}"
+        super().__init__(self.error)
 
 
 class Picture(NamedTuple):
@@ -56,6 +59,7 @@ class Picture(NamedTuple):
     width: int  # of the file, in pixels
     height: int
     exact: Optional[Tensor] = None  # of one in SAMPLED from the GPU's engines: the CPU's pixels
+    error = None  # as a Bad one has
 
 
 def scan(items: list) -> np.ndarray:
@@ -176,7 +180,7 @@ class Decoder:
             for index, picture in each.result():
                 results[index] = self._compared(results[index], picture)
         with self._lock:
-            self._counts.update(getattr(each, "route", "bad") for each in results)
+            self._counts.update(each.route for each in results)
             self._counts.update(fallbacks=int(missing.sum()), silent_skips=skipped)
         return results
 

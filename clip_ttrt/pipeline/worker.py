@@ -53,8 +53,8 @@ class Worker:
         self.encode = self.model.encode_text if options.text else self.model.encode_image
         self.smallest = self.model.artifact.batch.minimum
         # All graphs are captured here: CUDA forbids other threads some calls meanwhile.
-        sizes = (1 << power for power in range(options.batch.bit_length()))
-        self.model.warmup({options.batch, *(size for size in sizes if size >= self.smallest)})
+        self.model.warmup({self.size_for(count) for count in range(options.batch + 1)})
+        self.load = self.load_texts if options.text else self.load_pictures
         if not options.text:
             # Without a GPU Pillow's own resize is the fastest.
             mode = "pillow" if options.decode == "auto" and not self.on_gpu else options.decode
@@ -62,12 +62,11 @@ class Worker:
             self.decoder = Decoder(mode, side, self.model.device, options.threads)
             self.preprocess = Preprocess(side, self.model.device)
             self.reported = self.decoder.report()
-        self.pools = {sequential: ThreadPoolExecutor(loaders, initializer=self.begin_thread)
+        self.pools = {sequential: ThreadPoolExecutor(loaders, initializer=self.own_stream)
                       for sequential, loaders in ((False, LOADERS), (True, 1))}
         self.progress: Callable[[dict], None] = lambda counts: None
 
-    def begin_thread(self) -> None:
-        """Each loader has a stream of its own."""
+    def own_stream(self) -> None:
         if self.on_gpu:
             torch.cuda.set_stream(torch.cuda.Stream(self.model.device))
 
@@ -134,18 +133,10 @@ class Worker:
         count = max(count, self.smallest)
         return max(count, min(1 << (count - 1).bit_length(), self.options.batch))
 
-    def load(self, rows: Rows, span: range, killers: set[int]) -> Batch:
-        """Read and prepare rows of a shard."""
-        load = self.load_texts if self.options.text else self.load_pictures
-        batch = load(rows, span, killers)
-        if batch.inputs.is_cuda:
-            batch.ready = torch.cuda.current_stream(self.model.device).record_event()
-        return batch
-
     def load_pictures(self, rows: Rows, span: range, killers: set[int]) -> Batch:
-        side, exact = self.model.visual.input_resolution, []
-        batch = Batch(torch.empty(self.size_for(len(span)), 3, side, side,
-                                  device=self.model.device))
+        """Read and prepare rows of a shard, on a GPU on the stream of this thread."""
+        side, exact, device = self.model.visual.input_resolution, {}, self.model.device
+        batch = Batch(torch.empty(self.size_for(len(span)), 3, side, side, device=device))
         step = FRAMES if rows.sequential else len(span)
         for start in span[::step]:
             part = range(start, min(start + step, span.stop))
@@ -153,25 +144,20 @@ class Worker:
             parts = self.decoder.parts([b"" if each.error else each.data for each in records])
             left = iter(records)
             while pictures := timed(batch.seconds, "decode", next, parts, None):
-                done, pixels = len(batch.rows), []
+                done = len(batch.rows)
                 for row, (picture, record) in enumerate(zip(pictures, left), done):
-                    if record.error or isinstance(picture, Exception):
-                        pixels.append(None)
-                        error = record.error or str(picture)
-                        batch.rows.append((False, {"row": span.start + row,
-                                                   "image_path": record.key, "error": error}))
-                        continue
-                    pixels.append(picture.pixels)
-                    batch.rows.append((True, {**record.metadata, "width": picture.width,
-                                              "height": picture.height}))
+                    batch.rows.append(told(span.start + row, "image_path", record, picture.error,
+                                           width=picture.width, height=picture.height))
                     if picture.exact is not None:
-                        batch.checked.append(row)
-                        exact.append(picture.exact)
-                timed(batch.seconds, "resize", self.preprocess, pixels,
-                      batch.inputs[done:done + len(pixels)])
+                        exact[row] = picture.exact
+                timed(batch.seconds, "resize", self.preprocess,
+                      [each.pixels for each in pictures], batch.inputs[done:len(batch.rows)])
         batch.inputs[len(batch.rows):].zero_()
         if exact:
-            batch.exact = self.preprocess(exact + [None] * (self.size_for(len(exact)) - len(exact)))
+            padding = [None] * (self.size_for(len(exact)) - len(exact))
+            batch.checked, batch.exact = [*exact], self.preprocess([*exact.values(), *padding])
+        if self.on_gpu:
+            batch.ready = torch.cuda.current_stream(device).record_event()
         return batch
 
     def load_texts(self, rows: Rows, span: range, killers: set[int]) -> Batch:
@@ -181,9 +167,8 @@ class Worker:
         texts += [""] * (self.size_for(len(span)) - len(span))
         tokens = timed(seconds, "tokenize", deprecations.clip().tokenize, texts,
                        self.model.context_length, True)
-        return Batch(tokens.int(), [
-            (False, {"row": row, "text": each.key, "error": each.error}) if each.error
-            else (True, each.metadata) for row, each in zip(span, records)], seconds=seconds)
+        return Batch(tokens.int(), [told(row, "text", each) for row, each in zip(span, records)],
+                     seconds=seconds)
 
     def features(self, inputs: Tensor, ready: Optional[torch.cuda.Event]) -> Tensor:
         """float32 [size, E] on the device, in the order of the current stream."""
@@ -215,12 +200,18 @@ class Worker:
 
 def read(rows: Rows, span: range, killers: set[int]) -> list[Record]:
     """Rows of a shard; those that kill are not read."""
-    records, start = [], span.start
-    for killer in sorted(killers.intersection(span)):
-        records += rows.read(start, killer)
-        records.append(Record(f"row {killer}", None, {}, KILLED))
-        start = killer + 1
-    return records + rows.read(start, span.stop)
+    if killers.isdisjoint(span):
+        return rows.read(span.start, span.stop)
+    return [Record(f"row {row}", None, {}, KILLED) if row in killers
+            else rows.read(row, row + 1)[0] for row in span]
+
+
+def told(row: int, kind: str, record: Record, error: Optional[str] = None, **size: int
+         ) -> tuple[bool, dict[str, Any]]:
+    """Whether a row is good; its metadata, or what bad/ holds of it."""
+    if error := record.error or error:
+        return False, {"row": row, kind: record.key, "error": error}
+    return True, {**record.metadata, **size}
 
 
 def timed(stages: Counter, name: str, call: Callable, *arguments: Any) -> Any:
