@@ -30,10 +30,10 @@ KILLED = "it killed the process that embedded it"
 
 @dataclass
 class Batch:
-    """What the encoder is given, and what becomes of each row."""
+    """What the encoder is given, and the rows that it is of."""
 
     inputs: Tensor  # images [size, 3, R, R] on the device, or tokens [size, T]
-    rows: list[tuple[bool, dict]] = field(default_factory=list)  # good? metadata or row of bad/
+    records: list[Record] = field(default_factory=list)  # those with an error get no features
     exact: Optional[Tensor] = None  # images of the rows `checked`, decoded on the CPU as well
     checked: list[int] = field(default_factory=list)
     seconds: Counter = field(default_factory=Counter)  # of each stage
@@ -51,9 +51,10 @@ class Worker:
         self.model, _ = load(artifact, device, force=options.force)
         self.out, self.options, self.on_gpu = out, options, self.model.device.type == "cuda"
         self.encode = self.model.encode_text if options.text else self.model.encode_image
+        self.kind = "text" if options.text else "image_path"
         self.smallest = self.model.artifact.batch.minimum
         # All graphs are captured here: CUDA forbids other threads some calls meanwhile.
-        self.model.warmup({self.size_for(count) for count in range(options.batch + 1)})
+        self.model.warmup({self.size_for(count) for count in range(1, options.batch + 1)})
         self.load = self.load_texts if options.text else self.load_pictures
         if not options.text:
             # Without a GPU Pillow's own resize is the fastest.
@@ -62,8 +63,8 @@ class Worker:
             self.decoder = Decoder(mode, side, self.model.device, options.threads)
             self.preprocess = Preprocess(side, self.model.device)
             self.reported = self.decoder.report()
-        self.pools = {sequential: ThreadPoolExecutor(loaders, initializer=self.own_stream)
-                      for sequential, loaders in ((False, LOADERS), (True, 1))}
+        self.pools = [ThreadPoolExecutor(count, initializer=self.own_stream)
+                      for count in (LOADERS, 1)]  # the second reads in order
         self.progress: Callable[[dict], None] = lambda counts: None
 
     def own_stream(self) -> None:
@@ -71,38 +72,37 @@ class Worker:
             torch.cuda.set_stream(torch.cuda.Stream(self.model.device))
 
     def run(self, number: int, rows: Rows, only: Optional[range] = None) -> dict[str, Any]:
-        """Embed a shard and write it; with `only`, try those rows and write nothing.
-
-        Returns images and bad, counts of rows; routes; stages, seconds waited for each; decode,
-        what the decoder reports of these rows.
-        """
+        """As `embed`, and what that returns is called."""
         return self.embed(number, rows, only)()
 
     def embed(self, number: int, rows: Rows, only: Optional[range] = None) -> Callable[[], dict]:
-        """Embed a shard.  Returns what writes it and gives the result of `run`, for any thread."""
-        begun, waited = time.perf_counter(), Counter()
-        features, told, lowest, in_flight = [], [], [], deque()
-        for batch in self.batches(rows, only or range(len(rows)), self.out.crashed(number), waited):
+        """Embed a shard or, with `only`, try those rows.  Returns what writes the shard (not with
+        `only`), in any thread, and returns images and bad, counts of rows; routes; stages, seconds
+        waited for each; decode, what the decoder reports of these rows."""
+        begun, waited, span = time.perf_counter(), Counter(), only or range(len(rows))
+        features, records, lowest, in_flight = [], [], [], deque()
+        for batch in self.batches(rows, span, self.out.crashed(number), waited):
             if len(in_flight) == IN_FLIGHT:
                 timed(waited, "encode", in_flight.popleft().synchronize)
             found = timed(waited, "encode", self.features, batch.inputs, batch.ready)
             if batch.checked:
                 exact = self.features(batch.exact, batch.ready)[:len(batch.checked)]
                 lowest.append(nn.functional.cosine_similarity(found[batch.checked], exact).min())
-            features.append(self.to_host(found[:len(batch.rows)], in_flight))
-            told += batch.rows
-            self.progress({"images": sum(good for good, _ in batch.rows)})
+            features.append(self.to_host(found[:len(batch.records)], in_flight))
+            records += batch.records
+            self.progress({"images": sum(not each.error for each in batch.records)})
         for event in in_flight:
             timed(waited, "encode", event.synchronize)
-        metadata = [about for good, about in told if good]
-        bad = [about for good, about in told if not good]
+        metadata = [each.metadata for each in records if not each.error]
+        bad = [{"row": row, self.kind: each.key, "error": each.error}
+               for row, each in zip(span, records) if each.error]
         report = {} if self.options.text else self.report(lowest)
         routes = {name: report[name] for name in ("gpu", "cpu", "pillow") if report.get(name)}
 
         def finish() -> dict[str, Any]:
             if only is None:
                 about = {"seconds": round(time.perf_counter() - begun, 3), "routes": routes}
-                found = np.concatenate(features)[[good for good, _ in told]]
+                found = np.concatenate(features)[[not each.error for each in records]]
                 timed(waited, "write", self.out.write, number, found, metadata, bad, about)
             return {"images": len(metadata), "bad": len(bad), "routes": routes, "decode": report,
                     "stages": dict(waited)}
@@ -113,46 +113,42 @@ class Worker:
                 ) -> Iterator[Batch]:
         """The batches of a shard in order, a few of them being loaded ahead."""
         size, pool = self.options.batch, self.pools[rows.sequential]
-        loads = (pool.submit(self.load, rows, range(start, min(start + size, span.stop)), killers)
-                 for start in span[::size])
+        loads = (pool.submit(self.load, rows, span[start:start + size], killers)
+                 for start in range(0, len(span), size))
         ahead = deque(islice(loads, LOADERS + 1))
-        try:
-            while ahead:
-                begun = time.perf_counter()
-                batch = ahead.popleft().result()
-                share = (time.perf_counter() - begun) / (sum(batch.seconds.values()) or 1)
-                waited.update({stage: spent * share for stage, spent in batch.seconds.items()})
-                yield batch
-                ahead.extend(islice(loads, 1))
-        finally:
-            for each in ahead:
-                each.cancel()
+        while ahead:
+            begun = time.perf_counter()
+            batch = ahead.popleft().result()
+            share = (time.perf_counter() - begun) / (sum(batch.seconds.values()) or 1)
+            waited.update({stage: spent * share for stage, spent in batch.seconds.items()})
+            yield batch
+            ahead.extend(islice(loads, 1))
 
     def size_for(self, count: int) -> int:
         """A power of two where the artifact has it, so that few graphs serve all batches."""
-        count = max(count, self.smallest)
-        return max(count, min(1 << (count - 1).bit_length(), self.options.batch))
+        return max(count, self.smallest, min(1 << (count - 1).bit_length(), self.options.batch))
 
     def load_pictures(self, rows: Rows, span: range, killers: set[int]) -> Batch:
         """Read and prepare rows of a shard, on a GPU on the stream of this thread."""
         side, exact, device = self.model.visual.input_resolution, {}, self.model.device
         batch = Batch(torch.empty(self.size_for(len(span)), 3, side, side, device=device))
         step = FRAMES if rows.sequential else len(span)
-        for start in span[::step]:
-            part = range(start, min(start + step, span.stop))
-            records = timed(batch.seconds, "read", read, rows, part, killers)
+        for start in range(0, len(span), step):
+            records = timed(batch.seconds, "read", read, rows, span[start:start + step], killers)
             parts = self.decoder.parts([b"" if each.error else each.data for each in records])
-            left = iter(records)
+            left, done = iter(records), start
             while pictures := timed(batch.seconds, "decode", next, parts, None):
-                done = len(batch.rows)
                 for row, (picture, record) in enumerate(zip(pictures, left), done):
-                    batch.rows.append(told(span.start + row, "image_path", record, picture.error,
-                                           width=picture.width, height=picture.height))
+                    record.error, record.data = record.error or picture.error, None
+                    record.metadata = {**record.metadata, "width": picture.width,
+                                       "height": picture.height}
                     if picture.exact is not None:
                         exact[row] = picture.exact
+                begin, done = done, done + len(pictures)
                 timed(batch.seconds, "resize", self.preprocess,
-                      [each.pixels for each in pictures], batch.inputs[done:len(batch.rows)])
-        batch.inputs[len(batch.rows):].zero_()
+                      [each.pixels for each in pictures], batch.inputs[begin:done])
+            batch.records += records
+        batch.inputs[len(span):].zero_()
         if exact:
             padding = [None] * (self.size_for(len(exact)) - len(exact))
             batch.checked, batch.exact = [*exact], self.preprocess([*exact.values(), *padding])
@@ -167,8 +163,7 @@ class Worker:
         texts += [""] * (self.size_for(len(span)) - len(span))
         tokens = timed(seconds, "tokenize", deprecations.clip().tokenize, texts,
                        self.model.context_length, True)
-        return Batch(tokens.int(), [told(row, "text", each) for row, each in zip(span, records)],
-                     seconds=seconds)
+        return Batch(tokens.int(), records, seconds=seconds)
 
     def features(self, inputs: Tensor, ready: Optional[torch.cuda.Event]) -> Tensor:
         """float32 [size, E] on the device, in the order of the current stream."""
@@ -204,14 +199,6 @@ def read(rows: Rows, span: range, killers: set[int]) -> list[Record]:
         return rows.read(span.start, span.stop)
     return [Record(f"row {row}", None, {}, KILLED) if row in killers
             else rows.read(row, row + 1)[0] for row in span]
-
-
-def told(row: int, kind: str, record: Record, error: Optional[str] = None, **size: int
-         ) -> tuple[bool, dict[str, Any]]:
-    """Whether a row is good; its metadata, or what bad/ holds of it."""
-    if error := record.error or error:
-        return False, {"row": row, kind: record.key, "error": error}
-    return True, {**record.metadata, **size}
 
 
 def timed(stages: Counter, name: str, call: Callable, *arguments: Any) -> Any:
