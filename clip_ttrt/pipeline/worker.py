@@ -1,8 +1,7 @@
-"""A shard to features, on one device: threads read, decode and resize batches ahead of the encoder.
+"""A shard to features, on one device: threads load batches ahead of the encoder.
 
-The batches of a shard and a picture's place in them follow from the plan alone, and a bad picture
-leaves zeros at its place: whatever else happens, the same rows give the same features.
-"""
+A row's batch and place follow from the plan alone, and a bad picture leaves zeros there: whatever
+else happens, the same rows give the same features."""
 import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +30,6 @@ KILLED = "it killed the process that embedded it"
 @dataclass
 class Batch:
     """What the encoder is given, and the rows that it is of."""
-
     inputs: Tensor  # images [size, 3, R, R] on the device, or tokens [size, T]
     records: list[Record] = field(default_factory=list)  # those with an error get no features
     exact: Optional[Tensor] = None  # images of the rows `checked`, decoded on the CPU as well
@@ -41,11 +39,9 @@ class Batch:
 
 
 class Worker:
-    """Embeds shards for `Output`.  options: `EmbedOptions`.  device: cpu or cuda:N.
-
-    `progress` is called with the count of images after each batch.  Raises UserError where the
-    artifact cannot be loaded there, or the decoder cannot be had.
-    """
+    """Embeds shards for `Output`.  options: `EmbedOptions`.  device: cpu or cuda:N.  `progress` is
+    called with the count of images after each batch.  Raises UserError where the artifact cannot
+    be loaded there, or the decoder cannot be had."""
 
     def __init__(self, artifact: Path, out: Output, options: Any, device: str):
         self.model, _ = load(artifact, device, force=options.force)
@@ -63,17 +59,12 @@ class Worker:
             self.decoder = Decoder(mode, side, self.model.device, options.threads)
             self.preprocess = Preprocess(side, self.model.device)
             self.reported = self.decoder.report()
-        self.pools = [ThreadPoolExecutor(count, initializer=self.own_stream)
-                      for count in (LOADERS, 1)]  # the second reads in order
+        self.pools = [ThreadPoolExecutor(n, initializer=self.own_stream) for n in (LOADERS, 1)]
         self.progress: Callable[[dict], None] = lambda counts: None
 
     def own_stream(self) -> None:
         if self.on_gpu:
             torch.cuda.set_stream(torch.cuda.Stream(self.model.device))
-
-    def run(self, number: int, rows: Rows, only: Optional[range] = None) -> dict[str, Any]:
-        """As `embed`, and what that returns is called."""
-        return self.embed(number, rows, only)()
 
     def embed(self, number: int, rows: Rows, only: Optional[range] = None) -> Callable[[], dict]:
         """Embed a shard or, with `only`, try those rows.  Returns what writes the shard (not with
@@ -106,11 +97,9 @@ class Worker:
                 timed(waited, "write", self.out.write, number, found, metadata, bad, about)
             return {"images": len(metadata), "bad": len(bad), "routes": routes, "decode": report,
                     "stages": dict(waited)}
-
         return finish
 
-    def batches(self, rows: Rows, span: range, killers: set[int], waited: Counter
-                ) -> Iterator[Batch]:
+    def batches(self, rows: Rows, span: range, killers: set, waited: Counter) -> Iterator[Batch]:
         """The batches of a shard in order, a few of them being loaded ahead."""
         size, pool = self.options.batch, self.pools[rows.sequential]
         loads = (pool.submit(self.load, rows, span[start:start + size], killers)
@@ -138,12 +127,11 @@ class Worker:
             parts = self.decoder.parts([b"" if each.error else each.data for each in records])
             left, done = iter(records), start
             while pictures := timed(batch.seconds, "decode", next, parts, None):
-                for row, (picture, record) in enumerate(zip(pictures, left), done):
-                    record.error, record.data = record.error or picture.error, None
-                    record.metadata = {**record.metadata, "width": picture.width,
-                                       "height": picture.height}
-                    if picture.exact is not None:
-                        exact[row] = picture.exact
+                for row, (one, record) in enumerate(zip(pictures, left), done):
+                    record.error, record.data = record.error or one.error, None
+                    record.metadata = {**record.metadata, "width": one.width, "height": one.height}
+                    if one.exact is not None:
+                        exact[row] = one.exact
                 begin, done = done, done + len(pictures)
                 timed(batch.seconds, "resize", self.preprocess,
                       [each.pixels for each in pictures], batch.inputs[begin:done])
@@ -152,8 +140,7 @@ class Worker:
         if exact:
             padding = [None] * (self.size_for(len(exact)) - len(exact))
             batch.checked, batch.exact = [*exact], self.preprocess([*exact.values(), *padding])
-        if self.on_gpu:
-            batch.ready = torch.cuda.current_stream(device).record_event()
+        batch.ready = torch.cuda.current_stream(device).record_event() if self.on_gpu else None
         return batch
 
     def load_texts(self, rows: Rows, span: range, killers: set[int]) -> Batch:
@@ -186,8 +173,7 @@ class Worker:
         return host.numpy()
 
     def report(self, lowest: list[Tensor]) -> dict[str, Any]:
-        """What the decoder has counted since the last report, and the lowest cosine of features
-        between pictures of the GPU's engines and the same from the CPU."""
+        """Of the rows since the last one; lowest: cosines of pictures that are decoded twice."""
         before, self.reported = self.reported, self.decoder.report()
         counts = {name: self.reported[name] - before[name] for name in COUNTS}
         return {**self.reported, **counts, "lowest_cosine": min(map(float, lowest), default=None)}
