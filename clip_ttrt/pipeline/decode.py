@@ -6,6 +6,7 @@
 
 What one refuses the next one tries, and what Pillow refuses is Bad.
 """
+import contextlib
 import functools
 import io
 import os
@@ -14,7 +15,7 @@ import threading
 import warnings
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Callable, Iterator, NamedTuple, Optional, Union
 
 import numpy as np
@@ -81,15 +82,14 @@ def scan(items: list) -> np.ndarray:
 
 def header(data: bytes) -> tuple[int, int, int, int]:
     """A file's route, cpu or pillow, and of a JPEG for the CPU its height, width and channels."""
-    try:
+    with contextlib.suppress(Exception):
         opened = Image.open(io.BytesIO(data), formats=["JPEG"])
-    except Exception:
-        return PILLOW, 0, 0, 0
-    names, channels = bytes(layer[0] for layer in opened.layer), len(opened.layer)
-    rgb = channels == 3 and (names == b"RGB" or opened.info.get("adobe_transform", 1) != 1)
-    if rgb or channels == 4 or opened.width * opened.height > LARGE:
-        return PILLOW, 0, 0, 0
-    return CPU, opened.height, opened.width, channels
+        names, channels = bytes(layer[0] for layer in opened.layer), len(opened.layer)
+        rgb = names == b"RGB" or opened.info.get("adobe_transform", 1) != 1
+        grey_or_ycbcr = channels == 1 or channels == 3 and not rgb
+        if grey_or_ycbcr and opened.width * opened.height <= LARGE:
+            return CPU, opened.height, opened.width, channels
+    return PILLOW, 0, 0, 0
 
 
 @functools.cache
@@ -152,16 +152,12 @@ class Decoder:
         """The same in parts, one after the other, each of about MOST_BYTES of pixels at most."""
         items = [np.ascontiguousarray(each).data if isinstance(each, np.ndarray)
                  and each.ndim == 1 and each.dtype == np.uint8 else each for each in items]
-        files, begin, total = scan(items), 0, 0
+        files = scan(items)
         sizes = files["height"] * files["width"] * files["channels"]
-        for end, size in enumerate(sizes.tolist()):
-            size = size or 3 * LARGE_OTHER
-            if total + size > MOST_BYTES and end > begin:
-                yield self._decode(items[begin:end], files[begin:end])
-                begin, total = end, 0
-            total += size
-        if items:
-            yield self._decode(items[begin:], files[begin:])
+        sizes[sizes == 0] = 3 * LARGE_OTHER
+        cuts = np.flatnonzero(np.diff(sizes.cumsum() // MOST_BYTES)) + 1
+        for begin, end in pairwise([0, *cuts.tolist(), len(items)]):
+            yield self._decode(items[begin:end], files[begin:end])
 
     def report(self) -> dict:
         """Pictures by route and bad ones; fallbacks: refused or skipped by the engines, of them
@@ -173,10 +169,13 @@ class Decoder:
     def _decode(self, items: list, files: np.ndarray) -> list[Union[Picture, Bad]]:
         easy = (files["route"] == GPU) & (self._hardware is not None)
         results, waiting = [None] * len(items), self._start(items, files, ~easy)
-        skipped = self._on_gpu(files, easy, results) if easy.any() else 0
-        missing = easy & [each is None for each in results]
+        pixels, skipped = self._on_gpu(files[easy]) if easy.any() else ([], 0)
+        for index, each in zip(np.flatnonzero(easy).tolist(), pixels):
+            if each is not None:
+                results[index] = Picture(each, "gpu", *each.shape[1::-1])
+        missing = easy & np.array([each is None for each in results], bool)
         again = self._start(items, files, missing | easy & (files["hash"] % SAMPLED == 0))
-        for each in (*waiting, *again):
+        for each in chain(waiting, again):
             for index, picture in each.result():
                 results[index] = self._compared(results[index], picture)
         with self._lock:
@@ -184,25 +183,20 @@ class Decoder:
             self._counts.update(fallbacks=int(missing.sum()), silent_skips=skipped)
         return results
 
+    def _on_gpu(self, files: np.ndarray) -> tuple[list[Optional[Tensor]], int]:
+        """As of `Hardware`; where that fails, out of memory say, the CPU decodes all."""
+        try:
+            return self._hardware(files)
+        except RuntimeError as problem:
+            self._problem = str(problem)
+            return [None] * len(files), 0
+
     def _start(self, items: list, files: np.ndarray, wanted: np.ndarray) -> list[Future]:
         """Let the threads decode some items, to lists of (index, picture)."""
         indices = np.flatnonzero(wanted).tolist()
         size = min(CHUNK, -(-len(indices) // self.threads)) or 1
         return [self._pool.submit(self._on_cpu, indices[start:start + size], items, files)
                 for start in range(0, len(indices), size)]
-
-    def _on_gpu(self, files: np.ndarray, easy: np.ndarray, results: list) -> int:
-        """Let the engines decode: what they refuse or skip stays None; how many they skip."""
-        try:
-            pixels, skipped = self._hardware(files[easy])
-        except RuntimeError as problem:  # out of memory, say: the CPU decodes all
-            self._problem = str(problem)
-            return 0
-        for index, each in zip(np.flatnonzero(easy).tolist(), pixels):
-            if each is not None:
-                height, width, _ = each.shape
-                results[index] = Picture(each, "gpu", width, height)
-        return skipped
 
     def _compared(self, picture: Optional[Picture], exact: Union[Picture, Bad]):
         """A picture of the engines with the CPU's pixels beside it, or the CPU's result."""
@@ -229,7 +223,7 @@ class Decoder:
                     raise ValueError(f"an array of {item.dtype} {list(item.shape)}; give uint8 "
                                      "[H, W, 3], [H, W, 1] or [H, W]")
             if pixels is not None:
-                return Picture(pixels, "cpu", pixels.shape[1], pixels.shape[0])
+                return Picture(pixels, "cpu", *pixels.shape[1::-1])
             opened = item if isinstance(item, Image.Image) else Image.open(io.BytesIO(item))
             width, height = opened.size
             whole = opened.mode in ("L", "RGB") and width * height <= LARGE_OTHER

@@ -28,21 +28,21 @@ class Hardware:
     def find(cls, device: torch.device, threads: int, trial: np.ndarray) -> "Hardware":
         """trial: of FILE, an easy one.  Raises UserError that says why there are none."""
         try:
-            if device.type != "cuda" or not torch.cuda.is_available():
+            if device.type != "cuda":
                 raise UserError(f"the device is {device}; use cuda")
             hardware = cls(torch.empty(0, device=device).device, threads)
-            pixels, _ = hardware(trial)
-            if pixels[0] is None:
+            (pixels,), _ = hardware(trial)
+            if pixels is None:
                 raise UserError("no JPEG engines; use an A100, H100 or newer with libnvcuvid.so.1 "
                                 "(in a container: video in NVIDIA_DRIVER_CAPABILITIES)")
-        except (UserError, RuntimeError) as problem:
+        except (UserError, RuntimeError, AssertionError) as problem:
             raise UserError(f"the GPU cannot decode: {problem}") from None
         return hardware
 
     def __call__(self, files: np.ndarray) -> tuple[list[Optional[Tensor]], int]:
         """[n] of FILE, scanned -> pixels uint8 [H, W, C] on the device, complete, None for what
         was refused or skipped, for the current stream to read; the number skipped."""
-        shapes = [files[name].tolist() for name in ("height", "width", "channels")]
+        shapes = files[["height", "width", "channels"]].tolist()
         sizes = files["height"] * files["width"] * files["channels"]
         steps = (sizes // GAP + 2) * GAP
         starts = steps.cumsum() - steps + GAP
@@ -62,9 +62,8 @@ class Hardware:
         if stream is not None:  # the memory is used again when what reads it now is done
             memory.record_stream(torch.cuda.current_stream(self.device))
         written = files["written"] == 1
-        good = (written & ~skipped).tolist()
-        pixels = [memory.as_strided((h, w, c), (w * c, c, 1), start) if fine else None
-                  for fine, h, w, c, start in zip(good, *shapes, starts.tolist())]
+        pixels = [memory.as_strided((h, w, c), (w * c, c, 1), start) if good else None
+                  for good, (h, w, c), start in zip(written & ~skipped, shapes, starts.tolist())]
         return pixels, int((written & skipped).sum())
 
     def create(self) -> tuple[Callable, Optional[torch.cuda.Stream]]:
