@@ -27,8 +27,8 @@ from torch import Tensor
 from clip_ttrt import deprecations, kernels
 from clip_ttrt.errors import UserError
 from clip_ttrt.options import DECODE
-from clip_ttrt.pipeline.hardware import FILE, Hardware
 
+FILE = np.dtype(kernels.JPEG_FILE)  # kernels/jpeg/jpeg.h says what its fields are
 GPU, CPU, PILLOW = range(3)  # routes, as kernels/jpeg/jpeg.h has them
 LARGE = 1 << 24  # pixels: beyond them Pillow resizes a picture, so that a batch fits memory
 LARGE_OTHER = 1 << 20  # the same of other files, of which only Pillow knows the size
@@ -36,6 +36,8 @@ MOST_BYTES = 1 << 28  # of pixels that are decoded at once
 SAMPLED = 1000  # of so many pictures from the GPU's engines one is decoded on the CPU as well
 COUNTS = ("gpu", "cpu", "pillow", "bad", "fallbacks", "silent_skips", "redecoded")
 CHUNK = 8  # JPEGs that a thread decodes without asking for the GIL
+PATTERN = b"\xa7\x01\xfe\x5c\x13\xe9\x42\xb8\x6d\x94\x07\xdb\x31\xc6\x7a\x8f"
+GAP, STEP = 256, 32 << 20  # bytes: least distance of pictures on a GPU, steps of a memory's size
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # not yet an error
 warnings.filterwarnings("ignore", "The given buffer is not writable")  # it is only read
@@ -64,13 +66,10 @@ class Picture(NamedTuple):
 
 
 def scan(items: list) -> np.ndarray:
-    """[n] of FILE: routes, and what the headers of JPEGs tell; what is no file goes to Pillow.
-
-    Without the library of kernels, and so without engines, Pillow reads the headers.
-    """
+    """[n] of FILE: routes, and what the headers of JPEGs tell; what is no file goes to Pillow."""
     data = [item if isinstance(item, (bytes, bytearray, memoryview)) else b"" for item in items]
     files = np.zeros(len(data), FILE)
-    if not kernels.available():
+    if not kernels.available():  # then there are no engines either
         files[["route", "height", "width", "channels"]] = list(map(header, data))
         return files
     files["data"] = [torch.frombuffer(each, dtype=torch.uint8).data_ptr() if each else 0
@@ -84,11 +83,10 @@ def header(data: bytes) -> tuple[int, int, int, int]:
     """A file's route, cpu or pillow, and of a JPEG for the CPU its height, width and channels."""
     with contextlib.suppress(Exception):
         opened = Image.open(io.BytesIO(data), formats=["JPEG"])
-        names, channels = bytes(layer[0] for layer in opened.layer), len(opened.layer)
-        rgb = names == b"RGB" or opened.info.get("adobe_transform", 1) != 1
-        grey_or_ycbcr = channels == 1 or channels == 3 and not rgb
-        if grey_or_ycbcr and opened.width * opened.height <= LARGE:
-            return CPU, opened.height, opened.width, channels
+        names, adobe = bytes(each[0] for each in opened.layer), opened.info.get("adobe_transform")
+        ycbcr = opened.mode == "RGB" and names != b"RGB" and adobe in (None, 1)
+        if (ycbcr or opened.mode == "L") and opened.width * opened.height <= LARGE:
+            return CPU, opened.height, opened.width, len(names)
     return PILLOW, 0, 0, 0
 
 
@@ -109,6 +107,61 @@ def decode_jpegs(files: list) -> list[Optional[Tensor]]:
         return [None] if len(files) == 1 else [decode_jpegs([each])[0] for each in files]
 
 
+class Hardware:
+    """The GPU's JPEG engines through nvImageCodec, for any number of threads at once, guarded
+    against what is known of them: memory written before it has been read, writes that wait for no
+    stream, pictures skipped in silence, where a pattern at the end of the memory stays."""
+
+    def __init__(self, device: torch.device, threads: int):
+        self.device, self.threads, self.lock = device, threads, threading.Lock()
+        self.idle: list = []  # decoders and their streams; each serves one caller at a time
+        self.pattern = torch.tensor(list(PATTERN), dtype=torch.uint8, device=device)
+
+    @classmethod
+    def find(cls, device: torch.device, threads: int) -> "Hardware":
+        """Raises UserError or RuntimeError that says why there are none."""
+        if device.type != "cuda":
+            raise UserError(f"the device is {device}; use cuda")
+        hardware = cls(torch.empty(0, device=device).device, threads)
+        trial = (kernels.PACKAGE / "pictures/coffee.jpg").read_bytes()
+        if hardware(scan([trial]))[0] == [None]:
+            raise UserError("no JPEG engines; use an A100, H100 or newer with libnvcuvid.so.1 "
+                            "(in a container: video in NVIDIA_DRIVER_CAPABILITIES)")
+        return hardware
+
+    def create(self) -> tuple[Callable, Optional[torch.cuda.Stream]]:
+        """A decoder and the stream that it writes on."""
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        return kernels.JpegDecoder(self.device.index, self.threads), stream
+
+    def __call__(self, files: np.ndarray) -> tuple[list[Optional[Tensor]], int]:
+        """[n] of FILE, scanned -> pixels uint8 [H, W, C] on the device, complete, None for what
+        was refused or skipped, for the current stream to read; the number skipped."""
+        shapes = files[["height", "width", "channels"]].tolist()
+        sizes = files["height"] * files["width"] * files["channels"]
+        steps = (sizes // GAP + 2) * GAP
+        starts = steps.cumsum() - steps + GAP
+        with self.lock:
+            decoder, stream = self.idle.pop() if self.idle else self.create()
+        try:
+            with torch.cuda.stream(stream):  # None: no stream
+                memory = self.pattern.new_empty(-(-(GAP + int(steps.sum())) // STEP) * STEP)
+                tails = torch.from_numpy(starts + sizes).to(self.device)[:, None]
+                tails = tails + torch.arange(-len(PATTERN), 0, device=self.device)
+                memory[tails] = self.pattern.expand_as(tails)
+                files["pixels"] = starts + memory.data_ptr()
+                decoder(files, stream and stream.cuda_stream)  # waits for the stream
+                skipped = (memory[tails] == self.pattern).all(1).cpu().numpy()
+        finally:
+            self.idle.append((decoder, stream))
+        if stream is not None:  # the memory is used again when what reads it now is done
+            memory.record_stream(torch.cuda.current_stream(self.device))
+        written = files["written"] == 1
+        pixels = [memory.as_strided((h, w, c), (w * c, c, 1), start) if good else None
+                  for good, (h, w, c), start in zip(written & ~skipped, shapes, starts.tolist())]
+        return pixels, int((written & skipped).sum())
+
+
 class Decoder:
     """Batches of files to pixels, by any number of threads at once.
 
@@ -127,31 +180,25 @@ class Decoder:
             deprecations.clip()._transform(resolution).transforms[:-2])
         self.mode, self.threads = mode, threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(self.threads, "decode")
-        self._lock, self._largest = threading.Lock(), None
-        self._counts = Counter(dict.fromkeys(COUNTS, 0))
-        self._hardware = self._problem = None
+        self._lock, self._counts = threading.Lock(), Counter(dict.fromkeys(COUNTS, 0))
+        self._largest = self._hardware = self._problem = None
         if mode in ("auto", "gpu"):
-            trial = (kernels.PACKAGE / "pictures/coffee.jpg").read_bytes()
             try:
-                self._hardware = Hardware.find(torch.device(device), min(self.threads, 8),
-                                               scan([trial]))
-            except UserError as missing:
+                self._hardware = Hardware.find(torch.device(device), min(self.threads, 8))
+            except (UserError, RuntimeError, AssertionError) as problem:
+                self._problem = f"the GPU cannot decode: {problem}"
                 if mode == "gpu":
-                    raise
-                self._problem = str(missing)
+                    raise UserError(self._problem) from None
 
     def decode(self, items: list) -> list[Union[Picture, Bad]]:
-        """Pictures in the order of the items: the bytes of files (bytes, bytearray, memoryview or
-        array uint8 [N]), arrays uint8 [H, W, C] or [H, W], PIL images.  What is no picture is Bad
-        at its place; nothing of an item raises.  Pixels on the GPU are complete; where another
-        stream than the current one reads them, `record_stream`.
-        """
+        """Pictures in the order of the items: the bytes of files, arrays uint8 [H, W, C] or [H, W],
+        PIL images.  What is no picture is Bad at its place; nothing of an item raises.  Pixels on
+        the GPU are complete; where another stream than the current one reads them,
+        `record_stream`."""
         return list(chain.from_iterable(self.parts(items)))
 
     def parts(self, items: list) -> Iterator[list[Union[Picture, Bad]]]:
         """The same in parts, one after the other, each of about MOST_BYTES of pixels at most."""
-        items = [np.ascontiguousarray(each).data if isinstance(each, np.ndarray)
-                 and each.ndim == 1 and each.dtype == np.uint8 else each for each in items]
         files = scan(items)
         sizes = files["height"] * files["width"] * files["channels"]
         sizes[sizes == 0] = 3 * LARGE_OTHER
@@ -169,27 +216,23 @@ class Decoder:
     def _decode(self, items: list, files: np.ndarray) -> list[Union[Picture, Bad]]:
         easy = (files["route"] == GPU) & (self._hardware is not None)
         results, waiting = [None] * len(items), self._start(items, files, ~easy)
-        pixels, skipped = self._on_gpu(files[easy]) if easy.any() else ([], 0)
+        pixels, skipped = [], 0
+        if easy.any():
+            try:
+                pixels, skipped = self._hardware(files[easy])
+            except RuntimeError as problem:  # out of memory, say: the CPU decodes all
+                self._problem = str(problem)
         for index, each in zip(np.flatnonzero(easy).tolist(), pixels):
             if each is not None:
                 results[index] = Picture(each, "gpu", *each.shape[1::-1])
         missing = easy & np.array([each is None for each in results], bool)
         again = self._start(items, files, missing | easy & (files["hash"] % SAMPLED == 0))
-        for each in chain(waiting, again):
-            for index, picture in each.result():
-                results[index] = self._compared(results[index], picture)
+        for index, picture in chain.from_iterable(each.result() for each in (*waiting, *again)):
+            results[index] = self._compared(results[index], picture)
         with self._lock:
             self._counts.update(each.route for each in results)
             self._counts.update(fallbacks=int(missing.sum()), silent_skips=skipped)
         return results
-
-    def _on_gpu(self, files: np.ndarray) -> tuple[list[Optional[Tensor]], int]:
-        """As of `Hardware`; where that fails, out of memory say, the CPU decodes all."""
-        try:
-            return self._hardware(files)
-        except RuntimeError as problem:
-            self._problem = str(problem)
-            return [None] * len(files), 0
 
     def _start(self, items: list, files: np.ndarray, wanted: np.ndarray) -> list[Future]:
         """Let the threads decode some items, to lists of (index, picture)."""
@@ -200,7 +243,7 @@ class Decoder:
 
     def _compared(self, picture: Optional[Picture], exact: Union[Picture, Bad]):
         """A picture of the engines with the CPU's pixels beside it, or the CPU's result."""
-        if picture is None or isinstance(exact, Bad) or exact.route == "pillow":
+        if picture is None or exact.route != "cpu":
             return exact
         gap = (picture.pixels.cpu().int() - exact.pixels.int()).abs().max().item()
         with self._lock:
@@ -220,7 +263,7 @@ class Decoder:
             if isinstance(item, np.ndarray):
                 pixels = np.atleast_3d(item)
                 if item.dtype != np.uint8 or pixels.shape[2:] not in ((1,), (3,)) or not item.size:
-                    raise ValueError(f"an array of {item.dtype} {list(item.shape)}; give uint8 "
+                    raise ValueError(f"an array of {item.dtype} {list(item.shape)}, not of uint8 "
                                      "[H, W, 3], [H, W, 1] or [H, W]")
             if pixels is not None:
                 return Picture(pixels, "cpu", *pixels.shape[1::-1])
