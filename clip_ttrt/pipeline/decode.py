@@ -4,8 +4,7 @@
     cpu      other grey and YCbCr JPEGs: torchvision's libjpeg in threads, equal to Pillow
     pillow   everything else: Pillow and the original transform, in threads
 
-What one refuses the next one tries, and what Pillow refuses is Bad.
-"""
+What one refuses the next one tries, and what Pillow refuses is Bad."""
 import contextlib
 import functools
 import io
@@ -114,7 +113,7 @@ class Hardware:
 
     def __init__(self, device: torch.device, threads: int):
         self.device, self.threads, self.lock = device, threads, threading.Lock()
-        self.idle: list = []  # decoders and their streams; each serves one caller at a time
+        self.idle: list = []  # decoders and their streams, each for one caller at a time
         self.pattern = torch.tensor(list(PATTERN), dtype=torch.uint8, device=device)
 
     @classmethod
@@ -124,13 +123,12 @@ class Hardware:
             raise UserError(f"the device is {device}; use cuda")
         hardware = cls(torch.empty(0, device=device).device, threads)
         trial = (kernels.PACKAGE / "pictures/coffee.jpg").read_bytes()
-        if hardware(scan([trial]))[0] == [None]:
+        if hardware(scan([trial]))[0][0] is None:
             raise UserError("no JPEG engines; use an A100, H100 or newer with libnvcuvid.so.1 "
                             "(in a container: video in NVIDIA_DRIVER_CAPABILITIES)")
         return hardware
 
     def create(self) -> tuple[Callable, Optional[torch.cuda.Stream]]:
-        """A decoder and the stream that it writes on."""
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         return kernels.JpegDecoder(self.device.index, self.threads), stream
 
@@ -168,20 +166,18 @@ class Decoder:
     mode: auto (the GPU's engines where they are, then the CPU), exact and cpu (equal to Pillow's
     pixels), gpu (the engines must be there), pillow (Pillow resizes too).  resolution: R, in
     pixels.  device: where the engines are.  threads: of the CPU, all cores by default.
-    Raises UserError for an unknown mode, and in mode gpu where something is missing.
-    """
+    Raises UserError for an unknown mode, and in mode gpu where something is missing."""
 
     def __init__(self, mode: str, resolution: int, device: Union[str, torch.device] = "cpu",
                  threads: Optional[int] = None):
         if mode not in DECODE:
             raise UserError(f"unknown decode mode {mode!r}; choose one of {', '.join(DECODE)}")
-        # OpenAI's up to the tensor: a picture, resized in its own mode -> RGB, R x R.
-        self.transform = torchvision.transforms.Compose(
-            deprecations.clip()._transform(resolution).transforms[:-2])
+        steps = deprecations.clip()._transform(resolution).transforms[:-2]  # -> RGB, R x R
+        self.transform = torchvision.transforms.Compose(steps)
         self.mode, self.threads = mode, threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(self.threads, "decode")
         self._lock, self._counts = threading.Lock(), Counter(dict.fromkeys(COUNTS, 0))
-        self._largest = self._hardware = self._problem = None
+        self._gaps, self._hardware, self._problem = set(), None, None
         if mode in ("auto", "gpu"):
             try:
                 self._hardware = Hardware.find(torch.device(device), min(self.threads, 8))
@@ -193,8 +189,7 @@ class Decoder:
     def decode(self, items: list) -> list[Union[Picture, Bad]]:
         """Pictures in the order of the items: the bytes of files, arrays uint8 [H, W, C] or [H, W],
         PIL images.  What is no picture is Bad at its place; nothing of an item raises.  Pixels on
-        the GPU are complete; where another stream than the current one reads them,
-        `record_stream`."""
+        the GPU are complete; `record_stream` where another stream than the current reads them."""
         return list(chain.from_iterable(self.parts(items)))
 
     def parts(self, items: list) -> Iterator[list[Union[Picture, Bad]]]:
@@ -208,30 +203,34 @@ class Decoder:
 
     def report(self) -> dict:
         """Pictures by route and bad ones; fallbacks: refused or skipped by the engines, of them
-        silent_skips; redecoded on the CPU, and the largest distance of those, in levels; what
-        keeps the engines from working, or None."""
+        silent_skips; redecoded and their largest distance, in levels; the engines' problem."""
         with self._lock:
-            return {**self._counts, "largest_distance": self._largest, "problem": self._problem}
+            return {**self._counts, "largest_distance": max(self._gaps, default=None),
+                    "problem": self._problem}
 
     def _decode(self, items: list, files: np.ndarray) -> list[Union[Picture, Bad]]:
         easy = (files["route"] == GPU) & (self._hardware is not None)
         results, waiting = [None] * len(items), self._start(items, files, ~easy)
-        pixels, skipped = [], 0
-        if easy.any():
-            try:
-                pixels, skipped = self._hardware(files[easy])
-            except RuntimeError as problem:  # out of memory, say: the CPU decodes all
-                self._problem = str(problem)
+        try:
+            pixels, skipped = self._hardware(files[easy]) if easy.any() else ([], 0)
+        except RuntimeError as problem:  # out of memory, say: the CPU decodes all
+            pixels, skipped, self._problem = [], 0, str(problem)
         for index, each in zip(np.flatnonzero(easy).tolist(), pixels):
             if each is not None:
                 results[index] = Picture(each, "gpu", *each.shape[1::-1])
         missing = easy & np.array([each is None for each in results], bool)
         again = self._start(items, files, missing | easy & (files["hash"] % SAMPLED == 0))
         for index, picture in chain.from_iterable(each.result() for each in (*waiting, *again)):
-            results[index] = self._compared(results[index], picture)
+            if results[index] is not None and picture.route == "cpu":
+                picture = results[index]._replace(exact=picture.pixels)
+            results[index] = picture
+        gaps = [(each.pixels.cpu().int() - each.exact.int()).abs().max().item()
+                for each in results if each.exact is not None]
         with self._lock:
             self._counts.update(each.route for each in results)
-            self._counts.update(fallbacks=int(missing.sum()), silent_skips=skipped)
+            self._counts.update(fallbacks=int(missing.sum()), silent_skips=skipped,
+                                redecoded=len(gaps))
+            self._gaps.update(gaps)
         return results
 
     def _start(self, items: list, files: np.ndarray, wanted: np.ndarray) -> list[Future]:
@@ -241,19 +240,8 @@ class Decoder:
         return [self._pool.submit(self._on_cpu, indices[start:start + size], items, files)
                 for start in range(0, len(indices), size)]
 
-    def _compared(self, picture: Optional[Picture], exact: Union[Picture, Bad]):
-        """A picture of the engines with the CPU's pixels beside it, or the CPU's result."""
-        if picture is None or exact.route != "cpu":
-            return exact
-        gap = (picture.pixels.cpu().int() - exact.pixels.int()).abs().max().item()
-        with self._lock:
-            self._counts["redecoded"] += 1
-            self._largest = max(gap, self._largest or 0)
-        return picture._replace(exact=exact.pixels)
-
     def _on_cpu(self, indices: list[int], items: list, files: np.ndarray) -> list:
-        jpegs = [index for index in indices
-                 if self.mode != "pillow" and files["route"][index] != PILLOW]
+        jpegs = [i for i in indices if self.mode != "pillow" and files["route"][i] != PILLOW]
         decoded = dict(zip(jpegs, decode_jpegs([items[index] for index in jpegs])))
         return [(index, self._picture(items[index], decoded.get(index))) for index in indices]
 
@@ -268,11 +256,10 @@ class Decoder:
             if pixels is not None:
                 return Picture(pixels, "cpu", *pixels.shape[1::-1])
             opened = item if isinstance(item, Image.Image) else Image.open(io.BytesIO(item))
-            width, height = opened.size
-            whole = opened.mode in ("L", "RGB") and width * height <= LARGE_OTHER
-            if self.mode == "pillow" or not whole:
+            size = opened.size
+            large = size[0] * size[1] > LARGE_OTHER
+            if self.mode == "pillow" or large or opened.mode not in ("L", "RGB"):
                 opened = self.transform(opened)
-            pixels = torch.from_numpy(np.atleast_3d(np.array(opened)))
-            return Picture(pixels, "pillow", width, height)
+            return Picture(torch.from_numpy(np.atleast_3d(np.array(opened))), "pillow", *size)
         except Exception as problem:
             return Bad(problem)
