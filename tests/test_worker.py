@@ -60,7 +60,7 @@ def shard(files):
 @pytest.mark.parametrize("options", [{}, {"decode": "auto"}, {"batch": 8}], ids=str)
 def test_features_are_those_of_each_picture_alone(options, demo_artifact, files, one_by_one):
     out = Output()
-    result = worker(demo_artifact, out, **options).run(0, shard(files))
+    result = worker(demo_artifact, out, **options).embed(0, shard(files))()
     features, metadata, bad = out.written[0]
     assert np.abs(features - one_by_one).max() < 1e-4 * np.abs(one_by_one).max()
     assert [row["row"] for row in bad] == [2, 8] and "cannot identify" in bad[0]["error"]
@@ -73,7 +73,7 @@ def test_features_are_those_of_each_picture_alone(options, demo_artifact, files,
 def test_a_row_that_kills_is_left_out_and_the_others_keep_their_bytes(demo_artifact, files):
     whole, without = Output(), Output(killers=[4])
     for out in (whole, without):
-        worker(demo_artifact, out).run(0, shard(files))
+        worker(demo_artifact, out).embed(0, shard(files))()
     expected = np.delete(whole.written[0][0], 3, axis=0)  # row 4 is the fourth good one
     assert np.array_equal(without.written[0][0], expected)
     assert [(each["row"], each["error"]) for each in without.written[0][2]][1] == (4, KILLED)
@@ -82,7 +82,7 @@ def test_a_row_that_kills_is_left_out_and_the_others_keep_their_bytes(demo_artif
 
 def test_a_trial_writes_nothing(demo_artifact, files):
     out = Output()
-    result = worker(demo_artifact, out).run(0, shard(files), only=range(1, 4))
+    result = worker(demo_artifact, out).embed(0, shard(files), only=range(1, 4))()
     assert (result["images"], result["bad"], out.written) == (2, 1, {})
 
 
@@ -95,5 +95,5 @@ def test_pictures_decoded_twice_are_compared(demo_artifact, files):
     for exact, largest in ((pixels[1], 1.0), (pixels[2], 0.999)):
         pictures[1] = pictures[1]._replace(exact=exact)
         one.decoder.parts = lambda items: iter([pictures[:2], pictures[2:]])
-        lowest = one.run(0, shard(files[:3]))["decode"]["lowest_cosine"]
+        lowest = one.embed(0, shard(files[:3]))()["decode"]["lowest_cosine"]
         assert lowest == pytest.approx(1, abs=1e-6) if largest == 1 else lowest < largest

@@ -15,8 +15,7 @@ from PIL import Image
 import clip_ttrt
 from clip_ttrt import kernels
 from clip_ttrt.errors import UserError
-from clip_ttrt.pipeline.decode import Bad, Decoder
-from clip_ttrt.pipeline.hardware import Hardware
+from clip_ttrt.pipeline.decode import Bad, Decoder, Hardware
 
 pytestmark = pytest.mark.gpu
 

@@ -18,7 +18,7 @@ from test_decode import CUDA, EASY, FILES, JPEG, REFUSED, built, full, library  
 
 from clip_ttrt import kernels
 from clip_ttrt.pipeline import decode
-from clip_ttrt.pipeline.hardware import FILE, Hardware
+from clip_ttrt.pipeline.decode import FILE, Hardware
 
 HEADER = (kernels.sources() / "jpeg" / "jpeg.h").read_text()
 DECLARED = (kernels.sources() / "jpeg" / "nvimagecodec.h").read_text()
