@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from clip_ttrt import deprecations
-from clip_ttrt.pipeline.decode import COUNTS, Decoder
-from clip_ttrt.pipeline.output import Output
+from clip_ttrt.pipeline.decode import CALLERS, COUNTS, Decoder
+from clip_ttrt.pipeline.output import Output, library
 from clip_ttrt.pipeline.resize import Preprocess
 from clip_ttrt.pipeline.sources import Record, Rows
 from clip_ttrt.runtime import load
 
-LOADERS = 3  # batches that are read and decoded at once
+LOADERS = CALLERS  # batches that are read and decoded at once
 IN_FLIGHT = 2  # batches that the GPU may be behind
 FRAMES = 16  # of a video in memory at once
 KILLED = "it killed the process that embedded it"
@@ -59,6 +59,7 @@ class Worker:
             self.decoder = Decoder(mode, side, self.model.device, options.threads)
             self.preprocess = Preprocess(side, self.model.device)
             self.reported = self.decoder.report()
+        library("pyarrow.parquet")  # which takes its time, and not that of the first shard
         self.pools = [ThreadPoolExecutor(n, initializer=self.own_stream) for n in (LOADERS, 1)]
         self.progress: Callable[[dict], None] = lambda counts: None
 
@@ -82,15 +83,17 @@ class Worker:
             features.append(self.to_host(found[:len(batch.records)], in_flight))
             records += batch.records
             self.progress({"images": sum(not each.error for each in batch.records)})
-        for event in in_flight:
-            timed(waited, "encode", event.synchronize)
         metadata = [each.metadata for each in records if not each.error]
         bad = [{"row": row, self.kind: each.key, "error": each.error}
                for row, each in zip(span, records) if each.error]
-        report = {} if self.options.text else self.report(lowest)
+        report = {} if self.options.text else self.report()
         routes = {name: report[name] for name in ("gpu", "cpu", "pillow") if report.get(name)}
 
         def finish() -> dict[str, Any]:
+            for event in in_flight:
+                timed(waited, "encode", event.synchronize)
+            if report:  # of pictures that were decoded twice
+                report["lowest_cosine"] = min(map(float, lowest), default=None)
             if only is None:
                 about = {"seconds": round(time.perf_counter() - begun, 3), "routes": routes}
                 found = np.concatenate(features)[[not each.error for each in records]]
@@ -172,11 +175,10 @@ class Worker:
             in_flight[-1].record()
         return host.numpy()
 
-    def report(self, lowest: list[Tensor]) -> dict[str, Any]:
-        """Of the rows since the last one; lowest: cosines of pictures that are decoded twice."""
+    def report(self) -> dict[str, Any]:
+        """What the decoder has counted since the last one."""
         before, self.reported = self.reported, self.decoder.report()
-        counts = {name: self.reported[name] - before[name] for name in COUNTS}
-        return {**self.reported, **counts, "lowest_cosine": min(map(float, lowest), default=None)}
+        return {**self.reported, **{name: self.reported[name] - before[name] for name in COUNTS}}
 
 
 def read(rows: Rows, span: range, killers: set[int]) -> list[Record]:
