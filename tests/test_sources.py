@@ -210,7 +210,7 @@ def test_parquets(tmp_path):
         records = read(path, rows=size)
         assert [each.data for each in records] == table["image"].to_pylist()
         assert records[7].error and not records[8].error
-        assert records[24].metadata == {"image_path": f"{path}:24", "id": 24, "caption": "c24",
+        assert records[24].metadata == {"image_path": f"{path}:3:3", "id": 24, "caption": "c24",
                                         "score": 12.0, "good": True}
     texts = read(path, text=True, rows=4)
     assert [each.data for each in texts] == table["caption"].to_pylist()
@@ -223,7 +223,7 @@ def test_parquets(tmp_path):
         plan(path, column="n")
     records = read(path, column="img")
     assert [(each.data, each.metadata) for each in records] == [
-        (b"x", {"image_path": "x.jpg", "n": 1}), (b"y", {"image_path": f"{path}:1", "n": 2})]
+        (b"x", {"image_path": "x.jpg", "n": 1}), (b"y", {"image_path": f"{path}:0:1", "n": 2})]
 
 
 def test_many_threads_read_the_same_rows(tmp_path):

@@ -35,7 +35,7 @@ class Output:
 
     def __init__(self, root: Any, kind: str, shards: int):
         self.root, self.kind, self.shards = str(root), kind, shards
-        self.digits = max(5, len(str(shards)))
+        self.number = f"{{:0{max(5, len(str(shards)))}d}}".format
         self.system, self.folder = file_system(self.root)
         self.local = "://" not in self.root or self.root.startswith("file://")
 
@@ -92,7 +92,7 @@ class Output:
                  for name, size in self.listed(folder).items()}
         paths = [f"{self.folder}/done/{name}" for name in self.listed("done")]
         blobs = self.system.cat_ranges(paths, [None] * len(paths), [None] * len(paths))
-        found = {int(path[-self.digits - 5:-5]): json.loads(blob) for path, blob in
+        found = {int(path.rpartition("/")[2][:-5]): json.loads(blob) for path, blob in
                  zip(paths, blobs) if isinstance(blob, bytes)}  # else another process removed it
         return {number: facts for number, facts in found.items() if all(
             sizes.get(name) == file["size"] for name, file in facts["files"].items())}
@@ -118,9 +118,6 @@ class Output:
     def notes(self, folder: str, shard: int) -> list[str]:
         return [name for name in self.listed(folder)
                 if name.lstrip(".").startswith(f"{self.number(shard)}.")]
-
-    def number(self, shard: int) -> str:
-        return f"{shard:0{self.digits}d}"
 
     def listed(self, folder: str) -> dict[str, int]:
         """Names and sizes of what lies in one of our folders."""

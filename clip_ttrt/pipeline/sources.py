@@ -1,7 +1,7 @@
 """Inputs -> rows: pictures, frames of videos and texts, cut into shards that can read themselves.
 
-`plan` reads names, captions and indices.  What it returns is small and picklable; pictures are read
-by whoever holds a shard, a range of rows at a time.  Where a picture lies is its place, a list:
+`plan` reads names, captions and indices; pictures are read by whoever holds a shard, a range of
+rows at a time.  Where a picture lies is its place, a list:
 
     LOCAL or a URL's scheme, path, offset, size     a file, or a member of an archive; -1: all of it
     TABLE, path, column, row group, row in it
@@ -87,12 +87,11 @@ class Rows:
 
 def plan(inputs: list[str], text: bool, shard_rows: int, every: float, column: Optional[str]
          ) -> list[Rows]:
-    """One `Rows` for each shard of at most shard_rows, in the order of the inputs.
+    """One `Rows` for each shard of at most shard_rows; all inputs are one sequence.
 
     inputs: folders, globs, files and fsspec URLs.  text: texts, not pictures.
     every: seconds between the frames of a video.  column: where tables hold paths, bytes or texts.
-    All inputs are one sequence.  Raises UserError for inputs that are missing, empty or need what
-    is not given, OSError for folders that cannot be listed.
+    Raises UserError for inputs that are missing, empty or unfit, OSError for folders.
     """
     for cache in (row_group, Playback):  # of what lay at a path before
         cache.cache_clear()
@@ -176,16 +175,15 @@ def tar_items(path: str, text: bool, _: Optional[str]) -> Iterator[list]:
         named = ((*SAMPLE.fullmatch(each.name).groups(), each) for each in archive
                  if each.isreg() and SAMPLE.fullmatch(each.name))
         for key, group in groupby(named, lambda each: each[0]):
-            members, facts = [each[1:] for each in group], {"key": key}
-            for suffix, member in members:
-                if suffix == ".txt":
-                    caption = str(archive.extractfile(member).read(), "utf-8", "replace").strip()
-                    facts["caption"] = caption
-            if text and "caption" in facts:
-                yield [f"{path}/{key}", caption, facts, None]
-            for suffix, member in members if not text else ():
-                name = f"{path}/{key}{suffix}"
+            members, facts = {suffix: member for _, suffix, member in group}, {"key": key}
+            if ".txt" in members:
+                caption = str(archive.extractfile(members[".txt"]).read(), "utf-8", "replace")
+                facts["caption"] = caption.strip()
+                if text:
+                    yield [f"{path}/{key}", facts["caption"], facts, None]
+            for suffix, member in members.items() if not text else ():
                 if suffix.lower().rpartition(".")[2] in PICTURES:
+                    name = f"{path}/{key}{suffix}"
                     yield [name, None, {"image_path": name, **facts}, None,
                            *place(path, member.offset_data, member.size)]
         file.seek(archive.offset)  # where tarfile stopped, in silence at most damages
@@ -201,16 +199,15 @@ def table_items(path: str, text: bool, column: Optional[str]) -> Iterator[list]:
         names = [name for name in types if types[name].endswith("string" if text else "binary")]
         chosen = choose(path, names, text, column)
         others = [name for name, kind in types.items() if "<" not in kind and "binary" not in kind]
-        groups = (table.read_row_group(group, columns=others).to_pylist()
-                  for group in range(table.num_row_groups))
-        rows = ((group, *each) for group, rows in enumerate(groups) for each in enumerate(rows))
-        for number, (group, index, row) in enumerate(rows):
-            key, value = f"{path}:{number}", row.pop(chosen, None)
-            if text:
-                yield [key, value, {**row, "caption": value}, EMPTY if value is None else None]
-            else:
-                row["image_path"] = row.get("image_path") or key
-                yield [key, None, row, None, TABLE, path, chosen, group, index]
+        for group in range(table.num_row_groups):
+            rows = table.read_row_group(group, columns=others).to_pylist()
+            for index, row in enumerate(rows):
+                key, value = f"{path}:{group}:{index}", row.pop(chosen, None)
+                if text:
+                    yield [key, value, {**row, "caption": value}, EMPTY if value is None else None]
+                else:
+                    row["image_path"] = row.get("image_path") or key
+                    yield [key, None, row, None, TABLE, path, chosen, group, index]
 
 
 def choose(path: str, names: list[str], text: bool, column: Optional[str]) -> str:
@@ -229,7 +226,7 @@ def video_items(path: str, every: float) -> Iterator[list]:
     with open_video(path) as container:
         packets = [(packet.pts, packet.pts if packet.dts is None else packet.dts,
                     packet.is_keyframe, packet.duration or 1, packet.time_base)
-                   for packet in container.demux(container.streams.video[:1])
+                   for stream in container.streams.video[:1] for packet in container.demux(stream)
                    if packet.pts is not None and not packet.is_discard]
     if not packets:
         raise ValueError("no frame of it has a time")
@@ -250,7 +247,7 @@ def place(path: str, offset: int = 0, size: int = -1) -> list:
 
 
 def attempt(function: Callable, *arguments: Any) -> Any:
-    """What lies at a place, or in a word why it cannot be read; so all readers."""
+    """What a reader gives for a place: what lies there, or as a str why it cannot be read."""
     try:
         return function(*arguments)
     except Exception as problem:  # of arrow, FFmpeg and file systems, which share no type
