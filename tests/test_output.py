@@ -6,13 +6,14 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 
 from clip_ttrt.errors import UserError
-from clip_ttrt.pipeline.output import HOST, Output
+from clip_ttrt.pipeline.output import Output
 
 RUN = {"artifact": "a1", "inputs": "i1", "dtype": "float16", "pillow": "12.0", "order": "vertical",
        "versions": {"torch": "2.11", "av": "19"}}
@@ -35,6 +36,12 @@ def about(rows, start=0):
 def files(root):
     return {path.relative_to(root).as_posix(): path.read_bytes()
             for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def starts(root):
+    """How often each of three shards was begun since it was written."""
+    names = [path.name for path in (root / "started").iterdir()]
+    return [sum(name.startswith(f"0000{shard}.") for name in names) for shard in range(3)]
 
 
 def test_a_shard_reads_back_and_its_hashes_hold(tmp_path):
@@ -103,11 +110,11 @@ def test_columns_are_the_union_of_keys_and_mixed_ones_become_strings(tmp_path):
     assert table.column_names == ["image_path", "n", "mixed", "f", "half", "caption", "flag",
                                   "huge", "none"]
     assert table.to_pylist() == [
-        {"image_path": r"caf\udce9.jpg", "n": 1, "mixed": "1", "f": 1.0, "half": "true",
+        {"image_path": r"caf\udce9.jpg", "n": 1, "mixed": "1", "f": 1.0, "half": "True",
          "caption": None, "flag": None, "huge": None, "none": None},
         {"image_path": "b.jpg", "n": None, "mixed": "two", "f": 0.5, "half": "0.5",
          "caption": "zwei", "flag": True, "huge": None, "none": None},
-        {"image_path": "c.jpg", "n": None, "mixed": "false", "f": None, "half": None,
+        {"image_path": "c.jpg", "n": None, "mixed": "False", "f": None, "half": None,
          "caption": None, "flag": None, "huge": str(2**70), "none": None}]
 
 
@@ -138,24 +145,22 @@ def test_a_write_that_fails_leaves_nothing_that_a_glob_sees(tmp_path, monkeypatc
     with pytest.raises(OSError, match="No space"):
         output.write(0, features(4), about(4), about(1), {})
     assert len(list(tmp_path.rglob("*.npy")) + list(tmp_path.rglob("*.parquet"))) == fails_at
-    assert not list(tmp_path.rglob("*.tmp")) and not output.done()
+    assert not output.done()
     monkeypatch.undo()
     output.write(0, features(4), about(4), [], {})
     assert output.done() == {0} and "bad/bad_00000.parquet" not in files(tmp_path)
 
 
-def test_begin_removes_what_a_killed_run_left_and_nothing_that_is_being_written(tmp_path):
-    begun(tmp_path).write(0, features(1), about(1), [], {})
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    writers = (f"{HOST}.{dead.pid}", f"{HOST}.{os.getpid()}", f"{HOST}x.{dead.pid}")
-    left = [tmp_path / "img_emb" / f".img_emb_00001.npy.{writer}.tmp" for writer in writers]
-    for path in left:
-        path.write_bytes(b"half")
-    begun(tmp_path)
-    assert [path.exists() for path in left] == [False, True, True]
-    Output(tmp_path, "image", 3).begin({**RUN, "dtype": "float32"}, overwrite=True)
-    assert [path.exists() for path in left] == [False, True, True]
+def test_what_a_killed_write_left_goes_once_its_shard_is_written(tmp_path, monkeypatch):
+    output = begun(tmp_path)
+    for shard in (0, 1):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, "replace", Mock(side_effect=KeyboardInterrupt))
+            output.write(shard, features(1), about(1), [], {})
+    half = sorted((tmp_path / "started").iterdir())
+    assert len(half) == 2 and not list(tmp_path.rglob("*.npy"))
+    output.write(0, features(1), about(1), [], {})
+    assert list((tmp_path / "started").iterdir()) == half[1:]
 
 
 def test_a_done_shard_counts_only_with_all_its_files(tmp_path):
@@ -194,23 +199,24 @@ def test_begin_refuses_a_folder_of_something_else_and_overwrites_only_its_own(tm
     output.write(0, features(1), about(1), about(1), {})
     output.start(1)
     output.mark_crashed(1, 0)
-    (tmp_path / "out/metadata/notes.parquet").write_text("mine")
+    (tmp_path / "out/notes.txt").write_text("mine")
     output.begin({**RUN, "dtype": "float32"}, overwrite=True)
-    assert set(files(tmp_path / "out")) == {"run.json", "metadata/notes.parquet"}
+    assert set(files(tmp_path / "out")) == {"run.json", "notes.txt"}
     assert json.loads((tmp_path / "out/run.json").read_text())["dtype"] == "float32"
-    assert (output.starts(1), output.crashed(1), output.done()) == (0, set(), set())
+    assert not output.crashed(1) and not output.done()
 
 
 def test_starts_crashes_and_bad_shards_that_run_again(tmp_path):
     output = begun(tmp_path)
-    assert len({output.start(1), output.start(1)}) == 2 and output.start(2)
-    assert [output.starts(shard) for shard in range(3)] == [0, 2, 1]
+    for shard in (1, 1, 2):
+        output.start(shard)
+    assert starts(tmp_path) == [0, 2, 1]
     output.mark_crashed(1, 7)
     output.mark_crashed(1, 3)
     assert output.crashed(1) == {3, 7} and output.crashed(0) == set()
     output.write(1, features(1), about(1), about(1), {})
     output.write(0, features(1), about(1), [], {})
-    assert [output.starts(shard) for shard in range(3)] == [0, 0, 1]
+    assert starts(tmp_path) == [0, 0, 1]
     before = files(tmp_path)
     assert output.retry() == [1] and output.done() == {0} and output.retry() == []
     assert set(before) - set(files(tmp_path)) == {"done/00001.json"}
@@ -223,7 +229,7 @@ def test_an_object_store_gets_the_same_files(tmp_path):
         output.start(0)
         output.mark_crashed(2, 1)
         output.write(0, features(3), about(3), about(1), {"seconds": 1})
-        assert output.done() == {0} and output.starts(0) == 0 and output.crashed(2) == {1}
+        assert output.done() == {0} and output.crashed(2) == {1}
     system = fsspec.filesystem("memory")
     stored = {path.removeprefix("/bucket/out/"): system.cat_file(path)
               for path in system.find("/bucket/out")}

@@ -5,7 +5,8 @@
     metadata/metadata_00012.parquet       the same rows
     bad/bad_00012.parquet                 rows without features, where there are any
     done/00012.json                       written last: rows, bad, SHA-256 and size of each file
-    started/00012.*  crashed/00012.7      unfinished attempts; a row that kills the process
+    started/00012.*  .00012.*             attempts that are not done, and what they half wrote
+    crashed/00012.7                       a row that kills the process
 
 A shard whose rows are all bad has only bad/ and done/: embedding-reader leaves out an empty .npy
 but not the .parquet beside it, and would give all later rows another row's metadata.
@@ -15,7 +16,7 @@ import hashlib
 import io
 import json
 import os
-import platform
+import re
 import uuid
 from itertools import chain
 from typing import Any
@@ -25,11 +26,8 @@ import numpy as np
 from clip_ttrt.errors import UserError
 from clip_ttrt.pipeline.sources import file_system, library
 
-# Folders, and how the names that we write there begin.
-OURS = {"done": "", "crashed": "", "started": "", "img_emb": "img_emb_", "text_emb": "text_emb_",
-        "metadata": "metadata_", "bad": "bad_", "": "summary.json"}
+FOLDERS = ("done", "crashed", "started", "img_emb", "text_emb", "metadata", "bad")
 WORDS = {"inputs": "input list", "pillow": "Pillow", "kind": "kind of input"}
-HOST = platform.node().replace(".", "-")
 
 
 class Output:
@@ -37,57 +35,52 @@ class Output:
 
     def __init__(self, root: Any, kind: str, shards: int):
         self.root, self.kind, self.shards = str(root), kind, shards
-        self.digits = max(5, len(str(shards)))
+        self.number = f"{{:0{max(5, len(str(shards)))}d}}".format
         self.system, self.folder = file_system(self.root)
         self.local = "://" not in self.root or self.root.startswith("file://")
 
     def begin(self, run: dict[str, Any], overwrite: bool = False) -> None:
-        """Write run.json or, where the folder was begun before, compare; what dead processes of
-        this machine left half written goes.  overwrite: what an earlier run wrote goes.
+        """Write run.json or, where the folder was begun before, compare.
 
-        Raises UserError where the earlier run differs, which says in what, or the folder holds
-        files and no run.json.
+        overwrite: what an earlier run wrote goes.  Raises UserError where the earlier run differs,
+        which says in what, or the folder holds files and no run.json.
         """
-        run = {"kind": self.kind, "shards": self.shards, **run.get("versions", {}), **run}
-        run.pop("versions", None)
+        run = {"kind": self.kind, "shards": self.shards, **run}
+        run.update(run.pop("versions", {}))
         found, before = self.listed(""), run
         if "run.json" in found:
             before = json.loads(self.system.cat_file(f"{self.folder}/run.json"))
-        elif any(not name.startswith(".") for name in found):
+        elif any(name[0] != "." and name != "started" for name in found):
             raise UserError(f"{self.root} holds files of something else; use another --output")
         other = [f"{WORDS.get(name, name)} (was {before.get(name)}, is now {run.get(name)})"
                  for name in {**run, **before} if run.get(name) != before.get(name)]
         if other and not overwrite:
             raise UserError(f"{self.root} was begun with another {', '.join(other)}; use another "
                             "--output or --overwrite")
-        for folder, ours in OURS.items():
-            for name in self.listed(folder):
-                ours_too = overwrite and name.startswith(ours) and name[0] != "."
-                if ours_too or abandoned(name):
-                    self.remove(f"{folder}/{name}")
+        for folder in FOLDERS if overwrite else ():
+            self.remove(folder)
         self.put("run.json", to_json(run))
 
     def write(self, shard: int, features: np.ndarray, metadata: list[dict[str, Any]],
               bad: list[dict[str, Any]], about: dict[str, Any]) -> None:
         """Write a shard: features [rows, embed_dim], float16 or float32; a dict for each row and
         each bad row; what to keep in done/ beside the counts.  Equal rows give equal bytes."""
-        if len(features) != len(metadata):
-            raise ValueError(f"{len(features)} features and {len(metadata)} rows of metadata")
         number, emb = self.number(shard), {"image": "img_emb", "text": "text_emb"}[self.kind]
-        files = {f"{emb}/{emb}_{number}.npy": to_npy(features) if metadata else b"",
+        np.save(npy := io.BytesIO(), np.ascontiguousarray(features))
+        files = {f"{emb}/{emb}_{number}.npy": npy.getvalue() if metadata else b"",
                  f"metadata/metadata_{number}.parquet": to_parquet(metadata) if metadata else b"",
                  f"bad/bad_{number}.parquet": to_parquet(bad) if bad else b""}
-        facts = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
-                 for name, data in files.items() if data}
+        facts = {}
         for name, data in files.items():
             if data:
                 self.put(name, data)
+                facts[name] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
             else:  # of an earlier attempt
                 self.remove(name)
         self.put(f"done/{number}.json", to_json({**about, "rows": len(features), "bad": len(bad),
                                                  "files": facts}))
-        for note in self.notes("started", shard):
-            self.remove(f"started/{number}.{note}")
+        for name in self.notes("started", shard):
+            self.remove(f"started/{name}")
 
     def done(self) -> set[int]:
         """The shards whose files are all there, each as large as it was written."""
@@ -97,9 +90,9 @@ class Output:
         """What done/ holds of these shards."""
         sizes = {f"{folder}/{name}": size for folder in ("img_emb", "text_emb", "metadata", "bad")
                  for name, size in self.listed(folder).items()}
-        paths = [f"{self.folder}/done/{name}" for name in self.listed("done") if name[0] != "."]
+        paths = [f"{self.folder}/done/{name}" for name in self.listed("done")]
         blobs = self.system.cat_ranges(paths, [None] * len(paths), [None] * len(paths))
-        found = {int(path[-self.digits - 5:-5]): json.loads(blob) for path, blob in
+        found = {int(path.rpartition("/")[2][:-5]): json.loads(blob) for path, blob in
                  zip(paths, blobs) if isinstance(blob, bytes)}  # else another process removed it
         return {number: facts for number, facts in found.items() if all(
             sizes.get(name) == file["size"] for name, file in facts["files"].items())}
@@ -113,27 +106,18 @@ class Output:
 
     def crashed(self, shard: int) -> set[int]:
         """The rows of a shard that are known to kill the process."""
-        return set(map(int, self.notes("crashed", shard)))
+        return {int(name.partition(".")[2]) for name in self.notes("crashed", shard)}
 
     def mark_crashed(self, shard: int, row: int) -> None:
         self.put(f"crashed/{self.number(shard)}.{row}", b"")
 
-    def start(self, shard: int) -> str:
-        """Note that a shard is begun, until it is written; returns the note's name."""
-        name = f"{self.number(shard)}.{uuid.uuid4().hex}"
-        self.put(f"started/{name}", b"")
-        return name
-
-    def starts(self, shard: int) -> int:
-        """How often a shard was begun since it was last written."""
-        return len(self.notes("started", shard))
+    def start(self, shard: int) -> None:
+        """Note that a shard is begun, until it is written."""
+        self.put(f"started/{self.number(shard)}.{uuid.uuid4().hex}", b"")
 
     def notes(self, folder: str, shard: int) -> list[str]:
-        found = (name.partition(".") for name in self.listed(folder))
-        return [note for number, _, note in found if number == self.number(shard)]
-
-    def number(self, shard: int) -> str:
-        return f"{shard:0{self.digits}d}"
+        return [name for name in self.listed(folder)
+                if name.lstrip(".").startswith(f"{self.number(shard)}.")]
 
     def listed(self, folder: str) -> dict[str, int]:
         """Names and sizes of what lies in one of our folders."""
@@ -145,64 +129,40 @@ class Output:
 
     def remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            self.system.rm_file(f"{self.folder}/{name}")
+            self.system.rm(f"{self.folder}/{name}", recursive=True)
 
     def put(self, name: str, data: bytes) -> None:
-        """Write a file in one step, under a name that no *.npy or *.parquet matches until then."""
+        """Write a file in one step; on a local disk it comes from started/."""
         path = f"{self.folder}/{name}"
-        folder, _, base = path.rpartition("/")
-        self.system.makedirs(folder, exist_ok=True)
-        if not self.local:
-            self.system.pipe_file(path, data)
-            return
-        partial = f"{folder}/.{base}.{HOST}.{os.getpid()}.tmp"
-        try:
-            with open(partial, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+        partial = f"{self.folder}/started/.{re.split('[/_]', name)[-1]}.{uuid.uuid4().hex}"
+        for each in (path, partial):
+            self.system.makedirs(each.rpartition("/")[0], exist_ok=True)
+        self.system.pipe_file(partial if self.local else path, data)
+        if self.local:
             os.replace(partial, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(partial)
-
-
-def abandoned(name: str) -> bool:
-    """Whether a file was being written by a process of this machine that is no more."""
-    parts = name.rsplit(".", 3)
-    return parts[1::2] == [HOST, "tmp"] and not os.path.exists(f"/proc/{parts[2]}")
 
 
 def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1) + "\n").encode()
 
 
-def to_npy(features: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(features), allow_pickle=False)
-    return buffer.getvalue()
-
-
 def to_parquet(rows: list[dict[str, Any]]) -> bytes:
     """A table of all keys in the order in which they first occur; what a row lacks is null."""
-    names, buffer = dict.fromkeys(chain.from_iterable(rows)), io.BytesIO()
-    table = library("pyarrow").table(
-        {utf8(name): column([row.get(name) for row in rows]) for name in names})
-    library("pyarrow.parquet").write_table(table, buffer, compression="snappy", version="2.6",
-                                           row_group_size=len(rows))
+    table, buffer = library("pyarrow").table({
+        utf8(name): column([row.get(name) for row in rows])
+        for name in dict.fromkeys(chain.from_iterable(rows))}), io.BytesIO()
+    library("pyarrow.parquet").write_table(table, buffer, row_group_size=len(rows))
     return buffer.getvalue()
 
 
 def column(values: list) -> Any:
-    """Values as booleans, 64-bit integers, doubles or, if they are nothing alike, as strings."""
+    """Values as arrow's type of them or, if they are nothing or nothing alike, as strings."""
     arrow = library("pyarrow")
     with contextlib.suppress(ValueError, TypeError, OverflowError):
-        found = arrow.array(values)
-        if str(found.type) in ("bool", "int64", "double", "string"):
+        if (found := arrow.array(values)).type != arrow.null():
             return found
-    texts = (each if isinstance(each, str) or each is None else
-             json.dumps(each, ensure_ascii=False, default=str) for each in values)
-    return arrow.array([each if each is None else utf8(each) for each in texts], arrow.string())
+    texts = [each if each is None else utf8(str(each)) for each in values]
+    return arrow.array(texts, arrow.string())
 
 
 def utf8(text: str) -> str:

@@ -1,13 +1,12 @@
 """Inputs -> rows: pictures, frames of videos and texts, cut into shards that can read themselves.
 
-`plan` reads names, captions and indices.  What it returns is small and picklable; pictures are read
-by whoever holds a shard, a range of rows at a time.  Where a picture lies is its place, a list:
+`plan` reads names, captions and indices; pictures are read by whoever holds a shard, a range of
+rows at a time.  Where a picture lies is its place, a list:
 
     LOCAL or a URL's scheme, path, offset, size     a file, or a member of an archive; -1: all of it
-    TABLE, path, size, column, row group, row in it
-    VIDEO, path, size, pts of the first frame, of this, of the last key frame not after it
+    TABLE, path, column, row group, row in it
+    VIDEO, path, pts of the frame, dts of the last key frame not after it
 """
-import contextlib
 import csv
 import glob
 import hashlib
@@ -20,11 +19,10 @@ import re
 import tarfile
 import threading
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache, partial
 from itertools import chain, groupby, islice
-from operator import itemgetter
 from typing import Any, Callable, Iterator, Optional, Union
 
 import numpy as np
@@ -36,13 +34,9 @@ PICTURES = set(" avif bmp gif heic heif ico j2k jfif jp2 jpe jpeg jpg pbm pgm pn
                "tiff webp".split(" "))  # or without an extension
 VIDEOS = set("3gp avi flv m2ts m4v mkv mov mp4 mpeg mpg mts ogv ts webm wmv".split())
 LOCAL, TABLE, VIDEO = "a file", "a table", "a video"
-SAMPLE = re.compile(r"((?:.*/)?[^./]+)(?:\.([^/]*))?", re.DOTALL)  # key and suffix, as WebDataset's
-# Arrow's types of columns.
-BINARY = re.compile(r"(large_)?binary|struct<.*\bbytes: (large_)?binary.*>")
-STRING, OTHER = re.compile(r"(large_)?string"), re.compile(r"bool|u?int\d+|float|double|date|time")
+SAMPLE = re.compile(r"((?:.*/)?[^./]+)((?:\.[^/]*)?)", re.DOTALL)  # key and suffix, as WebDataset's
 MAX_BYTES = 2**30  # of a picture's file: one that is larger is no picture, and memory is finite
-BEYOND = f"more than {MAX_BYTES} bytes, or beyond its end"
-PROBLEMS = {kernels.NOT_REGULAR: "it is not a regular file", kernels.BEYOND_END: BEYOND}
+UNFIT, EMPTY = "no regular file, cut short or larger than 1 GiB", "the row is empty"
 LOCK = threading.Lock()  # of the tables and videos that are open
 
 
@@ -52,19 +46,20 @@ class Record:
 
     key: str
     data: Union[bytes, memoryview, np.ndarray, str, None]
-    metadata: dict[str, Any] = field(default_factory=dict)
-    error: Optional[str] = None  # why it cannot be read: it belongs to bad/
+    metadata: dict[str, Any]
+    error: Optional[str]  # why it cannot be read: it belongs to bad/
 
 
 class Rows:
-    """The rows of one shard.
+    """The rows of one shard.  sequential: ranges are best read in order.
 
     items: the path of a picture, or the fields of a Record and, where its data is to be read, its
-    place; held as bytes, for there may be millions.  sequential: ranges are best read in order.
+    place; held as bytes, for there may be millions.
     """
 
-    def __init__(self, items: list, sequential: bool = False):
-        self.count, self.sequential, self.items = len(items), sequential, None
+    def __init__(self, items: list):
+        self.count, self.items = len(items), None
+        self.sequential = any(VIDEO in each[4:5] for each in items if isinstance(each, list))
         self.packed = json.dumps(items, default=str).encode()
 
     def __len__(self) -> int:
@@ -92,24 +87,18 @@ class Rows:
 
 def plan(inputs: list[str], text: bool, shard_rows: int, every: float, column: Optional[str]
          ) -> list[Rows]:
-    """One `Rows` for each shard of at most shard_rows, in the order of the inputs.
+    """One `Rows` for each shard of at most shard_rows; all inputs are one sequence.
 
     inputs: folders, globs, files and fsspec URLs.  text: texts, not pictures.
     every: seconds between the frames of a video.  column: where tables hold paths, bytes or texts.
-    Consecutive inputs are one sequence, but for videos, which are cut by themselves.
-    Raises UserError for inputs that are missing, empty or need what is not given.
+    Raises UserError for inputs that are missing, empty or unfit, OSError for folders.
     """
-    for cache in (row_group, playback):  # of what lay at a path before
+    for cache in (row_group, Playback):  # of what lay at a path before
         cache.cache_clear()
-    shards: list[Rows] = []
-    sources = chain.from_iterable(map(expand, inputs))
-    try:
-        for video, group in groupby(sources, lambda source: source[0] * (source[1] in VIDEOS)):
-            items = chain.from_iterable(read_items(*each, text, every, column) for each in group)
-            while batch := list(islice(items, shard_rows)):
-                shards.append(Rows(batch, sequential=bool(video)))
-    except (OSError, csv.Error) as problem:
-        raise UserError(f"the inputs cannot be listed: {problem}") from problem
+    sources, shards = chain.from_iterable(map(expand, inputs)), []
+    items = chain.from_iterable(read_items(*each, text, every, column) for each in sources)
+    while batch := list(islice(items, shard_rows)):
+        shards.append(Rows(batch))
     if not shards:
         raise UserError(f"{', '.join(inputs)}: nothing in it can be embedded")
     return shards
@@ -139,8 +128,8 @@ def read_items(path: str, ending: str, text: bool, every: float, column: Optiona
             yield from video_items(path, every)
         else:
             yield from walk(path) if ending == "/" else [path]
-    except (OSError, ValueError, tarfile.TarError) as problem:
-        if isinstance(problem, UserError) or ending in ("txt", "csv", "/"):
+    except (OSError, ValueError, csv.Error, tarfile.TarError) as problem:
+        if isinstance(problem, UserError) or ending == "/":
             raise
         yield [path, None, {}, reason(problem)]
 
@@ -151,13 +140,12 @@ def walk(folder: str) -> Iterator[str]:
         system, path = file_system(folder)
         yield from map(system.unstrip_protocol, sorted(system.find(path), key=os.fsencode))
         return
-    entries = {entry.name + "/" * entry.is_dir(follow_symlinks=False): entry
-               for entry in os.scandir(folder)}
-    for name in sorted(entries, key=os.fsencode):
-        if name.endswith("/"):
-            yield from walk(entries[name].path)
-        elif entries[name].is_file():
-            yield entries[name].path
+    for entry in sorted(os.scandir(folder), key=lambda each: os.fsencode(
+            each.path + "/" * each.is_dir(follow_symlinks=False))):
+        if entry.is_dir(follow_symlinks=False):
+            yield from walk(entry.path)
+        elif entry.is_file():
+            yield entry.path
 
 
 def list_items(path: str, text: bool, column: Optional[str]) -> Iterator[list]:
@@ -170,40 +158,34 @@ def list_items(path: str, text: bool, column: Optional[str]) -> Iterator[list]:
             rows = csv.DictReader(lines, restkey="", restval="")
             name = choose(path, rows.fieldnames or [], text, column)
         else:
-            stripped = (line.strip() if text else line.rstrip("\n") for line in lines)
-            rows = ({name: line} for line in stripped if line and not line.isspace())
+            rows = ({name: line.strip() if text else line.rstrip("\n")} for line in lines
+                    if not line.isspace())
         for number, row in enumerate(rows):
-            value, _ = row.pop(name), row.pop("", None)  # more fields than the header has
+            value = row.pop(name)
             if text:
-                yield item(f"{path}:{number}", {"caption": value}, row, value)
+                yield [f"{path}:{number}", value, {**row, "caption": value}, None]
             else:
                 value = value if "://" in value else os.path.join(os.path.dirname(path), value)
-                yield item(value, {"image_path": value}, row, None, *place(value))
+                yield [value, None, {**row, "image_path": value}, None, *place(value)]
 
 
 def tar_items(path: str, text: bool, _: Optional[str]) -> Iterator[list]:
-    """Of an archive in WebDataset's layout, with captions and fields of .txt and .json members."""
+    """Of an archive in WebDataset's layout, with captions of .txt members."""
     with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-        members = ((SAMPLE.fullmatch(each.name), each) for each in archive if each.isreg())
-        named = ((*match.groups(""), each) for match, each in members if match)
-        for key, group in groupby(named, itemgetter(0)):
-            sample, texts, fields = [each[1:] for each in group], {}, {}
-            for suffix, member in sample:
-                if suffix in ("txt", "json"):
-                    file.seek(member.offset_data)
-                    texts[suffix] = str(file.read(member.size), "utf-8", "replace").strip()
-            with contextlib.suppress(ValueError, TypeError):
-                fields = dict(json.loads(texts.get("json", "{}")))
-            ours = {"caption": texts["txt"], "key": key} if "txt" in texts else {"key": key}
-            pictures = [each for each in sample if each[0].lower().split(".")[-1] in PICTURES]
-            if text and "txt" in texts:
-                yield item(f"{path}/{key}.txt", ours, fields, texts["txt"])
-            elif text or not pictures:
-                yield [f"{path}/{key}", None, {}, "nothing in it can be embedded"]
-            for suffix, member in pictures if not text else ():
-                name = f"{path}/{key}.{suffix}".rstrip(".")
-                yield item(name, {"image_path": name, **ours}, fields, None,
-                           *place(path, member.offset_data, member.size))
+        named = ((*SAMPLE.fullmatch(each.name).groups(), each) for each in archive
+                 if each.isreg() and SAMPLE.fullmatch(each.name))
+        for key, group in groupby(named, lambda each: each[0]):
+            members, facts = {suffix: member for _, suffix, member in group}, {"key": key}
+            if ".txt" in members:
+                caption = str(archive.extractfile(members[".txt"]).read(), "utf-8", "replace")
+                facts["caption"] = caption.strip()
+                if text:
+                    yield [f"{path}/{key}", facts["caption"], facts, None]
+            for suffix, member in members.items() if not text else ():
+                if suffix.lower().rpartition(".")[2] in PICTURES:
+                    name = f"{path}/{key}{suffix}"
+                    yield [name, None, {"image_path": name, **facts}, None,
+                           *place(path, member.offset_data, member.size)]
         file.seek(archive.offset)  # where tarfile stopped, in silence at most damages
         if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
             raise tarfile.ReadError(f"the archive is damaged at byte {archive.offset}")
@@ -213,62 +195,50 @@ def table_items(path: str, text: bool, column: Optional[str]) -> Iterator[list]:
     """Of a .parquet file: all but the pictures."""
     with open_file(path) as file:
         table = library("pyarrow.parquet").ParquetFile(file)
-        size, types = file.seek(0, os.SEEK_END), {each.name: str(each.type)
-                                                  for each in table.schema_arrow}
-        names = [name for name in types if (STRING if text else BINARY).fullmatch(types[name])]
+        types = {each.name: str(each.type) for each in table.schema_arrow}
+        names = [name for name in types if types[name].endswith("string" if text else "binary")]
         chosen = choose(path, names, text, column)
-        others = [name for name, kind in types.items() if STRING.match(kind) or OTHER.match(kind)]
-        others += [f"{chosen}.path"] if "path: " in types[chosen] else []  # as in Hugging Face's
-        groups = (table.read_row_group(group, columns=others).to_pylist()
-                  for group in range(table.num_row_groups))
-        rows = ((group, *each) for group, rows in enumerate(groups) for each in enumerate(rows))
-        for number, (group, index, row) in enumerate(rows):
-            key, value = f"{path}:{number}", row.pop(chosen, None)
-            if not text:
-                name = (value or {}).get("path") or row.get("image_path") or key
-                yield item(key, {"image_path": name}, row, None, TABLE, path, size, chosen, group,
-                           index)
-            elif value is not None:
-                yield item(key, {"caption": value}, row, value)
-            else:
-                yield [key, None, {}, "the row is empty"]
+        others = [name for name, kind in types.items() if "<" not in kind and "binary" not in kind]
+        for group in range(table.num_row_groups):
+            rows = table.read_row_group(group, columns=others).to_pylist()
+            for index, row in enumerate(rows):
+                key, value = f"{path}:{group}:{index}", row.pop(chosen, None)
+                if text:
+                    yield [key, value, {**row, "caption": value}, EMPTY if value is None else None]
+                else:
+                    row["image_path"] = row.get("image_path") or key
+                    yield [key, None, row, None, TABLE, path, chosen, group, index]
 
 
 def choose(path: str, names: list[str], text: bool, column: Optional[str]) -> str:
     """The column that is asked for, else that of a usual name, else the only one."""
-    usual = ["caption", "text"] if text else ["image_path", "path"]
-    found = [column] if column else [each for each in usual if each in names][:1] or names
-    if len(found) != 1 or found[0] not in names:
-        raise UserError(f"{path} has no column {column or ' or '.join(usual)} that serves; "
-                        f"--column names one of {', '.join(names)}")
-    return found[0]
+    usual = [column] if column else ["caption", "text"] if text else ["image_path", "path"]
+    for name in [*usual, *(names if len(names) == 1 and not column else ())]:
+        if name in names:
+            return name
+    raise UserError(f"{path} has no column {' or '.join(usual)} that serves; --column names one of "
+                    f"{', '.join(names)}")
 
 
 def video_items(path: str, every: float) -> Iterator[list]:
     """Of a video: the frame that is on screen at each k * every, from the packets alone.  Times
     count from the first frame, and the last one is on screen for its duration."""
     with open_video(path) as container:
-        if not container.streams.video:
-            raise ValueError("it has no video stream")
-        packets = [(packet.pts, packet.duration or 1, packet.is_keyframe)
-                   for packet in container.demux(container.streams.video[0])
+        packets = [(packet.pts, packet.pts if packet.dts is None else packet.dts,
+                    packet.is_keyframe, packet.duration or 1, packet.time_base)
+                   for stream in container.streams.video[:1] for packet in container.demux(stream)
                    if packet.pts is not None and not packet.is_discard]
-        tick, size = container.streams.video[0].time_base, container.size
     if not packets:
-        raise ValueError("its frames have no timestamps")
-    shown, step = sorted(pts for pts, *_ in packets), Fraction(str(every)) / tick
-    keys = sorted({shown[0], *(pts for pts, _, key in packets if key)})
-    end = max(pts + duration for pts, duration, _ in packets) - shown[0]
+        raise ValueError("no frame of it has a time")
+    packets.sort()
+    shown, tick = [pts for pts, *_ in packets], packets[0][-1]
+    keys = [(pts, dts) for pts, dts, key, *_ in packets if key or pts == shown[0]]
+    end = max(pts + duration for pts, _, _, duration, _ in packets) - shown[0]
+    step = Fraction(str(every)) / tick
     for k in range(math.ceil(end / step)):
         pts, time = shown[bisect_right(shown, shown[0] + k * step) - 1], float(k * step * tick)
-        key = keys[bisect_right(keys, pts) - 1]
-        yield item(f"{path}:{time:.6g}s", {"image_path": path, "time": time, "pts": pts}, {}, None,
-                   VIDEO, path, size, keys[0], pts, key)
-
-
-def item(key: str, ours: dict, others: dict, text: Optional[str], *where: Any) -> list:
-    """Of `Rows`; our own fields come first and win."""
-    return [key, text, {**ours, **others, **ours}, None, *where]
+        yield [f"{path}:{time:.6g}s", None, {"image_path": path, "time": time, "pts": pts}, None,
+               VIDEO, path, pts, keys[bisect_right(keys, (pts, math.inf)) - 1][1]]
 
 
 def place(path: str, offset: int = 0, size: int = -1) -> list:
@@ -276,10 +246,8 @@ def place(path: str, offset: int = 0, size: int = -1) -> list:
     return [scheme if remote else LOCAL, path, offset, size]
 
 
-# Readers: what lies at each place of a kind, or in a word why it cannot be read.
-
-
 def attempt(function: Callable, *arguments: Any) -> Any:
+    """What a reader gives for a place: what lies there, or as a str why it cannot be read."""
     try:
         return function(*arguments)
     except Exception as problem:  # of arrow, FFmpeg and file systems, which share no type
@@ -294,17 +262,15 @@ def read_local(places: list) -> list[Union[bytes, memoryview, str]]:
     offsets, sizes = np.array([each[2:] for each in places]).T.copy()
     data, errors = kernels.read_files(names, offsets, sizes, MAX_BYTES)
     whole, ends = memoryview(data), sizes.cumsum().tolist()
-    return [whole[end - size:end] if error == 0 else PROBLEMS.get(error) or os.strerror(error)
+    return [whole[end - size:end] if not error else os.strerror(error) if error > 0 else UNFIT
             for end, size, error in zip(ends, sizes.tolist(), errors.tolist())]
 
 
 def read_one(path: str, offset: int, size: int) -> Union[bytes, str]:
-    if os.path.exists(path) and not os.path.isfile(path):
-        return PROBLEMS[kernels.NOT_REGULAR]
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size - offset if size < 0 else size
-        blob = os.pread(file.fileno(), size, offset) if size <= MAX_BYTES else b""
-    return blob if len(blob) == size else BEYOND
+    with open(path, "rb", opener=lambda *each: os.open(each[0], each[1] | os.O_NONBLOCK)) as file:
+        file.seek(offset)
+        data = file.read(size)
+    return data if size in (-1, len(data)) else UNFIT
 
 
 def read_remote(places: list) -> list[Union[bytes, str]]:
@@ -315,62 +281,52 @@ def read_remote(places: list) -> list[Union[bytes, str]]:
     blobs = system.cat_ranges(list(map(system._strip_protocol, urls)), starts, stops,
                               on_error="return")
     return [reason(blob) if isinstance(blob, Exception) else
-            blob if size in (-1, len(blob)) else BEYOND for blob, size in zip(blobs, sizes)]
+            blob if size in (-1, len(blob)) else UNFIT for blob, size in zip(blobs, sizes)]
 
 
-def read_table(places: list) -> list[Union[bytes, str]]:
-    blobs = []
-    for where, group in groupby(places, lambda each: each[1:5]):
-        rows = [row for *_, row in group]
-        with LOCK:
-            column = attempt(row_group, *where)
-        values = [column] * len(rows) if isinstance(column, str) else column.take(rows).to_pylist()
-        values = (each["bytes"] if isinstance(each, dict) else each for each in values)
-        blobs += ["the row is empty" if each is None else each for each in values]
-    return blobs
+def read_held(read: Callable, places: list) -> list[Union[bytes, np.ndarray, str]]:
+    """One after the other, of a table or a video that stays in memory."""
+    with LOCK:
+        return [attempt(read, *each[1:]) for each in places]
 
 
 @lru_cache(2)  # for threads that are not quite level
-def row_group(path: str, size: int, column: str, group: int) -> Any:
+def row_group(path: str, column: str, group: int) -> Any:
     with open_file(path) as file:
         table = library("pyarrow.parquet").ParquetFile(file)
         return table.read_row_group(group, columns=[column])[column]
 
 
-def read_frames(places: list) -> list[Union[np.ndarray, str]]:
-    with LOCK:
-        return [attempt(lambda: playback(*each[1:4]).at(*each[4:])) for each in places]
-
-
+@lru_cache(1)
 class Playback:
     """A video that is decoded on, or from a later key frame that is not after the wanted frame."""
 
-    def __init__(self, path: str, size: int, first: int):
-        self.container, self.first = open_video(path), first
+    def __init__(self, path: str):
+        self.container = open_video(path)
         self.stream = self.container.streams.video[0]
         self.stream.thread_type = "AUTO"
         self.frames = self.container.decode(self.stream)
-        self.shown, self.reached = next(self.frames, None), first
+        self.shown = next(self.frames)
 
-    def at(self, wanted: int, key: int) -> np.ndarray:
-        """Pixels [H, W, 3] of the frame whose pts is wanted."""
-        seek, self.reached = key > self.reached or wanted < self.reached, math.inf
-        for start in (key, self.first) if seek else ():  # a seek may end behind the frame
+    def at(self, pts: int, start: int) -> np.ndarray:
+        """Pixels [H, W, 3] of the frame that is shown from then on."""
+        if start > self.shown.pts or pts < self.shown.pts:
             self.container.seek(start, stream=self.stream)
             self.frames = self.container.decode(self.stream)
-            self.shown = next(self.frames, None)
-            if self.shown and self.shown.pts <= wanted:
-                break
-        while self.shown and self.shown.pts < wanted:
-            self.shown = next(self.frames, None)
-        if not self.shown or self.shown.pts > wanted:
+            self.shown = next(self.frames)
+        while self.shown.pts < pts:
+            self.shown = next(self.frames)
+        if self.shown.pts > pts:
             raise ValueError("the frame cannot be decoded")
-        self.reached, turns = wanted, round(self.shown.rotation / 90)
+        turns = round(self.shown.rotation / 90)
         return np.ascontiguousarray(np.rot90(self.shown.to_ndarray(format="rgb24"), turns))
 
 
-playback = lru_cache(1)(Playback)
-READERS = {LOCAL: read_local, TABLE: read_table, VIDEO: read_frames}
+READERS = {
+    LOCAL: read_local,
+    TABLE: partial(read_held, lambda *cell: row_group(*cell[:3])[cell[3]].as_py() or EMPTY),
+    VIDEO: partial(read_held, lambda path, *frame: Playback(path).at(*frame)),
+}
 
 
 def open_file(path: str) -> Any:
