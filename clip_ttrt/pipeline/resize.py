@@ -4,7 +4,6 @@ Pillow resizes uint8 in two passes, each along one axis, with a byte between the
 a table of integers, which the CPU makes in double precision as Pillow does.  On a GPU the kernel
 of `kernels/preprocess` applies them, elsewhere the reference here; both are exact.
 """
-import ctypes
 import functools
 from typing import Optional, Sequence, Union
 
@@ -41,8 +40,7 @@ FITS = ("crop", "squash", "pad")
 
 
 @functools.lru_cache(SIZES)
-def table(n_in: int, n_out: int, offset: int, resolution: int, filter: str
-          ) -> tuple[slice, np.ndarray]:
+def table(n_in: int, n_out: int, offset: int, resolution: int, filter: str) -> tuple:
     """A pass from n_in pixels to the R positions from offset on, where those outside of n_out are
     a border of zeros: the pixels that it takes, and int32 [2 + taps, R], which are starts among
     those, counts, and weights (0 past them)."""
@@ -62,24 +60,20 @@ def table(n_in: int, n_out: int, offset: int, resolution: int, filter: str
         weights = function((taps - center + 0.5) * (1.0 / stretch)) * (taps < stop)
         weights /= np.add.accumulate(weights, axis=0)[-1]  # in the order of Pillow's sum
     weights = weights * inside * (1 << BITS)
-    data = np.empty((2 + len(weights), resolution), np.int32)
-    data[0], data[1] = start - start[0], (stop - start) * inside
-    data[2:] = weights + np.copysign(0.5, weights)
-    return slice(int(start[0]), int(stop[-1])), data
+    data = start - start[0], (stop - start) * inside, weights + np.copysign(0.5, weights)
+    return slice(int(start[0]), int(stop[-1])), np.vstack(data).astype(np.int32)
 
 
 @functools.lru_cache(SIZES)
 def plan(height: int, width: int, resolution: int, filter: str, fit: str, order: str) -> Plan:
     """Both passes for a size of picture.  order: as `pillow_order` gives it."""
-    shorter, longer = sorted((height, width))
-    if fit == "crop":  # to what each side is resized, as torchvision has it
-        full = [int(resolution * side / shorter) for side in (height, width)]
-        before = [round((side - resolution) / 2) for side in full]
+    if fit == "crop":  # as torchvision has it
+        full = [int(resolution * side / min(height, width)) for side in (height, width)]
     else:  # as open_clip has it
-        ratio = longer / resolution
+        ratio = max(height, width) / resolution
         full = [resolution if fit == "squash" else max(1, round(side / ratio))
                 for side in (height, width)]
-        before = [-((resolution - side) // 2) for side in full]
+    before = [(round if fit == "crop" else int)((side - resolution) / 2) for side in full]
     (rows, down), (columns, right) = (
         table(*each, resolution, filter) for each in zip((height, width), full, before))
     vertical = order == "vertical" and height - full[0] > max(0, 2 * (width - full[1]))
@@ -140,9 +134,8 @@ class Preprocess:
         self.plan = functools.partial(plan, resolution=resolution, filter=filter, fit=fit,
                                       order=pillow_order())
         # As torchvision's ToTensor and Normalize compute it.
-        values = (torch.arange(256).float() / 255).expand(3, 256).clone()
-        values.sub_(torch.tensor(mean)[:, None]).div_(torch.tensor(std)[:, None])
-        self.values = values.to(dtype).to(self.device)  # [3, 256]
+        mean, std = (torch.tensor(three)[:, None] for three in (mean, std))
+        self.values = ((torch.arange(256).float() / 255 - mean) / std).to(dtype).to(self.device)
         self.fused = self.device.type == "cuda" and kernels.serves_on(self.device)
 
     def __call__(self, pictures: Sequence[Optional[Pixels]], out: Optional[Tensor] = None
@@ -150,10 +143,10 @@ class Preprocess:
         """Pictures, each uint8 [H, W, C] with C = 1 (grey) or 3 -> [B, 3, R, R] on the device.
 
         They have any strides (a planar one is `.permute(1, 2, 0)`), and lie in the CPU's memory or
-        the device's.  None leaves zeros.  On a GPU all happens in the order of the current stream
-        (a tensor that another stream's work made: `record_stream`, as for any op), and pictures of
-        the CPU may be changed once this returns.  out: where to, contiguous.
-        Raises ValueError for another shape, dtype or device.
+        the device's; None leaves zeros.  Raises ValueError for another shape, dtype or device, and
+        where `out` is not contiguous.  On a GPU all happens in the order of the current stream (a
+        tensor that another stream's work made: `record_stream`, as for any op), and pictures of
+        the CPU may be changed once this returns.
         """
         shape = len(pictures), 3, self.resolution, self.resolution
         if out is None:
@@ -175,23 +168,21 @@ class Preprocess:
         return self.plan(*shape[:2]), shape[2]
 
     def _reference(self, pictures: Sequence[Optional[Pixels]], out: Tensor) -> None:
-        for i, (picture, row) in enumerate(zip(pictures, out)):
-            if picture is None:
-                row.zero_()
-                continue
-            plan, channels = self._plan(i, picture)
-            if not isinstance(picture, Tensor):
-                picture = torch.from_numpy(np.array(picture))
-            planes = resize(picture.to(self.device), plan).permute(2, 0, 1).reshape(channels, -1)
-            row.copy_(self.values.gather(1, planes.long().expand(3, -1)).view_as(row))
+        out.zero_()
+        for i, picture in enumerate(pictures):
+            if picture is not None:
+                plan, channels = self._plan(i, picture)
+                pixels = picture if isinstance(picture, Tensor) else torch.as_tensor(picture.copy())
+                square = resize(pixels.to(self.device), plan).permute(2, 0, 1)
+                levels = square.reshape(channels, -1).long().expand(3, -1)
+                out[i] = self.values.gather(1, levels).view_as(out[i])
 
     def _launch(self, pictures: Sequence[Optional[Pixels]], out: Tensor) -> None:
         """Through the kernels, with descriptors, tables and the CPU's pixels in one copy."""
-        rows, parts, tables, of_cpu, most_lines, between = [], [], {}, [], 0, 0
-        end = len(pictures) * ctypes.sizeof(kernels.PICTURE)
+        rows, parts, tables, of_cpu = [NOTHING] * len(pictures), [], {}, []
+        end, between, most_lines = 8 * len(NOTHING) * len(pictures), 0, 0
 
-        def place(part: np.ndarray) -> int:
-            """Where an array begins in what is copied."""
+        def place(part: np.ndarray) -> int:  # where it begins in what is copied
             nonlocal end
             start, end = end, (end + part.nbytes + 15) & ~15
             parts.append((start, part))
@@ -199,11 +190,9 @@ class Preprocess:
 
         for i, picture in enumerate(pictures):
             if picture is None:
-                rows.append(NOTHING)
                 continue
-            plan, channels = self._plan(i, picture)
-            span, passes, vertical = plan
-            for table in passes:
+            (span, (first, second), vertical), channels = self._plan(i, picture)
+            for table in (first, second):
                 if id(table) not in tables:
                     tables[id(table)] = place(table) // table.itemsize
             if isinstance(picture, Tensor) and picture.is_cuda:
@@ -211,17 +200,15 @@ class Preprocess:
                 start = picture.data_ptr() + span[0].start * down + span[1].start * right
             else:
                 window = np.asarray(picture)[span]
-                height, width, _ = window.shape
-                down, right, channel = width * channels, channels, 1
-                if window.strides[2] > window.strides[1]:  # planar, and copied as such
-                    window = window.transpose(2, 0, 1)
-                    down, right, channel = width, 1, height * width
-                start = place(window)
+                planar = window.strides[2] > window.strides[1]  # and copied as such
+                down, right, channel = (window.shape[1], 1, window[:, :, 0].size) if planar else (
+                    window[0].size, channels, 1)
+                start = place(window.transpose(2, 0, 1) if planar else window)
                 of_cpu.append(i)
             along, across = (down, right) if vertical else (right, down)
-            lines = span[vertical].stop - span[vertical].start  # of the second pass
-            rows.append((start, along, across, channel, *[tables[id(table)] for table in passes],
-                         between, lines, channels, vertical))  # kernels.PICTURE
+            lines = span[vertical].stop - span[vertical].start  # that the second pass takes
+            rows[i] = (start, along, across, channel, tables[id(first)], tables[id(second)],
+                       between, lines, channels, vertical)  # kernels.PICTURE
             between += channels * lines * -(-self.resolution // 4) * 4
             most_lines = max(most_lines, lines)
         if end + between > MOST_BYTES and len(rows) > 1:
@@ -234,7 +221,7 @@ class Preprocess:
         address, host, descriptors = buffer.data_ptr(), staging.numpy(), np.array(rows, np.int64)
         descriptors[of_cpu, 0] += address
         for start, part in ((0, descriptors), *parts):
-            host[start:start + part.nbytes].view(part.dtype).reshape(part.shape)[:] = part
+            np.ndarray(part.shape, part.dtype, host, start)[:] = part
         buffer[:end].copy_(staging, non_blocking=True)
         kernels.launch("preprocess", self.device, pictures=buffer, tables=address,
                        values=self.values, workspace=address + end, out=out.data_ptr(),
@@ -247,8 +234,8 @@ def preprocess(pictures: Sequence[Tensor], resolution: int, *, filter: str = "bi
                fit: str = "crop", mean: Optional[Sequence[float]] = None,
                std: Optional[Sequence[float]] = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """`Preprocess` as an op, on the device of the first of at least one picture."""
-    mean, std = tuple(mean or MEAN), tuple(std or STD)
-    return cached(resolution, pictures[0].device, filter, fit, mean, std, dtype)(pictures)
+    return cached(resolution, pictures[0].device, filter, fit, tuple(mean or MEAN),
+                  tuple(std or STD), dtype)(pictures)
 
 
 @preprocess.register_fake
