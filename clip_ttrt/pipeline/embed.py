@@ -106,7 +106,7 @@ def embed(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], output:
     todo = sorted(options.of_this_job(len(shards)) - out.done())
     progress = Progress(sum(len(shards[number]) for number in todo))
     execute = partial(execute, make_worker=partial(Worker, model.folder, out, options),
-                      devices=devices, out=out, progress=progress)
+                      devices=devices, progress=progress)
     try:
         drive.run(shards, todo, execute, out, progress)
     except KeyboardInterrupt:
