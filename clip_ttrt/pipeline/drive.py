@@ -5,10 +5,10 @@ was twice and it is not written, its rows are tried in halves until those that k
 they become rows of bad/, and the shard is embedded without them.
 """
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
-import threading
 import traceback
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +20,7 @@ from clip_ttrt.errors import UserError
 PROCESSES = multiprocessing.get_context("spawn")  # a forked one could not use CUDA
 STARTS = 2  # of a shard that is not written, from which on rows that kill are looked for
 ROUNDS = 3  # one after the other in which no shard is done, and the run ends
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>: a signal for where the parent ends
 Results = Iterator[dict[str, Any]]
 
 
@@ -92,8 +93,7 @@ def processes(tasks: list[Task], make_worker: Callable, devices: Sequence[str], 
               ) -> Results:
     """Execute in a process for each device, which takes one task after the other.
 
-    make_worker: a device -> `Worker`, picklable.  Raises UserError where a process dies before it
-    is ready.
+    make_worker: picklable.  Raises UserError where a process dies before it is ready.
     """
     waiting, children, ready = deque(tasks), {}, set()
 
@@ -137,11 +137,7 @@ def processes(tasks: list[Task], make_worker: Callable, devices: Sequence[str], 
 def serve(pipe, make_worker: Callable, device: str) -> None:
     """What a process does: it embeds a shard while the last one is being written, and sends a
     result, the first time {}, before each task that it is sent.  It ends with its parent."""
-    def end():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=end, daemon=True).start()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
     try:
         worker = make_worker(device)
