@@ -101,9 +101,8 @@ def resize(pixels: Tensor, plan: Plan) -> Tensor:
 @functools.cache
 def pillow_order() -> str:
     """Which pass the installed Pillow does first where much more of the height goes than of the
-    width: "horizontal" or "vertical".  All else is horizontal first, in every Pillow.
-
-    Raises UserError where it resizes a picture in neither order as computed here.
+    width: "horizontal", as everywhere else, or "vertical".  Raises UserError where it resizes a
+    picture in neither order as computed here.
     """
     pixels = np.random.default_rng(0).integers(0, 256, (500, 240, 3), np.uint8)
     theirs = np.asarray(Image.fromarray(pixels).resize((224, 466), Image.Resampling.BICUBIC))
