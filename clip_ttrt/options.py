@@ -139,3 +139,12 @@ class EmbedOptions:
         if not (index.isdecimal() and jobs.isdecimal() and int(index) < int(jobs)):
             raise UserError(f"bad --shards {self.shards!r}: write I/N, with I from 0 to N-1")
         return set(range(int(index), count, int(jobs)))
+
+    def devices(self, count: int) -> list[str]:
+        """Those of so many GPUs that `gpus` asks for."""
+        numbers = [*map(str, range(count))]
+        wanted = numbers if self.gpus == "all" else self.gpus.split(",")
+        if not {*wanted} <= {*numbers}:
+            raise UserError(f"bad --gpus {self.gpus!r}: write all, or of 0 to {count - 1} some "
+                            "as 0,1")
+        return [f"cuda:{number}" for number in dict.fromkeys(wanted)]

@@ -80,7 +80,7 @@ def drive_all(folder, shards, devices, execute=drive.processes):
     out = Output(str(folder / "out"), "image", len(shards))
     out.begin({"artifact": "fake"})
     progress, log = Progress(sum(map(len, shards))), folder / "log"
-    execute = partial(execute, make_worker=partial(Worker, out, str(log)), devices=devices, out=out,
+    execute = partial(execute, make_worker=partial(Worker, out, str(log)), devices=devices,
                       progress=progress)
     try:
         drive.run([Rows(each) for each in shards], sorted(set(range(len(shards))) - out.done()),

@@ -75,11 +75,11 @@ def embed(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], output:
     With more than one process, or a GPU, a script needs `if __name__ == "__main__":` around it.
 
     Returns a summary, also in OUTPUT: images, bad and shards that this run wrote, and those of the
-    whole output with its share of bad rows; seconds, and until the first device was ready
-    (starting), images_per_s over the others; routes, pictures by who decoded them; stages, seconds
-    that encoders waited for each; decode, what the decoders report.
-    Raises UserError for bad input, for an OUTPUT of another artifact, inputs or options, and
-    where processes fail: what is done then stays, and the same call goes on.
+    whole output; bad_share; seconds, those until the first device was ready (starting), and
+    images_per_s in the others; routes, pictures by who decoded them; stages, seconds that encoders
+    waited for each; decode, what the decoders report.  Raises UserError for bad input, for an
+    OUTPUT of another artifact, inputs or options, and where processes fail: what is done then
+    stays, and the same call goes on.
     """
     begun, options = time.perf_counter(), EmbedOptions(**options)
     model, kind = read_artifact(artifact), "text" if options.text else "image"
@@ -92,7 +92,8 @@ def embed(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], output:
         execute = ray.execute
     else:
         check_runs_here(model)
-        devices, cores = devices or devices_of(model, options.gpus), len(os.sched_getaffinity(0))
+        cores, found = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+        devices = devices or (["cpu"] if model.device == "cpu" else options.devices(found))
         execute = drive.here if devices == ["cpu"] else drive.processes
     options = replace(options, threads=options.threads or max(1, cores // len(devices)),
                       batch=min(options.batch or LARGEST_EMBED_BATCH, model.batch.maximum))
@@ -106,19 +107,18 @@ def embed(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], output:
     todo = sorted(options.of_this_job(len(shards)) - out.done())
     progress = Progress(sum(len(shards[number]) for number in todo))
     execute = partial(execute, make_worker=partial(Worker, model.folder, out, options),
-                      devices=devices, out=out, progress=progress)
+                      devices=devices, progress=progress)
     try:
-        drive.run(shards, todo, execute, out, progress)
+        with progress.bar:
+            drive.run(shards, todo, execute, out, progress)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; {len(out.done())} of {len(shards)} shards are "
                                 "done, and the same command goes on") from None
-    finally:
-        progress.bar.close()
     written, end = out.checkpoints(), time.perf_counter()  # and not what processes have told
     ours = [written[number] for number in todo if number in written]
-    (images, bad), (total_images, total_bad) = (
-        [sum(each[name] for each in some) for name in ("rows", "bad")]
-        for some in (ours, written.values()))
+    images, bad, total_images, total_bad = (
+        sum(each[name] for each in some) for some in (ours, written.values())
+        for name in ("rows", "bad"))
     ready = progress.ready_at or end
     summary = {"images": images, "bad": bad, "shards": len(ours),
                "skipped": len(shards) - len(todo), "total_images": total_images,
@@ -129,17 +129,6 @@ def embed(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], output:
     out.put("summary.json", to_json(summary))
     progress.say(f"{output} holds {total_images:,} features; {total_bad:,} bad rows")
     return summary
-
-
-def devices_of(model: Artifact, gpus: str) -> list[str]:
-    """The devices that `--gpus` names for an artifact."""
-    if model.device == "cpu":
-        return ["cpu"]
-    count = torch.cuda.device_count()
-    numbers = [*range(count)] if gpus == "all" else gpus.split(",")
-    if not {*map(str, numbers)} <= {*map(str, range(count))}:
-        raise UserError(f"bad --gpus {gpus!r}: write all, or of 0 to {count - 1} some as 0,1")
-    return [f"cuda:{number}" for number in dict.fromkeys(numbers)]
 
 
 def identity(model: Artifact, shards: Sequence, options: EmbedOptions) -> dict[str, Any]:

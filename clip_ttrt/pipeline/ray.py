@@ -3,15 +3,15 @@
 Whole shards are rows of a dataset, and done/ is the checkpoint.  Ray starts a dead actor again
 once; where it dies again the dataset fails, and what is not done is for the next round.
 """
-import json
 import logging
 import os
 import pickle
 import warnings
-from typing import Callable, Iterator, Optional, Sequence
+from functools import cache, partial
+from typing import Callable, Optional, Sequence
 
 from clip_ttrt.errors import UserError
-from clip_ttrt.pipeline.drive import Task, failure, succeeded
+from clip_ttrt.pipeline.drive import Results, Task, failure
 
 CORES = 8  # of an actor without a GPU
 
@@ -19,17 +19,15 @@ CORES = 8  # of an actor without a GPU
 class Embedder:
     """An actor: a worker, and what that raises as a sentence, since Ray would try again."""
 
-    def __init__(self, *arguments):
-        self.arguments, self.worker = arguments, None
+    def __init__(self, make_worker: Callable, device: str):
+        self.worker = cache(partial(make_worker, device))
 
     def __call__(self, batch: dict) -> dict:
-        make_worker, device, out = self.arguments
         try:
-            self.worker = self.worker or make_worker(device)
-            result = pickle.loads(batch["task"][0]).begin(self.worker, out)()
+            result = pickle.loads(batch["task"][0]).begin(self.worker())()
         except Exception as problem:
-            result = failure(problem)
-        return {"result": [json.dumps(result)]}
+            result = failure("an actor", problem)
+        return {"result": [pickle.dumps(result)]}
 
 
 def devices(address: str, device: str, threads: Optional[int]) -> tuple[list[str], int]:
@@ -42,9 +40,8 @@ def devices(address: str, device: str, threads: Optional[int]) -> tuple[list[str
     try:
         import ray
 
-        if not ray.is_initialized():
-            ray.init(address=None if address == "auto" else address, log_to_driver=False,
-                     logging_level="ERROR")
+        ray.init(None if address == "auto" else address, ignore_reinit_error=True,
+                 log_to_driver=False, logging_level="ERROR")
     except ImportError as problem:
         raise UserError("--ray needs Ray: pip install 'clip_ttrt[ray]'") from problem
     except (ConnectionError, ValueError, RuntimeError) as problem:
@@ -52,34 +49,33 @@ def devices(address: str, device: str, threads: Optional[int]) -> tuple[list[str
     cores, gpus = (int(ray.cluster_resources().get(name, 0)) for name in ("CPU", "GPU"))
     count = gpus if device == "cuda" else cores // (threads or min(cores, CORES))
     if not count:
-        raise UserError(f"the cluster has {cores} cores and {gpus} GPUs, too few for an actor of "
-                        f"{device}")
+        raise UserError(f"the cluster has {cores} cores and {gpus} GPUs, too few for {device}")
     return [device] * count, cores
 
 
-def execute(tasks: list[Task], make_worker: Callable, devices: Sequence[str], out, progress
-            ) -> Iterator[dict]:
+def execute(tasks: list[Task], make_worker: Callable, devices: Sequence[str], progress) -> Results:
     """As `drive.processes`, on the cluster; it ends where a task kills two actors."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext, from_items
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = -1  # a shard may take as long as it needs
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    needs = {"num_gpus": 1} if devices[0] == "cuda" else {
-        "num_cpus": int(ray.cluster_resources()["CPU"]) // len(devices)}
+    cores = int(ray.cluster_resources()["CPU"]) // len(devices)
+    needs = {"num_gpus": 1} if devices[0] == "cuda" else {"num_cpus": cores}
     pool = ActorPoolStrategy(size=min(len(devices), len(tasks)), max_tasks_in_flight_per_actor=2)
+    rows = from_items([{"task": pickle.dumps(task)} for task in tasks],
+                      override_num_blocks=len(tasks))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray has no other way to bound restarts yet
-        rows = from_items([{"task": pickle.dumps(task)} for task in tasks],
-                          override_num_blocks=len(tasks)).map_batches(
-            Embedder, fn_constructor_args=(make_worker, devices[0], out), batch_size=1,
-            compute=pool, max_restarts=1, max_task_retries=1, **needs)
+        rows = rows.map_batches(Embedder, fn_constructor_args=(make_worker, devices[0]),
+                                batch_size=1, compute=pool, max_restarts=1, max_task_retries=1,
+                                **needs)
     try:
         for row in rows.iter_rows():
             progress.ready()
-            yield succeeded(json.loads(row["result"]), "an actor")
+            yield pickle.loads(row["result"])
     except ray.exceptions.RayError as problem:
         why = str(problem).strip().splitlines()[-1]
         progress.say(f"an actor died twice ({why}); what is not done is tried again")

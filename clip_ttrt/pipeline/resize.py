@@ -4,13 +4,13 @@ Pillow resizes uint8 in two passes, each along one axis, with a byte between the
 a table of integers, which the CPU makes in double precision as Pillow does.  On a GPU the kernel
 of `kernels/preprocess` applies them, elsewhere the reference here; both are exact.
 """
-import ctypes
 import functools
-from dataclasses import dataclass
 from typing import Optional, Sequence, Union
 
 import numpy as np
+import PIL
 import torch
+from PIL import Image
 from torch import Tensor
 
 from clip_ttrt import kernels
@@ -24,6 +24,8 @@ SIZES = 1024  # whose tables are kept: 16 KB each where pictures are shrunk to a
 CPU = torch.device("cpu")
 NOTHING = (0,) * len(kernels.PICTURE._fields_)  # the descriptor of no picture
 Pixels = Union[Tensor, np.ndarray]
+# The rows and columns that are taken; the tables of both passes; whether the first is vertical.
+Plan = tuple[tuple[slice, slice], tuple[np.ndarray, np.ndarray], bool]
 
 
 def bicubic(x: np.ndarray) -> np.ndarray:
@@ -37,18 +39,11 @@ FILTERS = {"bicubic": (bicubic, 2.0),  # with the support of each
 FITS = ("crop", "squash", "pad")
 
 
-@dataclass(frozen=True, eq=False)
-class Table:
-    """One pass for R positions, which takes the pixels of `span` alone."""
-
-    span: slice
-    data: np.ndarray  # int32 [2 + taps, R]: starts in the span; counts; weights, 0 past them
-
-
 @functools.lru_cache(SIZES)
-def table(n_in: int, n_out: int, offset: int, resolution: int, filter: str) -> Table:
-    """Of n_in pixels resized to n_out, the positions offset .. offset + resolution - 1, of which
-    those outside of the n_out are a border of zeros."""
+def table(n_in: int, n_out: int, offset: int, resolution: int, filter: str) -> tuple:
+    """A pass from n_in pixels to the R positions from offset on, where those outside of n_out are
+    a border of zeros: the pixels that it takes, and int32 [2 + taps, R], which are starts among
+    those, counts, and weights (0 past them)."""
     position = np.arange(offset, offset + resolution)
     inside = (position >= 0) & (position < n_out)
     position = position.clip(0, n_out - 1)
@@ -65,77 +60,50 @@ def table(n_in: int, n_out: int, offset: int, resolution: int, filter: str) -> T
         weights = function((taps - center + 0.5) * (1.0 / stretch)) * (taps < stop)
         weights /= np.add.accumulate(weights, axis=0)[-1]  # in the order of Pillow's sum
     weights = weights * inside * (1 << BITS)
-    data = np.empty((2 + len(weights), resolution), np.int32)
-    data[0], data[1] = start - start[0], (stop - start) * inside
-    data[2:] = weights + np.copysign(0.5, weights)
-    return Table(slice(int(start[0]), int(stop[-1])), data)
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """Both passes for a size of picture, and the part of it that they take."""
-
-    rows: slice
-    columns: slice
-    vertical: bool  # the first pass goes along columns
-    first: Table
-    second: Table
-
-
-def fitted(height: int, width: int, resolution: int, fit: str) -> tuple[int, int]:
-    """Height and width that a picture is resized to: torchvision's, for "pad" open_clip's."""
-    if fit == "squash":
-        return resolution, resolution
-    if fit == "pad":
-        ratio = max(height, width) / resolution
-        return max(1, round(height / ratio)), max(1, round(width / ratio))
-    longer = int(resolution * max(height, width) / min(height, width))
-    return (longer, resolution) if width <= height else (resolution, longer)
+    data = start - start[0], (stop - start) * inside, weights + np.copysign(0.5, weights)
+    return slice(int(start[0]), int(stop[-1])), np.vstack(data).astype(np.int32)
 
 
 @functools.lru_cache(SIZES)
 def plan(height: int, width: int, resolution: int, filter: str, fit: str, order: str) -> Plan:
-    """order: as `pillow_order` gives it."""
-    tables, saved = [], []
-    for n_in, n_out in zip((height, width), fitted(height, width, resolution, fit)):
-        # As torchvision's center_crop rounds, and open_clip's borders.
-        spare = n_out - resolution
-        offset = round(spare / 2.0) if spare >= 0 else -(-spare // 2)
-        tables.append(table(n_in, n_out, offset, resolution, filter))
-        saved.append(n_in - n_out)
-    vertical = order == "vertical" and saved[0] > max(0, 2 * saved[1])
-    return Plan(tables[0].span, tables[1].span, vertical, *(tables if vertical else tables[::-1]))
+    """Both passes for a size of picture.  order: as `pillow_order` gives it."""
+    if fit == "crop":  # as torchvision has it
+        full = [int(resolution * side / min(height, width)) for side in (height, width)]
+    else:  # as open_clip has it
+        ratio = max(height, width) / resolution
+        full = [resolution if fit == "squash" else max(1, round(side / ratio))
+                for side in (height, width)]
+    before = [(round if fit == "crop" else int)((side - resolution) / 2) for side in full]
+    (rows, down), (columns, right) = (
+        table(*each, resolution, filter) for each in zip((height, width), full, before))
+    vertical = order == "vertical" and height - full[0] > max(0, 2 * (width - full[1]))
+    return (rows, columns), (down, right) if vertical else (right, down), vertical
 
 
-def resample(pixels: Tensor, table: Table) -> Tensor:
+def resample(pixels: Tensor, table: np.ndarray) -> Tensor:
     """One pass along the first axis: uint8 [length of the span, N, C] -> [R, N, C]."""
-    starts, _, *weights = torch.from_numpy(table.data).to(pixels.device)[:, :, None]
+    starts, _, *weights = torch.from_numpy(table).to(pixels.device)[:, :, None]
     flat, last = pixels.reshape(pixels.shape[0], -1), pixels.shape[0] - 1
     total = flat.new_full((starts.shape[0], flat.shape[1]), 1 << (BITS - 1), dtype=torch.int32)
     for k, weight in enumerate(weights):
         total.addcmul_(flat[(starts[:, 0] + k).clamp(max=last)].int(), weight)
-    total = (total >> BITS).clamp_(0, 255)
-    return total.to(torch.uint8).unflatten(1, pixels.shape[1:])
+    return (total >> BITS).clamp_(0, 255).to(torch.uint8).unflatten(1, pixels.shape[1:])
 
 
 def resize(pixels: Tensor, plan: Plan) -> Tensor:
     """Resized and cropped: uint8 [H, W, C] -> [R, R, C]."""
-    pixels = pixels[plan.rows, plan.columns]
-    if plan.vertical:
-        return resample(resample(pixels, plan.first).transpose(0, 1), plan.second).transpose(0, 1)
-    return resample(resample(pixels.transpose(0, 1), plan.first).transpose(0, 1), plan.second)
+    span, (first, second), vertical = plan
+    pixels = pixels[span] if vertical else pixels[span].transpose(0, 1)
+    pixels = resample(resample(pixels, first).transpose(0, 1), second)
+    return pixels.transpose(0, 1) if vertical else pixels
 
 
 @functools.cache
 def pillow_order() -> str:
     """Which pass the installed Pillow does first where much more of the height goes than of the
-    width: "horizontal" or "vertical".  All else is horizontal first, in every Pillow.
-
-    Raises UserError where it resizes a picture in neither order as computed here.
+    width: "horizontal", as everywhere else, or "vertical".  Raises UserError where it resizes a
+    picture in neither order as computed here.
     """
-    import PIL
-    from PIL import Image
-
     pixels = np.random.default_rng(0).integers(0, 256, (500, 240, 3), np.uint8)
     theirs = np.asarray(Image.fromarray(pixels).resize((224, 466), Image.Resampling.BICUBIC))
     for order in ("horizontal", "vertical"):
@@ -165,9 +133,8 @@ class Preprocess:
         self.plan = functools.partial(plan, resolution=resolution, filter=filter, fit=fit,
                                       order=pillow_order())
         # As torchvision's ToTensor and Normalize compute it.
-        values = (torch.arange(256).float() / 255).expand(3, 256).clone()
-        values.sub_(torch.tensor(mean)[:, None]).div_(torch.tensor(std)[:, None])
-        self.values = values.to(dtype).to(self.device)  # [3, 256]
+        mean, std = (torch.tensor(three)[:, None] for three in (mean, std))
+        self.values = ((torch.arange(256).float() / 255 - mean) / std).to(dtype).to(self.device)
         self.fused = self.device.type == "cuda" and kernels.serves_on(self.device)
 
     def __call__(self, pictures: Sequence[Optional[Pixels]], out: Optional[Tensor] = None
@@ -175,10 +142,10 @@ class Preprocess:
         """Pictures, each uint8 [H, W, C] with C = 1 (grey) or 3 -> [B, 3, R, R] on the device.
 
         They have any strides (a planar one is `.permute(1, 2, 0)`), and lie in the CPU's memory or
-        the device's.  None leaves zeros.  On a GPU all happens in the order of the current stream
-        (a tensor that another stream's work made: `record_stream`, as for any op), and pictures of
-        the CPU may be changed once this returns.  out: where to, contiguous.
-        Raises ValueError for another shape, dtype or device.
+        the device's; None leaves zeros.  Raises ValueError for another shape, dtype or device, and
+        where `out` is not contiguous.  On a GPU all happens in the order of the current stream (a
+        tensor that another stream's work made: `record_stream`, as for any op), and pictures of
+        the CPU may be changed once this returns.
         """
         shape = len(pictures), 3, self.resolution, self.resolution
         if out is None:
@@ -200,86 +167,78 @@ class Preprocess:
         return self.plan(*shape[:2]), shape[2]
 
     def _reference(self, pictures: Sequence[Optional[Pixels]], out: Tensor) -> None:
-        for i, (picture, row) in enumerate(zip(pictures, out)):
-            if picture is None:
-                row.zero_()
-                continue
-            plan, channels = self._plan(i, picture)
-            if not isinstance(picture, Tensor):
-                picture = torch.from_numpy(np.array(picture))
-            planes = resize(picture.to(self.device), plan).permute(2, 0, 1).reshape(channels, -1)
-            row.copy_(self.values.gather(1, planes.long().expand(3, -1)).view_as(row))
+        out.zero_()
+        for i, picture in enumerate(pictures):
+            if picture is not None:
+                plan, channels = self._plan(i, picture)
+                pixels = picture if isinstance(picture, Tensor) else torch.as_tensor(picture.copy())
+                square = resize(pixels.to(self.device), plan).permute(2, 0, 1)
+                levels = square.reshape(channels, -1).long().expand(3, -1)
+                out[i] = self.values.gather(1, levels).view_as(out[i])
 
     def _launch(self, pictures: Sequence[Optional[Pixels]], out: Tensor) -> None:
         """Through the kernels, with descriptors, tables and the CPU's pixels in one copy."""
-        rows, windows, tables = [], [], {}  # a table -> where it begins, in int32s
-        most_lines = table_end = pixel_end = between = 0
+        rows, parts, tables, of_cpu = [NOTHING] * len(pictures), [], {}, []
+        end, between, most_lines = 8 * len(NOTHING) * len(pictures), 0, 0
+
+        def place(part: np.ndarray) -> int:  # where it begins in what is copied
+            nonlocal end
+            start, end = end, (end + part.nbytes + 15) & ~15
+            parts.append((start, part))
+            return start
+
         for i, picture in enumerate(pictures):
             if picture is None:
-                rows.append(NOTHING)
                 continue
-            plan, channels = self._plan(i, picture)
-            for one in (plan.first, plan.second):
-                if one not in tables:
-                    tables[one] = table_end
-                    table_end += one.data.size
+            (span, (first, second), vertical), channels = self._plan(i, picture)
+            for table in (first, second):
+                if id(table) not in tables:
+                    tables[id(table)] = place(table) // table.itemsize
             if isinstance(picture, Tensor) and picture.is_cuda:
                 down, right, channel = picture.stride()
-                start = picture.data_ptr() + plan.rows.start * down + plan.columns.start * right
+                start = picture.data_ptr() + span[0].start * down + span[1].start * right
             else:
-                window = np.asarray(picture)[plan.rows, plan.columns]
-                if window.strides[2] > window.strides[1]:  # planar, and copied as such
-                    down, right, channel = window.shape[1], 1, window[:, :, 0].size
-                    window = window.transpose(2, 0, 1)
-                else:
-                    down, right, channel = window[0].size, channels, 1
-                windows.append((i, pixel_end, window))
-                start, pixel_end = pixel_end, pixel_end + window.size
-            along, across = (down, right) if plan.vertical else (right, down)
-            lines = plan.second.span.stop - plan.second.span.start
-            rows.append((start, along, across, channel, tables[plan.first], tables[plan.second],
-                         between, lines, channels, plan.vertical))  # kernels.PICTURE
+                window = np.asarray(picture)[span]
+                planar = window.strides[2] > window.strides[1]  # and copied as such
+                down, right, channel = (window.shape[1], 1, window[:, :, 0].size) if planar else (
+                    window[0].size, channels, 1)
+                start = place(window.transpose(2, 0, 1) if planar else window)
+                of_cpu.append(i)
+            along, across = (down, right) if vertical else (right, down)
+            lines = span[vertical].stop - span[vertical].start  # that the second pass takes
+            rows[i] = (start, along, across, channel, tables[id(first)], tables[id(second)],
+                       between, lines, channels, vertical)  # kernels.PICTURE
             between += channels * lines * -(-self.resolution // 4) * 4
             most_lines = max(most_lines, lines)
-        if pixel_end + between > MOST_BYTES and len(rows) > 1:
+        if end + between > MOST_BYTES and len(rows) > 1:
             for half in (slice(len(rows) // 2), slice(len(rows) // 2, None)):
                 self._launch(pictures[half], out[half])
             return
-        tables_at = len(rows) * ctypes.sizeof(kernels.PICTURE)
-        pixels_at = (tables_at + 4 * table_end + 15) & ~15
-        copied = pixels_at + pixel_end
-        workspace_at = (copied + 15) & ~15
         # Both allocators give memory again only to what comes after this on the stream.
-        buffer = torch.empty(workspace_at + between, dtype=torch.uint8, device=self.device)
-        staging = torch.empty(copied, dtype=torch.uint8, pin_memory=True)
-        address, host = buffer.data_ptr(), staging.numpy()
-        descriptors = host[:tables_at].view(np.int64).reshape(-1, len(NOTHING))
-        descriptors[:] = rows
-        if tables:
-            blob = np.concatenate([one.data.ravel() for one in tables])
-            host[tables_at : tables_at + 4 * table_end] = blob.view(np.uint8)
-        for i, start, window in windows:
-            descriptors[i, 0] += address + pixels_at
-            start += pixels_at
-            host[start : start + window.size].reshape(window.shape)[:] = window
-        buffer[:copied].copy_(staging, non_blocking=True)
-        kernels.launch("preprocess", self.device, pictures=buffer, tables=address + tables_at,
-                       values=self.values, workspace=address + workspace_at, out=out.data_ptr(),
+        buffer = torch.empty(end + between, dtype=torch.uint8, device=self.device)
+        staging = torch.empty(end, dtype=torch.uint8, pin_memory=True)
+        address, host, descriptors = buffer.data_ptr(), staging.numpy(), np.array(rows, np.int64)
+        descriptors[of_cpu, 0] += address
+        for start, part in ((0, descriptors), *parts):
+            np.ndarray(part.shape, part.dtype, host, start)[:] = part
+        buffer[:end].copy_(staging, non_blocking=True)
+        kernels.launch("preprocess", self.device, pictures=buffer, tables=address,
+                       values=self.values, workspace=address + end, out=out.data_ptr(),
                        batch=len(rows), most_lines=most_lines, resolution=self.resolution,
                        value_bytes=self.values.element_size())
 
 
 @torch.library.custom_op("clip_ttrt::preprocess", mutates_args=())
-def preprocess(pictures: Sequence[Tensor], resolution: int, filter: str = "bicubic",
+def preprocess(pictures: Sequence[Tensor], resolution: int, *, filter: str = "bicubic",
                fit: str = "crop", mean: Optional[Sequence[float]] = None,
                std: Optional[Sequence[float]] = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """`Preprocess` as an op, on the device of the first of at least one picture."""
-    device, mean, std = pictures[0].device, tuple(mean or MEAN), tuple(std or STD)
-    return cached(resolution, device, filter, fit, mean, std, dtype)(pictures)
+    return cached(resolution, pictures[0].device, filter, fit, tuple(mean or MEAN),
+                  tuple(std or STD), dtype)(pictures)
 
 
 @preprocess.register_fake
-def _(pictures, resolution, filter="bicubic", fit="crop", mean=None, std=None, dtype=torch.float32):
+def _(pictures, resolution, *, dtype=torch.float32, **others):
     return pictures[0].new_empty((len(pictures), 3, resolution, resolution), dtype=dtype)
 
 
