@@ -136,8 +136,8 @@ def identity(model: Artifact, shards: Sequence, options: EmbedOptions) -> dict[s
     run = {name: getattr(options, name) for name in ("shard_rows", "batch", "dtype", "normalize")}
     inputs = hashlib.sha256("\n".join(rows.digest() for rows in shards).encode()).hexdigest()
     run |= {"artifact": sha256_of_file(model.folder / MANIFEST), "model": model.manifest["model"],
-            "inputs": inputs, "rows": sum(map(len, shards)), "versions": stack.versions()}
+            "input list": inputs, "rows": sum(map(len, shards)), **stack.versions()}
     if not options.text:
-        run |= {"decode": options.decode, "pillow": PIL.__version__, "order": pillow_order(),
+        run |= {"decode": options.decode, "Pillow": PIL.__version__, "order": pillow_order(),
                 "preprocess": f"bicubic, crop, {model.dimensions.image_resolution}"}
     return run

@@ -1,15 +1,12 @@
 """Features -> a folder in clip-retrieval's layout, written a shard at a time, whole or not at all.
 
-    run.json                              what the bytes below follow from
-    img_emb/img_emb_00012.npy             [rows, embed_dim]; of texts text_emb/text_emb_00012.npy
-    metadata/metadata_00012.parquet       the same rows
-    bad/bad_00012.parquet                 rows without features, where there are any
-    done/00012.json                       written last: rows, bad, SHA-256 and size of each file
-    started/00012.*  .00012.*             attempts that are not done, and what they half wrote
-    crashed/00012.7                       a row that kills the process
-
-A shard whose rows are all bad has only bad/ and done/: embedding-reader leaves out an empty .npy
-but not the .parquet beside it, and would give all later rows another row's metadata.
+    run.json                           what the bytes below follow from
+    img_emb/img_emb_00012.npy          [rows, embed_dim]; of texts text_emb/text_emb_00012.npy
+    metadata/metadata_00012.parquet    the same rows; not even empty (as embedding-reader wants) ...
+    bad/bad_00012.parquet              ... where all are bad: rows without features, if any
+    done/00012.json                    written last: rows, bad, SHA-256 and size of each file
+    started/00012.*  .00012.*          attempts that are not done, and what they half wrote
+    crashed/00012.7                    a row that kills the process
 """
 import contextlib
 import hashlib
@@ -27,7 +24,6 @@ from clip_ttrt.errors import UserError
 from clip_ttrt.pipeline.sources import file_system, library
 
 FOLDERS = ("done", "crashed", "started", "img_emb", "text_emb", "metadata", "bad")
-WORDS = {"inputs": "input list", "pillow": "Pillow", "kind": "kind of input"}
 
 
 class Output:
@@ -40,19 +36,15 @@ class Output:
         self.local = "://" not in self.root or self.root.startswith("file://")
 
     def begin(self, run: dict[str, Any], overwrite: bool = False) -> None:
-        """Write run.json or, where the folder was begun before, compare.
-
-        overwrite: what an earlier run wrote goes.  Raises UserError where the earlier run differs,
-        which says in what, or the folder holds files and no run.json.
-        """
-        run = {"kind": self.kind, "shards": self.shards, **run}
-        run.update(run.pop("versions", {}))
+        """Write run.json.  overwrite: remove what an earlier run wrote; else UserError says in what
+        that one differs, and always that the folder holds files of something else."""
+        run = {"kind of input": self.kind, "shards": self.shards, **run}
         found, before = self.listed(""), run
         if "run.json" in found:
             before = json.loads(self.system.cat_file(f"{self.folder}/run.json"))
         elif any(name[0] != "." and name != "started" for name in found):
             raise UserError(f"{self.root} holds files of something else; use another --output")
-        other = [f"{WORDS.get(name, name)} (was {before.get(name)}, is now {run.get(name)})"
+        other = [f"{name} (was {before.get(name)}, is now {run.get(name)})"
                  for name in {**run, **before} if run.get(name) != before.get(name)]
         if other and not overwrite:
             raise UserError(f"{self.root} was begun with another {', '.join(other)}; use another "
@@ -72,15 +64,15 @@ class Output:
                  f"bad/bad_{number}.parquet": to_parquet(bad) if bad else b""}
         facts = {}
         for name, data in files.items():
+            self.remove(name)  # of an earlier attempt
             if data:
                 self.put(name, data)
                 facts[name] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
-            else:  # of an earlier attempt
-                self.remove(name)
-        self.put(f"done/{number}.json", to_json({**about, "rows": len(features), "bad": len(bad),
-                                                 "files": facts}))
-        for name in self.notes("started", shard):
-            self.remove(f"started/{name}")
+        about = {**about, "rows": len(features), "bad": len(bad), "files": facts}
+        self.put(f"done/{number}.json", to_json(about))
+        for name in self.listed("started"):
+            if name.lstrip(".").startswith(f"{number}."):
+                self.remove(f"started/{name}")
 
     def done(self) -> set[int]:
         """The shards whose files are all there, each as large as it was written."""
@@ -97,16 +89,16 @@ class Output:
         return {number: facts for number, facts in found.items() if all(
             sizes.get(name) == file["size"] for name, file in facts["files"].items())}
 
-    def retry(self) -> list[int]:
-        """Let the shards with bad rows run again: their numbers, which are no longer done."""
-        numbers = sorted(number for number, facts in self.checkpoints().items() if facts["bad"])
-        for number in numbers:
-            self.remove(f"done/{self.number(number)}.json")
-        return numbers
+    def retry(self) -> None:
+        """Let the shards with bad rows run again."""
+        for number, facts in self.checkpoints().items():
+            if facts["bad"]:
+                self.remove(f"done/{self.number(number)}.json")
 
     def crashed(self, shard: int) -> set[int]:
         """The rows of a shard that are known to kill the process."""
-        return {int(name.partition(".")[2]) for name in self.notes("crashed", shard)}
+        names = (name.partition(".") for name in self.listed("crashed"))
+        return {int(row) for number, _, row in names if number == self.number(shard)}
 
     def mark_crashed(self, shard: int, row: int) -> None:
         self.put(f"crashed/{self.number(shard)}.{row}", b"")
@@ -114,10 +106,6 @@ class Output:
     def start(self, shard: int) -> None:
         """Note that a shard is begun, until it is written."""
         self.put(f"started/{self.number(shard)}.{uuid.uuid4().hex}", b"")
-
-    def notes(self, folder: str, shard: int) -> list[str]:
-        return [name for name in self.listed(folder)
-                if name.lstrip(".").startswith(f"{self.number(shard)}.")]
 
     def listed(self, folder: str) -> dict[str, int]:
         """Names and sizes of what lies in one of our folders."""
@@ -148,9 +136,9 @@ def to_json(value: Any) -> bytes:
 
 def to_parquet(rows: list[dict[str, Any]]) -> bytes:
     """A table of all keys in the order in which they first occur; what a row lacks is null."""
-    table, buffer = library("pyarrow").table({
-        utf8(name): column([row.get(name) for row in rows])
-        for name in dict.fromkeys(chain.from_iterable(rows))}), io.BytesIO()
+    names = dict.fromkeys(chain.from_iterable(rows))
+    columns = {utf8(name): column([row.get(name) for row in rows]) for name in names}
+    table, buffer = library("pyarrow").table(columns), io.BytesIO()
     library("pyarrow.parquet").write_table(table, buffer, row_group_size=len(rows))
     return buffer.getvalue()
 
@@ -158,11 +146,11 @@ def to_parquet(rows: list[dict[str, Any]]) -> bytes:
 def column(values: list) -> Any:
     """Values as arrow's type of them or, if they are nothing or nothing alike, as strings."""
     arrow = library("pyarrow")
-    with contextlib.suppress(ValueError, TypeError, OverflowError):
-        if (found := arrow.array(values)).type != arrow.null():
-            return found
-    texts = [each if each is None else utf8(str(each)) for each in values]
-    return arrow.array(texts, arrow.string())
+    try:
+        found = arrow.array(values)
+    except (ValueError, TypeError, OverflowError):
+        found = arrow.array([each if each is None else utf8(str(each)) for each in values])
+    return found.cast(arrow.string()) if found.type == arrow.null() else found
 
 
 def utf8(text: str) -> str:

@@ -1,11 +1,8 @@
 """Inputs -> rows: pictures, frames of videos and texts, cut into shards that can read themselves.
 
-`plan` reads names, captions and indices; pictures are read by whoever holds a shard, a range of
-rows at a time.  Where a picture lies is its place, a list:
-
-    LOCAL or a URL's scheme, path, offset, size     a file, or a member of an archive; -1: all of it
-    TABLE, path, column, row group, row in it
-    VIDEO, path, pts of the frame, dts of the last key frame not after it
+`plan` reads names, captions and indices, and a shard its pictures.  Where one lies is its place:
+[LOCAL or a URL's scheme, path, offset, size or -1], [TABLE, path, column, row group, row in it] or
+[VIDEO, path, pts of the frame, dts of the last key frame not after it].
 """
 import csv
 import glob
@@ -33,9 +30,8 @@ from clip_ttrt.errors import UserError
 PICTURES = set(" avif bmp gif heic heif ico j2k jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif "
                "tiff webp".split(" "))  # or without an extension
 VIDEOS = set("3gp avi flv m2ts m4v mkv mov mp4 mpeg mpg mts ogv ts webm wmv".split())
-LOCAL, TABLE, VIDEO = "a file", "a table", "a video"
+LOCAL, TABLE, VIDEO = "", "a table", "a video"
 SAMPLE = re.compile(r"((?:.*/)?[^./]+)((?:\.[^/]*)?)", re.DOTALL)  # key and suffix, as WebDataset's
-MAX_BYTES = 2**30  # of a picture's file: one that is larger is no picture, and memory is finite
 UNFIT, EMPTY = "no regular file, cut short or larger than 1 GiB", "the row is empty"
 LOCK = threading.Lock()  # of the tables and videos that are open
 
@@ -43,7 +39,6 @@ LOCK = threading.Lock()  # of the tables and videos that are open
 @dataclass(slots=True)
 class Record:
     """A row: a picture's file, a frame [H, W, 3] uint8 or a text, and its metadata."""
-
     key: str
     data: Union[bytes, memoryview, np.ndarray, str, None]
     metadata: dict[str, Any]
@@ -51,11 +46,8 @@ class Record:
 
 
 class Rows:
-    """The rows of one shard.  sequential: ranges are best read in order.
-
-    items: the path of a picture, or the fields of a Record and, where its data is to be read, its
-    place; held as bytes, for there may be millions.
-    """
+    """The rows of one shard.  sequential: ranges are best read in order.  items: a picture's path,
+    or a Record's fields and, where its data is to be read, its place; kept small, as bytes."""
 
     def __init__(self, items: list):
         self.count, self.items = len(items), None
@@ -70,18 +62,18 @@ class Rows:
         return hashlib.sha256(self.packed).hexdigest()
 
     def read(self, start: int, stop: int) -> list[Record]:
-        """The rows from start to before stop, from any thread.  What cannot be read is a Record
-        with an error, never an exception."""
+        """The rows from start to before stop, from any thread; what cannot be read has an error."""
         self.items = self.items or json.loads(self.packed)
-        items = [[each, None, {"image_path": each}, None, *place(each)]
-                 if isinstance(each, str) else each for each in self.items[start:stop]]
+        items = [file_item(each, {}) if isinstance(each, str) else each
+                 for each in self.items[start:stop]]
         records = [Record(*each[:4]) for each in items]
-        for kind, group in groupby(zip(items, records), lambda each: "".join(each[0][4:5])):
-            places, unread = zip(*((item[4:], record) for item, record in group))
-            for record, data in zip(unread, READERS.get(kind, read_remote)(places) if kind else ()):
+        unread = [(record, each[4:]) for record, each in zip(records, items) if each[4:]]
+        for kind, group in groupby(unread, lambda each: each[1][0]):
+            group, places = zip(*group)
+            for record, data in zip(group, READERS.get(kind, read_remote)(places)):
                 record.data = data
-                if isinstance(data, str):
-                    record.data, record.metadata, record.error = None, {}, data
+                if isinstance(data, (str, Exception)):
+                    record.data, record.metadata, record.error = None, {}, reason(data)
         return records
 
 
@@ -138,14 +130,12 @@ def walk(folder: str) -> Iterator[str]:
     """The regular files beneath, in the order of their paths' bytes, and not beneath links."""
     if "://" in folder:
         system, path = file_system(folder)
-        yield from map(system.unstrip_protocol, sorted(system.find(path), key=os.fsencode))
-        return
-    for entry in sorted(os.scandir(folder), key=lambda each: os.fsencode(
-            each.path + "/" * each.is_dir(follow_symlinks=False))):
-        if entry.is_dir(follow_symlinks=False):
-            yield from walk(entry.path)
-        elif entry.is_file():
-            yield entry.path
+        found = map(system.unstrip_protocol, system.find(path))
+    else:
+        found = (each.path + "/" * each.is_dir(follow_symlinks=False) for each in os.scandir(folder)
+                 if each.is_file() or each.is_dir(follow_symlinks=False))
+    for path in sorted(found, key=os.fsencode):
+        yield from walk(path) if path.endswith("/") else [path]
 
 
 def list_items(path: str, text: bool, column: Optional[str]) -> Iterator[list]:
@@ -166,26 +156,24 @@ def list_items(path: str, text: bool, column: Optional[str]) -> Iterator[list]:
                 yield [f"{path}:{number}", value, {**row, "caption": value}, None]
             else:
                 value = value if "://" in value else os.path.join(os.path.dirname(path), value)
-                yield [value, None, {**row, "image_path": value}, None, *place(value)]
+                yield file_item(value, row)
 
 
 def tar_items(path: str, text: bool, _: Optional[str]) -> Iterator[list]:
     """Of an archive in WebDataset's layout, with captions of .txt members."""
     with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-        named = ((*SAMPLE.fullmatch(each.name).groups(), each) for each in archive
-                 if each.isreg() and SAMPLE.fullmatch(each.name))
-        for key, group in groupby(named, lambda each: each[0]):
-            members, facts = {suffix: member for _, suffix, member in group}, {"key": key}
-            if ".txt" in members:
-                caption = str(archive.extractfile(members[".txt"]).read(), "utf-8", "replace")
-                facts["caption"] = caption.strip()
+        named = ((SAMPLE.fullmatch(each.name), each) for each in archive if each.isreg())
+        for key, group in groupby(filter(all, named), lambda each: each[0][1]):
+            members, facts = {name[2]: member for name, member in group}, {"key": key}
+            if caption := members.get(".txt"):
+                caption = str(archive.extractfile(caption).read(), "utf-8", "replace").strip()
+                facts["caption"] = caption
                 if text:
-                    yield [f"{path}/{key}", facts["caption"], facts, None]
+                    yield [f"{path}/{key}", caption, facts, None]
             for suffix, member in members.items() if not text else ():
                 if suffix.lower().rpartition(".")[2] in PICTURES:
                     name = f"{path}/{key}{suffix}"
-                    yield [name, None, {"image_path": name, **facts}, None,
-                           *place(path, member.offset_data, member.size)]
+                    yield file_item(name, facts, path, member.offset_data, member.size)
         file.seek(archive.offset)  # where tarfile stopped, in silence at most damages
         if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
             raise tarfile.ReadError(f"the archive is damaged at byte {archive.offset}")
@@ -220,17 +208,22 @@ def choose(path: str, names: list[str], text: bool, column: Optional[str]) -> st
                     f"{', '.join(names)}")
 
 
+def file_item(key: str, facts: dict, path: str = "", offset: int = 0, size: int = -1) -> list:
+    path = path or key
+    kind = path.rpartition("://")[0] or LOCAL
+    return [key, None, {"image_path": key, **facts}, None, kind, path, offset, size]
+
+
 def video_items(path: str, every: float) -> Iterator[list]:
-    """Of a video: the frame that is on screen at each k * every, from the packets alone.  Times
-    count from the first frame, and the last one is on screen for its duration."""
+    """Of a video: the frame on screen at each k * every after the first one, by its packets."""
     with open_video(path) as container:
-        packets = [(packet.pts, packet.pts if packet.dts is None else packet.dts,
-                    packet.is_keyframe, packet.duration or 1, packet.time_base)
-                   for stream in container.streams.video[:1] for packet in container.demux(stream)
-                   if packet.pts is not None and not packet.is_discard]
+        packets = sorted(
+            (packet.pts, packet.pts if packet.dts is None else packet.dts, packet.is_keyframe,
+             packet.duration or 1, packet.time_base)
+            for stream in container.streams.video[:1] for packet in container.demux(stream)
+            if packet.pts is not None and not packet.is_discard)
     if not packets:
         raise ValueError("no frame of it has a time")
-    packets.sort()
     shown, tick = [pts for pts, *_ in packets], packets[0][-1]
     keys = [(pts, dts) for pts, dts, key, *_ in packets if key or pts == shown[0]]
     end = max(pts + duration for pts, _, _, duration, _ in packets) - shown[0]
@@ -241,17 +234,11 @@ def video_items(path: str, every: float) -> Iterator[list]:
                VIDEO, path, pts, keys[bisect_right(keys, (pts, math.inf)) - 1][1]]
 
 
-def place(path: str, offset: int = 0, size: int = -1) -> list:
-    scheme, remote, _ = path.partition("://")
-    return [scheme if remote else LOCAL, path, offset, size]
-
-
 def attempt(function: Callable, *arguments: Any) -> Any:
-    """What a reader gives for a place: what lies there, or as a str why it cannot be read."""
     try:
         return function(*arguments)
     except Exception as problem:  # of arrow, FFmpeg and file systems, which share no type
-        return reason(problem)
+        return problem
 
 
 def read_local(places: list) -> list[Union[bytes, memoryview, str]]:
@@ -260,7 +247,7 @@ def read_local(places: list) -> list[Union[bytes, memoryview, str]]:
     if not kernels.reads_files() or names.count(0) != len(places):
         return [attempt(read_one, *each[1:]) for each in places]
     offsets, sizes = np.array([each[2:] for each in places]).T.copy()
-    data, errors = kernels.read_files(names, offsets, sizes, MAX_BYTES)
+    data, errors = kernels.read_files(names, offsets, sizes, 2**30)
     whole, ends = memoryview(data), sizes.cumsum().tolist()
     return [whole[end - size:end] if not error else os.strerror(error) if error > 0 else UNFIT
             for end, size, error in zip(ends, sizes.tolist(), errors.tolist())]
@@ -278,10 +265,10 @@ def read_remote(places: list) -> list[Union[bytes, str]]:
     system, _ = file_system(places[0][1])
     _, urls, starts, sizes = map(list, zip(*places))
     stops = [start + size if size >= 0 else None for start, size in zip(starts, sizes)]
-    blobs = system.cat_ranges(list(map(system._strip_protocol, urls)), starts, stops,
-                              on_error="return")
-    return [reason(blob) if isinstance(blob, Exception) else
-            blob if size in (-1, len(blob)) else UNFIT for blob, size in zip(blobs, sizes)]
+    paths = [system._strip_protocol(url) for url in urls]
+    blobs = system.cat_ranges(paths, starts, stops, on_error="return")
+    return [UNFIT if isinstance(blob, bytes) and size not in (-1, len(blob)) else blob
+            for blob, size in zip(blobs, sizes)]
 
 
 def read_held(read: Callable, places: list) -> list[Union[bytes, np.ndarray, str]]:
@@ -303,16 +290,14 @@ class Playback:
 
     def __init__(self, path: str):
         self.container = open_video(path)
-        self.stream = self.container.streams.video[0]
-        self.stream.thread_type = "AUTO"
-        self.frames = self.container.decode(self.stream)
+        self.container.streams.video[0].thread_type = "AUTO"
+        self.frames = self.container.decode(video=0)
         self.shown = next(self.frames)
 
     def at(self, pts: int, start: int) -> np.ndarray:
-        """Pixels [H, W, 3] of the frame that is shown from then on."""
         if start > self.shown.pts or pts < self.shown.pts:
-            self.container.seek(start, stream=self.stream)
-            self.frames = self.container.decode(self.stream)
+            self.container.seek(start, stream=self.container.streams.video[0])
+            self.frames = self.container.decode(video=0)
             self.shown = next(self.frames)
         while self.shown.pts < pts:
             self.shown = next(self.frames)
@@ -349,8 +334,7 @@ def library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as problem:
-        raise UserError(f"{name.partition('.')[0]} is missing; pip install 'clip_ttrt[embed]' "
-                        "brings it") from problem
+        raise UserError(f"{name} is missing; pip install 'clip_ttrt[embed]' brings it") from problem
 
 
 def reason(problem: Exception) -> str:
