@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache, partial
 from itertools import chain, groupby, islice
-from typing import Any, Callable, Iterator, Optional, Union
+from typing import Any, Iterator, Optional, Union
 
 import numpy as np
 
@@ -70,7 +70,7 @@ class Rows:
         unread = [(record, each[4:]) for record, each in zip(records, items) if each[4:]]
         for kind, group in groupby(unread, lambda each: each[1][0]):
             group, places = zip(*group)
-            for record, data in zip(group, READERS.get(kind, read_remote)(places)):
+            for record, data in zip(group, read_places(kind, places)):
                 record.data = data
                 if isinstance(data, (str, Exception)):
                     record.data, record.metadata, record.error = None, {}, reason(data)
@@ -130,7 +130,7 @@ def walk(folder: str) -> Iterator[str]:
     """The regular files beneath, in the order of their paths' bytes, and not beneath links."""
     if "://" in folder:
         system, path = file_system(folder)
-        found = map(system.unstrip_protocol, system.find(path))
+        found = (system.unstrip_protocol(each) for each in system.find(path) if each[-1] != "/")
     else:
         found = (each.path + "/" * each.is_dir(follow_symlinks=False) for each in os.scandir(folder)
                  if each.is_file() or each.is_dir(follow_symlinks=False))
@@ -180,7 +180,6 @@ def tar_items(path: str, text: bool, _: Optional[str]) -> Iterator[list]:
 
 
 def table_items(path: str, text: bool, column: Optional[str]) -> Iterator[list]:
-    """Of a .parquet file: all but the pictures."""
     with open_file(path) as file:
         table = library("pyarrow.parquet").ParquetFile(file)
         types = {each.name: str(each.type) for each in table.schema_arrow}
@@ -188,8 +187,7 @@ def table_items(path: str, text: bool, column: Optional[str]) -> Iterator[list]:
         chosen = choose(path, names, text, column)
         others = [name for name, kind in types.items() if "<" not in kind and "binary" not in kind]
         for group in range(table.num_row_groups):
-            rows = table.read_row_group(group, columns=others).to_pylist()
-            for index, row in enumerate(rows):
+            for index, row in enumerate(table.read_row_group(group, columns=others).to_pylist()):
                 key, value = f"{path}:{group}:{index}", row.pop(chosen, None)
                 if text:
                     yield [key, value, {**row, "caption": value}, EMPTY if value is None else None]
@@ -234,23 +232,27 @@ def video_items(path: str, every: float) -> Iterator[list]:
                VIDEO, path, pts, keys[bisect_right(keys, (pts, math.inf)) - 1][1]]
 
 
-def attempt(function: Callable, *arguments: Any) -> Any:
-    try:
-        return function(*arguments)
-    except Exception as problem:  # of arrow, FFmpeg and file systems, which share no type
-        return problem
-
-
-def read_local(places: list) -> list[Union[bytes, memoryview, str]]:
-    """In one call that does not hold the GIL, where the library of kernels is built."""
+def read_places(kind: str, places: list) -> list:
+    """What lies at places of one kind, or why it cannot be read.  Files are read in one call that
+    does not hold the GIL, where the library of kernels is built."""
+    if kind not in READERS:
+        return read_remote(places)
     names = os.fsencode("".join([f"{path}\0" for _, path, *_ in places]))
-    if not kernels.reads_files() or names.count(0) != len(places):
-        return [attempt(read_one, *each[1:]) for each in places]
+    if kind != LOCAL or not kernels.reads_files() or names.count(0) != len(places):
+        return [read_place(*each) for each in places]
     offsets, sizes = np.array([each[2:] for each in places]).T.copy()
     data, errors = kernels.read_files(names, offsets, sizes, 2**30)
     whole, ends = memoryview(data), sizes.cumsum().tolist()
     return [whole[end - size:end] if not error else os.strerror(error) if error > 0 else UNFIT
             for end, size, error in zip(ends, sizes.tolist(), errors.tolist())]
+
+
+def read_place(kind: str, *place: Any) -> Any:
+    try:
+        with LOCK:
+            return READERS[kind](*place)
+    except Exception as problem:  # of arrow, FFmpeg and file systems, which share no type
+        return problem
 
 
 def read_one(path: str, offset: int, size: int) -> Union[bytes, str]:
@@ -269,12 +271,6 @@ def read_remote(places: list) -> list[Union[bytes, str]]:
     blobs = system.cat_ranges(paths, starts, stops, on_error="return")
     return [UNFIT if isinstance(blob, bytes) and size not in (-1, len(blob)) else blob
             for blob, size in zip(blobs, sizes)]
-
-
-def read_held(read: Callable, places: list) -> list[Union[bytes, np.ndarray, str]]:
-    """One after the other, of a table or a video that stays in memory."""
-    with LOCK:
-        return [attempt(read, *each[1:]) for each in places]
 
 
 @lru_cache(2)  # for threads that are not quite level
@@ -308,9 +304,9 @@ class Playback:
 
 
 READERS = {
-    LOCAL: read_local,
-    TABLE: partial(read_held, lambda *cell: row_group(*cell[:3])[cell[3]].as_py() or EMPTY),
-    VIDEO: partial(read_held, lambda path, *frame: Playback(path).at(*frame)),
+    LOCAL: read_one,
+    TABLE: lambda path, column, *at: row_group(path, column, at[0])[at[1]].as_py() or EMPTY,
+    VIDEO: lambda path, *frame: Playback(path).at(*frame),
 }
 
 
@@ -323,7 +319,6 @@ def open_video(path: str) -> Any:
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system of a path or a URL, and the path in it."""
     try:
         return library("fsspec.core").url_to_fs(url)
     except (ImportError, ValueError) as problem:
@@ -338,6 +333,5 @@ def library(name: str) -> Any:
 
 
 def reason(problem: Exception) -> str:
-    """An exception in one line."""
     text = getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
     return " ".join(text.split())
