@@ -83,7 +83,7 @@ def drive_all(folder, shards, devices, execute=drive.processes):
     execute = partial(execute, make_worker=partial(Worker, out, str(log)), devices=devices,
                       progress=progress)
     try:
-        drive.run([Rows(each) for each in shards], sorted(set(range(len(shards))) - out.done()),
+        drive.run([Rows(each) for each in shards], sorted(set(range(len(shards))).difference(out.done())),
                   execute, out, progress)
     finally:
         progress.bar.close()
@@ -98,14 +98,14 @@ def features(folder):
 def test_one_cpu_is_this_process(tmp_path):
     out, progress, log = drive_all(tmp_path, [["fine"] * 3, ["fine"] * 2], ["cpu"], drive.here)
     assert log == [[str(os.getpid()), "0", "None"], [str(os.getpid()), "1", "None"]]
-    assert features(tmp_path) == [[0, 1, 2], [0, 1]] and out.done() == {0, 1}
+    assert features(tmp_path) == [[0, 1, 2], [0, 1]] and set(out.done()) == {0, 1}
     assert progress.rows == progress.bar.n == 5
 
 
 def test_processes_share_the_shards_and_take_over_those_of_the_dead(tmp_path):
     shards = [["kills once"] * 2] + [["sleeps"] * 2] * 7
     out, progress, log = drive_all(tmp_path, shards, ["cpu", "cpu"])
-    assert out.done() == set(range(8)) and progress.rows == 16
+    assert set(out.done()) == set(range(8)) and progress.rows == 16
     processes = [process for process, _, _ in log]
     assert str(os.getpid()) not in processes
     first, second = [process for process, number, _ in log if number == "0"]

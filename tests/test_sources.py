@@ -132,6 +132,9 @@ def test_csv_lists(tmp_path):
         "cap, 0", "cap, 1", "cap, 2"]
     texts = read(tmp_path / "list.csv", text=True, column="id")
     assert texts[1].metadata == {"caption": "1", "path": 'q"uote.jpg'}
+    (tmp_path / "two.csv").write_text('path,image_path\n"a,1.jpg",b.jpg\n')
+    [record] = read(tmp_path / "two.csv", column="path")
+    assert record.metadata == {"image_path": str(tmp_path / "a,1.jpg")}
     with pytest.raises(UserError, match="no column picture .* id, path, caption"):
         plan(tmp_path / "list.csv", column="picture")
     (tmp_path / "list.csv").write_text("url,id\nhttp://x,1\n")

@@ -60,7 +60,7 @@ def run(shards: Sequence, todo: Sequence[int], execute: Callable[[list[Task]], R
                 raise UserError(result["failed"])
             progress.count(result)
         done = out.done()
-        failures = 0 if done.intersection(todo) else failures + 1
+        failures = 0 if set(todo).intersection(done) else failures + 1
         todo = [number for number in todo if number not in done]
         if failures == ROUNDS:
             raise UserError(f"shard {todo[0]} ended its process in {ROUNDS} rounds, and none of "

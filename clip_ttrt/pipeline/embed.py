@@ -104,7 +104,7 @@ def embed(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], output:
     out.begin(identity(model, shards, options), options.overwrite)
     if options.retry_bad:
         out.retry()
-    todo = sorted(options.of_this_job(len(shards)) - out.done())
+    todo = sorted(options.of_this_job(len(shards)).difference(out.done()))
     progress = Progress(sum(len(shards[number]) for number in todo))
     execute = partial(execute, make_worker=partial(Worker, model.folder, out, options),
                       devices=devices, progress=progress)
@@ -114,7 +114,7 @@ def embed(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], output:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; {len(out.done())} of {len(shards)} shards are "
                                 "done, and the same command goes on") from None
-    written, end = out.checkpoints(), time.perf_counter()  # and not what processes have told
+    written, end = out.done(), time.perf_counter()  # and not what processes have told
     ours = [written[number] for number in todo if number in written]
     images, bad, total_images, total_bad = (
         sum(each[name] for each in some) for some in (ours, written.values())

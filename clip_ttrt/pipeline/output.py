@@ -2,8 +2,8 @@
 
     run.json                           what the bytes below follow from
     img_emb/img_emb_00012.npy          [rows, embed_dim]; of texts text_emb/text_emb_00012.npy
-    metadata/metadata_00012.parquet    the same rows; not even empty (as embedding-reader wants) ...
-    bad/bad_00012.parquet              ... where all are bad: rows without features, if any
+    metadata/metadata_00012.parquet    the same rows
+    bad/bad_00012.parquet              rows without features, where there are any
     done/00012.json                    written last: rows, bad, SHA-256 and size of each file
     started/00012.*  .00012.*          attempts that are not done, and what they half wrote
     crashed/00012.7                    a row that kills the process
@@ -22,8 +22,6 @@ import numpy as np
 
 from clip_ttrt.errors import UserError
 from clip_ttrt.pipeline.sources import file_system, library
-
-FOLDERS = ("done", "crashed", "started", "img_emb", "text_emb", "metadata", "bad")
 
 
 class Output:
@@ -46,11 +44,12 @@ class Output:
             raise UserError(f"{self.root} holds files of something else; use another --output")
         other = [f"{name} (was {before.get(name)}, is now {run.get(name)})"
                  for name in {**run, **before} if run.get(name) != before.get(name)]
-        if other and not overwrite:
+        if overwrite:
+            for folder in ("done", "crashed", "started", "img_emb", "text_emb", "metadata", "bad"):
+                self.remove(folder)
+        elif other:
             raise UserError(f"{self.root} was begun with another {', '.join(other)}; use another "
                             "--output or --overwrite")
-        for folder in FOLDERS if overwrite else ():
-            self.remove(folder)
         self.put("run.json", to_json(run))
 
     def write(self, shard: int, features: np.ndarray, metadata: list[dict[str, Any]],
@@ -59,6 +58,7 @@ class Output:
         each bad row; what to keep in done/ beside the counts.  Equal rows give equal bytes."""
         number, emb = self.number(shard), {"image": "img_emb", "text": "text_emb"}[self.kind]
         np.save(npy := io.BytesIO(), np.ascontiguousarray(features))
+        # Of no rows there is neither: embedding-reader leaves out an empty .npy, not its .parquet.
         files = {f"{emb}/{emb}_{number}.npy": npy.getvalue() if metadata else b"",
                  f"metadata/metadata_{number}.parquet": to_parquet(metadata) if metadata else b"",
                  f"bad/bad_{number}.parquet": to_parquet(bad) if bad else b""}
@@ -74,12 +74,8 @@ class Output:
             if name.lstrip(".").startswith(f"{number}."):
                 self.remove(f"started/{name}")
 
-    def done(self) -> set[int]:
-        """The shards whose files are all there, each as large as it was written."""
-        return set(self.checkpoints())
-
-    def checkpoints(self) -> dict[int, dict[str, Any]]:
-        """What done/ holds of these shards."""
+    def done(self) -> dict[int, dict[str, Any]]:
+        """What done/ holds of the shards whose files are all there, each as large as written."""
         sizes = {f"{folder}/{name}": size for folder in ("img_emb", "text_emb", "metadata", "bad")
                  for name, size in self.listed(folder).items()}
         paths = [f"{self.folder}/done/{name}" for name in self.listed("done")]
@@ -91,7 +87,7 @@ class Output:
 
     def retry(self) -> None:
         """Let the shards with bad rows run again."""
-        for number, facts in self.checkpoints().items():
+        for number, facts in self.done().items():
             if facts["bad"]:
                 self.remove(f"done/{self.number(number)}.json")
 
@@ -104,11 +100,9 @@ class Output:
         self.put(f"crashed/{self.number(shard)}.{row}", b"")
 
     def start(self, shard: int) -> None:
-        """Note that a shard is begun, until it is written."""
         self.put(f"started/{self.number(shard)}.{uuid.uuid4().hex}", b"")
 
     def listed(self, folder: str) -> dict[str, int]:
-        """Names and sizes of what lies in one of our folders."""
         self.system.invalidate_cache()
         with contextlib.suppress(FileNotFoundError):
             found = self.system.ls(f"{self.folder}/{folder}".rstrip("/"), detail=True)
@@ -136,23 +130,20 @@ def to_json(value: Any) -> bytes:
 
 def to_parquet(rows: list[dict[str, Any]]) -> bytes:
     """A table of all keys in the order in which they first occur; what a row lacks is null."""
-    names = dict.fromkeys(chain.from_iterable(rows))
-    columns = {utf8(name): column([row.get(name) for row in rows]) for name in names}
-    table, buffer = library("pyarrow").table(columns), io.BytesIO()
+    names = list(dict.fromkeys(chain.from_iterable(rows)))
+    columns, buffer = [column([row.get(name) for row in rows]) for name in names], io.BytesIO()
+    table = library("pyarrow").table(columns, column(names).to_pylist())
     library("pyarrow.parquet").write_table(table, buffer, row_group_size=len(rows))
     return buffer.getvalue()
 
 
 def column(values: list) -> Any:
-    """Values as arrow's type of them or, if they are nothing or nothing alike, as strings."""
+    """Values as arrow's type of them or, if they are nothing or nothing alike, as strings; of a
+    file's name a byte that UTF-8 cannot hold, e9 say, becomes \\udce9."""
     arrow = library("pyarrow")
     try:
         found = arrow.array(values)
     except (ValueError, TypeError, OverflowError):
-        found = arrow.array([each if each is None else utf8(str(each)) for each in values])
+        found = arrow.array([None if each is None else str(each).encode(
+            "utf-8", "backslashreplace").decode() for each in values])
     return found.cast(arrow.string()) if found.type == arrow.null() else found
-
-
-def utf8(text: str) -> str:
-    """Text that UTF-8 can hold: a byte of a file's name that it cannot, e9 say, becomes \\udce9."""
-    return text.encode("utf-8", "backslashreplace").decode()

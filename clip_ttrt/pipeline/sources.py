@@ -64,7 +64,7 @@ class Rows:
     def read(self, start: int, stop: int) -> list[Record]:
         """The rows from start to before stop, from any thread; what cannot be read has an error."""
         self.items = self.items or json.loads(self.packed)
-        items = [file_item(each, {}) if isinstance(each, str) else each
+        items = [file_item(each, {}, each) if isinstance(each, str) else each
                  for each in self.items[start:stop]]
         records = [Record(*each[:4]) for each in items]
         unread = [(record, each[4:]) for record, each in zip(records, items) if each[4:]]
@@ -77,14 +77,11 @@ class Rows:
         return records
 
 
-def plan(inputs: list[str], text: bool, shard_rows: int, every: float, column: Optional[str]
-         ) -> list[Rows]:
-    """One `Rows` for each shard of at most shard_rows; all inputs are one sequence.
-
-    inputs: folders, globs, files and fsspec URLs.  text: texts, not pictures.
-    every: seconds between the frames of a video.  column: where tables hold paths, bytes or texts.
-    Raises UserError for inputs that are missing, empty or unfit, OSError for folders.
-    """
+def plan(inputs: list, text: bool, shard_rows: int, every: float, column: Optional[str]) -> list:
+    """One `Rows` for each shard of at most shard_rows; all inputs, folders, globs, files and fsspec
+    URLs, are one sequence.  text: texts, not pictures.  every: seconds between frames of a video.
+    column: where tables hold paths, bytes or texts.  Raises UserError for inputs that are missing,
+    empty or unfit, OSError for folders."""
     for cache in (row_group, Playback):  # of what lay at a path before
         cache.cache_clear()
     sources, shards = chain.from_iterable(map(expand, inputs)), []
@@ -156,7 +153,7 @@ def list_items(path: str, text: bool, column: Optional[str]) -> Iterator[list]:
                 yield [f"{path}:{number}", value, {**row, "caption": value}, None]
             else:
                 value = value if "://" in value else os.path.join(os.path.dirname(path), value)
-                yield file_item(value, row)
+                yield file_item(value, row, value)
 
 
 def tar_items(path: str, text: bool, _: Optional[str]) -> Iterator[list]:
@@ -206,10 +203,9 @@ def choose(path: str, names: list[str], text: bool, column: Optional[str]) -> st
                     f"{', '.join(names)}")
 
 
-def file_item(key: str, facts: dict, path: str = "", offset: int = 0, size: int = -1) -> list:
-    path = path or key
-    kind = path.rpartition("://")[0] or LOCAL
-    return [key, None, {"image_path": key, **facts}, None, kind, path, offset, size]
+def file_item(key: str, facts: dict, path: str, offset: int = 0, size: int = -1) -> list:
+    kind = path.rpartition("://")[0]  # LOCAL where there is none
+    return [key, None, {**facts, "image_path": key}, None, kind, path, offset, size]
 
 
 def video_items(path: str, every: float) -> Iterator[list]:
@@ -303,11 +299,8 @@ class Playback:
         return np.ascontiguousarray(np.rot90(self.shown.to_ndarray(format="rgb24"), turns))
 
 
-READERS = {
-    LOCAL: read_one,
-    TABLE: lambda path, column, *at: row_group(path, column, at[0])[at[1]].as_py() or EMPTY,
-    VIDEO: lambda path, *frame: Playback(path).at(*frame),
-}
+READERS = {LOCAL: read_one, VIDEO: lambda path, *frame: Playback(path).at(*frame),
+           TABLE: lambda path, name, *at: row_group(path, name, at[0])[at[1]].as_py() or EMPTY}
 
 
 def open_file(path: str) -> Any:
