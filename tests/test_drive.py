@@ -83,7 +83,7 @@ def drive_all(folder, shards, devices, execute=drive.processes):
     execute = partial(execute, make_worker=partial(Worker, out, str(log)), devices=devices,
                       progress=progress)
     try:
-        drive.run([Rows(each) for each in shards], sorted(set(range(len(shards))).difference(out.done())),
+        drive.run([Rows(each) for each in shards], sorted({*range(len(shards))} - {*out.done()}),
                   execute, out, progress)
     finally:
         progress.bar.close()

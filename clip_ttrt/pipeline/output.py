@@ -5,7 +5,7 @@
     metadata/metadata_00012.parquet    the same rows
     bad/bad_00012.parquet              rows without features, where there are any
     done/00012.json                    written last: rows, bad, SHA-256 and size of each file
-    started/00012.*  .00012.*          attempts that are not done, and what they half wrote
+    started/00012.*  .*00012.*         attempts that are not done, and what they half wrote
     crashed/00012.7                    a row that kills the process
 """
 import contextlib
@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import uuid
 from itertools import chain
 from typing import Any
@@ -71,7 +70,7 @@ class Output:
         about = {**about, "rows": len(features), "bad": len(bad), "files": facts}
         self.put(f"done/{number}.json", to_json(about))
         for name in self.listed("started"):
-            if name.lstrip(".").startswith(f"{number}."):
+            if f"{number}." in name:
                 self.remove(f"started/{name}")
 
     def done(self) -> dict[int, dict[str, Any]]:
@@ -116,7 +115,7 @@ class Output:
     def put(self, name: str, data: bytes) -> None:
         """Write a file in one step; on a local disk it comes from started/."""
         path = f"{self.folder}/{name}"
-        partial = f"{self.folder}/started/.{re.split('[/_]', name)[-1]}.{uuid.uuid4().hex}"
+        partial = f"{self.folder}/started/.{name.replace('/', '.')}.{uuid.uuid4().hex}"
         for each in (path, partial):
             self.system.makedirs(each.rpartition("/")[0], exist_ok=True)
         self.system.pipe_file(partial if self.local else path, data)
