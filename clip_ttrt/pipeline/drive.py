@@ -13,7 +13,7 @@ import traceback
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import wait
-from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Iterator, Optional, Sequence
 
 from clip_ttrt.errors import UserError
 
@@ -21,21 +21,8 @@ PROCESSES = multiprocessing.get_context("spawn")  # a forked one could not use C
 STARTS = 2  # of a shard that is not written, from which on rows that kill are looked for
 ROUNDS = 3  # one after the other in which no shard is done, and the run ends
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>: a signal for where the parent ends
+Task = tuple[int, Sequence, Optional[range]]  # what `Worker.embed` is called with
 Results = Iterator[dict[str, Any]]
-
-
-class Task(NamedTuple):
-    """A shard to embed and write or, with `only`, rows of it to try."""
-
-    number: int
-    rows: Sequence  # `sources.Rows`
-    only: Optional[range] = None
-
-    def begin(self, worker) -> Callable[[], dict]:
-        """As `Worker.embed`: returns what writes the shard and gives the result."""
-        if self.only is None:
-            worker.out.start(self.number)
-        return worker.embed(*self)
 
 
 def run(shards: Sequence, todo: Sequence[int], execute: Callable[[list[Task]], Results], out,
@@ -53,9 +40,10 @@ def run(shards: Sequence, todo: Sequence[int], execute: Callable[[list[Task]], R
             if (count := starts[out.number(number)]) >= STARTS:
                 progress.say(f"shard {number} was begun {count} times and is not done: "
                              "looking for rows that end the process")
-                for row in killers(Task(number, shards[number]), execute):
+                rows = shards[number]
+                for row in killers(number, rows, range(len(rows)), execute):
                     out.mark_crashed(number, row)
-        for result in execute([Task(number, shards[number]) for number in todo]):
+        for result in execute([(number, shards[number], None) for number in todo]):
             if "failed" in result:
                 raise UserError(result["failed"])
             progress.count(result)
@@ -67,34 +55,27 @@ def run(shards: Sequence, todo: Sequence[int], execute: Callable[[list[Task]], R
                             "its rows does alone; is there too little memory?")
 
 
-def killers(task: Task, execute: Callable[[list[Task]], Results]) -> Iterator[int]:
-    """The rows that end a process alone."""
-    rows = task.only or range(len(task.rows))
-    middle = (len(rows) + 1) // 2
-    for half in filter(None, (rows[:middle], rows[middle:])):
-        part = task._replace(only=half)
-        if not list(execute([part])):
-            yield from half if len(half) == 1 else killers(part, execute)
+def killers(number: int, rows: Sequence, span: range, execute: Callable) -> Iterator[int]:
+    """Those of some rows of a shard that end a process alone."""
+    middle = (len(span) + 1) // 2
+    for half in filter(None, (span[:middle], span[middle:])):
+        if not list(execute([(number, rows, half)])):
+            yield from half if len(half) == 1 else killers(number, rows, half, execute)
 
 
-def here(tasks: list[Task], make_worker: Callable, devices: Sequence[str], progress) -> Results:
-    """As `processes`, in this one; rows that may kill are tried in another."""
-    if tasks[0].only:
-        yield from processes(tasks, make_worker, devices, progress)
-        return
-    worker = make_worker(*devices)
-    worker.progress = progress.running
-    progress.ready()
-    for task in tasks:
-        yield task.begin(worker)()
-
-
-def processes(tasks: list[Task], make_worker: Callable, devices: Sequence[str], progress
-              ) -> Results:
-    """Execute in a process for each device, which takes one task after the other.
+def execute(tasks: list[Task], make_worker: Callable, devices: Sequence[str], progress) -> Results:
+    """Embed in a process for each device, which takes one task after the other; shards of a single
+    CPU in this process, but rows that may kill in another.
 
     make_worker: picklable.  Raises UserError where a process dies before it is ready.
     """
+    if devices == ["cpu"] and tasks[0][2] is None:
+        worker = make_worker("cpu")
+        worker.progress = progress.bar.update
+        progress.ready()
+        for task in tasks:
+            yield worker.embed(*task)()
+        return
     waiting, children, ready = deque(tasks), {}, set()
 
     def start(device):
@@ -136,7 +117,7 @@ def processes(tasks: list[Task], make_worker: Callable, devices: Sequence[str], 
 
 def serve(pipe, make_worker: Callable, device: str) -> None:
     """What a process does: it embeds a shard while the last one is being written, and sends a
-    result, the first time {}, before each task that it is sent.  It ends with its parent."""
+    result, the first time {}, before it is sent a task.  It ends with its parent."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
     try:
@@ -145,7 +126,7 @@ def serve(pipe, make_worker: Callable, device: str) -> None:
             written = writer.submit(dict)
             pipe.send({})
             while task := pipe.recv():
-                write = task.begin(worker)
+                write = worker.embed(*task)
                 pipe.send(written.result())
                 written = writer.submit(write)
             pipe.send(written.result())
@@ -157,6 +138,6 @@ def serve(pipe, make_worker: Callable, device: str) -> None:
 def failure(who: str, problem: Exception) -> dict[str, str]:
     """In place of a result; the traceback of a defect goes to standard error."""
     if not isinstance(problem, UserError):
-        traceback.print_exception(type(problem), problem, problem.__traceback__)
+        traceback.print_exception(problem)
         problem = f"{type(problem).__name__}: {problem}"
     return {"failed": f"{who} failed: {problem}"}

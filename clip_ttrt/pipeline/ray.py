@@ -22,12 +22,12 @@ class Embedder:
     def __init__(self, make_worker: Callable, device: str):
         self.worker = cache(partial(make_worker, device))
 
-    def __call__(self, batch: dict) -> dict:
+    def __call__(self, row: dict[str, bytes]) -> dict[str, bytes]:
         try:
-            result = pickle.loads(batch["task"][0]).begin(self.worker())()
+            result = self.worker().embed(*pickle.loads(row["task"]))()
         except Exception as problem:
             result = failure("an actor", problem)
-        return {"result": [pickle.dumps(result)]}
+        return {"result": pickle.dumps(result)}
 
 
 def devices(address: str, device: str, threads: Optional[int]) -> tuple[list[str], int]:
@@ -54,7 +54,7 @@ def devices(address: str, device: str, threads: Optional[int]) -> tuple[list[str
 
 
 def execute(tasks: list[Task], make_worker: Callable, devices: Sequence[str], progress) -> Results:
-    """As `drive.processes`, on the cluster; it ends where a task kills two actors."""
+    """As `drive.execute`, on the cluster; it ends where a task kills two actors."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext, from_items
 
@@ -69,9 +69,8 @@ def execute(tasks: list[Task], make_worker: Callable, devices: Sequence[str], pr
                       override_num_blocks=len(tasks))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray has no other way to bound restarts yet
-        rows = rows.map_batches(Embedder, fn_constructor_args=(make_worker, devices[0]),
-                                batch_size=1, compute=pool, max_restarts=1, max_task_retries=1,
-                                **needs)
+        rows = rows.map(Embedder, fn_constructor_args=(make_worker, devices[0]), compute=pool,
+                        max_restarts=1, max_task_retries=1, **needs)
     try:
         for row in rows.iter_rows():
             progress.ready()
