@@ -25,14 +25,10 @@ Task = tuple[int, Sequence, Optional[range]]  # what `Worker.embed` is called wi
 Results = Iterator[dict[str, Any]]
 
 
-def run(shards: Sequence, todo: Sequence[int], execute: Callable[[list[Task]], Results], out,
-        progress) -> None:
-    """Embed the shards `todo` of `shards` (`Rows`, of `sources.plan`) into `out`, an `Output`.
-
-    execute: yields the results of tasks, and nothing for one whose process died.
-    progress: `embed.Progress`.  Raises UserError for what a worker raises, and where shards kill
-    and no row of them alone.
-    """
+def run(shards: Sequence, todo: Sequence[int], execute: Callable, out, progress) -> None:
+    """Embed the shards `todo` of `shards` (`Rows`) into `out`, an `Output`, by `execute`: tasks ->
+    their results, none of one whose process died.  Raises UserError for what a worker raises, and
+    where a shard ends its process and no row of it does alone."""
     failures = 0
     while todo:
         starts = Counter(name.split(".")[0] for name in out.listed("started"))
@@ -64,11 +60,8 @@ def killers(number: int, rows: Sequence, span: range, execute: Callable) -> Iter
 
 
 def execute(tasks: list[Task], make_worker: Callable, devices: Sequence[str], progress) -> Results:
-    """Embed in a process for each device, which takes one task after the other; shards of a single
-    CPU in this process, but rows that may kill in another.
-
-    make_worker: picklable.  Raises UserError where a process dies before it is ready.
-    """
+    """Embed in a process for each device, which takes one task after the other; whole shards of a
+    single CPU in this one.  Raises UserError where a process dies before it is ready."""
     if devices == ["cpu"] and tasks[0][2] is None:
         worker = make_worker("cpu")
         worker.progress = progress.bar.update

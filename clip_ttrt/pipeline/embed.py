@@ -18,7 +18,7 @@ from clip_ttrt.artifact import MANIFEST, Artifact, check_runs_here, read_artifac
 from clip_ttrt.checkpoint import sha256_of_file
 from clip_ttrt.errors import UserError
 from clip_ttrt.options import LARGEST_EMBED_BATCH, EmbedOptions
-from clip_ttrt.pipeline import drive
+from clip_ttrt.pipeline import drive, ray
 from clip_ttrt.pipeline.output import Output, to_json
 from clip_ttrt.pipeline.resize import pillow_order
 from clip_ttrt.pipeline.sources import plan
@@ -29,13 +29,11 @@ class Progress:
     """A bar with images/s, the share of each decoder and what encoders wait for most."""
 
     def __init__(self, rows: int):
-        self.rows, self.ready_at = 0, None
-        self.stages, self.decode = Counter(), {}
+        self.rows, self.ready_at, self.stages, self.decode = 0, None, Counter(), {}
         self.bar = tqdm(total=rows, unit=" images", dynamic_ncols=True, leave=False,
                         mininterval=0.5 if sys.stderr.isatty() else 10)
 
     def ready(self) -> None:
-        """The first call tells that a device is ready."""
         self.ready_at = self.ready_at or time.perf_counter()
 
     def count(self, result: dict[str, Any]) -> None:
@@ -78,15 +76,11 @@ def embed(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], output:
     if kind not in model.encoders:
         raise UserError(f"{artifact} holds no {kind} encoder; compile with --encoder both")
     if options.ray:
-        from clip_ttrt.pipeline import ray
-
         devices, cores = ray.devices(options.ray, model.device, options.threads)
-        execute = ray.execute
     else:
         check_runs_here(model)
         cores, found = len(os.sched_getaffinity(0)), torch.cuda.device_count()
         devices = devices or (["cpu"] if model.device == "cpu" else options.devices(found))
-        execute = drive.execute
     options = replace(options, threads=options.threads or max(1, cores // len(devices)),
                       batch=min(options.batch or LARGEST_EMBED_BATCH, model.batch.maximum))
     inputs = [inputs] if isinstance(inputs, (str, Path)) else inputs
@@ -98,8 +92,8 @@ def embed(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], output:
         out.retry()
     todo = sorted(options.of_this_job(len(shards)) - out.done())
     progress = Progress(sum(len(shards[number]) for number in todo))
-    execute = partial(execute, make_worker=partial(Worker, model.folder, out, options),
-                      devices=devices, progress=progress)
+    execute = partial((ray if options.ray else drive).execute, devices=devices, progress=progress,
+                      make_worker=partial(Worker, model.folder, out, options))
     try:
         with progress.bar:
             drive.run(shards, todo, execute, out, progress)

@@ -55,18 +55,18 @@ def devices(address: str, device: str, threads: Optional[int]) -> tuple[list[str
 
 def execute(tasks: list[Task], make_worker: Callable, devices: Sequence[str], progress) -> Results:
     """As `drive.execute`, on the cluster; it ends where a task kills two actors."""
-    import ray
-    from ray.data import ActorPoolStrategy, DataContext, from_items
+    import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context = DataContext.get_current()
+    context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = -1  # a shard may take as long as it needs
     cores = int(ray.cluster_resources()["CPU"]) // len(devices)
     needs = {"num_gpus": 1} if devices[0] == "cuda" else {"num_cpus": cores}
-    pool = ActorPoolStrategy(size=min(len(devices), len(tasks)), max_tasks_in_flight_per_actor=2)
-    rows = from_items([{"task": pickle.dumps(task)} for task in tasks],
-                      override_num_blocks=len(tasks))
+    pool = ray.data.ActorPoolStrategy(size=min(len(devices), len(tasks)),
+                                      max_tasks_in_flight_per_actor=2)
+    rows = [{"task": pickle.dumps(task)} for task in tasks]
+    rows = ray.data.from_items(rows, override_num_blocks=len(rows))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray has no other way to bound restarts yet
         rows = rows.map(Embedder, fn_constructor_args=(make_worker, devices[0]), compute=pool,

@@ -10,7 +10,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Callable, Iterator, Optional
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -103,10 +102,9 @@ class Worker:
                 report["lowest_cosine"] = min(map(float, lowest), default=None)
             if only is None:
                 about = {"seconds": round(time.perf_counter() - begun, 3), "decode": report}
-                found = np.concatenate(features)[[not each.error for each in records]]
+                found = torch.cat(features).numpy()[[not each.error for each in records]]
                 timed(waited, "write", self.out.write, number, found, metadata, bad, about)
-            return {"images": len(metadata), "bad": len(bad), "decode": report,
-                    "stages": dict(waited)}
+            return {"images": len(metadata), "bad": len(bad), "decode": report, "stages": waited}
         return finish
 
     def batches(self, rows: Rows, span: range, killers: set, waited: Counter) -> Iterator[Batch]:
