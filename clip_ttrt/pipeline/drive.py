@@ -34,10 +34,8 @@ def run(shards: Sequence, todo: Sequence[int], execute: Callable, out, progress)
         starts = Counter(name.split(".")[0] for name in out.listed("started"))
         for number in todo:
             if (count := starts[out.number(number)]) >= STARTS:
-                progress.say(f"shard {number} was begun {count} times and is not done: "
-                             "looking for rows that end the process")
-                rows = shards[number]
-                for row in killers(number, rows, range(len(rows)), execute):
+                progress.say(f"shard {number} was begun {count} times: looking for rows that kill")
+                for row in killers(number, shards[number], range(len(shards[number])), execute):
                     out.mark_crashed(number, row)
         for result in execute([(number, shards[number], None) for number in todo]):
             if "failed" in result:
@@ -69,19 +67,15 @@ def execute(tasks: list[Task], make_worker: Callable, devices: Sequence[str], pr
         for task in tasks:
             yield worker.embed(*task)()
         return
-    waiting, children, ready = deque(tasks), {}, set()
-
-    def start(device):
-        pipe, theirs = PROCESSES.Pipe()
-        children[pipe] = PROCESSES.Process(target=serve, args=(theirs, make_worker, device),
-                                           name=device, daemon=True)
-        children[pipe].start()
-        theirs.close()
-
+    idle, waiting, children, ready = list(devices[:len(tasks)]), deque(tasks), {}, set()
     try:
-        for device in devices[:len(tasks)]:
-            start(device)
-        while children:
+        while idle or children:
+            while idle:
+                device, (pipe, theirs) = idle.pop(0), PROCESSES.Pipe()
+                children[pipe] = PROCESSES.Process(name=device, daemon=True, target=serve,
+                                                   args=(theirs, make_worker, device))
+                children[pipe].start()
+                theirs.close()
             for pipe in wait(list(children)):
                 try:
                     result = pipe.recv()
@@ -94,7 +88,7 @@ def execute(tasks: list[Task], make_worker: Callable, devices: Sequence[str], pr
                     if process.exitcode:
                         progress.say(f"{about}; what it had not written is tried again")
                         if waiting:
-                            start(process.name)
+                            idle.append(process.name)
                     continue
                 with contextlib.suppress(ConnectionError):
                     pipe.send(waiting.popleft() if waiting else None)

@@ -31,11 +31,9 @@ class Embedder:
 
 
 def devices(address: str, device: str, threads: Optional[int]) -> tuple[list[str], int]:
-    """Connect to a cluster: a device (cuda or cpu) for each of its actors, and its cores.
-
-    address: auto for that of RAY_ADDRESS or, where there is none, a local one.
-    Raises UserError where Ray is not installed, no cluster answers or it has no such device.
-    """
+    """Connect to a cluster (auto: that of RAY_ADDRESS or, without one, a local one): a device, cuda
+    or cpu, for each of its actors, and its cores.  Raises UserError where Ray is not installed, no
+    cluster answers or it has no such device."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray

@@ -38,9 +38,8 @@ class Batch:
 
 
 class Worker:
-    """Embeds shards for `Output`.  options: `EmbedOptions`.  device: cpu or cuda:N.  `progress` is
-    called with the images of each batch.  Raises UserError where the artifact cannot
-    be loaded there, or the decoder cannot be had."""
+    """Embeds shards for `Output`.  device: cpu or cuda:N.  `progress` is called with the images of
+    each batch.  Raises UserError where the artifact or the decoder cannot be had there."""
 
     def __init__(self, artifact: Path, out: Output, options: Any, device: str):
         self.model, _ = load(artifact, device, force=options.force)
