@@ -20,7 +20,6 @@ from clip_ttrt.errors import UserError
 PROCESSES = multiprocessing.get_context("spawn")  # a forked one could not use CUDA
 STARTS = 2  # of a shard that is not written, from which on rows that kill are looked for
 ROUNDS = 3  # one after the other in which no shard is done, and the run ends
-PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>: a signal for where the parent ends
 Task = tuple[int, Sequence, Optional[range]]  # what `Worker.embed` is called with
 Results = Iterator[dict[str, Any]]
 
@@ -69,8 +68,8 @@ def execute(tasks: list[Task], make_worker: Callable, devices: Sequence[str], pr
         return
     idle, waiting, children, ready = list(devices[:len(tasks)]), deque(tasks), {}, set()
     try:
-        while idle or children:
-            while idle:
+        while children or idle and waiting:
+            while idle and waiting:
                 device, (pipe, theirs) = idle.pop(0), PROCESSES.Pipe()
                 children[pipe] = PROCESSES.Process(name=device, daemon=True, target=serve,
                                                    args=(theirs, make_worker, device))
@@ -87,8 +86,7 @@ def execute(tasks: list[Task], make_worker: Callable, devices: Sequence[str], pr
                         raise UserError(f"{about} before it was ready") from None
                     if process.exitcode:
                         progress.say(f"{about}; what it had not written is tried again")
-                        if waiting:
-                            idle.append(process.name)
+                        idle.append(process.name)
                     continue
                 with contextlib.suppress(ConnectionError):
                     pipe.send(waiting.popleft() if waiting else None)
@@ -104,8 +102,8 @@ def execute(tasks: list[Task], make_worker: Callable, devices: Sequence[str], pr
 
 def serve(pipe, make_worker: Callable, device: str) -> None:
     """What a process does: it embeds a shard while the last one is being written, and sends a
-    result, the first time {}, before it is sent a task.  It ends with its parent."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    result, the first time {}, before it is sent a task."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with its parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
     try:
         worker = make_worker(device)

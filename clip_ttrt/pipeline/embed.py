@@ -61,8 +61,7 @@ def embed(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], output:
     """Embed pictures, frames of videos or texts into OUTPUT, and go on where a run was stopped.
 
     inputs: folders, globs, lists, archives, tables or videos, local or URLs that fsspec knows.
-    devices: `cpu` or `cuda:N`, a process each; by default those of the option `gpus`.
-    options: fields of `EmbedOptions`.
+    devices: `cpu` or `cuda:N`, a process each (default: by `gpus`).  options: of `EmbedOptions`.
     OUTPUT gets img_emb/img_emb_N.npy or text_emb/text_emb_N.npy, [rows, embed_dim] of `dtype`,
     metadata/metadata_N.parquet with a row for each, bad/ with what cannot be read, and why.
     With more than one process, or a GPU, a script needs `if __name__ == "__main__":` around it.

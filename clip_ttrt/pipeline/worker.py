@@ -64,12 +64,11 @@ class Worker:
             torch.cuda.set_stream(torch.cuda.Stream(self.model.device))
 
     def embed(self, number: int, rows: Rows, only: Optional[range] = None) -> Callable[[], dict]:
-        """Embed a shard or, with `only`, try those rows.  Returns what writes the shard (not with
-        `only`), in any thread, and returns images and bad, counts of rows; stages, seconds waited
-        for each; decode, what the decoder reports of these rows."""
+        """Embed a shard or, with `only`, try those rows.  Returns what writes the shard, in any
+        thread, and returns images and bad (rows), stages (seconds waited), decode (a report)."""
         if only is None:
             self.out.start(number)
-        begun, waited, span = time.perf_counter(), Counter(), only or range(len(rows))
+        waited, span = Counter(), only or range(len(rows))
         features, records, lowest, in_flight = [], [], [], deque()
         for batch in self.batches(rows, span, self.out.crashed(number), waited):
             if len(in_flight) == IN_FLIGHT:
@@ -100,9 +99,8 @@ class Worker:
             if report:  # of pictures that were decoded twice
                 report["lowest_cosine"] = min(map(float, lowest), default=None)
             if only is None:
-                about = {"seconds": round(time.perf_counter() - begun, 3), "decode": report}
                 found = torch.cat(features).numpy()[[not each.error for each in records]]
-                timed(waited, "write", self.out.write, number, found, metadata, bad, about)
+                timed(waited, "write", self.out.write, number, found, metadata, bad, report)
             return {"images": len(metadata), "bad": len(bad), "decode": report, "stages": waited}
         return finish
 
