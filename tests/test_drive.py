@@ -34,11 +34,13 @@ class Worker:
     """Writes the indices of a shard's rows; some rows kill it, raise, or are slow."""
 
     def __init__(self, out, log, device):
-        self.out, self.log, self.progress = out, Path(log), lambda counts: None
+        self.out, self.log, self.progress = out, Path(log), lambda images: None
         if device == "broken":
             os._exit(7)
 
     def embed(self, number, rows, only=None):
+        if only is None:
+            self.out.start(number)
         crashed = self.out.crashed(number)
         with self.log.open("a") as log:
             log.write(f"{os.getpid()} {number} {only and (only.start, only.stop)}\n")
@@ -62,7 +64,7 @@ class Worker:
             if rows[row] == "fails":
                 raise RuntimeError("CUDA error: an illegal memory access")
         good = [row for row in range(len(rows)) if row not in crashed]
-        self.progress({"images": 1})
+        self.progress(1)
         return partial(self.finish, number, good, sorted(crashed), "slow to write" in rows, only)
 
     def finish(self, number, good, crashed, slowly, only):
@@ -70,11 +72,10 @@ class Worker:
         if only is None:
             self.out.write(number, np.array(good, np.float16)[:, None],
                            [{"key": row} for row in good], [{"key": row} for row in crashed], {})
-        return {"images": len(good), "bad": len(crashed), "routes": {"cpu": len(good)},
-                "stages": {}, "decode": {}}
+        return {"images": len(good), "bad": len(crashed), "stages": {}, "decode": {}}
 
 
-def drive_all(folder, shards, devices, execute=drive.processes):
+def drive_all(folder, shards, devices, execute=drive.execute):
     """Run the fake worker over shards (lists of words); returns the output, progress and log:
     of each attempt the process, the shard and the rows."""
     out = Output(str(folder / "out"), "image", len(shards))
@@ -96,7 +97,7 @@ def features(folder):
 
 
 def test_one_cpu_is_this_process(tmp_path):
-    out, progress, log = drive_all(tmp_path, [["fine"] * 3, ["fine"] * 2], ["cpu"], drive.here)
+    out, progress, log = drive_all(tmp_path, [["fine"] * 3, ["fine"] * 2], ["cpu"])
     assert log == [[str(os.getpid()), "0", "None"], [str(os.getpid()), "1", "None"]]
     assert features(tmp_path) == [[0, 1, 2], [0, 1]] and set(out.done()) == {0, 1}
     assert progress.rows == progress.bar.n == 5
@@ -135,7 +136,7 @@ def test_a_search_goes_on_where_a_run_was_stopped(tmp_path):
     out.begin({"artifact": "fake"})
     for _ in range(2):
         out.start(0)
-    out, _, log = drive_all(tmp_path, shards, ["cpu"], drive.here)
+    out, _, log = drive_all(tmp_path, shards, ["cpu"])
     assert log[0][2] == "(0, 2)"
     assert [process == str(os.getpid()) for process, _, _ in log] == [only == "None"
                                                                      for _, _, only in log]
@@ -165,10 +166,11 @@ def test_halves_find_every_row_that_kills_and_only_those():
             tried = []
 
             def execute(tasks):
-                tried.append(tasks[0].only)
-                return [] if killers & set(tasks[0].only) else [{"images": 1}]
+                [(_, _, only)] = tasks
+                tried.append(only)
+                return [] if killers & set(only) else [{"images": 1}]
 
-            assert set(drive.killers(drive.Task(0, range(count)), execute)) == killers
+            assert set(drive.killers(0, None, range(count), execute)) == killers
             assert len(tried) <= 2 * max(1, len(killers)) * count.bit_length()
 
 

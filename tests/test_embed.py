@@ -106,7 +106,7 @@ def test_processes_give_the_same_bytes(demo_artifact, pictures, tmp_path):
     two = embed(demo_artifact.folder, pictures, tmp_path / "two", devices=["cpu"] * 2, **run)
     one = embed(demo_artifact.folder, pictures, tmp_path / "one", **run)
     assert [two[name] for name in ("images", "bad", "devices")] == [30, 2, ["cpu", "cpu"]]
-    assert two["routes"] == one["routes"] and sum(one["routes"].values()) == 30
+    assert two["decode"] == one["decode"] and one["decode"]["pillow"] == 30
     assert written(tmp_path / "two") == written(tmp_path / "one")
 
 
@@ -174,14 +174,14 @@ def test_another_run_is_refused_and_it_is_said_why(demo_artifact, pictures, tmp_
 
 def test_ctrl_c_and_sigterm_say_how_to_go_on(
         demo_artifact, pictures, tmp_path, monkeypatch, capsys):
-    stop = signal.SIGTERM
+    done, stop = 1, signal.SIGTERM
 
-    def running(progress, counts):
-        if progress.rows:  # in the midst of the second one
+    def start(output, shard):
+        if shard == done:
             os.kill(os.getpid(), stop)
             time.sleep(5)  # in which the signal comes
 
-    monkeypatch.setattr(Progress, "running", running)
+    monkeypatch.setattr(Output, "start", start)
     arguments = ["embed", str(demo_artifact.folder), str(pictures), "--output", str(tmp_path / "o"),
                  "--shard-rows", "8"]
     # A shell ignores SIGINT in what it starts in the background, such as these tests.
@@ -238,25 +238,22 @@ def test_killed_30_times_at_random_gives_the_same_bytes(demo_artifact, pictures,
 def test_progress_tells_the_rate_and_what_is_waited_for(capsys):
     progress = Progress(1000)
     progress.bar.mininterval = 0
-    progress.running({"images": 100})
-    for result in ({"images": 300, "bad": 0, "routes": {"gpu": 200, "cpu": 100},
-                    "stages": {"read": 0.5},
-                    "decode": {"redecoded": 1, "largest_distance": 1, "lowest_cosine": 0.99,
-                               "problem": "no engine"}},
-                   {"images": 100, "bad": 2, "routes": {"gpu": 100},
-                    "stages": {"read": 0.25, "decode": 1},
-                    "decode": {"redecoded": 0, "largest_distance": 0, "lowest_cosine": None,
-                               "problem": "no engine"}}):
+    progress.bar.update(100)
+    for result in ({"images": 300, "bad": 0, "stages": {"read": 0.5},
+                    "decode": {"gpu": 200, "cpu": 100, "redecoded": 1, "largest_distance": 1,
+                               "lowest_cosine": 0.99, "problem": "no engine"}},
+                   {"images": 100, "bad": 2, "stages": {"read": 0.25, "decode": 1},
+                    "decode": {"gpu": 100, "cpu": 0, "redecoded": 0, "largest_distance": 0,
+                               "lowest_cosine": None, "problem": "no engine"}}):
         progress.count(result)
     progress.bar.refresh()
     told = capsys.readouterr().err
     line = told.split("\r")[-1]
     assert "| 402/1000 [" in line and " images/s, gpu 75%, cpu 25%, waits for decode]" in line
     assert told.count("no JPEG is decoded on the GPU: no engine\n") == 1
-    assert progress.routes == {"gpu": 300, "cpu": 100}
     assert progress.stages == {"read": 0.75, "decode": 1}
-    assert progress.decode == {"redecoded": 1, "largest_distance": 1, "lowest_cosine": 0.99,
-                               "problem": "no engine"}
+    assert progress.decode == {"gpu": 300, "cpu": 100, "redecoded": 1, "largest_distance": 1,
+                               "lowest_cosine": 0.99, "problem": "no engine"}
 
 
 def test_seconds_and_shares_of_the_command_line():

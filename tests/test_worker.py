@@ -19,7 +19,10 @@ class Output:
     """Keeps what is written."""
 
     def __init__(self, killers=()):
-        self.killers, self.written = set(killers), {}
+        self.killers, self.started, self.written = set(killers), [], {}
+
+    def start(self, shard):
+        self.started.append(shard)
 
     def crashed(self, shard):
         return self.killers
@@ -67,7 +70,8 @@ def test_features_are_those_of_each_picture_alone(options, demo_artifact, files,
     assert [each["image_path"] for each in metadata] == [
         str(path) for i, path in enumerate(files) if i not in (2, 8)]
     assert (metadata[0]["width"], metadata[0]["height"]) == (100, 40)
-    assert (result["images"], result["bad"], sum(result["routes"].values())) == (9, 2, 9)
+    decoded = sum(result["decode"][route] for route in ("gpu", "cpu", "pillow"))
+    assert (result["images"], result["bad"], decoded, out.started) == (9, 2, 9, [0])
 
 
 def test_a_row_that_kills_is_left_out_and_the_others_keep_their_bytes(demo_artifact, files):
@@ -83,7 +87,7 @@ def test_a_row_that_kills_is_left_out_and_the_others_keep_their_bytes(demo_artif
 def test_a_trial_writes_nothing(demo_artifact, files):
     out = Output()
     result = worker(demo_artifact, out).embed(0, shard(files), only=range(1, 4))()
-    assert (result["images"], result["bad"], out.written) == (2, 1, {})
+    assert (result["images"], result["bad"], out.started, out.written) == (2, 1, [], {})
 
 
 def test_pictures_decoded_twice_are_compared(demo_artifact, files):

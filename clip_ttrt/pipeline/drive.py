@@ -13,49 +13,30 @@ import traceback
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import wait
-from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Iterator, Optional, Sequence
 
 from clip_ttrt.errors import UserError
 
 PROCESSES = multiprocessing.get_context("spawn")  # a forked one could not use CUDA
 STARTS = 2  # of a shard that is not written, from which on rows that kill are looked for
 ROUNDS = 3  # one after the other in which no shard is done, and the run ends
-PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>: a signal for where the parent ends
+Task = tuple[int, Sequence, Optional[range]]  # what `Worker.embed` is called with
 Results = Iterator[dict[str, Any]]
 
 
-class Task(NamedTuple):
-    """A shard to embed and write or, with `only`, rows of it to try."""
-
-    number: int
-    rows: Sequence  # `sources.Rows`
-    only: Optional[range] = None
-
-    def begin(self, worker) -> Callable[[], dict]:
-        """As `Worker.embed`: returns what writes the shard and gives the result."""
-        if self.only is None:
-            worker.out.start(self.number)
-        return worker.embed(*self)
-
-
-def run(shards: Sequence, todo: Sequence[int], execute: Callable[[list[Task]], Results], out,
-        progress) -> None:
-    """Embed the shards `todo` of `shards` (`Rows`, of `sources.plan`) into `out`, an `Output`.
-
-    execute: yields the results of tasks, and nothing for one whose process died.
-    progress: `embed.Progress`.  Raises UserError for what a worker raises, and where shards kill
-    and no row of them alone.
-    """
+def run(shards: Sequence, todo: Sequence[int], execute: Callable, out, progress) -> None:
+    """Embed the shards `todo` of `shards` (`Rows`) into `out`, an `Output`, by `execute`: tasks ->
+    their results, none of one whose process died.  Raises UserError for what a worker raises, and
+    where a shard ends its process and no row of it does alone."""
     failures = 0
     while todo:
         starts = Counter(name.split(".")[0] for name in out.listed("started"))
         for number in todo:
             if (count := starts[out.number(number)]) >= STARTS:
-                progress.say(f"shard {number} was begun {count} times and is not done: "
-                             "looking for rows that end the process")
-                for row in killers(Task(number, shards[number]), execute):
+                progress.say(f"shard {number} was begun {count} times: looking for rows that kill")
+                for row in killers(number, shards[number], range(len(shards[number])), execute):
                     out.mark_crashed(number, row)
-        for result in execute([Task(number, shards[number]) for number in todo]):
+        for result in execute([(number, shards[number], None) for number in todo]):
             if "failed" in result:
                 raise UserError(result["failed"])
             progress.count(result)
@@ -67,47 +48,33 @@ def run(shards: Sequence, todo: Sequence[int], execute: Callable[[list[Task]], R
                             "its rows does alone; is there too little memory?")
 
 
-def killers(task: Task, execute: Callable[[list[Task]], Results]) -> Iterator[int]:
-    """The rows that end a process alone."""
-    rows = task.only or range(len(task.rows))
-    middle = (len(rows) + 1) // 2
-    for half in filter(None, (rows[:middle], rows[middle:])):
-        part = task._replace(only=half)
-        if not list(execute([part])):
-            yield from half if len(half) == 1 else killers(part, execute)
+def killers(number: int, rows: Sequence, span: range, execute: Callable) -> Iterator[int]:
+    """Those of some rows of a shard that end a process alone."""
+    middle = (len(span) + 1) // 2
+    for half in filter(None, (span[:middle], span[middle:])):
+        if not list(execute([(number, rows, half)])):
+            yield from half if len(half) == 1 else killers(number, rows, half, execute)
 
 
-def here(tasks: list[Task], make_worker: Callable, devices: Sequence[str], progress) -> Results:
-    """As `processes`, in this one; rows that may kill are tried in another."""
-    if tasks[0].only:
-        yield from processes(tasks, make_worker, devices, progress)
+def execute(tasks: list[Task], make_worker: Callable, devices: Sequence[str], progress) -> Results:
+    """Embed in a process for each device, which takes one task after the other; whole shards of a
+    single CPU in this one.  Raises UserError where a process dies before it is ready."""
+    if devices == ["cpu"] and tasks[0][2] is None:
+        worker = make_worker("cpu")
+        worker.progress = progress.bar.update
+        progress.ready()
+        for task in tasks:
+            yield worker.embed(*task)()
         return
-    worker = make_worker(*devices)
-    worker.progress = progress.running
-    progress.ready()
-    for task in tasks:
-        yield task.begin(worker)()
-
-
-def processes(tasks: list[Task], make_worker: Callable, devices: Sequence[str], progress
-              ) -> Results:
-    """Execute in a process for each device, which takes one task after the other.
-
-    make_worker: picklable.  Raises UserError where a process dies before it is ready.
-    """
-    waiting, children, ready = deque(tasks), {}, set()
-
-    def start(device):
-        pipe, theirs = PROCESSES.Pipe()
-        children[pipe] = PROCESSES.Process(target=serve, args=(theirs, make_worker, device),
-                                           name=device, daemon=True)
-        children[pipe].start()
-        theirs.close()
-
+    idle, waiting, children, ready = list(devices[:len(tasks)]), deque(tasks), {}, set()
     try:
-        for device in devices[:len(tasks)]:
-            start(device)
-        while children:
+        while children or idle and waiting:
+            while idle and waiting:
+                device, (pipe, theirs) = idle.pop(0), PROCESSES.Pipe()
+                children[pipe] = PROCESSES.Process(name=device, daemon=True, target=serve,
+                                                   args=(theirs, make_worker, device))
+                children[pipe].start()
+                theirs.close()
             for pipe in wait(list(children)):
                 try:
                     result = pipe.recv()
@@ -119,8 +86,7 @@ def processes(tasks: list[Task], make_worker: Callable, devices: Sequence[str], 
                         raise UserError(f"{about} before it was ready") from None
                     if process.exitcode:
                         progress.say(f"{about}; what it had not written is tried again")
-                        if waiting:
-                            start(process.name)
+                        idle.append(process.name)
                     continue
                 with contextlib.suppress(ConnectionError):
                     pipe.send(waiting.popleft() if waiting else None)
@@ -136,8 +102,8 @@ def processes(tasks: list[Task], make_worker: Callable, devices: Sequence[str], 
 
 def serve(pipe, make_worker: Callable, device: str) -> None:
     """What a process does: it embeds a shard while the last one is being written, and sends a
-    result, the first time {}, before each task that it is sent.  It ends with its parent."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    result, the first time {}, before it is sent a task."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with its parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
     try:
         worker = make_worker(device)
@@ -145,7 +111,7 @@ def serve(pipe, make_worker: Callable, device: str) -> None:
             written = writer.submit(dict)
             pipe.send({})
             while task := pipe.recv():
-                write = task.begin(worker)
+                write = worker.embed(*task)
                 pipe.send(written.result())
                 written = writer.submit(write)
             pipe.send(written.result())
@@ -157,6 +123,6 @@ def serve(pipe, make_worker: Callable, device: str) -> None:
 def failure(who: str, problem: Exception) -> dict[str, str]:
     """In place of a result; the traceback of a defect goes to standard error."""
     if not isinstance(problem, UserError):
-        traceback.print_exception(type(problem), problem, problem.__traceback__)
+        traceback.print_exception(problem)
         problem = f"{type(problem).__name__}: {problem}"
     return {"failed": f"{who} failed: {problem}"}

@@ -18,7 +18,7 @@ from clip_ttrt.artifact import MANIFEST, Artifact, check_runs_here, read_artifac
 from clip_ttrt.checkpoint import sha256_of_file
 from clip_ttrt.errors import UserError
 from clip_ttrt.options import LARGEST_EMBED_BATCH, EmbedOptions
-from clip_ttrt.pipeline import drive
+from clip_ttrt.pipeline import drive, ray
 from clip_ttrt.pipeline.output import Output, to_json
 from clip_ttrt.pipeline.resize import pillow_order
 from clip_ttrt.pipeline.sources import plan
@@ -29,23 +29,16 @@ class Progress:
     """A bar with images/s, the share of each decoder and what encoders wait for most."""
 
     def __init__(self, rows: int):
-        self.rows, self.ready_at = 0, None
-        self.routes, self.stages, self.decode = Counter(), Counter(), {}
+        self.rows, self.ready_at, self.stages, self.decode = 0, None, Counter(), {}
         self.bar = tqdm(total=rows, unit=" images", dynamic_ncols=True, leave=False,
                         mininterval=0.5 if sys.stderr.isatty() else 10)
 
     def ready(self) -> None:
-        """The first call tells that a device is ready."""
         self.ready_at = self.ready_at or time.perf_counter()
 
-    def running(self, counts: dict[str, int]) -> None:
-        """Some images of a shard are embedded."""
-        self.bar.update(counts["images"])
-
     def count(self, result: dict[str, Any]) -> None:
-        """Add what `Worker.run` returns for a shard."""
+        """Add the result of `Worker.embed` for a shard."""
         self.rows += result["images"] + result["bad"]
-        self.routes.update(result["routes"])
         self.stages.update(result["stages"])
         if result["decode"].get("problem") and not self.decode.get("problem"):
             self.say(f"no JPEG is decoded on the GPU: {result['decode']['problem']}")
@@ -53,8 +46,8 @@ class Progress:
             whole = {"largest": max, "lowest": min, "problem": max}.get(name.split("_")[0], sum)
             both = [each for each in (self.decode.get(name), value) if each is not None]
             self.decode[name] = whole(both) if both else None
-        parts = [f"{name} {count / self.routes.total():.0%}"
-                 for name, count in (+self.routes).most_common()]
+        routes = Counter({name: self.decode.get(name, 0) for name in ("gpu", "cpu", "pillow")})
+        parts = [f"{name} {count / routes.total():.0%}" for name, count in (+routes).most_common()]
         parts += [f"waits for {name}" for name, _ in self.stages.most_common(1)]
         self.bar.set_postfix_str(", ".join(parts), refresh=False)
         self.bar.update(self.rows - self.bar.n)
@@ -68,33 +61,25 @@ def embed(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], output:
     """Embed pictures, frames of videos or texts into OUTPUT, and go on where a run was stopped.
 
     inputs: folders, globs, lists, archives, tables or videos, local or URLs that fsspec knows.
-    devices: `cpu` or `cuda:N`, a process each; by default those of the option `gpus`.
-    options: fields of `EmbedOptions`.
+    devices: `cpu` or `cuda:N`, a process each (default: by `gpus`).  options: of `EmbedOptions`.
     OUTPUT gets img_emb/img_emb_N.npy or text_emb/text_emb_N.npy, [rows, embed_dim] of `dtype`,
     metadata/metadata_N.parquet with a row for each, bad/ with what cannot be read, and why.
     With more than one process, or a GPU, a script needs `if __name__ == "__main__":` around it.
 
-    Returns a summary, also in OUTPUT: images, bad and shards that this run wrote, and those of the
-    whole output; bad_share; seconds, those until the first device was ready (starting), and
-    images_per_s in the others; routes, pictures by who decoded them; stages, seconds that encoders
-    waited for each; decode, what the decoders report.  Raises UserError for bad input, for an
-    OUTPUT of another artifact, inputs or options, and where processes fail: what is done then
-    stays, and the same call goes on.
+    Returns a summary, also in OUTPUT: counts of this run and of the whole output, seconds, and
+    images/s once the first device was ready.  Raises UserError for bad input, for an OUTPUT of
+    another artifact, inputs or options, and where processes fail: the same call then goes on.
     """
     begun, options = time.perf_counter(), EmbedOptions(**options)
     model, kind = read_artifact(artifact), "text" if options.text else "image"
     if kind not in model.encoders:
         raise UserError(f"{artifact} holds no {kind} encoder; compile with --encoder both")
     if options.ray:
-        from clip_ttrt.pipeline import ray
-
         devices, cores = ray.devices(options.ray, model.device, options.threads)
-        execute = ray.execute
     else:
         check_runs_here(model)
         cores, found = len(os.sched_getaffinity(0)), torch.cuda.device_count()
         devices = devices or (["cpu"] if model.device == "cpu" else options.devices(found))
-        execute = drive.here if devices == ["cpu"] else drive.processes
     options = replace(options, threads=options.threads or max(1, cores // len(devices)),
                       batch=min(options.batch or LARGEST_EMBED_BATCH, model.batch.maximum))
     inputs = [inputs] if isinstance(inputs, (str, Path)) else inputs
@@ -106,8 +91,8 @@ def embed(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], output:
         out.retry()
     todo = sorted(options.of_this_job(len(shards)).difference(out.done()))
     progress = Progress(sum(len(shards[number]) for number in todo))
-    execute = partial(execute, make_worker=partial(Worker, model.folder, out, options),
-                      devices=devices, progress=progress)
+    execute = partial((ray if options.ray else drive).execute, devices=devices, progress=progress,
+                      make_worker=partial(Worker, model.folder, out, options))
     try:
         with progress.bar:
             drive.run(shards, todo, execute, out, progress)
@@ -125,7 +110,7 @@ def embed(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], output:
                "total_bad": total_bad, "bad_share": total_bad / max(1, total_images + total_bad),
                "seconds": end - begun, "starting": ready - begun,
                "images_per_s": images / max(end - ready, 1e-3), "devices": list(devices),
-               "routes": progress.routes, "stages": progress.stages, "decode": progress.decode}
+               "stages": progress.stages, "decode": progress.decode}
     out.put("summary.json", to_json(summary))
     progress.say(f"{output} holds {total_images:,} features; {total_bad:,} bad rows")
     return summary

@@ -22,20 +22,18 @@ class Embedder:
     def __init__(self, make_worker: Callable, device: str):
         self.worker = cache(partial(make_worker, device))
 
-    def __call__(self, batch: dict) -> dict:
+    def __call__(self, row: dict[str, bytes]) -> dict[str, bytes]:
         try:
-            result = pickle.loads(batch["task"][0]).begin(self.worker())()
+            result = self.worker().embed(*pickle.loads(row["task"]))()
         except Exception as problem:
             result = failure("an actor", problem)
-        return {"result": [pickle.dumps(result)]}
+        return {"result": pickle.dumps(result)}
 
 
 def devices(address: str, device: str, threads: Optional[int]) -> tuple[list[str], int]:
-    """Connect to a cluster: a device (cuda or cpu) for each of its actors, and its cores.
-
-    address: auto for that of RAY_ADDRESS or, where there is none, a local one.
-    Raises UserError where Ray is not installed, no cluster answers or it has no such device.
-    """
+    """Connect to a cluster (auto: that of RAY_ADDRESS or, without one, a local one): a device, cuda
+    or cpu, for each of its actors, and its cores.  Raises UserError where Ray is not installed, no
+    cluster answers or it has no such device."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -54,24 +52,23 @@ def devices(address: str, device: str, threads: Optional[int]) -> tuple[list[str
 
 
 def execute(tasks: list[Task], make_worker: Callable, devices: Sequence[str], progress) -> Results:
-    """As `drive.processes`, on the cluster; it ends where a task kills two actors."""
-    import ray
-    from ray.data import ActorPoolStrategy, DataContext, from_items
+    """As `drive.execute`, on the cluster; it ends where a task kills two actors."""
+    import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context = DataContext.get_current()
+    context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = -1  # a shard may take as long as it needs
     cores = int(ray.cluster_resources()["CPU"]) // len(devices)
     needs = {"num_gpus": 1} if devices[0] == "cuda" else {"num_cpus": cores}
-    pool = ActorPoolStrategy(size=min(len(devices), len(tasks)), max_tasks_in_flight_per_actor=2)
-    rows = from_items([{"task": pickle.dumps(task)} for task in tasks],
-                      override_num_blocks=len(tasks))
+    pool = ray.data.ActorPoolStrategy(size=min(len(devices), len(tasks)),
+                                      max_tasks_in_flight_per_actor=2)
+    rows = [{"task": pickle.dumps(task)} for task in tasks]
+    rows = ray.data.from_items(rows, override_num_blocks=len(rows))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray has no other way to bound restarts yet
-        rows = rows.map_batches(Embedder, fn_constructor_args=(make_worker, devices[0]),
-                                batch_size=1, compute=pool, max_restarts=1, max_task_retries=1,
-                                **needs)
+        rows = rows.map(Embedder, fn_constructor_args=(make_worker, devices[0]), compute=pool,
+                        max_restarts=1, max_task_retries=1, **needs)
     try:
         for row in rows.iter_rows():
             progress.ready()

@@ -10,7 +10,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Callable, Iterator, Optional
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -39,16 +38,13 @@ class Batch:
 
 
 class Worker:
-    """Embeds shards for `Output`.  options: `EmbedOptions`.  device: cpu or cuda:N.  `progress` is
-    called with the count of images after each batch.  Raises UserError where the artifact cannot
-    be loaded there, or the decoder cannot be had."""
+    """Embeds shards for `Output`.  device: cpu or cuda:N.  `progress` is called with the images of
+    each batch.  Raises UserError where the artifact or the decoder cannot be had there."""
 
     def __init__(self, artifact: Path, out: Output, options: Any, device: str):
         self.model, _ = load(artifact, device, force=options.force)
         self.out, self.options, self.on_gpu = out, options, self.model.device.type == "cuda"
         self.encode = self.model.encode_text if options.text else self.model.encode_image
-        self.kind = "text" if options.text else "image_path"
-        self.smallest = self.model.artifact.batch.minimum
         # All graphs are captured here: CUDA forbids other threads some calls meanwhile.
         self.model.warmup({self.size_for(count) for count in range(1, options.batch + 1)})
         self.load = self.load_texts if options.text else self.load_pictures
@@ -61,17 +57,18 @@ class Worker:
             self.reported = self.decoder.report()
         library("pyarrow.parquet")  # which takes its time, and not that of the first shard
         self.pools = [ThreadPoolExecutor(n, initializer=self.own_stream) for n in (LOADERS, 1)]
-        self.progress: Callable[[dict], None] = lambda counts: None
+        self.progress: Callable[[int], Any] = lambda images: None
 
     def own_stream(self) -> None:
         if self.on_gpu:
             torch.cuda.set_stream(torch.cuda.Stream(self.model.device))
 
     def embed(self, number: int, rows: Rows, only: Optional[range] = None) -> Callable[[], dict]:
-        """Embed a shard or, with `only`, try those rows.  Returns what writes the shard (not with
-        `only`), in any thread, and returns images and bad, counts of rows; routes; stages, seconds
-        waited for each; decode, what the decoder reports of these rows."""
-        begun, waited, span = time.perf_counter(), Counter(), only or range(len(rows))
+        """Embed a shard or, with `only`, try those rows.  Returns what writes the shard, in any
+        thread, and returns images and bad (rows), stages (seconds waited), decode (a report)."""
+        if only is None:
+            self.out.start(number)
+        waited, span = Counter(), only or range(len(rows))
         features, records, lowest, in_flight = [], [], [], deque()
         for batch in self.batches(rows, span, self.out.crashed(number), waited):
             if len(in_flight) == IN_FLIGHT:
@@ -80,14 +77,21 @@ class Worker:
             if batch.checked:
                 exact = self.features(batch.exact, batch.ready)[:len(batch.checked)]
                 lowest.append(nn.functional.cosine_similarity(found[batch.checked], exact).min())
-            features.append(self.to_host(found[:len(batch.records)], in_flight))
+            found = found[:len(batch.records)].to(getattr(torch, self.options.dtype))
+            features.append(torch.empty(found.shape, dtype=found.dtype, pin_memory=self.on_gpu))
+            features[-1].copy_(found, non_blocking=True)
+            if self.on_gpu:
+                in_flight.append(torch.cuda.Event(blocking=True))
+                in_flight[-1].record()
             records += batch.records
-            self.progress({"images": sum(not each.error for each in batch.records)})
+            self.progress(sum(not each.error for each in batch.records))
         metadata = [each.metadata for each in records if not each.error]
-        bad = [{"row": row, self.kind: each.key, "error": each.error}
-               for row, each in zip(span, records) if each.error]
-        report = {} if self.options.text else self.report()
-        routes = {name: report[name] for name in ("gpu", "cpu", "pillow") if report.get(name)}
+        bad = [{"row": row, "text" if self.options.text else "image_path": each.key,
+                "error": each.error} for row, each in zip(span, records) if each.error]
+        report = {}
+        if not self.options.text:
+            before, self.reported = self.reported, self.decoder.report()
+            report = self.reported | {name: self.reported[name] - before[name] for name in COUNTS}
 
         def finish() -> dict[str, Any]:
             for event in in_flight:
@@ -95,11 +99,9 @@ class Worker:
             if report:  # of pictures that were decoded twice
                 report["lowest_cosine"] = min(map(float, lowest), default=None)
             if only is None:
-                about = {"seconds": round(time.perf_counter() - begun, 3), "routes": routes}
-                found = np.concatenate(features)[[not each.error for each in records]]
-                timed(waited, "write", self.out.write, number, found, metadata, bad, about)
-            return {"images": len(metadata), "bad": len(bad), "routes": routes, "decode": report,
-                    "stages": dict(waited)}
+                found = torch.cat(features).numpy()[[not each.error for each in records]]
+                timed(waited, "write", self.out.write, number, found, metadata, bad, report)
+            return {"images": len(metadata), "bad": len(bad), "decode": report, "stages": waited}
         return finish
 
     def batches(self, rows: Rows, span: range, killers: set, waited: Counter) -> Iterator[Batch]:
@@ -118,7 +120,8 @@ class Worker:
 
     def size_for(self, count: int) -> int:
         """A power of two where the artifact has it, so that few graphs serve all batches."""
-        return max(count, self.smallest, min(1 << (count - 1).bit_length(), self.options.batch))
+        smallest = self.model.artifact.batch.minimum
+        return max(count, smallest, min(1 << (count - 1).bit_length(), self.options.batch))
 
     def load_pictures(self, rows: Rows, span: range, killers: set[int]) -> Batch:
         """Read and prepare rows of a shard, on a GPU on the stream of this thread."""
@@ -164,21 +167,6 @@ class Worker:
         with torch.inference_mode():
             found = self.encode(inputs)
             return nn.functional.normalize(found, dim=-1) if self.options.normalize else found
-
-    def to_host(self, features: Tensor, in_flight: deque) -> np.ndarray:
-        """An array of the wanted dtype, which on a GPU is filled once the new event is there."""
-        features = features.to(getattr(torch, self.options.dtype))
-        host = torch.empty(features.shape, dtype=features.dtype, pin_memory=self.on_gpu)
-        host.copy_(features, non_blocking=True)
-        if self.on_gpu:
-            in_flight.append(torch.cuda.Event(blocking=True))
-            in_flight[-1].record()
-        return host.numpy()
-
-    def report(self) -> dict[str, Any]:
-        """What the decoder has counted since the last one."""
-        before, self.reported = self.reported, self.decoder.report()
-        return {**self.reported, **{name: self.reported[name] - before[name] for name in COUNTS}}
 
 
 def read(rows: Rows, span: range, killers: set[int]) -> list[Record]:
