@@ -8,6 +8,7 @@ import clip.clip
 import numpy as np
 import pytest
 import torch
+from noise import SIZES, noise
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms import functional
@@ -15,16 +16,6 @@ from torchvision.transforms import functional
 from clip_ttrt.errors import UserError
 from clip_ttrt.pipeline import resize
 from clip_ttrt.pipeline.resize import MEAN, STD, Preprocess
-
-SIZES = [  # height, width
-    (1, 1), (1, 300), (300, 1), (3, 2), (223, 224), (224, 224), (225, 500), (500, 375), (375, 500),
-    (500, 240), (1000, 200), (480, 640), (10, 1000), (450, 225), (451, 225),
-]  # fmt: skip
-
-
-def noise(height, width, channels=3, seed=0):
-    return np.random.default_rng((seed, height, width)).integers(
-        0, 256, (height, width, channels), np.uint8)
 
 
 def image(pixels):

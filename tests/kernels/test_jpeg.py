@@ -11,6 +11,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import needs
 import numpy as np
 import pytest
 import torch
@@ -22,7 +23,6 @@ from clip_ttrt.pipeline.decode import FILE, Hardware
 
 HEADER = (kernels.sources() / "jpeg" / "jpeg.h").read_text()
 DECLARED = (kernels.sources() / "jpeg" / "nvimagecodec.h").read_text()
-needs_nvimagecodec = pytest.mark.skipif(kernels.nvimagecodec() is None, reason="needs nvImageCodec")
 
 # Headers
 
@@ -147,7 +147,7 @@ VALUES = {
 }
 
 
-@needs_nvimagecodec
+@needs.nvimagecodec
 def test_what_is_declared_of_nvimagecodec_is_what_its_header_says(tmp_path):
     theirs = kernels.nvimagecodec().parent / "include"
     lines = ["#include <cstddef>", "using std::ptrdiff_t;", "#include <nvimgcodec.h>",

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import clip.clip
 import needs
-import numpy as np
 import pytest
 import torch
+from noise import SIZES, noise
 from PIL import Image
 
 from clip_ttrt import kernels
@@ -21,17 +21,6 @@ from clip_ttrt.pipeline import resize
 from clip_ttrt.pipeline.resize import Preprocess
 
 HEADER = (kernels.sources() / "preprocess" / "preprocess.h").read_text()
-SIZES = [  # height, width
-    (1, 1), (1, 300), (300, 1), (3, 2), (223, 224), (224, 224), (225, 500), (500, 375), (375, 500),
-    (500, 240), (1000, 200), (480, 640), (10, 1000), (113, 400), (451, 225),
-]  # fmt: skip
-
-
-def noise(height, width, channels=3, seed=0):
-    return np.random.default_rng((seed, height, width)).integers(
-        0, 256, (height, width, channels), np.uint8)
-
-
 def layouts(pixels, device="cpu"):
     """The same picture interleaved, planar, turned, and as a part of a larger one."""
     x = torch.from_numpy(pixels).to(device)
