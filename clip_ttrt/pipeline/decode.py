@@ -178,8 +178,8 @@ class Decoder:
         self.transform = torchvision.transforms.Compose(steps)
         self.mode, self.threads = mode, threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(self.threads, "decode")
-        self._lock, self._counts = threading.Lock(), Counter(dict.fromkeys(COUNTS, 0))
-        self._gaps, self._hardware, self._problem = set(), None, None
+        self._lock, self._counts, self._gaps = threading.Lock(), Counter(), set()
+        self._hardware, self._problem = None, None
         if mode in ("auto", "gpu"):
             try:
                 self._hardware = Hardware.find(torch.device(device), min(self.threads, 8))
@@ -204,11 +204,12 @@ class Decoder:
             yield self._decode(items[begin:end], files[begin:end])
 
     def report(self) -> dict:
-        """Pictures by route and bad ones; fallbacks: refused or skipped by the engines, of them
-        silent_skips; redecoded and their largest distance, in levels; the engines' problem."""
+        """Since the last call: pictures by route, bad ones; fallbacks (refused or skipped by the
+        engines), of them silent_skips; redecoded, their largest distance in levels; a problem."""
         with self._lock:
-            return {**self._counts, "largest_distance": max(self._gaps, default=None),
-                    "problem": self._problem}
+            (counts, gaps), self._counts, self._gaps = (self._counts, self._gaps), Counter(), set()
+        return {**dict.fromkeys(COUNTS, 0), **counts,
+                "largest_distance": max(gaps, default=None), "problem": self._problem}
 
     def _decode(self, items: list, files: np.ndarray) -> list[Union[Picture, Bad]]:
         easy = (files["route"] == GPU) & (self._hardware is not None)

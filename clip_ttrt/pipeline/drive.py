@@ -2,8 +2,7 @@
 
 How often a shard was begun is noted in OUT, so that it holds over runs and machines.  Where that
 was twice and it is not written, its rows are tried in halves until those that kill are found:
-they become rows of bad/, and the shard is embedded without them.
-"""
+they become rows of bad/, and the shard is embedded without them."""
 import contextlib
 import ctypes
 import multiprocessing

@@ -65,11 +65,9 @@ def embed(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], output:
     OUTPUT gets img_emb/img_emb_N.npy or text_emb/text_emb_N.npy, [rows, embed_dim] of `dtype`,
     metadata/metadata_N.parquet with a row for each, bad/ with what cannot be read, and why.
     With more than one process, or a GPU, a script needs `if __name__ == "__main__":` around it.
-
     Returns a summary, also in OUTPUT: counts of this run and of the whole output, seconds, and
     images/s once the first device was ready.  Raises UserError for bad input, for an OUTPUT of
-    another artifact, inputs or options, and where processes fail: the same call then goes on.
-    """
+    another artifact, inputs or options, and where processes fail: the same call then goes on."""
     begun, options = time.perf_counter(), EmbedOptions(**options)
     model, kind = read_artifact(artifact), "text" if options.text else "image"
     if kind not in model.encoders:

@@ -6,8 +6,7 @@
     bad/bad_00012.parquet              rows without features, where there are any
     done/00012.json                    written last: rows, bad, SHA-256 and size of each file
     started/00012.*  .*00012.*         attempts that are not done, and what they half wrote
-    crashed/00012.7                    a row that kills the process
-"""
+    crashed/00012.7                    a row that kills the process"""
 import contextlib
 import hashlib
 import io

@@ -1,8 +1,7 @@
 """Shards to a cluster: the worker of `drive`, as actors of Ray Data, one for each GPU.
 
 Whole shards are rows of a dataset, and done/ is the checkpoint.  Ray starts a dead actor again
-once; where it dies again the dataset fails, and what is not done is for the next round.
-"""
+once; where it dies again the dataset fails, and what is not done is for the next round."""
 import logging
 import os
 import pickle

@@ -2,8 +2,7 @@
 
 Pillow resizes uint8 in two passes, each along one axis, with a byte between them.  A pass follows
 a table of integers, which the CPU makes in double precision as Pillow does.  On a GPU the kernel
-of `kernels/preprocess` applies them, elsewhere the reference here; both are exact.
-"""
+of `kernels/preprocess` applies them, elsewhere the reference here; both are exact."""
 import functools
 from typing import Optional, Sequence, Union
 
@@ -102,8 +101,7 @@ def resize(pixels: Tensor, plan: Plan) -> Tensor:
 def pillow_order() -> str:
     """Which pass the installed Pillow does first where much more of the height goes than of the
     width: "horizontal", as everywhere else, or "vertical".  Raises UserError where it resizes a
-    picture in neither order as computed here.
-    """
+    picture in neither order as computed here."""
     pixels = np.random.default_rng(0).integers(0, 256, (500, 240, 3), np.uint8)
     theirs = np.asarray(Image.fromarray(pixels).resize((224, 466), Image.Resampling.BICUBIC))
     for order in ("horizontal", "vertical"):
@@ -119,8 +117,7 @@ class Preprocess:
 
     filter: "bicubic" or "bilinear".  fit: "crop" to the centre, "squash" to a square, or "pad"
     with zeros (black) to one.  mean, std: of the three channels, in units of 0 to 1.
-    Thread-safe.  Raises UserError for other names.
-    """
+    Thread-safe.  Raises UserError for other names."""
 
     def __init__(self, resolution: int, device, filter: str = "bicubic", fit: str = "crop",
                  mean: Sequence[float] = MEAN, std: Sequence[float] = STD,
@@ -139,14 +136,10 @@ class Preprocess:
 
     def __call__(self, pictures: Sequence[Optional[Pixels]], out: Optional[Tensor] = None
                  ) -> Tensor:
-        """Pictures, each uint8 [H, W, C] with C = 1 (grey) or 3 -> [B, 3, R, R] on the device.
-
-        They have any strides (a planar one is `.permute(1, 2, 0)`), and lie in the CPU's memory or
-        the device's; None leaves zeros.  Raises ValueError for another shape, dtype or device, and
-        where `out` is not contiguous.  On a GPU all happens in the order of the current stream (a
-        tensor that another stream's work made: `record_stream`, as for any op), and pictures of
-        the CPU may be changed once this returns.
-        """
+        """uint8 [H, W, C], C 1 (grey) or 3, of any strides, on the CPU or the device; None leaves
+        zeros -> [B, 3, R, R] on the device.  Raises ValueError for another shape, dtype or device,
+        or an `out` that is not contiguous.  A GPU works in the order of the current stream (what
+        another stream made: `record_stream`); the CPU's may be changed once this returns."""
         shape = len(pictures), 3, self.resolution, self.resolution
         if out is None:
             out = torch.empty(shape, dtype=self.dtype, device=self.device)

@@ -2,8 +2,7 @@
 
 `plan` reads names, captions and indices, and a shard its pictures.  Where one lies is its place:
 [LOCAL or a URL's scheme, path, offset, size or -1], [TABLE, path, column, row group, row in it] or
-[VIDEO, path, pts of the frame, dts of the last key frame not after it].
-"""
+[VIDEO, path, pts of the frame, dts of the last key frame not after it]."""
 import csv
 import glob
 import hashlib

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_ttrt import deprecations
-from clip_ttrt.pipeline.decode import CALLERS, COUNTS, Decoder
+from clip_ttrt.pipeline.decode import CALLERS, Decoder
 from clip_ttrt.pipeline.output import Output, library
 from clip_ttrt.pipeline.resize import Preprocess
 from clip_ttrt.pipeline.sources import Record, Rows
@@ -54,7 +54,6 @@ class Worker:
             side = self.model.visual.input_resolution
             self.decoder = Decoder(mode, side, self.model.device, options.threads)
             self.preprocess = Preprocess(side, self.model.device)
-            self.reported = self.decoder.report()
         library("pyarrow.parquet")  # which takes its time, and not that of the first shard
         self.pools = [ThreadPoolExecutor(n, initializer=self.own_stream) for n in (LOADERS, 1)]
         self.progress: Callable[[int], Any] = lambda images: None
@@ -88,10 +87,7 @@ class Worker:
         metadata = [each.metadata for each in records if not each.error]
         bad = [{"row": row, "text" if self.options.text else "image_path": each.key,
                 "error": each.error} for row, each in zip(span, records) if each.error]
-        report = {}
-        if not self.options.text:
-            before, self.reported = self.reported, self.decoder.report()
-            report = self.reported | {name: self.reported[name] - before[name] for name in COUNTS}
+        report = {} if self.options.text else self.decoder.report()
 
         def finish() -> dict[str, Any]:
             for event in in_flight:
