@@ -19,11 +19,13 @@ from clip_ttrt.pipeline.output import Output
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Processes forked from one that has imported torch: the same pipes, and quick."""
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["clip_ttrt.pipeline.embed"])
-    monkeypatch.setattr(drive, "PROCESSES", processes)
+def quick(request, monkeypatch):
+    """Processes forked from one that has imported torch: the same pipes, and quick.  A forked one
+    cannot use a GPU."""
+    if request.node.get_closest_marker("gpu") is None:
+        processes = multiprocessing.get_context("forkserver")
+        processes.set_forkserver_preload(["clip_ttrt.pipeline.embed"])
+        monkeypatch.setattr(drive, "PROCESSES", processes)
 
 
 class Rows(list):
