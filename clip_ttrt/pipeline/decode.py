@@ -33,7 +33,6 @@ LARGE = 1 << 24  # pixels: beyond them Pillow resizes a picture, so that a batch
 LARGE_OTHER = 1 << 20  # the same of other files, of which only Pillow knows the size
 MOST_BYTES = 1 << 28  # of pixels that are decoded at once
 SAMPLED = 1000  # of so many pictures from the GPU's engines one is decoded on the CPU as well
-CALLERS = 3  # of the engines at once, for whom decoders are made ahead
 COUNTS = ("gpu", "cpu", "pillow", "bad", "fallbacks", "silent_skips", "redecoded")
 CHUNK = 8  # JPEGs that a thread decodes without asking for the GIL
 PATTERN = b"\xa7\x01\xfe\x5c\x13\xe9\x42\xb8\x6d\x94\x07\xdb\x31\xc6\x7a\x8f"
@@ -127,7 +126,6 @@ class Hardware:
         if hardware(scan([trial]))[0][0] is None:
             raise UserError("no JPEG engines; use an A100, H100 or newer with libnvcuvid.so.1 "
                             "(in a container: video in NVIDIA_DRIVER_CAPABILITIES)")
-        hardware.idle += [hardware.create() for _ in range(CALLERS - 1)]
         return hardware
 
     def create(self) -> tuple[Callable, Optional[torch.cuda.Stream]]:

@@ -30,9 +30,8 @@ class Embedder:
 
 
 def devices(address: str, device: str, threads: Optional[int]) -> tuple[list[str], int]:
-    """Connect to a cluster (auto: that of RAY_ADDRESS or, without one, a local one): a device, cuda
-    or cpu, for each of its actors, and its cores.  Raises UserError where Ray is not installed, no
-    cluster answers or it has no such device."""
+    """Connect to a cluster (auto: RAY_ADDRESS's or a local one): a device for each of its actors,
+    and its cores.  Raises UserError where there is no Ray, no cluster or no such device."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
