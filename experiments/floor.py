@@ -1,6 +1,7 @@
 """The library floor of an encoder: the sum of the fastest single library kernels, with no gaps.
 
-Matrix products with bias (PyTorch's linear, which is cuBLAS on a GPU), attention (the fastest of
+Matrix products with bias (PyTorch's linear, which is cuBLAS on a GPU; in fp8 those of the blocks
+are torch._scaled_mm), attention (the fastest of
 what scaled_dot_product_attention offers, on packed and on separate tensors) and layer norms, each
 timed alone, in cache, and multiplied by how often an encoder needs it.  Elementwise work and
 gathers count as fused into their neighbours.  `experiments.sweep` writes it as the backend `floor`.
@@ -10,6 +11,7 @@ import statistics
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +32,8 @@ LIBRARIES = {
 class Work:
     """What an encoder computes."""
 
-    products: tuple[tuple[int, int, int, int], ...]  # rows, inputs, outputs, times
+    products: tuple[tuple[int, int, int, int], ...]  # of blocks: rows, inputs, outputs, times
+    others: tuple[tuple[int, int, int, int], ...]  # patches and the projection to features
     attention: tuple[int, int, int, bool, int]  # batch, heads, tokens, causal, times
     norms: tuple[tuple[int, int, int], ...]  # rows, width, times
 
@@ -38,7 +41,7 @@ class Work:
     def flops(self) -> float:
         """Operations of the products and of attention."""
         *shape, times = self.attention
-        products = sum(2 * m * k * n * count for m, k, n, count in self.products)
+        products = sum(2 * m * k * n * count for m, k, n, count in (*self.products, *self.others))
         return products + attention_flops(*shape) * times
 
 
@@ -59,13 +62,13 @@ def work_of(dims: Dimensions, encoder: str, batch: int) -> Work:
         tokens, patches, norms = dims.context_length, [], []
     rows = batch * tokens
     block = [(width, width), (width, 4 * width), (4 * width, width)]
-    products = [*patches, (rows, width, 3 * width, layers)]
+    products = [(rows, width, 3 * width, layers)]
     products += [(rows, inputs, outputs, layers - 1) for inputs, outputs in block]
     products += [(batch, inputs, outputs, 1) for inputs, outputs in block]
-    products.append((batch, width, dims.embed_dim, 1))
+    others = [*patches, (batch, width, dims.embed_dim, 1)]
     norms += [(rows, width, 2 * layers - 1), (batch, width, 2)]
     attention = (batch, heads, tokens, encoder == "text", layers)
-    return Work(tuple(products), attention, tuple(norms))
+    return Work(tuple(products), tuple(others), attention, tuple(norms))
 
 
 def split(qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -83,6 +86,15 @@ def attend(library: str, causal: bool) -> Callable[..., torch.Tensor]:
     return run
 
 
+def scaled(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, one: torch.Tensor
+) -> torch.Tensor:
+    """A linear layer of E4M3 tensors; `one` stands for both scales."""
+    return torch._scaled_mm(
+        x, weight.t(), one, one, bias=bias, out_dtype=bias.dtype, use_fast_accum=True
+    )
+
+
 def floor_ms(
     dims: Dimensions, encoder: str, batch: int, precision: str, device: str
 ) -> dict[str, float]:
@@ -97,9 +109,14 @@ def floor_ms(
 
     work = work_of(dims, encoder, batch)
     parts = {"products": 0.0, "norms": 0.0}
-    for rows, inputs, outputs, times in work.products:
-        tensors = randn(rows, inputs), randn(outputs, inputs), randn(outputs)
-        parts["products"] += times * median_ms(F.linear, *tensors)
+    one = torch.ones((), device=device)
+    for rows, inputs, outputs, times in (*work.products, *work.others):
+        x, weight, bias = randn(rows, inputs), randn(outputs, inputs), randn(outputs)
+        launch = F.linear
+        if precision == "fp8" and (rows, inputs, outputs, times) in work.products:
+            x, weight = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
+            launch = partial(scaled, one=one)
+        parts["products"] += times * median_ms(launch, x, weight, bias)
     for rows, width, times in work.norms:
         tensors = randn(rows, width), (width,), randn(width), randn(width)
         parts["norms"] += times * median_ms(F.layer_norm, *tensors)

@@ -28,11 +28,13 @@ import torch.nn.functional as F
 from clip_ttrt import kernels, linear, ops
 from clip_ttrt.errors import UserError
 from clip_ttrt.models import MODELS
+from clip_ttrt.pipeline.resize import Preprocess
 from experiments.floor import LIBRARIES, attend, attention_flops, split
 from experiments.record import append_row, in_a_line, provenance
 from experiments.timing import launch_times_us, percentile, sets_for
 
 EPSILON = 1e-5
+PICTURES = (256, 256), (375, 500), (480, 640)  # heights and widths for preprocess
 Launch = Callable[..., object]
 
 
@@ -262,8 +264,36 @@ def pool(at: Place) -> Iterator[Case]:
     )  # fmt: skip
 
 
+def preprocess(at: Place) -> Iterator[Case]:
+    """Pictures that lie on the device, resized, cropped and normalised."""
+    if at.encoder == "text":
+        return
+    side = at.dims.image_resolution
+    run = Preprocess(side, at.device)
+
+    def pictures(height: int, width: int) -> Sequence[torch.Tensor]:
+        shape = (at.batch, height, width, 3)
+        return torch.randint(256, shape, dtype=torch.uint8, device=at.device).unbind()
+
+    def reference(*pictures: torch.Tensor) -> torch.Tensor:
+        """What a user would write; antialiased, and not equal to Pillow."""
+        return torch.cat([
+            F.interpolate(each[None].permute(0, 3, 1, 2).float(), (side, side), mode="bicubic",
+                          antialias=True) for each in pictures
+        ])  # fmt: skip
+
+    for height, width in PICTURES:
+        taken = 3 * min(height, width) ** 2  # of the bytes, the centre
+        yield Case(
+            f"{at.batch} of {height} x {width} to {side}", at.batch * (taken + 12 * side**2),
+            partial(pictures, height, width), reference, lambda: lambda *pictures: run(pictures),
+            {"F.interpolate": reference}, name=f"{width}x{height}",
+        )  # fmt: skip
+
+
 OPS = {
     "attention": attention,
+    "preprocess": preprocess,
     "layer_norm": layer_norm,
     "residual_layer_norm": residual_layer_norm,
     "quick_gelu": quick_gelu,

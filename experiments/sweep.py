@@ -7,7 +7,8 @@ The column `backend`:
     clip_ttrt              a saved module of one engine for just that batch (`--static`)
     clip_ttrt MIN:OPT:MAX  a saved module of one engine for that range of batches (`--range`)
     torch.compile          mode "reduce-overhead" of the plain PyTorch encoder: the original's
-                           layout, scaled_dot_product_attention, no op of ours
+                           layout, scaled_dot_product_attention, no op of ours; in fp8 the
+                           blocks' linear layers are torch._scaled_mm
     torch.compile rearranged    the same of our encoder, whose patches are a matrix product and
                            whose last block pools first
     eager                  the plain encoder as it is
@@ -53,8 +54,11 @@ from clip_ttrt.artifact import load_modules, read_artifact
 from clip_ttrt.errors import UserError
 from clip_ttrt.models import dimensions_of
 from clip_ttrt.options import BACKENDS, KERNELS, PRECISIONS, BatchRange
+from clip_ttrt.pictures import CAPTIONS
+from clip_ttrt.verify import more_lines
 from experiments.accuracy import compile_in_process
 from experiments.baselines import DTYPES, PEERS, UNCAPTURED, example, weights_of
+from experiments.embed import jpeg
 from experiments.floor import floor_ms
 from experiments.record import (
     PROVENANCE, ROOT, append_row, in_a_line, label, provenance, read_rows,
@@ -65,6 +69,7 @@ KEY = ("model", "encoder", "batch", "precision", "backend", "kernels", "how")
 MEASURED = ("clip_ttrt", *PEERS, "floor")
 HOWS = ("call", "graph", "call queued", "graph queued")
 QUEUED = 20
+CALIBRATED = 1024  # pictures, and captions
 ROWS = "sweep-rows "  # begins a line of a job's process: the rows of its next batch
 
 
@@ -171,13 +176,27 @@ def run_job(job: Job, seconds: float) -> Iterator[dict[str, Any]]:
         job = replace(job, batches=job.batches[1:])
 
 
+def calibration(folder: Path) -> list[str]:
+    """Pictures and captions to calibrate fp8 with, crops of the shipped ones and mixtures."""
+    images, captions = folder / "calibration", folder / "captions.txt"
+    if not captions.is_file():
+        images.mkdir(parents=True, exist_ok=True)
+        for number in range(CALIBRATED):
+            (images / f"{number:04}.jpg").write_bytes(jpeg("256", number))
+        captions.write_text("\n".join(more_lines(list(CAPTIONS.values()), CALIBRATED)))
+    return [str(images), str(captions)]
+
+
 def artifact_for(
     options: argparse.Namespace, model: str, batch: str, kernels: str
 ) -> clip_ttrt.Artifact:
     """An artifact, compiled now if it is not there.  Raises UserError where it fails."""
     encoder = "both" if len(options.encoders) == 2 else options.encoders[0]
+    flags = [] if options.verify else ["--no-verify"]
+    if options.precision == "fp8" and model != "demo":
+        flags += ["--calibrate", *(options.calibrate or calibration(options.artifacts))]
     code, folder = compile_in_process(
-        options.artifacts, *([] if options.verify else ["--no-verify"]), model=model,
+        options.artifacts, *flags, model=model,
         weights=weights_of(model), precision=options.precision, batch=batch, kernels=kernels,
         encoder=encoder, backend=options.backend,
     )  # fmt: skip
@@ -252,6 +271,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=peers if gpu else ["clip_ttrt", "eager", "clip"])  # fmt: skip
     add("--kernels", nargs="+", choices=KERNELS, default=["auto"])
     add("--backend", choices=BACKENDS, default="auto", help="what compiles the artifacts")
+    add("--calibrate", nargs="+", metavar="PATH",
+        help="for fp8 (default: crops of the shipped pictures and mixed captions)")  # fmt: skip
     add("--range", default="1:32:128" if gpu else "1:8:8", metavar="MIN:OPT:MAX|none")
     add("--static", nargs="*", default=[], metavar="N", help="engines for just one batch")
     add("--ratios", action="store_true", help="print clip_ttrt / torch.compile at the end")

@@ -97,12 +97,25 @@ def test_an_artifact_that_is_wrong_is_not_measured(demo_artifact, monkeypatch, c
 
 
 @ENCODERS
+def test_fp8_peers_are_close_and_quantised(encoder):
+    x = baselines.example("demo", encoder, 4, torch.float32, "cpu")
+    module = baselines.rearranged("demo", encoder, "fp32", "cpu")
+    with torch.no_grad():
+        expected = module(x)
+        baselines.in_fp8(module, x)
+        found = torch.cosine_similarity(module(x), expected)
+    assert 0.99 < found.min() and found.max() < 1 - 1e-6
+    kinds = [type(layer) for block in module.blocks for layer in block.children()]
+    assert kinds.count(baselines.ScaledLinear) == 4 * len(module.blocks)
+
+
+@ENCODERS
 def test_the_floor_counts_the_work_of_the_encoder(encoder):
     module = baselines.rearranged("demo", encoder, "fp32", "cpu")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(baselines.example("demo", encoder, 3, torch.float32, "cpu"))
     work = floor.work_of(MODELS["demo"], encoder, 3)
-    products = sum(2 * m * k * n * times for m, k, n, times in work.products)
+    products = sum(2 * m * k * n * times for m, k, n, times in (*work.products, *work.others))
     assert counter.get_total_flops() == products  # on the CPU it counts no attention
     heads, tokens, times = (3, 50, 6) if encoder == "image" else (2, 77, 4 / 2)
     assert work.flops == products + 4 * 3 * heads * tokens**2 * 64 * times
