@@ -47,14 +47,14 @@ def struct(pointers: str, int64: str, int32: str = "", float32: str = "") -> typ
 
 PARAMS = {  # launcher clip_*_launch -> its struct
     "attention": struct("qkv out query_bias", "batch", "heads tokens causal variant"),
-    "bias_quick_gelu": struct("in bias out", "rows", "width"),
+    "bias_quick_gelu": struct("in bias out", "rows", "width", "out_scale"),
     "residual_layer_norm": struct(
-        "x delta bias scale shift sum_out out", "rows", "width", "epsilon"
+        "x delta bias scale shift sum_out out", "rows", "width", "epsilon out_scale"
     ),
     "extract_patches": struct("images out", "batch", "resolution patch_size half"),
     "embed_image": struct(
         "patches class_token positions scale_pre shift_pre scale_1 shift_1 x y",
-        "batch", "tokens width", "epsilon_pre epsilon_1",
+        "batch", "tokens width", "epsilon_pre epsilon_1 out_scale",
     ),
     "linear": struct("layer x weight bias out workspace", "rows"),
     "preprocess": struct(
