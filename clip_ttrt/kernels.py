@@ -344,7 +344,7 @@ def attention(
     if query_bias is not None:
         check("query_bias", query_bias, torch.float32, (heads * 64,), qkv.device)
     batch, tokens, width = qkv.shape
-    dtype = qkv.dtype if out_scale is None else torch.float8_e4m3fn
+    dtype = torch.float8_e4m3fn if out_scale else qkv.dtype
     out = qkv.new_empty((batch, tokens, width // 3), dtype=dtype)
     if batch > 0:
         launch(
