@@ -10,8 +10,9 @@ reference in PyTorch through torch.compile, compiled for just that shape, or the
 it as a whole.  Shapes that models share are measured once.  On the CPU the reference stands alone.
 
 Times are those of single launches in a CUDA graph of many, which take turns over sets of random
-tensors, together larger than the L2 cache or 64.  GB/s count what is read and written, each once;
-TFLOP/s are of matrix products and attention.  What fails is a line on standard error.
+tensors, together larger than the L2 cache or 64.  An op named e4m3 writes that, or as a linear
+layer multiplies it.  GB/s count what is read and written, each once; TFLOP/s are of
+matrix products and attention.  What fails is a line on standard error.
 """
 import argparse
 import statistics
@@ -34,6 +35,8 @@ from experiments.record import append_row, in_a_line, provenance
 from experiments.timing import launch_times_us, percentile, sets_for
 
 EPSILON = 1e-5
+E4M3 = torch.float8_e4m3fn
+OUT_SCALES = {"": None, "e4m3": 0.02}  # behind an op's name -> what an output in E4M3 is divided by
 PICTURES = (256, 256), (375, 500), (480, 640)  # heights and widths for preprocess
 Launch = Callable[..., object]
 
@@ -57,6 +60,14 @@ class Place:
     def constants(self, *shape: int) -> torch.Tensor:
         """Biases, scales and the like: fp32, as our kernels take them."""
         return torch.randn(shape, device=self.device)
+
+    def bytes_of(self, out_scale: float | None) -> int:
+        """Of a number of an output."""
+        return 1 if out_scale else self.dtype.itemsize
+
+
+def empty(x: torch.Tensor, out_scale: float | None) -> torch.Tensor:
+    return torch.empty_like(x, dtype=E4M3 if out_scale else x.dtype)
 
 
 @dataclass(frozen=True)
@@ -94,9 +105,16 @@ def attention(at: Place) -> Iterator[Case]:
     def library(name: str, first: int, *tensors: torch.Tensor) -> torch.Tensor:
         return attend(name, at.causal)(*tensors[first : first + 3])
 
+    e4m3 = OUT_SCALES["e4m3"]
+    shape = f"{at.heads} heads of 64, {at.tokens} tokens"
     yield Case(
-        f"{at.heads} heads of 64, {at.tokens} tokens", at.rows * at.width * 4 * at.dtype.itemsize,
-        inputs,
+        shape, at.rows * at.width * (3 * at.dtype.itemsize + 1), inputs,
+        lambda qkv, *_: ops.fused_attention_reference(qkv, at.heads, at.causal, None, e4m3),
+        lambda: lambda qkv, *_: kernels.attention(qkv, at.heads, at.causal, out_scale=e4m3),
+        flops=attention_flops(at.batch, at.heads, at.tokens, at.causal), name="e4m3",
+    )  # fmt: skip
+    yield Case(
+        shape, at.rows * at.width * 4 * at.dtype.itemsize, inputs,
         lambda qkv, *_: ops.attention_reference(qkv, at.heads, at.causal),
         lambda: lambda qkv, *_: kernels.attention(qkv, at.heads, at.causal),
         {f"{name} {layout}": partial(library, name, first)
@@ -118,6 +136,27 @@ def linear_layers(at: Place) -> Iterator[Case]:
             lambda table=table: partial(linear.linear, bias=None, table=table()),
             {"F.linear": F.linear}, 2 * at.rows * k * n, name,
         )  # fmt: skip
+        if at.device == "cuda":
+            yield from quantized_layers(at, name, k, n)
+
+
+def quantized_layers(at: Place, name: str, k: int, n: int) -> Iterator[Case]:
+    """With cuBLASLt's fast accumulation, beside PyTorch's."""
+    scale = k**-0.5
+    one = torch.ones((), device=at.device)
+
+    def scaled_mm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch._scaled_mm(x, weight.T, one, one, out_dtype=at.dtype, use_fast_accum=True)
+
+    def ours() -> Launch:
+        table = linear.tune([at.rows], (n, k), False, quantized=True)
+        return lambda x, weight: linear.linear(x, weight, None, table, scale)
+
+    yield Case(
+        f"{at.rows} x {k} x {n}", at.rows * (k + at.dtype.itemsize * n) + k * n,
+        lambda: (at.randn(at.rows, k).to(E4M3), at.randn(n, k).to(E4M3)), scaled_mm, ours,
+        {"torch._scaled_mm": scaled_mm}, 2 * at.rows * k * n, f"e4m3 {name}",
+    )  # fmt: skip
 
 
 def layer_norm(at: Place) -> Iterator[Case]:
@@ -139,38 +178,44 @@ def layer_norm(at: Place) -> Iterator[Case]:
 
 
 def residual_layer_norm(at: Place) -> Iterator[Case]:
-    def reference(x: torch.Tensor, delta: torch.Tensor, constants: torch.Tensor):
-        return ops.residual_layer_norm_reference(x, delta, *constants.to(x.dtype), EPSILON)
+    def reference(out_scale, x: torch.Tensor, delta: torch.Tensor, constants: torch.Tensor):
+        constants = constants.to(x.dtype)
+        return ops.residual_layer_norm_reference(x, delta, *constants, EPSILON, out_scale)
 
-    def ours(x: torch.Tensor, delta: torch.Tensor, constants: torch.Tensor):
-        total, out, (bias, scale, shift) = torch.empty_like(x), torch.empty_like(x), constants
+    def ours(out_scale, x: torch.Tensor, delta: torch.Tensor, constants: torch.Tensor):
+        total, out, (bias, scale, shift) = torch.empty_like(x), empty(x, out_scale), constants
         kernels.launch(
             "residual_layer_norm", at.device, x=x, delta=delta, bias=bias, scale=scale,
             shift=shift, sum_out=total, out=out, rows=at.rows, width=at.width, epsilon=EPSILON,
+            out_scale=out_scale or 0,
         )  # fmt: skip
         return total, out
 
-    yield Case(
-        f"{at.rows} x {at.width}", at.rows * at.width * 4 * at.dtype.itemsize,
-        lambda: (*(at.randn(at.rows, at.width) for _ in range(2)), at.constants(3, at.width)),
-        reference, lambda: ours,
-    )  # fmt: skip
+    for name, out_scale in OUT_SCALES.items():
+        size = 3 * at.dtype.itemsize + at.bytes_of(out_scale)
+        yield Case(
+            f"{at.rows} x {at.width}", at.rows * at.width * size,
+            lambda: (*(at.randn(at.rows, at.width) for _ in range(2)), at.constants(3, at.width)),
+            partial(reference, out_scale), lambda s=out_scale: partial(ours, s), name=name,
+        )  # fmt: skip
 
 
 def quick_gelu(at: Place) -> Iterator[Case]:
     width = 4 * at.width
 
-    def ours(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        out = torch.empty_like(x)
+    def ours(out_scale, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        out = empty(x, out_scale)
         fields = {"in": x, "bias": bias, "out": out, "rows": at.rows, "width": width}
-        kernels.launch("bias_quick_gelu", at.device, **fields)
+        kernels.launch("bias_quick_gelu", at.device, **fields, out_scale=out_scale or 0)
         return out
 
-    yield Case(
-        f"{at.rows} x {width}", at.rows * width * 2 * at.dtype.itemsize,
-        lambda: (at.randn(at.rows, width), at.constants(width)),
-        lambda x, bias: ops.bias_quick_gelu_reference(x, bias.to(x.dtype)), lambda: ours,
-    )  # fmt: skip
+    for name, out_scale in OUT_SCALES.items():
+        yield Case(
+            f"{at.rows} x {width}", at.rows * width * (at.dtype.itemsize + at.bytes_of(out_scale)),
+            lambda: (at.randn(at.rows, width), at.constants(width)),
+            lambda x, bias, s=out_scale: ops.bias_quick_gelu_reference(x, bias.to(x.dtype), s),
+            lambda s=out_scale: partial(ours, s), name=name,
+        )  # fmt: skip
 
 
 def patches(at: Place) -> Iterator[Case]:
@@ -217,25 +262,27 @@ def embed_image(at: Place) -> Iterator[Case]:
     names = ("class_token", "scale_pre", "shift_pre", "scale_1", "shift_1")
     epsilons = {"epsilon_pre": EPSILON, "epsilon_1": EPSILON}
 
-    def reference(patches: torch.Tensor, constants: torch.Tensor, positions: torch.Tensor):
-        fields = dict(zip(names, constants.to(patches.dtype)))
+    def reference(out_scale, patches: torch.Tensor, constants: torch.Tensor, positions):
+        fields = dict(zip(names, constants.to(patches.dtype)), out_scale=out_scale)
         positions = positions.to(patches.dtype)
         return ops.embed_image_reference(patches, positions=positions, **fields, **epsilons)
 
-    def ours(patches: torch.Tensor, constants: torch.Tensor, positions: torch.Tensor):
-        x, y = (patches.new_empty(at.rows, width) for _ in range(2))
-        fields = dict(zip(names, constants))
+    def ours(out_scale, patches: torch.Tensor, constants: torch.Tensor, positions: torch.Tensor):
+        x = patches.new_empty(at.rows, width)
+        y, fields = empty(x, out_scale), dict(zip(names, constants), out_scale=out_scale or 0)
         kernels.launch(
             "embed_image", at.device, patches=patches, positions=positions, x=x, y=y,
             batch=at.batch, tokens=at.tokens, width=width, **fields, **epsilons,
         )  # fmt: skip
         return x, y
 
-    yield Case(
-        f"{at.rows} x {width}", (rows + 2 * at.rows) * width * at.dtype.itemsize,
-        lambda: (at.randn(rows, width), at.constants(5, width), at.constants(at.tokens, width)),
-        reference, lambda: ours,
-    )  # fmt: skip
+    for name, out_scale in OUT_SCALES.items():
+        size = (rows + at.rows) * at.dtype.itemsize + at.rows * at.bytes_of(out_scale)
+        yield Case(
+            f"{at.rows} x {width}", size * width,
+            lambda: (at.randn(rows, width), at.constants(5, width), at.constants(at.tokens, width)),
+            partial(reference, out_scale), lambda s=out_scale: partial(ours, s), name=name,
+        )  # fmt: skip
 
 
 def embed_text(at: Place) -> Iterator[Case]:
