@@ -94,6 +94,8 @@ def add_fields(add, options: type) -> None:
             about += "" if default is None else " (default %(default)s)"
         if each.name == "ray":
             more |= {"nargs": "?", "const": "auto"}
+        if each.name == "calibrate":
+            more |= {"nargs": "+"}
         add(f"--{each.name.replace('_', '-')}", default=default, help=about, **more)
 
 
