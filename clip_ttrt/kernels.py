@@ -46,15 +46,15 @@ def struct(pointers: str, int64: str, int32: str = "", float32: str = "") -> typ
 
 
 PARAMS = {  # launcher clip_*_launch -> its struct
-    "attention": struct("qkv out query_bias", "batch", "heads tokens causal variant"),
-    "bias_quick_gelu": struct("in bias out", "rows", "width"),
+    "attention": struct("qkv out query_bias", "batch", "heads tokens causal variant", "out_scale"),
+    "bias_quick_gelu": struct("in bias out", "rows", "width", "out_scale"),
     "residual_layer_norm": struct(
-        "x delta bias scale shift sum_out out", "rows", "width", "epsilon"
+        "x delta bias scale shift sum_out out", "rows", "width", "epsilon out_scale"
     ),
     "extract_patches": struct("images out", "batch", "resolution patch_size half"),
     "embed_image": struct(
         "patches class_token positions scale_pre shift_pre scale_1 shift_1 x y",
-        "batch", "tokens width", "epsilon_pre epsilon_1",
+        "batch", "tokens width", "epsilon_pre epsilon_1 out_scale",
     ),
     "linear": struct("layer x weight bias out workspace", "rows"),
     "preprocess": struct(
@@ -331,22 +331,25 @@ def launch(name: str, device: torch.device, **fields) -> None:
 
 
 def attention(
-    qkv: torch.Tensor, heads: int, causal: bool, query_bias: Optional[torch.Tensor] = None
-) -> torch.Tensor:
+    qkv: torch.Tensor, heads: int, causal: bool, query_bias: Optional[torch.Tensor] = None,
+    out_scale: Optional[float] = None,
+) -> torch.Tensor:  # fmt: skip
     """The fused kernel on a CUDA tensor, on the current stream.
 
     fp16 [B, T, 3·heads·64] -> fp16 [B, T, heads·64].  `query_bias`, fp32 [heads·64] on the same
-    device, is added to the queries (rounded to fp16, as in an fp16 linear layer).  Raises
-    ValueError for another bias, UserError without the library, RuntimeError where the launch fails.
+    device, is added to the queries (rounded to fp16, as in an fp16 linear layer).  With `out_scale`
+    the result is float8_e4m3fn, divided by it and at most 448.  Raises ValueError for another bias,
+    UserError without the library, RuntimeError where the launch fails.
     """
     if query_bias is not None:
         check("query_bias", query_bias, torch.float32, (heads * 64,), qkv.device)
     batch, tokens, width = qkv.shape
-    out = qkv.new_empty((batch, tokens, width // 3))
+    dtype = torch.float8_e4m3fn if out_scale else qkv.dtype
+    out = qkv.new_empty((batch, tokens, width // 3), dtype=dtype)
     if batch > 0:
         launch(
             "attention", qkv.device, qkv=qkv, out=out, query_bias=query_bias, batch=batch,
-            heads=heads, tokens=tokens, causal=int(causal),
+            heads=heads, tokens=tokens, causal=int(causal), out_scale=out_scale or 0,
         )  # fmt: skip
     return out
 

@@ -12,6 +12,9 @@ from clip_ttrt.options import BatchRange
 
 # As kernels/linear/linear.h.
 INPUTS_STEP, OUTPUTS_STEP, MAX_WIDTH, WORKSPACE_BYTES = 4, 8, 65536, 32 << 20
+QUANTIZED_STEP = 16  # of both, where x and weight are E4M3
+FP8_CAPABILITY = (8, 9)  # from which on GPUs multiply E4M3
+E4M3 = torch.float8_e4m3fn
 INVALID_VALUE = 1  # cudaErrorInvalidValue
 
 # Weights that launches being measured take in turns: beyond any L2 cache, as a network's are.
@@ -19,8 +22,9 @@ WEIGHTS_BYTES = 128 << 20
 TUNE_MILLISECONDS = 40.0
 
 TuneParams = kernels.struct(
-    "x weight bias out workspace", "rows", "inputs outputs weights", "milliseconds"
-)
+    "x weight bias out workspace", "rows",
+    "inputs outputs weights quantized fast_accumulation", "milliseconds",
+)  # fmt: skip
 
 
 class Entry(ctypes.Structure):
@@ -33,7 +37,7 @@ class Table(ctypes.Structure):
     """`ClipLinearTable`: a layer's sizes and the number of entries behind it."""
 
     _fields_ = [(name, ctypes.c_int32) for name in ("inputs", "outputs", "bias", "count")]
-    _fields_ += [("version", ctypes.c_uint64)]
+    _fields_ += [("version", ctypes.c_uint64), ("scale", ctypes.c_float)]
 
 
 def version() -> int:
@@ -53,10 +57,15 @@ def version_text() -> str:
     return f"{found // 10000}.{found // 100 % 100}.{found % 100}"
 
 
-def takes(outputs: int, inputs: int) -> bool:
-    """Whether the library has linear layers with a weight [outputs, inputs]."""
-    steps = (outputs, OUTPUTS_STEP), (inputs, INPUTS_STEP)
-    return all(0 < size <= MAX_WIDTH and size % step == 0 for size, step in steps)
+def steps(quantized: bool) -> tuple[int, int]:
+    """What a weight's sizes [outputs, inputs] are multiples of; quantized: in E4M3."""
+    return (QUANTIZED_STEP, QUANTIZED_STEP) if quantized else (OUTPUTS_STEP, INPUTS_STEP)
+
+
+def takes(outputs: int, inputs: int, quantized: bool = False) -> bool:
+    """Whether the library has linear layers with a weight [outputs, inputs], fp16 or E4M3."""
+    sizes = zip((outputs, inputs), steps(quantized))
+    return all(0 < size <= MAX_WIDTH and size % step == 0 for size, step in sizes)
 
 
 def measured_batches(batch: BatchRange) -> list[int]:
@@ -67,19 +76,29 @@ def measured_batches(batch: BatchRange) -> list[int]:
 
 
 def pack(
-    outputs: int, inputs: int, bias: bool, entries: Sequence[Entry] = (), measured_with: int = 0
-) -> bytes:
+    outputs: int, inputs: int, bias: bool, entries: Sequence[Entry] = (), measured_with: int = 0,
+    scale: float = 0.0,
+) -> bytes:  # fmt: skip
     """A layer's table: its sizes, and the entries that the cuBLASLt of a version measured.
 
-    Raises ValueError for sizes that no layer has.
+    scale: 0 where x and weight are fp16; above 0 they are E4M3, and their product is multiplied by
+    it.  Raises ValueError for sizes that no layer has.
     """
-    if not takes(outputs, inputs):
+    if not takes(outputs, inputs, scale > 0):
+        of = " and ".join(map(str, steps(scale > 0)))
         raise ValueError(
             f"no linear layer here has a weight of [{outputs}, {inputs}]: its sizes are multiples "
-            f"of {OUTPUTS_STEP} and {INPUTS_STEP}, each at most {MAX_WIDTH}"
+            f"of {of}, each at most {MAX_WIDTH}"
         )
-    about = Table(inputs, outputs, int(bias), len(entries), measured_with)
+    about = Table(inputs, outputs, int(bias), len(entries), measured_with, scale)
     return b"".join(map(bytes, (about, *entries)))
+
+
+def with_scale(table: bytes, scale: float) -> bytes:
+    """The table of a layer in E4M3, such as `tune` measures, for another scale."""
+    about = Table.from_buffer_copy(table)
+    about.scale = scale
+    return bytes(about) + table[ctypes.sizeof(Table) :]
 
 
 class _Layer:
@@ -102,13 +121,15 @@ _layer = functools.lru_cache(maxsize=256)(_Layer)
 
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None,
-    table: Optional[bytes] = None,
+    table: Optional[bytes] = None, scale: Optional[float] = None,
 ) -> torch.Tensor:  # fmt: skip
     """x·weightᵀ + bias: fp16 [.., K] and [N, K] and [N] or None, on a GPU -> fp16 [.., N].
 
-    Summed in fp32, on the current stream.  table: of `tune`; without one cuBLASLt's own first
-    suggestion runs.  Raises ValueError for other tensors or a table of other sizes, UserError
-    without the library or cuBLASLt, RuntimeError where the launch fails.
+    With a scale x and weight are float8_e4m3fn, and their product is multiplied by it.  Summed in
+    fp32 (of E4M3 with cuBLASLt's fast accumulation), on the current stream.  table: of `tune`,
+    whatever its own scale; without one cuBLASLt's own first suggestion runs.  Raises ValueError for
+    other tensors or a table of another layer, UserError without the library or cuBLASLt,
+    RuntimeError where the launch fails.
     """
     if weight.dim() != 2 or x.dim() < 1 or not weight.is_cuda:
         raise ValueError(
@@ -116,16 +137,19 @@ def linear(
             f"{list(weight.shape)} on {weight.device}"
         )
     (outputs, inputs), device = weight.shape, weight.device
-    kernels.check("weight", weight, torch.half, weight.shape, device)
-    kernels.check("x", x, torch.half, (*x.shape[:-1], inputs), device)
+    dtype = E4M3 if scale else torch.half
+    kernels.check("weight", weight, dtype, weight.shape, device)
+    kernels.check("x", x, dtype, (*x.shape[:-1], inputs), device)
     if bias is not None:
         kernels.check("bias", bias, torch.half, (outputs,), device)
-    sizes = pack(outputs, inputs, bias is not None)
-    count = Table.count.offset
-    if table is not None and table[:count] != sizes[:count]:
-        raise ValueError(f"these {len(table)} bytes are no table of this linear layer")
-    out = x.new_empty((*x.shape[:-1], outputs))
-    layer = _layer(sizes if table is None else table)
+    own = pack(outputs, inputs, bias is not None, scale=scale or 0.0)
+    if table is not None:
+        count, scaled = Table.count.offset, Table.from_buffer_copy(table).scale > 0
+        if table[:count] != own[:count] or scaled != bool(scale):
+            raise ValueError(f"these {len(table)} bytes are no table of this linear layer")
+        own = with_scale(table, scale) if scale else table
+    out = x.new_empty((*x.shape[:-1], outputs), dtype=torch.half)
+    layer = _layer(own)
     kernels.launch(
         "linear", device, layer=layer.pointer, x=x, weight=weight, bias=bias,
         out=out, rows=out.numel() // outputs,
@@ -134,16 +158,25 @@ def linear(
     return out
 
 
-def measure(rows: int, weight_shape: tuple[int, int], bias: bool) -> tuple[Entry, float]:
-    """The fastest algorithm for some rows on this GPU, and a launch's microseconds; as `tune`."""
+def measure(
+    rows: int, weight_shape: tuple[int, int], bias: bool, quantized: bool = False,
+    fast_accumulation: bool = True,
+) -> tuple[Entry, float]:  # fmt: skip
+    """The fastest algorithm for some rows on this GPU, and a launch's microseconds; as `tune`.
+
+    fast_accumulation: of the sums in E4M3, with which layers run.
+    """
     outputs, inputs = weight_shape
-    pack(outputs, inputs, bias)
+    pack(outputs, inputs, bias, scale=float(quantized))
     version()
-    weights = max(1, WEIGHTS_BYTES // (2 * outputs * inputs))
+    weights = max(1, WEIGHTS_BYTES // ((1 if quantized else 2) * outputs * inputs))
     shapes = (rows, inputs), (weights, outputs, inputs), (outputs,), (rows, outputs)
     try:
         tensors = [torch.randn(shape, dtype=torch.half, device="cuda") for shape in shapes]
-        tensors[1] *= inputs**-0.5
+        if quantized:
+            tensors[:2] = (tensor.to(E4M3) for tensor in tensors[:2])
+        else:
+            tensors[1] *= inputs**-0.5
         tensors.append(torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda"))
     except torch.cuda.OutOfMemoryError as problem:
         raise UserError(
@@ -153,7 +186,7 @@ def measure(rows: int, weight_shape: tuple[int, int], bias: bool) -> tuple[Entry
     x, weight, bias_, out, workspace = (tensor.data_ptr() for tensor in tensors)
     params = TuneParams(
         x, weight, bias_ if bias else None, out, workspace, rows, inputs, outputs, weights,
-        TUNE_MILLISECONDS,
+        int(quantized), int(fast_accumulation), TUNE_MILLISECONDS,
     )  # fmt: skip
     entry, microseconds = Entry(), ctypes.c_float()
     torch.cuda.current_stream().synchronize()
@@ -162,11 +195,14 @@ def measure(rows: int, weight_shape: tuple[int, int], bias: bool) -> tuple[Entry
     return entry, microseconds.value
 
 
-def tune(rows: Sequence[int], weight_shape: tuple[int, int], bias: bool) -> bytes:
+def tune(
+    rows: Sequence[int], weight_shape: tuple[int, int], bias: bool, quantized: bool = False
+) -> bytes:
     """The table of a layer with a weight [N, K], measured on the current GPU for some row counts.
 
+    quantized: x and weight are E4M3, and the table's scale is 1; `with_scale` gives it another.
     Raises ValueError for sizes outside the kernels', UserError without library, cuBLASLt or GPU
     memory, RuntimeError where cuBLASLt or CUDA fail.
     """
-    entries = [measure(count, weight_shape, bias)[0] for count in sorted(set(rows))]
-    return pack(*weight_shape, bias, entries, version())
+    entries = [measure(count, weight_shape, bias, quantized)[0] for count in sorted(set(rows))]
+    return pack(*weight_shape, bias, entries, version(), float(quantized))

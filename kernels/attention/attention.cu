@@ -1,5 +1,6 @@
 // Fused attention on packed QKV for CLIP's short sequences (50, 77, 197, 257, 577 tokens; any up to
-// 1024), head dimension 64, fp16 in and out, fp32 softmax. Interface and layout: attention.h.
+// 1024), head dimension 64, fp16 in, fp16 or E4M3 out, fp32 softmax. Interface and layout:
+// attention.h.
 //
 // Three kernels:
 //   portable_kernel  mma.sync and cp.async, sm_80 and newer. One block takes 64 query rows of one
@@ -21,7 +22,9 @@
 #include <cuda_fp16.h>
 
 #include <atomic>
+#include <type_traits>
 
+#include "../e4m3.cuh"
 #include "attention.h"
 #include "wgmma.cuh"
 
@@ -161,10 +164,14 @@ __device__ __forceinline__ void mask_step(float (&s)[N / 2], int k0, const int (
   }
 }
 
+// What the kernels' output holds, E4M3 as bytes.
+using Half = __half;
+using E4m3 = uint8_t;
+
 // Divides by the sums and writes rows `row` and `row + 8` (this lane's) of one head as 16-byte
 // pieces.
-__device__ __forceinline__ void store_rows(const Rows& rows, __half* head_out, int64_t row_stride,
-                                           int row, int tokens) {
+__device__ __forceinline__ void store_rows(const Rows& rows, Half* head_out, int64_t row_stride,
+                                           int row, int tokens, float) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float scale = 1.0f / quad_sum(rows.sum[r]);
@@ -180,6 +187,28 @@ __device__ __forceinline__ void store_rows(const Rows& rows, __half* head_out, i
       target[0] = left;
       target[4] = right;
     }
+  }
+}
+
+// Times `inverse_scale` too. A row of a head is 64 bytes, a piece for each lane of the quad. Word j
+// has two columns of each half of piece j, so that after the transposition a lane holds its piece
+// with the halves' columns in turns.
+__device__ __forceinline__ void store_rows(const Rows& rows, E4m3* head_out, int64_t row_stride,
+                                           int row, int tokens, float inverse_scale) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float scale = inverse_scale / quad_sum(rows.sum[r]);
+    uint32_t packed[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float* const o = &rows.o[8 * j + 2 * r];
+      packed[j] = e4m3::pack(o[0] * scale, o[1] * scale, o[4] * scale, o[5] * scale);
+    }
+    const uint4 piece = quad_transpose(packed[0], packed[1], packed[2], packed[3]);
+    if (row + 8 * r < tokens)
+      reinterpret_cast<uint4*>(head_out + (row + 8 * r) * row_stride)[threadIdx.x & 3] =
+          make_uint4(__byte_perm(piece.x, piece.y, 0x5410), __byte_perm(piece.z, piece.w, 0x5410),
+                     __byte_perm(piece.x, piece.y, 0x7632), __byte_perm(piece.z, piece.w, 0x7632));
   }
 }
 
@@ -266,11 +295,11 @@ __device__ __forceinline__ void copy_rows(uint32_t target, const __half* source,
 }
 
 // kWarps warps of kTiles 16-row tiles each; keys in chunks of kKeys, kStages chunks in flight.
-template <int kWarps, int kTiles, int kKeys, int kStages, int kBlocks>
+template <int kWarps, int kTiles, int kKeys, int kStages, int kBlocks, class Out>
 __global__ void __launch_bounds__(kWarps * 32, kBlocks)
-    portable_kernel(const __half* __restrict__ qkv, __half* __restrict__ out,
+    portable_kernel(const __half* __restrict__ qkv, Out* __restrict__ out,
                     const float* __restrict__ query_bias, int64_t units, int row_blocks, int heads,
-                    int tokens, int causal) {
+                    int tokens, int causal, float inverse_scale) {
   constexpr int kThreads = kWarps * 32;
   constexpr int kQueryRows = kWarps * kTiles * 16;
   constexpr int kGroups = kKeys / 16;
@@ -413,10 +442,10 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
       }
     }
     if (busy) {
-      __half* head_out = out + image * tokens * width + head * kHeadDim;
+      Out* head_out = out + image * tokens * width + head * kHeadDim;
 #pragma unroll
       for (int t = 0; t < kTiles; ++t)
-        store_rows(rows[t], head_out, width, tile0 + t * 16 + (lane >> 2), tokens);
+        store_rows(rows[t], head_out, width, tile0 + t * 16 + (lane >> 2), tokens, inverse_scale);
     }
     copy_async_wait<0>();
     __syncthreads();  // before the next unit's copies overwrite what a slower warp still reads
@@ -643,12 +672,13 @@ struct Cursor {
   }
 };
 
-template <class Shape>
+template <class Shape, class Out>
 __global__ void __launch_bounds__(Shape::threads, 1)
     hopper_kernel(const __grid_constant__ CUtensorMap query_map,
                   const __grid_constant__ CUtensorMap key_map,
-                  const __grid_constant__ CUtensorMap tail_map, __half* __restrict__ out,
-                  const float* __restrict__ query_bias, const HopperPlan plan) {
+                  const __grid_constant__ CUtensorMap tail_map, Out* __restrict__ out,
+                  const float* __restrict__ query_bias, const HopperPlan plan,
+                  const float inverse_scale) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ unsigned char shared[];
   constexpr int kBuffers = Shape::groups * Shape::queries;
@@ -839,7 +869,7 @@ __global__ void __launch_bounds__(Shape::threads, 1)
       const int width = plan.heads * kHeadDim;
       store_rows(rows,
                  out + static_cast<int64_t>(at.image) * plan.tokens * width + at.head * kHeadDim,
-                 width, row, plan.tokens);
+                 width, row, plan.tokens, inverse_scale);
     }
     if (++buffer == Shape::queries) {
       buffer = 0;
@@ -863,10 +893,11 @@ struct ShortPlan {
 
 // kRows: rows of q, k and v that are copied, at least the tokens. kWarps: warps that compute, each
 // on its own tile of 16 rows, beside the one that copies.
-template <int kRows, int kWarps, int kBlocks>
+template <int kRows, int kWarps, int kBlocks, class Out>
 __global__ void __launch_bounds__(kWarps * 32 + 32, kBlocks)
-    short_kernel(const __grid_constant__ CUtensorMap map, __half* __restrict__ out,
-                 const float* __restrict__ query_bias, const ShortPlan plan, const int causal) {
+    short_kernel(const __grid_constant__ CUtensorMap map, Out* __restrict__ out,
+                 const float* __restrict__ query_bias, const ShortPlan plan, const int causal,
+                 const float inverse_scale) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr int kPartBytes = kRows * kRowBytes;  // q, k or v of a head
   constexpr int kGroups = kRows / 16;
@@ -989,7 +1020,7 @@ __global__ void __launch_bounds__(kWarps * 32 + 32, kBlocks)
     __syncwarp();
     if (lane == 0) barrier_arrive(empty + 8 * stage);
     store_rows(rows, out + static_cast<int64_t>(image) * plan.tokens * width + head * kHeadDim,
-               width, row, plan.tokens);
+               width, row, plan.tokens, inverse_scale);
     tile += kWarps;
   }
 #endif
@@ -1019,6 +1050,13 @@ cudaError_t current_device(Device& device) {
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
+// Calls `with` with the output as what it holds.
+template <class With>
+cudaError_t with_output(const ClipAttentionParams& params, With with) {
+  return params.out_scale > 0 ? with(static_cast<E4m3*>(params.out))
+                              : with(static_cast<Half*>(params.out));
+}
+
 template <int kWarps, int kTiles, int kKeys, int kStages, int kBlocks>
 cudaError_t launch_portable(const ClipAttentionParams& params, const Device&, cudaStream_t stream) {
   constexpr int kQueryRows = kWarps * kTiles * 16;
@@ -1028,15 +1066,18 @@ cudaError_t launch_portable(const ClipAttentionParams& params, const Device&, cu
   const int shared = (kQueryRows + stages * kKeys * 2) * kRowBytes;
   const int64_t units = params.batch * params.heads * row_blocks;
   const int64_t blocks = units < (int64_t(1) << 30) ? units : int64_t(1) << 30;
-  auto kernel = portable_kernel<kWarps, kTiles, kKeys, kStages, kBlocks>;
-  cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (status != cudaSuccess) return status;
-  kernel<<<static_cast<unsigned>(blocks), kWarps * 32, shared, stream>>>(
-      static_cast<const __half*>(params.qkv), static_cast<__half*>(params.out),
-      static_cast<const float*>(params.query_bias), units, row_blocks, params.heads, params.tokens,
-      params.causal);
-  return cudaGetLastError();
+  return with_output(params, [&](auto* out) {
+    auto kernel = portable_kernel<kWarps, kTiles, kKeys, kStages, kBlocks,
+                                  std::remove_pointer_t<decltype(out)>>;
+    cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (status != cudaSuccess) return status;
+    kernel<<<static_cast<unsigned>(blocks), kWarps * 32, shared, stream>>>(
+        static_cast<const __half*>(params.qkv), out, static_cast<const float*>(params.query_bias),
+        units, row_blocks, params.heads, params.tokens, params.causal,
+        e4m3::reciprocal(params.out_scale));
+    return cudaGetLastError();
+  });
 }
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
@@ -1128,7 +1169,6 @@ constexpr int ring_stages(int most, int chunks, int groups, int tiles_per_unit) 
 template <class Shape>
 cudaError_t launch_hopper(const ClipAttentionParams& params, const Device& device,
                           cudaStream_t stream) {
-  auto kernel = hopper_kernel<Shape>;
   HopperPlan plan;
   plan.heads = params.heads;
   plan.tokens = params.tokens;
@@ -1167,20 +1207,22 @@ cudaError_t launch_hopper(const ClipAttentionParams& params, const Device& devic
   cudaError_t status = encode_map(query_map, params, kTileRows);
   if (status == cudaSuccess) status = encode_map(key_map, params, Shape::keys);
   if (status == cudaSuccess) status = encode_map(tail_map, params, Shape::tail_rows);
-  if (status == cudaSuccess)
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (status != cudaSuccess) return status;
-  kernel<<<grid, Shape::threads, shared, stream>>>(
-      query_map, key_map, tail_map, static_cast<__half*>(params.out),
-      static_cast<const float*>(params.query_bias), plan);
-  return cudaGetLastError();
+  return with_output(params, [&](auto* out) {
+    auto kernel = hopper_kernel<Shape, std::remove_pointer_t<decltype(out)>>;
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (status != cudaSuccess) return status;
+    kernel<<<grid, Shape::threads, shared, stream>>>(query_map, key_map, tail_map, out,
+                                                     static_cast<const float*>(params.query_bias),
+                                                     plan, e4m3::reciprocal(params.out_scale));
+    return cudaGetLastError();
+  });
 }
 
 template <int kRows, int kWarps, int kBlocks>
 cudaError_t launch_short(const ClipAttentionParams& params, const Device& device,
                          cudaStream_t stream) {
   constexpr int kStageBytes = 3 * kRows * kRowBytes + kBiasBytes;
-  auto kernel = short_kernel<kRows, kWarps, kBlocks>;
   const int64_t pairs = params.batch * params.heads;
   if (pairs > INT32_MAX / 2) return cudaErrorInvalidValue;  // a qkv of more than 400 GB
   ShortPlan plan;
@@ -1199,13 +1241,16 @@ cudaError_t launch_short(const ClipAttentionParams& params, const Device& device
   const int shared = 1024 + plan.stages * kStageBytes;
   CUtensorMap map;
   cudaError_t status = encode_map(map, params, kRows);
-  if (status == cudaSuccess)
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (status != cudaSuccess) return status;
-  kernel<<<grid, kWarps * 32 + 32, shared, stream>>>(map, static_cast<__half*>(params.out),
-                                                     static_cast<const float*>(params.query_bias),
-                                                     plan, params.causal);
-  return cudaGetLastError();
+  return with_output(params, [&](auto* out) {
+    auto kernel = short_kernel<kRows, kWarps, kBlocks, std::remove_pointer_t<decltype(out)>>;
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (status != cudaSuccess) return status;
+    kernel<<<grid, kWarps * 32 + 32, shared, stream>>>(
+        map, out, static_cast<const float*>(params.query_bias), plan, params.causal,
+        e4m3::reciprocal(params.out_scale));
+    return cudaGetLastError();
+  });
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1342,7 +1387,8 @@ extern "C" cudaError_t clip_attention_launch(const ClipAttentionParams* params,
     return cudaErrorInvalidValue;
   if (reinterpret_cast<uintptr_t>(params->qkv) % 16 != 0 ||
       reinterpret_cast<uintptr_t>(params->out) % 16 != 0 ||
-      reinterpret_cast<uintptr_t>(params->query_bias) % 16 != 0)
+      reinterpret_cast<uintptr_t>(params->query_bias) % 16 != 0 ||
+      !e4m3::valid_scale(params->out_scale))
     return cudaErrorInvalidValue;
   Device device;
   cudaError_t status = current_device(device);
@@ -1360,5 +1406,7 @@ extern "C" cudaError_t clip_attention_launch(const ClipAttentionParams* params,
   if (variant == nullptr ||
       !variant_serves(*variant, params->tokens, params->causal, device.sm_major, device.sm_minor))
     return cudaErrorInvalidValue;
+  status = e4m3::supported(params->out_scale);
+  if (status != cudaSuccess) return status;
   return variant->launch(*params, device, stream);
 }

@@ -3,7 +3,8 @@
 //
 //   qkv  fp16 [batch, tokens, 3 * heads * 64], contiguous, as CLIP's QKV linear writes it: blocks
 //        q | k | v, each heads * 64 wide, head h in columns 64 h .. 64 h + 63 of its block
-//   out  fp16 [batch, tokens, heads * 64], contiguous
+//   out  fp16 [batch, tokens, heads * 64], contiguous; with out_scale E4M3, of the fp32 result over
+//        out_scale, where what is beyond 448 becomes 448 and NaN stays NaN
 //   query_bias  fp32 [heads * 64], or NULL for none
 //   out = softmax((q + query_bias) k^T / sqrt(64)) v per image and head; with `causal`, token i
 //   sees tokens 0 .. i. The bias is rounded to fp16 and added in fp16, as the linear layer of an
@@ -40,11 +41,13 @@ typedef struct ClipAttentionParams {
   int32_t tokens;          // 1 .. kClipAttentionMaxTokens
   int32_t causal;          // 0 or 1
   int32_t variant;         // 0: the automatic choice; else an id that clip_attention_variant knows
+  float out_scale;         // 0, or a normal number above 0
 } ClipAttentionParams;
 
 // Enqueues on `stream` and returns at once; safe in CUDA-graph capture; allocates nothing.
 // cudaErrorInvalidValue: a size or a pointer outside the contract above, or a variant that does not
 // serve these sizes. cudaErrorNoKernelImageForDevice: the GPU is older than sm_80.
+// cudaErrorNotSupported: it is older than sm_89, and out_scale asks for E4M3.
 cudaError_t clip_attention_launch(const ClipAttentionParams* params, cudaStream_t stream);
 
 // 1 where clip_attention_launch serves these sizes on a GPU of compute capability

@@ -2,7 +2,8 @@
 // Interface: elementwise.h.
 //
 // Both move bytes and compute little, so all that counts is how many loads are in flight and how
-// few instructions stand around them. Every access is 16 bytes (8 halves: a vector).
+// few instructions stand around them. Every access is 16 bytes (8 halves: a vector), or 8 where
+// E4M3 is written.
 //   quick_gelu_kernel  a thread keeps to one vector of columns and takes one or two rows of it.
 //   layer_norm_kernel  a row stays in the registers of a block's warps: one read, mean, then
 //                      centred variance, one write.
@@ -35,10 +36,11 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
 
 // A block takes kRows * (kGeluThreads >> column_bits) rows by (1 << column_bits) vectors of
 // columns.
-template <int kRows>
+template <int kRows, class Stored>
 __global__ void __launch_bounds__(kGeluThreads)
     quick_gelu_kernel(const uint4* __restrict__ in, const float4* __restrict__ bias,
-                      uint4* __restrict__ out, int64_t rows, int vectors, int column_bits) {
+                      Stored* __restrict__ out, int64_t rows, int vectors, int column_bits,
+                      float inverse_scale) {
   const int column = (blockIdx.x << column_bits) + (threadIdx.x & ((1 << column_bits) - 1));
   if (column >= vectors) return;
   const int step = kGeluThreads >> column_bits;
@@ -62,7 +64,7 @@ __global__ void __launch_bounds__(kGeluThreads)
       // Far below zero the power is infinite and its reciprocal zero, as the sigmoid's limit is.
       y[i] *= reciprocal_fast(1.0f + exp2_fast(kGeluSlope * y[i]));
     }
-    out[offset + int64_t(r * step) * vectors] = pack(y);
+    out[offset + int64_t(r * step) * vectors] = pack_as<Stored>(y, inverse_scale);
   }
 }
 
@@ -74,22 +76,26 @@ cudaError_t launch_quick_gelu(const ClipBiasQuickGeluParams& params, cudaStream_
   while (column_bits > 5 && vectors % (1 << column_bits) != 0) --column_bits;
   while (column_bits > 0 && (1 << (column_bits - 1)) >= vectors) --column_bits;
   const int64_t block_rows = kRows * (kGeluThreads >> column_bits);
-  return launch(quick_gelu_kernel<kRows>,
-                grid(ceil_div(vectors, 1 << column_bits), ceil_div(params.rows, block_rows)),
-                kGeluThreads, stream, static_cast<const uint4*>(params.in),
-                static_cast<const float4*>(params.bias), static_cast<uint4*>(params.out),
-                params.rows, vectors, column_bits);
+  return with_output(params.out, params.out_scale, [&](auto* out) {
+    using Stored = std::remove_pointer_t<decltype(out)>;
+    return launch(quick_gelu_kernel<kRows, Stored>,
+                  grid(ceil_div(vectors, 1 << column_bits), ceil_div(params.rows, block_rows)),
+                  kGeluThreads, stream, static_cast<const uint4*>(params.in),
+                  static_cast<const float4*>(params.bias), out, params.rows, vectors, column_bits,
+                  e4m3::reciprocal(params.out_scale));
+  });
 }
 
 // ---------------------------------------------------------------------------------------------
 // Residual addition and layer norm
 
-template <class Team, int kRows, bool kResidual>
+template <class Team, int kRows, bool kResidual, class Stored>
 __global__ void __launch_bounds__(Team::kThreads)
     layer_norm_kernel(const uint4* __restrict__ x, const uint4* __restrict__ delta,
                       const float4* __restrict__ bias, const float4* __restrict__ scale,
                       const float4* __restrict__ shift, uint4* __restrict__ sum_out,
-                      uint4* __restrict__ out, int64_t rows, int vectors, Norm norm) {
+                      Stored* __restrict__ out, int64_t rows, int vectors, Norm norm,
+                      float inverse_scale) {
   __shared__ float partial[2][Team::kWarps][kRows];
   const int64_t first = Team::row(kRows);
   if (first >= rows) return;
@@ -138,20 +144,23 @@ __global__ void __launch_bounds__(Team::kThreads)
       for (int i = 0; i < kVector; ++i)
         values[r][v][i] = fmaf(values[r][v][i], scaling[i], shifting[i]);
       if (columns.here(v) && row_here(r))
-        out[(first + r) * vectors + columns[v]] = pack(values[r][v]);
+        out[(first + r) * vectors + columns[v]] = pack_as<Stored>(values[r][v], inverse_scale);
     }
   }
 }
 
 template <class Team, int kRows, bool kResidual>
 cudaError_t launch_layer_norm(const ClipResidualLayerNormParams& params, cudaStream_t stream) {
-  return launch(layer_norm_kernel<Team, kRows, kResidual>,
-                grid(ceil_div(params.rows, Team::kTeams * kRows), 1), Team::kThreads, stream,
-                static_cast<const uint4*>(params.x), static_cast<const uint4*>(params.delta),
-                static_cast<const float4*>(params.bias), static_cast<const float4*>(params.scale),
-                static_cast<const float4*>(params.shift), static_cast<uint4*>(params.sum_out),
-                static_cast<uint4*>(params.out), params.rows, params.width / kVector,
-                norm_of(params.width, params.epsilon));
+  return with_output(params.out, params.out_scale, [&](auto* out) {
+    using Stored = std::remove_pointer_t<decltype(out)>;
+    return launch(layer_norm_kernel<Team, kRows, kResidual, Stored>,
+                  grid(ceil_div(params.rows, Team::kTeams * kRows), 1), Team::kThreads, stream,
+                  static_cast<const uint4*>(params.x), static_cast<const uint4*>(params.delta),
+                  static_cast<const float4*>(params.bias), static_cast<const float4*>(params.scale),
+                  static_cast<const float4*>(params.shift), static_cast<uint4*>(params.sum_out),
+                  out, params.rows, params.width / kVector, norm_of(params.width, params.epsilon),
+                  e4m3::reciprocal(params.out_scale));
+  });
 }
 
 }  // namespace
@@ -167,13 +176,13 @@ extern "C" int32_t clip_residual_layer_norm_params_size(void) {
 extern "C" cudaError_t clip_bias_quick_gelu_launch(const ClipBiasQuickGeluParams* params,
                                                    cudaStream_t stream) {
   if (params == nullptr || params->rows < 0 || params->rows > kClipElementwiseMaxRows ||
-      !width_ok(params->width, kClipQuickGeluMaxWidth))
+      !width_ok(params->width, kClipQuickGeluMaxWidth) || !e4m3::valid_scale(params->out_scale))
     return cudaErrorInvalidValue;
   if (params->rows == 0) return cudaSuccess;
   if (!usable(params->in) || !aligned(params->bias) || !usable(params->out))
     return cudaErrorInvalidValue;
   int sm_count = 0;
-  const cudaError_t status = current_sm_count(sm_count);
+  const cudaError_t status = current_sm_count(sm_count, params->out_scale);
   if (status != cudaSuccess) return status;
   // Two rows to a thread once there are several blocks for every multiprocessor.
   const bool many =
@@ -184,7 +193,8 @@ extern "C" cudaError_t clip_bias_quick_gelu_launch(const ClipBiasQuickGeluParams
 extern "C" cudaError_t clip_residual_layer_norm_launch(const ClipResidualLayerNormParams* params,
                                                        cudaStream_t stream) {
   if (params == nullptr || params->rows < 0 || params->rows > kClipElementwiseMaxRows ||
-      !width_ok(params->width, kClipLayerNormMaxWidth) || !(params->epsilon > 0))
+      !width_ok(params->width, kClipLayerNormMaxWidth) || !(params->epsilon > 0) ||
+      !e4m3::valid_scale(params->out_scale))
     return cudaErrorInvalidValue;
   if (params->rows == 0) return cudaSuccess;
   if (!usable(params->x) || !usable(params->scale) || !usable(params->shift) ||
@@ -192,7 +202,7 @@ extern "C" cudaError_t clip_residual_layer_norm_launch(const ClipResidualLayerNo
       !aligned(params->sum_out))
     return cudaErrorInvalidValue;
   int sm_count = 0;
-  const cudaError_t status = current_sm_count(sm_count);
+  const cudaError_t status = current_sm_count(sm_count, params->out_scale);
   if (status != cudaSuccess) return status;
   const bool residual =
       params->delta != nullptr || params->bias != nullptr || params->sum_out != nullptr;

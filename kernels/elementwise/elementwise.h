@@ -4,9 +4,12 @@
 //
 // Tensors are fp16 rows, contiguous; constants are fp32. All are in device memory and 16-byte
 // aligned; outputs overlap nothing. Widths are multiples of 8. Arithmetic is fp32. Same input, same
-// bits. The launches enqueue on `stream` and return at once, are safe in CUDA-graph capture, and
-// allocate nothing. No rows: nothing to do. cudaErrorInvalidValue: a size or a pointer outside the
-// contract. cudaErrorNoKernelImageForDevice: the GPU is older than sm_80.
+// bits. out_scale: 0, or a normal number above 0: the output is E4M3 then, of the fp32 result over
+// out_scale, where what is beyond 448 becomes 448 and NaN stays NaN; it needs a GPU from sm_89 on,
+// and cudaErrorNotSupported answers on others. The launches enqueue on `stream` and return at once,
+// are safe in CUDA-graph capture, and allocate nothing. No rows: nothing to do.
+// cudaErrorInvalidValue: a size or a pointer outside the contract. cudaErrorNoKernelImageForDevice:
+// the GPU is older than sm_80.
 #ifndef CLIP_TTRT_ELEMENTWISE_H_
 #define CLIP_TTRT_ELEMENTWISE_H_
 
@@ -35,13 +38,14 @@ typedef struct ClipBiasQuickGeluParams {
   void* out;
   int64_t rows;   // 0 .. kClipElementwiseMaxRows
   int32_t width;  // 8 .. kClipQuickGeluMaxWidth
+  float out_scale;
 } ClipBiasQuickGeluParams;
 
 cudaError_t clip_bias_quick_gelu_launch(const ClipBiasQuickGeluParams* params, cudaStream_t stream);
 
 // [rows, width] and [width]: sum_out = s, rounded to fp16, with s = x + delta + bias
 // out = (s - mean(s)) / sqrt(variance(s) + epsilon) * scale + shift, of the rounded s: what sum_out
-// holds
+// holds. out_scale is of out alone.
 typedef struct ClipResidualLayerNormParams {
   const void* x;
   const void* delta;  // or NULL
@@ -53,6 +57,7 @@ typedef struct ClipResidualLayerNormParams {
   int64_t rows;   // 0 .. kClipElementwiseMaxRows
   int32_t width;  // 8 .. kClipLayerNormMaxWidth
   float epsilon;  // > 0
+  float out_scale;
 } ClipResidualLayerNormParams;
 
 cudaError_t clip_residual_layer_norm_launch(const ClipResidualLayerNormParams* params,
@@ -93,6 +98,7 @@ typedef struct ClipEmbedImageParams {
   int32_t width;      // 8 .. kClipLayerNormMaxWidth
   float epsilon_pre;  // > 0
   float epsilon_1;    // > 0
+  float out_scale;    // of y
 } ClipEmbedImageParams;
 
 cudaError_t clip_embed_image_launch(const ClipEmbedImageParams* params, cudaStream_t stream);

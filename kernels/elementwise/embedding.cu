@@ -129,14 +129,14 @@ __device__ __forceinline__ void load_now(const float4* from, int64_t vector, flo
 // The blocks of one x take one token, each of kImages images to a team. kEarly: scales and shifts
 // are read first, which shortens the chain of a few rows; many rows hide it, and lose by the
 // registers.
-template <class Team, int kImages, bool kEarly>
+template <class Team, int kImages, bool kEarly, class Stored>
 __global__ void __launch_bounds__(Team::kThreads)
     embed_image_kernel(const uint4* __restrict__ patches, const float4* __restrict__ class_token,
                        const float4* __restrict__ positions, const float4* __restrict__ scale_pre,
                        const float4* __restrict__ shift_pre, const float4* __restrict__ scale_1,
                        const float4* __restrict__ shift_1, uint4* __restrict__ x,
-                       uint4* __restrict__ y, int64_t batch, int vectors, Norm norm_pre,
-                       Norm norm_1) {
+                       Stored* __restrict__ y, int64_t batch, int vectors, Norm norm_pre,
+                       Norm norm_1, float inverse_scale) {
   const int token = blockIdx.x, tokens = gridDim.x;
   const int64_t first = (outer_block() * Team::kTeams + threadIdx.x / Team::kStep) * kImages;
   if (first >= batch) return;
@@ -176,9 +176,10 @@ __global__ void __launch_bounds__(Team::kThreads)
   }
 
   __shared__ float partial[2][Team::kWarps][kImages];
-  const auto normalised = [&](const float4* scale, const float4* shift, const Norm& norm,
-                              uint4* out, float (&scaling)[Team::kVectors][kVector],
+  const auto normalised = [&](const float4* scale, const float4* shift, const Norm& norm, auto* out,
+                              float (&scaling)[Team::kVectors][kVector],
                               float (&shifting)[Team::kVectors][kVector]) {
+    using Out = std::remove_pointer_t<decltype(out)>;
     normalise<Team, kImages>(values, columns, norm, partial);
 #pragma unroll
     for (int v = 0; v < Team::kVectors; ++v) {
@@ -191,8 +192,8 @@ __global__ void __launch_bounds__(Team::kThreads)
 #pragma unroll
         for (int j = 0; j < kVector; ++j)
           values[i][v][j] = fmaf(values[i][v][j], scaling[v][j], shifting[v][j]);
-        const uint4 rounded = pack(values[i][v]);
-        unpack(rounded, values[i][v]);
+        const Out rounded = pack_as<Out>(values[i][v], inverse_scale);
+        if constexpr (std::is_same_v<Out, uint4>) unpack(rounded, values[i][v]);
         if (columns.here(v) && image_here(i))
           out[((first + i) * tokens + token) * vectors + columns[v]] = rounded;
       }
@@ -204,15 +205,18 @@ __global__ void __launch_bounds__(Team::kThreads)
 
 template <class Team, int kImages, bool kEarly = false>
 cudaError_t launch_embed_image(const ClipEmbedImageParams& params, cudaStream_t stream) {
-  return launch(
-      embed_image_kernel<Team, kImages, kEarly>,
-      grid(params.tokens, ceil_div(params.batch, Team::kTeams * kImages)), Team::kThreads, stream,
-      static_cast<const uint4*>(params.patches), static_cast<const float4*>(params.class_token),
-      static_cast<const float4*>(params.positions), static_cast<const float4*>(params.scale_pre),
-      static_cast<const float4*>(params.shift_pre), static_cast<const float4*>(params.scale_1),
-      static_cast<const float4*>(params.shift_1), static_cast<uint4*>(params.x),
-      static_cast<uint4*>(params.y), params.batch, params.width / kVector,
-      norm_of(params.width, params.epsilon_pre), norm_of(params.width, params.epsilon_1));
+  return with_output(params.y, params.out_scale, [&](auto* y) {
+    using Stored = std::remove_pointer_t<decltype(y)>;
+    return launch(
+        embed_image_kernel<Team, kImages, kEarly, Stored>,
+        grid(params.tokens, ceil_div(params.batch, Team::kTeams * kImages)), Team::kThreads, stream,
+        static_cast<const uint4*>(params.patches), static_cast<const float4*>(params.class_token),
+        static_cast<const float4*>(params.positions), static_cast<const float4*>(params.scale_pre),
+        static_cast<const float4*>(params.shift_pre), static_cast<const float4*>(params.scale_1),
+        static_cast<const float4*>(params.shift_1), static_cast<uint4*>(params.x), y, params.batch,
+        params.width / kVector, norm_of(params.width, params.epsilon_pre),
+        norm_of(params.width, params.epsilon_1), e4m3::reciprocal(params.out_scale));
+  });
 }
 
 }  // namespace
@@ -246,7 +250,7 @@ extern "C" cudaError_t clip_embed_image_launch(const ClipEmbedImageParams* param
   if (params == nullptr || params->batch < 0 || params->tokens < 2 ||
       params->batch > kClipElementwiseMaxRows / params->tokens ||
       !width_ok(params->width, kClipLayerNormMaxWidth) || !(params->epsilon_pre > 0) ||
-      !(params->epsilon_1 > 0))
+      !(params->epsilon_1 > 0) || !e4m3::valid_scale(params->out_scale))
     return cudaErrorInvalidValue;
   if (params->batch == 0) return cudaSuccess;
   const void* const needed[] = {params->patches,   params->class_token, params->positions,
@@ -255,7 +259,7 @@ extern "C" cudaError_t clip_embed_image_launch(const ClipEmbedImageParams* param
   for (const void* pointer : needed)
     if (!usable(pointer)) return cudaErrorInvalidValue;
   int sm_count = 0;
-  const cudaError_t status = current_sm_count(sm_count);
+  const cudaError_t status = current_sm_count(sm_count, params->out_scale);
   if (status != cudaSuccess) return status;
   return with_team(params->width, [&](auto team) {
     using Team = decltype(team);

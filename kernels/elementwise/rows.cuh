@@ -1,10 +1,13 @@
-// What the kernels on rows share: 16-byte pieces of fp16 (vectors of 8 halves), sums over a row,
-// the launch.
+// What the kernels on rows share: 16-byte pieces of fp16 (vectors of 8 halves), which E4M3 makes 8
+// bytes, sums over a row, the launch.
 #ifndef CLIP_TTRT_ROWS_CUH_
 #define CLIP_TTRT_ROWS_CUH_
 
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
+#include "../e4m3.cuh"
 #include "elementwise.h"
 
 namespace rows {
@@ -33,6 +36,20 @@ __device__ __forceinline__ void unpack(uint4 packed, float (&x)[kVector]) {
     const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[i]));
     x[2 * i] = pair.x;
     x[2 * i + 1] = pair.y;
+  }
+}
+
+// A vector as a kernel stores it: uint4 holds fp16, uint2 E4M3 of x times `inverse_scale`.
+template <class Stored>
+__device__ __forceinline__ Stored pack_as(const float (&x)[kVector], float inverse_scale) {
+  if constexpr (std::is_same_v<Stored, uint4>) {
+    return pack(x);
+  } else {
+    float scaled[kVector];
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) scaled[i] = x[i] * inverse_scale;
+    return make_uint2(e4m3::pack(scaled[0], scaled[1], scaled[2], scaled[3]),
+                      e4m3::pack(scaled[4], scaled[5], scaled[6], scaled[7]));
   }
 }
 
@@ -178,8 +195,8 @@ inline Norm norm_of(int32_t width, float epsilon) {
   return {static_cast<float>(width), 1.0f / static_cast<float>(width), epsilon};
 }
 
-// The current GPU's number of multiprocessors.
-inline cudaError_t current_sm_count(int& sm_count) {
+// The current GPU's number of multiprocessors, if it can run a launch with such an out_scale.
+inline cudaError_t current_sm_count(int& sm_count, float out_scale = 0) {
   int device = 0, sm_major = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess)
@@ -187,7 +204,7 @@ inline cudaError_t current_sm_count(int& sm_count) {
   if (status == cudaSuccess)
     status = cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device);
   if (status != cudaSuccess) return status;
-  return sm_major < 8 ? cudaErrorNoKernelImageForDevice : cudaSuccess;
+  return sm_major < 8 ? cudaErrorNoKernelImageForDevice : e4m3::supported(out_scale);
 }
 
 // Blocks (inner, outer), the inner ones one after the other. Many outer ones are spread evenly over
@@ -203,6 +220,12 @@ cudaError_t launch(void (*kernel)(Params...), dim3 blocks, int threads, cudaStre
                    Params... params) {
   kernel<<<blocks, threads, 0, stream>>>(params...);
   return cudaGetLastError();
+}
+
+// Calls `with` with an output as what a launch with such an out_scale writes: uint4* or uint2*.
+template <class With>
+cudaError_t with_output(void* out, float out_scale, With with) {
+  return out_scale > 0 ? with(static_cast<uint2*>(out)) : with(static_cast<uint4*>(out));
 }
 
 // Calls `with` with the Team for a width: as many warps as give each lane one vector, which

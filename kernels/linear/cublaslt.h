@@ -32,6 +32,7 @@ enum : int {
   CUBLASLT_MATMUL_DESC_TRANSA = 3,        // int32_t
   CUBLASLT_MATMUL_DESC_EPILOGUE = 7,      // uint32_t
   CUBLASLT_MATMUL_DESC_BIAS_POINTER = 8,  // const void*
+  CUBLASLT_MATMUL_DESC_FAST_ACCUM = 25,   // int8_t
   // attributes of a preference
   CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1,    // uint64_t
   CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK = 3,  // uint32_t

@@ -4,6 +4,8 @@
 // cuBLASLt is column-major. out[rows, outputs] in rows is D[outputs, rows] in columns: D = A^T B
 // with A = weight, which is [inputs, outputs] in columns, and B = x, which is [inputs, rows].
 //
+// E4M3 is the same with another type of A and B, and the scale as alpha.
+//
 // Algorithms that split the inner dimension may add their parts in fp32 in the workspace, in a step
 // of its own. Adding them in the output, in fp16 and part after part, is excluded: it loses digits.
 
@@ -13,6 +15,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 #include <exception>
 #include <map>
@@ -103,17 +106,23 @@ class Product {
       if (layout != nullptr) lt_.cublasLtMatrixLayoutDestroy(layout);
   }
 
-  int32_t describe(int64_t rows, int32_t inputs, int32_t outputs, const void* bias) {
+  // scale: 0 where x and weight are fp16, else that of E4M3.
+  int32_t describe(int64_t rows, int32_t inputs, int32_t outputs, const void* bias, float scale,
+                   bool fast_accumulation = true) {
+    const cudaDataType type = scale > 0 ? CUDA_R_8F_E4M3 : CUDA_R_16F;
     RETURN_IF(
         from_cublas(lt_.cublasLtMatmulDescCreate(&operation_, CUBLAS_COMPUTE_32F, CUDA_R_32F)));
     RETURN_IF(set(CUBLASLT_MATMUL_DESC_TRANSA, int32_t{CUBLAS_OP_T}));
+    if (scale > 0) {
+      scale_ = scale;
+      RETURN_IF(set(CUBLASLT_MATMUL_DESC_FAST_ACCUM, int8_t{fast_accumulation}));
+    }
     if (bias != nullptr) {
       RETURN_IF(set(CUBLASLT_MATMUL_DESC_EPILOGUE, uint32_t{CUBLASLT_EPILOGUE_BIAS}));
       RETURN_IF(set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias));
     }
-    RETURN_IF(
-        from_cublas(lt_.cublasLtMatrixLayoutCreate(&weight_, CUDA_R_16F, inputs, outputs, inputs)));
-    RETURN_IF(from_cublas(lt_.cublasLtMatrixLayoutCreate(&x_, CUDA_R_16F, inputs, rows, inputs)));
+    RETURN_IF(from_cublas(lt_.cublasLtMatrixLayoutCreate(&weight_, type, inputs, outputs, inputs)));
+    RETURN_IF(from_cublas(lt_.cublasLtMatrixLayoutCreate(&x_, type, inputs, rows, inputs)));
     return from_cublas(lt_.cublasLtMatrixLayoutCreate(&out_, CUDA_R_16F, outputs, rows, outputs));
   }
 
@@ -161,8 +170,8 @@ class Product {
 
   int32_t launch(const cublasLtMatmulAlgo_t& algorithm, const void* x, const void* weight,
                  void* out, void* workspace, cudaStream_t stream) const {
-    static constexpr float kOne = 1, kZero = 0;
-    return from_cublas(lt_.cublasLtMatmul(handle_, operation_, &kOne, weight, weight_, x, x_,
+    static constexpr float kZero = 0;
+    return from_cublas(lt_.cublasLtMatmul(handle_, operation_, &scale_, weight, weight_, x, x_,
                                           &kZero, out, out_, out, out_, &algorithm, workspace,
                                           kClipLinearWorkspaceBytes, stream));
   }
@@ -178,6 +187,7 @@ class Product {
   const cublasLtHandle_t handle_;
   cublasLtMatmulDesc_t operation_ = nullptr;
   cublasLtMatrixLayout_t weight_ = nullptr, x_ = nullptr, out_ = nullptr;
+  float scale_ = 1;
 };
 
 struct Choice {
@@ -190,18 +200,23 @@ bool aligned(const void* pointer) {
   return pointer != nullptr && reinterpret_cast<uintptr_t>(pointer) % kAlignment == 0;
 }
 
-bool valid_sizes(int32_t inputs, int32_t outputs) {
-  return inputs > 0 && inputs <= kClipLinearMaxWidth && inputs % kClipLinearInputsStep == 0 &&
-         outputs > 0 && outputs <= kClipLinearMaxWidth && outputs % kClipLinearOutputsStep == 0;
+bool valid_sizes(int32_t inputs, int32_t outputs, bool quantized) {
+  const int32_t inputs_step = quantized ? kClipLinearQuantizedStep : kClipLinearInputsStep;
+  const int32_t outputs_step = quantized ? kClipLinearQuantizedStep : kClipLinearOutputsStep;
+  return inputs > 0 && inputs <= kClipLinearMaxWidth && inputs % inputs_step == 0 && outputs > 0 &&
+         outputs <= kClipLinearMaxWidth && outputs % outputs_step == 0;
 }
+
+bool valid_scale(float scale) { return scale == 0 || (scale > 0 && std::isnormal(scale)); }
 
 // A table of bytes as its parts; false where it is none.
 bool read_table(const void* bytes, int64_t size, ClipLinearTable& about,
                 std::vector<ClipLinearEntry>& entries) {
   if (bytes == nullptr || size < static_cast<int64_t>(sizeof(about))) return false;
   std::memcpy(&about, bytes, sizeof(about));
-  if (!valid_sizes(about.inputs, about.outputs) || (about.bias != 0 && about.bias != 1) ||
-      about.count < 0 || about.count > kClipLinearMaxEntries ||
+  if (!valid_scale(about.scale) || !valid_sizes(about.inputs, about.outputs, about.scale > 0) ||
+      (about.bias != 0 && about.bias != 1) || about.count < 0 ||
+      about.count > kClipLinearMaxEntries ||
       size != static_cast<int64_t>(sizeof(about) + about.count * sizeof(ClipLinearEntry)))
     return false;
   entries.resize(about.count);
@@ -263,14 +278,14 @@ struct ClipLinear {
       static_assert(sizeof(measured->algorithm) == sizeof(entry.algorithm),
                     "an algorithm is 64 bytes");
       std::memcpy(&measured->algorithm, entry.algorithm, sizeof(entry.algorithm));
-      RETURN_IF(measured->product.describe(rows, about.inputs, about.outputs, bias));
+      RETURN_IF(measured->product.describe(rows, about.inputs, about.outputs, bias, about.scale));
       if (measured->product.accepts(measured->algorithm)) {
         chosen = measured;
         return 0;
       }
     }
     auto suggested = std::make_shared<Choice>(lt, handle);
-    RETURN_IF(suggested->product.describe(rows, about.inputs, about.outputs, bias));
+    RETURN_IF(suggested->product.describe(rows, about.inputs, about.outputs, bias, about.scale));
     std::vector<cublasLtMatmulHeuristicResult_t> results;
     RETURN_IF(suggested->product.suggest(1, results));
     suggested->algorithm = results[0].algo;
@@ -333,7 +348,7 @@ class Measurement {
     if (launches_ == 0) {
       float us = 0;
       RETURN_IF(time([&] { return launch(candidate, 1); }, us));
-      const int64_t bytes = int64_t{2} * params_.inputs * params_.outputs;
+      const int64_t bytes = weight_bytes();
       const int64_t cold = std::clamp<int64_t>((kColdBytes + bytes - 1) / bytes, 4, kMaxLaunches);
       launches_ = static_cast<int>(
           std::clamp<int64_t>(static_cast<int64_t>(kGraphUs / std::max(us, 1.0f)), 1, cold));
@@ -359,9 +374,13 @@ class Measurement {
   }
 
  private:
+  int64_t weight_bytes() const {
+    return int64_t{params_.quantized ? 1 : 2} * params_.inputs * params_.outputs;
+  }
+
   int32_t launch(const Candidate& candidate, int i) const {
-    const int64_t bytes = int64_t{2} * params_.inputs * params_.outputs;
-    const char* weight = static_cast<const char*>(params_.weight) + i % params_.weights * bytes;
+    const char* weight =
+        static_cast<const char*>(params_.weight) + i % params_.weights * weight_bytes();
     return product_.launch(candidate.algorithm, params_.x, weight, params_.out, params_.workspace,
                            stream_.stream);
   }
@@ -405,7 +424,8 @@ int32_t tune(const ClipLinearTuneParams& params, ClipLinearEntry& best, float& m
   RETURN_IF(handle_of(*lt, device, handle));
 
   Product product(*lt, handle);
-  RETURN_IF(product.describe(params.rows, params.inputs, params.outputs, params.bias));
+  RETURN_IF(product.describe(params.rows, params.inputs, params.outputs, params.bias,
+                             params.quantized ? 1 : 0, params.fast_accumulation != 0));
   std::vector<cublasLtMatmulHeuristicResult_t> suggestions;
   RETURN_IF(product.suggest(kSuggestions, suggestions));
 
@@ -490,11 +510,12 @@ extern "C" int32_t clip_linear_launch(const ClipLinearParams* params, cudaStream
 
 extern "C" int32_t clip_linear_tune(const ClipLinearTuneParams* params, ClipLinearEntry* best,
                                     float* microseconds) {
-  if (params == nullptr || best == nullptr || !valid_sizes(params->inputs, params->outputs) ||
-      params->rows < 1 || params->rows > kClipLinearMaxRows || params->weights < 1 ||
-      !(params->milliseconds >= 0) || !aligned(params->x) || !aligned(params->weight) ||
-      !aligned(params->out) || !aligned(params->workspace) ||
-      (params->bias != nullptr && !aligned(params->bias)))
+  if (params == nullptr || best == nullptr || (params->quantized | 1) != 1 ||
+      (params->fast_accumulation | 1) != 1 ||
+      !valid_sizes(params->inputs, params->outputs, params->quantized != 0) || params->rows < 1 ||
+      params->rows > kClipLinearMaxRows || params->weights < 1 || !(params->milliseconds >= 0) ||
+      !aligned(params->x) || !aligned(params->weight) || !aligned(params->out) ||
+      !aligned(params->workspace) || (params->bias != nullptr && !aligned(params->bias)))
     return kInvalid;
   float us = 0;
   const int32_t status = guarded([&] { return tune(*params, *best, us); });

@@ -4,8 +4,9 @@
 //
 // out[rows, outputs] = x[rows, inputs] weight[outputs, inputs]^T + bias[outputs], all fp16,
 // contiguous, in device memory and 16-byte aligned; out and workspace overlap nothing. Sums are
-// fp32. cuBLASLt is not linked: it is PyTorch's, the libcublasLt.so.13 that the process has loaded,
-// or else the one that dlopen finds.
+// fp32. With a scale x and weight are E4M3, and their product is multiplied by it; sums are then
+// what cuBLASLt calls fast accumulation, of about 14 bits on sm_90. cuBLASLt is not linked: it is
+// PyTorch's, the libcublasLt.so.13 that the process has loaded, or else the one that dlopen finds.
 //
 // Every function that returns int32_t returns 0, a cudaError_t (above 0; cudaErrorInvalidValue:
 // outside the contract, found before any call to the driver), minus a cublasStatus_t, or
@@ -21,8 +22,9 @@ extern "C" {
 #endif
 
 enum {
-  kClipLinearInputsStep = 4,   // inputs are multiples of it
-  kClipLinearOutputsStep = 8,  // outputs are multiples of it
+  kClipLinearInputsStep = 4,      // inputs are multiples of it
+  kClipLinearOutputsStep = 8,     // outputs are multiples of it
+  kClipLinearQuantizedStep = 16,  // both are where x and weight are E4M3
   kClipLinearMaxWidth = 65536,
   kClipLinearMaxRows = 2147483647,
   kClipLinearMaxEntries = 64,
@@ -45,6 +47,7 @@ typedef struct ClipLinearTable {
   int32_t bias;      // 0 or 1
   int32_t count;     // 0 .. kClipLinearMaxEntries
   uint64_t version;  // cublasLtGetVersion() of the cuBLASLt that the entries are of
+  float scale;       // 0: x and weight are fp16; a normal number above 0: E4M3
 } ClipLinearTable;
 
 // A layer, which remembers the algorithm of every number of rows that it has run: that of the
@@ -85,7 +88,9 @@ typedef struct ClipLinearTuneParams {
   int64_t rows;     // 1 .. kClipLinearMaxRows
   int32_t inputs;
   int32_t outputs;
-  int32_t weights;     // >= 1
+  int32_t weights;            // >= 1
+  int32_t quantized;          // 1: x and weight are E4M3, 0: fp16
+  int32_t fast_accumulation;  // 0 or 1, of E4M3: a table's entries are measured with 1
   float milliseconds;  // suggestions are no longer added after this long, one being tried anyway
 } ClipLinearTuneParams;
 

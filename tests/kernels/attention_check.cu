@@ -3,10 +3,11 @@
 //   nvcc -std=c++17 -gencode=arch=compute_90a,code=sm_90a -o check
 //       tests/kernels/attention_check.cu kernels/attention/attention.cu
 //   compute-sanitizer --tool racecheck ./check 0          (variant 0: the automatic choice)
-//   ./check 23 32 16 257 0 1                              (variant batch heads tokens causal bias)
+//   ./check 23 32 16 257 0 1 0.01          (variant batch heads tokens causal bias out_scale)
 // Exit code 0 if every case passed. `./check list` prints the ids of the variants.
 
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <cmath>
 #include <cstdio>
@@ -27,11 +28,13 @@ namespace {
     }                                                                                       \
   } while (0)
 
-bool run(int variant, int batch, int heads, int tokens, int causal, int biased) {
+// out_scale: 0, or that of an output in E4M3.
+bool run(int variant, int batch, int heads, int tokens, int causal, int biased, float out_scale) {
   const int width = heads * 64;
   const size_t in_count = size_t(batch) * tokens * 3 * width,
                out_count = size_t(batch) * tokens * width;
-  std::vector<__half> qkv(in_count), out(out_count);
+  std::vector<__half> qkv(in_count);
+  std::vector<unsigned char> out(out_count * (out_scale > 0 ? 1 : 2));
   unsigned state = 12345u + tokens;
   for (auto& x : qkv) {  // uniform in [-2, 2)
     state = state * 1664525u + 1013904223u;
@@ -44,18 +47,18 @@ bool run(int variant, int batch, int heads, int tokens, int causal, int biased) 
   }
   void *device_qkv = nullptr, *device_out = nullptr, *device_bias = nullptr;
   CHECK(cudaMalloc(&device_qkv, in_count * 2));
-  CHECK(cudaMalloc(&device_out, out_count * 2));
+  CHECK(cudaMalloc(&device_out, out.size()));
   if (biased) {
     CHECK(cudaMalloc(&device_bias, width * sizeof(float)));
     CHECK(cudaMemcpy(device_bias, bias.data(), width * sizeof(float), cudaMemcpyHostToDevice));
   }
   CHECK(cudaMemcpy(device_qkv, qkv.data(), in_count * 2, cudaMemcpyHostToDevice));
-  CHECK(cudaMemset(device_out, 0xff, out_count * 2));  // NaN
-  const ClipAttentionParams params = {device_qkv, device_out, device_bias, batch,
-                                      heads,      tokens,     causal,      variant};
+  CHECK(cudaMemset(device_out, 0xff, out.size()));  // NaN
+  const ClipAttentionParams params = {device_qkv, device_out, device_bias, batch,    heads,
+                                      tokens,     causal,     variant,     out_scale};
   CHECK(clip_attention_launch(&params, nullptr));
   CHECK(cudaDeviceSynchronize());
-  CHECK(cudaMemcpy(out.data(), device_out, out_count * 2, cudaMemcpyDeviceToHost));
+  CHECK(cudaMemcpy(out.data(), device_out, out.size(), cudaMemcpyDeviceToHost));
   CHECK(cudaFree(device_qkv));
   CHECK(cudaFree(device_out));
   CHECK(cudaFree(device_bias));
@@ -88,17 +91,25 @@ bool run(int variant, int batch, int heads, int tokens, int causal, int biased) 
         double exact = 0;
         for (int j = 0; j < keys; ++j)
           exact += weight[j] / sum * __half2float(base[size_t(j) * 3 * width + 2 * width + d]);
-        const double got =
-            __half2float(out[(size_t(pair / heads) * tokens + i) * width + pair % heads * 64 + d]);
-        const double error = std::fabs(got - exact);
+        const size_t at = (size_t(pair / heads) * tokens + i) * width + pair % heads * 64 + d;
+        double error = 0;
+        if (out_scale > 0) {  // beyond the half unit of E4M3's last place that rounding costs
+          const double got = float(reinterpret_cast<const __nv_fp8_e4m3*>(out.data())[at]);
+          const double scaled = std::fmin(std::fmax(exact / out_scale, -448.0), 448.0);
+          const int exponent = std::ilogb(std::fmax(std::fabs(scaled), std::ldexp(1, -6)));
+          error = std::fmax(0, std::fabs(got - scaled) - std::ldexp(1, exponent - 4)) * out_scale;
+          if (got != got) error = got;
+        } else {
+          error = std::fabs(__half2float(reinterpret_cast<const __half*>(out.data())[at]) - exact);
+        }
         if (!(error <= worst)) worst = error;  // a NaN sticks
       }
     }
   }
   // Values up to 2: fp16 rounding of weights and result is under 2e-3.
   const bool ok = worst < 4e-3;
-  std::printf("variant %2d  %4dx%2dx%4d causal %d  bias %d  error %.2e  %s\n", variant, batch,
-              heads, tokens, causal, biased, worst, ok ? "ok" : "WRONG");
+  std::printf("variant %2d  %4dx%2dx%4d causal %d  bias %d  out_scale %g  error %.2e  %s\n",
+              variant, batch, heads, tokens, causal, biased, out_scale, worst, ok ? "ok" : "WRONG");
   return ok;
 }
 
@@ -114,7 +125,8 @@ int main(int count, char** arguments) {
   const int variant = count > 1 ? std::atoi(arguments[1]) : 0;
   if (count > 5)
     return run(variant, std::atoi(arguments[2]), std::atoi(arguments[3]), std::atoi(arguments[4]),
-               std::atoi(arguments[5]), count > 6 ? std::atoi(arguments[6]) : 0)
+               std::atoi(arguments[5]), count > 6 ? std::atoi(arguments[6]) : 0,
+               count > 7 ? std::atof(arguments[7]) : 0)
                ? 0
                : 1;
   int device = 0, major = 0, minor = 0;
@@ -129,8 +141,9 @@ int main(int count, char** arguments) {
   for (int t : tokens)
     for (int causal = 0; causal < 2; ++causal)
       if (variant == 0 || clip_attention_variant_serves(variant, t, causal, major, minor)) {
-        ok = run(variant, 2, 3, t, causal, 0) && run(variant, 2, 3, t, causal, 1) && ok;
-        if (t <= 77) ok = run(variant, 100, 4, t, causal, 1) && ok;  // several units per block
+        ok = run(variant, 2, 3, t, causal, 0, 0) && run(variant, 2, 3, t, causal, 1, 0) && ok;
+        if (t <= 77) ok = run(variant, 100, 4, t, causal, 1, 0) && ok;  // several units per block
+        if (major * 10 + minor >= 89) ok = run(variant, 2, 3, t, causal, 1, 0.002f) && ok;
       }
   return ok ? 0 : 1;
 }
