@@ -3,13 +3,17 @@
 // A plugin is a struct of what a layer knows and a class with what is its own. The members that
 // kFields names are what a network gives and what an engine holds: both come to createPlugin.
 // Plugins have the library's version (library.h): an engine never meets those of other sources.
-// Outputs are fp16 and all of one shape; tensors are linear. Errors are one line on stderr.
+// Outputs are fp16; tensors are linear. Errors are one line on stderr.
+//
+// A tensor of E4M3 goes through TensorRT as fp16 of half its width, two numbers in the bytes of
+// one: layers that move such a tensor or take rows of it do not look into it.
 #ifndef CLIP_TTRT_PLUGIN_H_
 #define CLIP_TTRT_PLUGIN_H_
 
 #include <NvInferRuntime.h>
 #include <cuda_runtime_api.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -45,6 +49,11 @@ inline int64_t volume(const Dims& dims, int32_t axes) {
 inline int64_t volume(const Dims& dims) { return volume(dims, dims.nbDims); }
 inline int64_t width_of(const Dims& dims) { return dims.d[dims.nbDims - 1]; }
 inline int64_t rows_of(const Dims& dims) { return volume(dims, dims.nbDims - 1); }
+// The last size becomes that of the E4M3 of so wide an output.
+inline void halve_width(DimsExprs& dims, IExprBuilder& builder) {
+  const IDimensionExpr*& width = dims.d[dims.nbDims - 1];
+  width = builder.operation(DimensionOperation::kFLOOR_DIV, *width, *builder.constant(2));
+}
 // For the launchers' int32 sizes: what is beyond them stays beyond their limits.
 inline int32_t narrow(int64_t n) { return n > INT32_MAX ? INT32_MAX : static_cast<int32_t>(n); }
 
@@ -129,6 +138,10 @@ inline void report(const char* plugin, const std::string& what) {
   std::fprintf(stderr, "%s plugin: %s\n", plugin, what.c_str());
 }
 
+// A field out_scale: 0, where an output is fp16, or what E4M3 is divided by.
+inline bool valid_out_scale(float x) { return x == 0 || (std::isnormal(x) && x > 0); }
+constexpr char kWrongOutScale[] = "out_scale must be 0 or a normal number above 0";
+
 // What a launch is given: shapes of the inputs, the type of the first, and pointers.
 struct Call {
   const Dims* in;
@@ -158,12 +171,12 @@ class Plugin : public IPluginV3,
 
   explicit Plugin(const Data& data) : data_(data), fields_(to_fields<Derived>(data_)) {}
 
-  // What a plugin may have otherwise. shape: of the outputs, where it is not that of input 0.
+  // What a plugin may have otherwise. shape: of an output, where it is not that of input 0.
   // prepare: for an execution context, ahead of launches that a CUDA graph may capture.
   bool takes(int32_t input, DataType type) const {
     return type == (input < self().halves() ? DataType::kHALF : DataType::kFLOAT);
   }
-  void shape(const DimsExprs*, DimsExprs&, IExprBuilder&) const {}
+  void shape(const DimsExprs*, int32_t, DimsExprs&, IExprBuilder&) const {}
   size_t workspace() const { return 0; }
   int32_t prepare() const { return 0; }
   static std::string explain(int32_t status) {
@@ -212,7 +225,7 @@ class Plugin : public IPluginV3,
     if (const char* wrong = self().wrong_shapes(known)) return refuse(wrong);
     for (int32_t i = 0; i < outputs; ++i) {
       out[i] = in[0];
-      self().shape(in, out[i], build);
+      self().shape(in, i, out[i], build);
     }
     return 0;
   }

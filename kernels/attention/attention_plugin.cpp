@@ -1,9 +1,10 @@
 // The TensorRT plugin around clip_attention_launch (attention.h).
 //
-//   ClipAttention     int32 heads, tokens, causal (0 or 1), query_bias (0 or 1)
+//   ClipAttention     int32 heads, tokens, causal (0 or 1), query_bias (0 or 1); float32 out_scale
 //     in    qkv fp16 [batch * tokens, 3 * heads * 64] or [batch, tokens, 3 * heads * 64];
 //           with query_bias 1 a bias fp32 [heads * 64], which is added to q
-//     out   fp16, qkv's shape with heads * 64 as its last dimension
+//     out   fp16, qkv's shape with heads * 64 as its last dimension; with an out_scale above 0 it
+//           is E4M3, divided by out_scale, as plugin.h says
 //
 // Rank 2 is what matrix products give and take without a copy; the number of tokens, which the
 // shape then does not show, is a field.
@@ -17,17 +18,19 @@ using namespace clip;
 
 struct AttentionData {
   int32_t heads, tokens, causal, query_bias;
+  float out_scale;
 };
 
 class Attention final : public Plugin<Attention, AttentionData> {
  public:
   using Plugin::Plugin;
   static constexpr char kName[] = "ClipAttention";
-  static constexpr std::tuple kFields{Field{"heads", &Data::heads}, Field{"tokens", &Data::tokens},
-                                      Field{"causal", &Data::causal},
-                                      Field{"query_bias", &Data::query_bias}};
+  static constexpr std::tuple kFields{
+      Field{"heads", &Data::heads}, Field{"tokens", &Data::tokens}, Field{"causal", &Data::causal},
+      Field{"query_bias", &Data::query_bias}, Field{"out_scale", &Data::out_scale}};
 
   static const char* complete(Data& data) {
+    if (!valid_out_scale(data.out_scale)) return kWrongOutScale;
     const bool valid = data.heads >= 1 && data.heads <= kClipAttentionMaxHeads &&
                        data.tokens >= 1 && data.tokens <= kClipAttentionMaxTokens &&
                        (data.causal | 1) == 1 && (data.query_bias | 1) == 1;
@@ -52,16 +55,18 @@ class Attention final : public Plugin<Attention, AttentionData> {
     return nullptr;
   }
 
-  void shape(const DimsExprs* in, DimsExprs& out, IExprBuilder& builder) const {
+  void shape(const DimsExprs* in, int32_t, DimsExprs& out, IExprBuilder& builder) const {
     out.d[in[0].nbDims - 1] = builder.constant(width());
+    if (data_.out_scale > 0) halve_width(out, builder);
   }
 
   int32_t launch(const Call& call) const {
     const Dims& qkv = call.in[0];
     const int64_t batch = qkv.nbDims == 2 ? qkv.d[0] / data_.tokens : qkv.d[0];
     const void* query_bias = data_.query_bias != 0 ? call.x[1] : nullptr;
-    const ClipAttentionParams params = {call.x[0],   call.y[0],    query_bias,   batch,
-                                        data_.heads, data_.tokens, data_.causal, /*variant=*/0};
+    const ClipAttentionParams params = {call.x[0],    call.y[0],     query_bias,
+                                        batch,        data_.heads,   data_.tokens,
+                                        data_.causal, /*variant=*/0, data_.out_scale};
     return batch == 0 ? 0 : clip_attention_launch(&params, call.stream);
   }
 

@@ -1,23 +1,24 @@
 // The TensorRT plugins around the launchers of elementwise.h. "fp32, n" is a constant of n
-// elements, in any shape; x has rank 2 or more.
+// elements, in any shape; x has rank 2 or more. out_scale is float32: 0 where an output is fp16,
+// else the output marked with a * is E4M3, divided by out_scale, as plugin.h says.
 //
-//   ClipBiasQuickGelu         no fields
+//   ClipBiasQuickGelu         out_scale
 //     in    x fp16 [.., width], bias fp32, width
-//     out   fp16, x's shape: y sigmoid(1.702 y) with y = x + bias
-//   ClipResidualLayerNorm     residual int32, 0 or 1; epsilon float32
+//     out   * fp16, x's shape: y sigmoid(1.702 y) with y = x + bias
+//   ClipResidualLayerNorm     residual int32, 0 or 1; epsilon float32; out_scale
 //     in    x fp16 [.., width]; with residual 1 delta fp16, x's shape, and bias fp32, width;
 //           scale and shift fp32, width
-//     out   with residual 1 the sum x + delta + bias, fp16, x's shape; the layer norm of x or of
+//     out   with residual 1 the sum x + delta + bias, fp16, x's shape; * the layer norm of x or of
 //           the sum over the last axis, times scale, plus shift, fp16, x's shape
 //   ClipExtractPatches        patch_size int32, even
 //     in    images fp32 or fp16 [batch, 3, resolution, resolution]
 //     out   fp16 [batch * side * side, 3 * patch_size * patch_size], side = resolution / patch_size
 //   ClipEmbedImage            tokens int32, the class token and the patches of an image;
-//                             epsilon_pre, epsilon_1 float32
+//                             epsilon_pre, epsilon_1 float32; out_scale
 //     in    patches fp16 [batch * (tokens - 1), width], class_token fp32, width,
 //           positions fp32, tokens * width, scale_pre, shift_pre, scale_1, shift_1 fp32, width
 //     out   x fp16 [batch * tokens, width]: layer norm of class token and patches plus positions;
-//           y fp16, the same shape: layer norm of x
+//           * y fp16, the same shape: layer norm of x
 
 #include <cmath>
 
@@ -33,15 +34,19 @@ constexpr char kWrongConstant[] = "a constant does not have one element for each
 
 bool positive(float x) { return std::isfinite(x) && x > 0; }
 
-struct GeluData {};
+struct GeluData {
+  float out_scale;
+};
 
 class Gelu final : public Plugin<Gelu, GeluData> {
  public:
   using Plugin::Plugin;
   static constexpr char kName[] = "ClipBiasQuickGelu";
-  static constexpr std::tuple<> kFields{};
+  static constexpr std::tuple kFields{Field{"out_scale", &Data::out_scale}};
 
-  static const char* complete(Data&) { return nullptr; }
+  static const char* complete(Data& data) {
+    return valid_out_scale(data.out_scale) ? nullptr : kWrongOutScale;
+  }
   int32_t inputs() const { return 2; }
   int32_t outputs() const { return 1; }
   int32_t halves() const { return 1; }
@@ -49,17 +54,21 @@ class Gelu final : public Plugin<Gelu, GeluData> {
     if (in[0].nbDims < 2) return kNoRows;
     return agrees(volume(in[1]), width_of(in[0])) ? nullptr : kWrongConstant;
   }
+  void shape(const DimsExprs*, int32_t, DimsExprs& out, IExprBuilder& builder) const {
+    if (data_.out_scale > 0) halve_width(out, builder);
+  }
 
   int32_t launch(const Call& call) const {
-    const ClipBiasQuickGeluParams params = {call.x[0], call.x[1], call.y[0], rows_of(call.in[0]),
-                                            narrow(width_of(call.in[0]))};
+    const ClipBiasQuickGeluParams params = {
+        call.x[0],      call.x[1], call.y[0], rows_of(call.in[0]), narrow(width_of(call.in[0])),
+        data_.out_scale};
     return clip_bias_quick_gelu_launch(&params, call.stream);
   }
 };
 
 struct LayerNormData {
   int32_t residual;
-  float epsilon;
+  float epsilon, out_scale;
 };
 
 class LayerNorm final : public Plugin<LayerNorm, LayerNormData> {
@@ -67,10 +76,12 @@ class LayerNorm final : public Plugin<LayerNorm, LayerNormData> {
   using Plugin::Plugin;
   static constexpr char kName[] = "ClipResidualLayerNorm";
   static constexpr std::tuple kFields{Field{"residual", &Data::residual},
-                                      Field{"epsilon", &Data::epsilon}};
+                                      Field{"epsilon", &Data::epsilon},
+                                      Field{"out_scale", &Data::out_scale}};
 
   static const char* complete(Data& data) {
     const bool valid = (data.residual | 1) == 1 && positive(data.epsilon);
+    if (!valid_out_scale(data.out_scale)) return kWrongOutScale;
     return valid ? nullptr : "residual must be 0 or 1 and epsilon finite and above 0";
   }
   int32_t inputs() const { return data_.residual != 0 ? 5 : 3; }
@@ -87,6 +98,9 @@ class LayerNorm final : public Plugin<LayerNorm, LayerNormData> {
       if (!agrees(volume(in[i]), width_of(in[0]))) return kWrongConstant;
     return nullptr;
   }
+  void shape(const DimsExprs*, int32_t output, DimsExprs& out, IExprBuilder& builder) const {
+    if (data_.out_scale > 0 && output == data_.residual) halve_width(out, builder);
+  }
 
   int32_t launch(const Call& call) const {
     ClipResidualLayerNormParams params = {};
@@ -102,6 +116,7 @@ class LayerNorm final : public Plugin<LayerNorm, LayerNormData> {
     params.rows = rows_of(call.in[0]);
     params.width = narrow(width_of(call.in[0]));
     params.epsilon = data_.epsilon;
+    params.out_scale = data_.out_scale;
     return clip_residual_layer_norm_launch(&params, call.stream);
   }
 };
@@ -133,7 +148,7 @@ class Patches final : public Plugin<Patches, PatchesData> {
                  : "the images are not [batch, 3, resolution, resolution] with a multiple of "
                    "patch_size as resolution";
   }
-  void shape(const DimsExprs* in, DimsExprs& out, IExprBuilder& builder) const {
+  void shape(const DimsExprs* in, int32_t, DimsExprs& out, IExprBuilder& builder) const {
     const auto prod = [&](const IDimensionExpr& a, const IDimensionExpr& b) {
       return builder.operation(DimensionOperation::kPROD, a, b);
     };
@@ -155,18 +170,19 @@ class Patches final : public Plugin<Patches, PatchesData> {
 
 struct EmbedData {
   int32_t tokens;
-  float epsilon_pre, epsilon_1;
+  float epsilon_pre, epsilon_1, out_scale;
 };
 
 class Embed final : public Plugin<Embed, EmbedData> {
  public:
   using Plugin::Plugin;
   static constexpr char kName[] = "ClipEmbedImage";
-  static constexpr std::tuple kFields{Field{"tokens", &Data::tokens},
-                                      Field{"epsilon_pre", &Data::epsilon_pre},
-                                      Field{"epsilon_1", &Data::epsilon_1}};
+  static constexpr std::tuple kFields{
+      Field{"tokens", &Data::tokens}, Field{"epsilon_pre", &Data::epsilon_pre},
+      Field{"epsilon_1", &Data::epsilon_1}, Field{"out_scale", &Data::out_scale}};
 
   static const char* complete(Data& data) {
+    if (!valid_out_scale(data.out_scale)) return kWrongOutScale;
     const bool valid = data.tokens >= 2 && positive(data.epsilon_pre) && positive(data.epsilon_1);
     return valid ? nullptr
                  : "tokens must be 2 or more, epsilon_pre and epsilon_1 finite and above 0";
@@ -183,21 +199,23 @@ class Embed final : public Plugin<Embed, EmbedData> {
         return "a constant has not width elements, or the positions not tokens * width";
     return nullptr;
   }
-  void shape(const DimsExprs* in, DimsExprs& out, IExprBuilder& builder) const {
+  void shape(const DimsExprs* in, int32_t output, DimsExprs& out, IExprBuilder& builder) const {
     const auto* patches = builder.constant(data_.tokens - 1);
     const auto* tokens = builder.constant(data_.tokens);
     const auto* batch = builder.operation(DimensionOperation::kFLOOR_DIV, *in[0].d[0], *patches);
     out.d[0] = builder.operation(DimensionOperation::kPROD, *batch, *tokens);
+    if (data_.out_scale > 0 && output == 1) halve_width(out, builder);
   }
 
   int32_t launch(const Call& call) const {
-    const auto [tokens, epsilon_pre, epsilon_1] = data_;
+    const auto [tokens, epsilon_pre, epsilon_1, out_scale] = data_;
     const int64_t batch = call.in[0].d[0] / (tokens - 1);
     const int32_t width = narrow(call.in[0].d[1]);
     const void* const* x = call.x;  // in the order of the struct
     void* const* y = call.y;
-    const ClipEmbedImageParams params = {x[0], x[1], x[2],  x[3],   x[4],  x[5],        x[6],
-                                         y[0], y[1], batch, tokens, width, epsilon_pre, epsilon_1};
+    const ClipEmbedImageParams params = {x[0],   x[1],  x[2],        x[3],      x[4],
+                                         x[5],   x[6],  y[0],        y[1],      batch,
+                                         tokens, width, epsilon_pre, epsilon_1, out_scale};
     return clip_embed_image_launch(&params, call.stream);
   }
 };

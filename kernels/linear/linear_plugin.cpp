@@ -4,6 +4,9 @@
 //     in    x fp16 [.., inputs], rank 2 or more; weight fp16, outputs * inputs elements, in any
 //           shape: a row for each output; with table.bias 1 a bias fp16, outputs elements
 //     out   fp16 [.., outputs]: x weight^T + bias
+//   With table.scale above 0 x and weight are E4M3, fp16 of half the width as plugin.h says: x
+//   [.., inputs / 2], weight outputs * inputs / 2 elements; their product is multiplied by the
+//   scale.
 //
 // The algorithm is chosen for the number of rows that a launch has, from the table; where another
 // cuBLASLt runs than the one that the table is of, from cuBLASLt's own suggestions.
@@ -40,7 +43,8 @@ class Linear final : public Plugin<Linear, LinearData> {
     if (status == kClipLinearNoLibrary) return kNoLibrary;
     if (status == cudaErrorMemoryAllocation) return "out of memory";
     if (status != 0)
-      return "the table is not one of this version: sizes, a count and entries, as in linear.h";
+      return "the table is not one of this version: sizes, a count, a scale and entries, as in "
+             "linear.h";
     data.layer.reset(made, clip_linear_destroy);
     std::memcpy(&data.about, data.table.data(), sizeof(data.about));
     static std::atomic<bool> told{false};
@@ -53,15 +57,16 @@ class Linear final : public Plugin<Linear, LinearData> {
   int32_t outputs() const { return 1; }
   int32_t halves() const { return inputs(); }
   const char* wrong_shapes(const Dims* in) const {
-    if (in[0].nbDims < 2 || !agrees(width_of(in[0]), data_.about.inputs))
+    const int64_t inputs = data_.about.inputs / (data_.about.scale > 0 ? 2 : 1);
+    if (in[0].nbDims < 2 || !agrees(width_of(in[0]), inputs))
       return "x is not [.., inputs] of the layer, in rank 2 or more";
-    if (!agrees(volume(in[1]), int64_t{data_.about.inputs} * data_.about.outputs))
+    if (!agrees(volume(in[1]), inputs * data_.about.outputs))
       return "the weight has not as many elements as inputs times outputs of the layer";
     if (data_.about.bias != 0 && !agrees(volume(in[2]), data_.about.outputs))
       return "the bias has not one element for each output of the layer";
     return nullptr;
   }
-  void shape(const DimsExprs* in, DimsExprs& out, IExprBuilder& builder) const {
+  void shape(const DimsExprs* in, int32_t, DimsExprs& out, IExprBuilder& builder) const {
     out.d[in[0].nbDims - 1] = builder.constant(data_.about.outputs);
   }
   size_t workspace() const { return kClipLinearWorkspaceBytes; }

@@ -53,13 +53,13 @@ def test_the_library_tells_what_it_is():
 
 def test_limits_agree_with_the_header():
     limits = dict(re.findall(r"kClipLinear(\w+) = (\d+)", HEADERS["linear"]))
-    for name in ("InputsStep", "OutputsStep", "MaxWidth", "WorkspaceBytes"):
+    for name in ("InputsStep", "OutputsStep", "QuantizedStep", "MaxWidth", "WorkspaceBytes"):
         constant = re.sub(r"(?<!^)(?=[A-Z])", "_", name).upper()
         assert int(limits[name]) == getattr(linear, constant)
 
 
 def test_what_is_declared_of_cublaslt_is_what_its_header_says():
-    """With the header of PyTorch's wheel: names, values and the two structs."""
+    """With the header of PyTorch's wheel: names, values, attributes' types and the two structs."""
     package, declared = importlib.util.find_spec("nvidia"), HEADERS["cublaslt"]
     roots = map(Path, package.submodule_search_locations if package else ())
     headers = [path for root in roots for path in root.glob("*/include/cublasLt.h")]
@@ -69,6 +69,9 @@ def test_what_is_declared_of_cublaslt_is_what_its_header_says():
     names = ["uint64_t data[8]", *re.findall(r"^\s*(CUBLAS\w+ = \d+)", declared, re.M)]
     names += [f"{name}(" for name in re.findall(r"\(\*(cublasLt\w+)\)", declared)]
     assert [name for name in names if name not in theirs] == []
+    for name, kind in re.findall(r"^\s*(CUBLASLT_MATMUL_DESC_\w+) = .*// (\w+)$", declared, re.M):
+        about = re.search(rf"/\*\*((?:(?!\*/).)*)\*/\s*{name} =", theirs, re.S)[1]
+        assert re.search(rf"\*\s+{kind}\b[^*]*default", about), name
     result = re.search(r"cublasLtMatmulHeuristicResult_t \{(.*?)\};", declared, re.S)[1]
     members = r"\s[^;]*".join(re.escape(one.strip()) + ";" for one in result.split(";")[:-1])
     assert re.search(members, theirs)
@@ -78,12 +81,14 @@ def test_what_is_declared_of_cublaslt_is_what_its_header_says():
 
 POINTER, UNALIGNED, NAN = 4096, 4104, float("nan")
 VALID = {  # beside the pointers
-    "bias_quick_gelu": {"rows": 3, "width": 64},
-    "residual_layer_norm": {"rows": 3, "width": 64, "epsilon": 1e-5},
+    "bias_quick_gelu": {"rows": 3, "width": 64, "out_scale": 0.0},
+    "residual_layer_norm": {"rows": 3, "width": 64, "epsilon": 1e-5, "out_scale": 0.0},
     "extract_patches": {"batch": 1, "resolution": 224, "patch_size": 32, "half": 0},
-    "embed_image": {"batch": 1, "tokens": 50, "width": 64, "epsilon_pre": 1e-5, "epsilon_1": 1e-5},
+    "embed_image": {"batch": 1, "tokens": 50, "width": 64, "epsilon_pre": 1e-5, "epsilon_1": 1e-5,
+                    "out_scale": 0.0},
     "linear": {"rows": 3},
-    "linear_tune": {"rows": 3, "inputs": 64, "outputs": 64, "weights": 1, "milliseconds": 1.0},
+    "linear_tune": {"rows": 3, "inputs": 64, "outputs": 64, "weights": 1, "quantized": 0,
+                    "fast_accumulation": 1, "milliseconds": 1.0},
 }
 NULLABLE = {("bias_quick_gelu", "bias"), ("linear_tune", "bias"), *(
     ("residual_layer_norm", name) for name in ("delta", "bias", "sum_out"))}
@@ -92,6 +97,7 @@ WRONG = {  # beside -1, which no field may have
     "epsilon": [0.0, NAN], "epsilon_pre": [0.0, NAN], "epsilon_1": [0.0, NAN],
     "resolution": [0, -32, 223, 8192], "tokens": [0, 1], "patch_size": [0, -2, 7, 30, 448],
     "half": [2], "inputs": [6], "outputs": [12], "weights": [0], "milliseconds": [NAN],
+    "quantized": [2], "fast_accumulation": [2], "out_scale": [NAN, float("inf"), 1e-40],
 }  # fmt: skip
 
 
@@ -124,9 +130,33 @@ def test_what_is_outside_the_contract_is_refused_and_no_rows_are_no_work(name):
             assert status_of(name, **{field: value}) == INVALID_VALUE, (field, value)
     if name != "linear_tune":
         assert status_of(name, **{"rows" if "rows" in VALID[name] else "batch": 0}) == 0
+    if name == "linear_tune":  # E4M3 has wider steps
+        for field, size in (("inputs", 68), ("outputs", 72)):
+            assert status_of(name, **{field: size, "quantized": 1}) == INVALID_VALUE
     if name == "linear":  # a bias that the layer has not
         layer = linear._layer(linear.pack(64, 64, False)).pointer
         assert status_of(name, layer=layer) == INVALID_VALUE
+
+
+@needs.built
+@pytest.mark.parametrize("out_scale", [-1.0, *WRONG["out_scale"]])
+def test_attention_refuses_such_an_out_scale(out_scale):
+    sizes = {"batch": 1, "heads": 1, "tokens": 50, "out_scale": out_scale}
+    params = kernels.PARAMS["attention"](qkv=POINTER, out=POINTER, **sizes)
+    status = kernels.library().clip_attention_launch(ctypes.byref(params), None)
+    assert status == INVALID_VALUE
+
+
+@needs.built
+def test_a_table_of_e4m3_needs_a_scale_and_sizes_that_cublaslt_takes():
+    table = linear.pack(64, 128, False, scale=0.5)
+    linear._Layer(table)
+    wrong = [linear.with_scale(table, scale) for scale in (-1.0, *WRONG["out_scale"])]
+    wrong += [linear.with_scale(linear.pack(64, inputs, False), 0.5) for inputs in (124, 136)]
+    wrong += [linear.with_scale(linear.pack(72, 128, False), 0.5)]
+    for one in wrong:
+        with pytest.raises(ValueError, match="are no table"):
+            linear._Layer(one)
 
 
 @needs.built
@@ -201,7 +231,11 @@ def test_attention_hands_its_sizes_on(recorded):
     assert kernels.attention(qkv[:0], 2, True).shape == (0, 5, 128)
     [(_, values)] = recorded.launches
     assert (values["qkv"], values["query_bias"]) == (qkv.data_ptr(), bias.data_ptr())
-    assert {"batch": 3, "heads": 2, "tokens": 5, "causal": 1}.items() <= values.items()
+    sizes = {"batch": 3, "heads": 2, "tokens": 5, "causal": 1, "out_scale": 0}
+    assert sizes.items() <= values.items()
+    quantized = kernels.attention(qkv, 2, True, out_scale=0.5)
+    assert (quantized.dtype, quantized.shape) == (torch.float8_e4m3fn, (3, 5, 128))
+    assert recorded.launches[1][1]["out_scale"] == 0.5
     for wrong in (bias.half(), bias[:-1], torch.zeros(256)):
         with pytest.raises(ValueError, match=r"query_bias must be torch.float32 \[128\]"):
             kernels.attention(qkv, 2, False, wrong)
@@ -209,6 +243,13 @@ def test_attention_hands_its_sizes_on(recorded):
         recorded.status = status
         with pytest.raises(RuntimeError, match=rf"attention kernel for qkv \[3, .*{error}"):
             kernels.attention(qkv, 2, False)
+
+
+def test_a_table_gets_another_scale():
+    entries = [linear.Entry(rows) for rows in (1, 50)]
+    table = linear.with_scale(linear.pack(64, 128, True, entries, 9, scale=1.0), 0.25)
+    assert table == linear.pack(64, 128, True, entries, 9, scale=0.25)
+    assert linear.Table.from_buffer_copy(table).scale == 0.25
 
 
 def test_batches_to_measure():
@@ -219,10 +260,12 @@ def test_batches_to_measure():
 
 def test_what_is_missing_or_wrong_is_told(recorded):
     assert linear.takes(64, 128) and linear.version_text() == "13.1.2"
-    for sizes in ((0, 64), (12, 64), (65544, 64), (64, 0), (64, 6), (64, 65540), (-8, 64)):
-        assert not linear.takes(*sizes)
+    assert linear.takes(64, 128, quantized=True)
+    sizes = [(0, 64), (12, 64), (65544, 64), (64, 0), (64, 6), (64, 65540), (-8, 64)]
+    for size, quantized in [*((size, False) for size in sizes), ((72, 64), True), ((64, 68), True)]:
+        assert not linear.takes(*size, quantized) and linear.takes(*size) == quantized
         with pytest.raises(ValueError, match="no linear layer here"):
-            linear.tune([1], sizes, False)
+            linear.tune([1], size, False, quantized)
     x = torch.zeros(2, 64).half()
     for wrong in (x, x[0]):
         with pytest.raises(ValueError, match=r"x \[.., K\] and a weight \[N, K\] on a GPU"):
