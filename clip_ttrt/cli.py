@@ -142,7 +142,7 @@ def show(report: dict[str, Any]) -> None:
     for name, row in report["errors"].items():
         print(f"{name:6}", *(f"{value:10.{7 if key.startswith('cos') else 4}g}"
                              for key, value in row.items()))
-    if "top1" in report:
+    if report.get("top1"):
         shares = (f"{name} {share:.2f} %" for name, share in report["top1"].items())
         print("zero-shot top-1:", ", ".join(shares))
     print("\n".join(f"FAILED: {failure}" for failure in report["failures"]) or "passed")

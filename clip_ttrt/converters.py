@@ -94,8 +94,9 @@ class Layers:
 
 def converter(op: Any):
     """Register a function of `Layers` and the op's arguments as its converter."""
-    def register(convert: Callable) -> None:
+    def register(convert: Callable) -> Callable:
         seam.register(op, lambda net, name, args: convert(Layers(net, name), *args))
+        return convert
 
     return register
 
@@ -107,10 +108,8 @@ def convert_cast(to, x, dtype):
 
 @converter(ops.linear)
 def convert_linear(to, x, weight, bias):
-    return biased_product(to, x, to.beside(x, weight, "weight"), bias)
-
-
-def biased_product(to, x, weight, bias):
+    """The weight is a constant, or what has been made of one."""
+    weight = to.beside(x, weight, "weight") if isinstance(weight, torch.Tensor) else weight
     product = to.product(x, weight, "TRANSPOSE")
     if bias is None:
         return product
@@ -120,14 +119,15 @@ def biased_product(to, x, weight, bias):
 @converter(ops.quantized_linear)
 def convert_quantized_linear(to, x, weight, bias, x_scale, weight_scale):
     """A product between layers that quantise and dequantise, which TensorRT makes one in fp8."""
-    x_scale = to.constant(torch.tensor(x_scale), "x_scale", TORCH_TYPES[x.dtype])
-    weight_scale = to.constant(torch.tensor(weight_scale), "weight_scale", TORCH_TYPES[x.dtype])
+    x_scale, weight_scale = (
+        to.constant(torch.tensor(scale), f"{which}_scale", TORCH_TYPES[x.dtype])
+        for which, scale in (("x", x_scale), ("weight", weight_scale)))
+    shape = (1,) * (len(x.shape) - 2) + tuple(weight.shape)
+    weight8 = to.constant(weight.reshape(shape), "weight_e4m3", ops.E4M3)
     x8 = to.named(to.net.add_quantize(x, x_scale, trt.fp8), "x_e4m3")
-    weight = weight.reshape((1,) * (len(x.shape) - 2) + tuple(weight.shape))
-    weight8 = to.constant(weight, "weight_e4m3", ops.E4M3)
     x = to.named(to.net.add_dequantize(x8, x_scale, x.dtype), "x")
     weight = to.named(to.net.add_dequantize(weight8, weight_scale, x.dtype), "weight")
-    return biased_product(to, x, weight, bias)
+    return convert_linear(to, x, weight, bias)
 
 
 @converter(ops.add)

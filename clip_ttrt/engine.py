@@ -2,6 +2,7 @@
 import json
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from time import perf_counter
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -79,13 +80,13 @@ def compile_with(options: Options, progress: Progress) -> Artifact:
             module, facts = build_encoder(
                 encoder, checkpoint, options.batch, plan, progress, quantizer)
             if quantizer:
-                facts["fp8"] = quantizer.facts[encoder]
-                progress.say(quantizer.describe(encoder))
-                (writing.folder / SCALES).write_text(json.dumps(quantizer.scales, indent=2) + "\n")
+                facts["fp8"] = quantizer.found["encoders"][encoder]
+                progress.say(f"fp8: all linear layers of the {encoder} encoder's blocks but "
+                             f"{', '.join(facts['fp8']['kept_fp16']) or 'none'}")
+                (writing.folder / SCALES).write_text(json.dumps(quantizer.found, indent=2) + "\n")
             if options.compare:
-                rows = quantizer.rows[encoder]
-                facts["milliseconds"] = beside_fp16(encoder, module, checkpoint, options, rows,
-                                                    progress)
+                facts["milliseconds"] = beside_fp16(
+                    encoder, module, checkpoint, options, quantizer.rows[encoder], progress)
             writing.add(encoder, module, **facts)
             del module
         manifest = {
@@ -150,16 +151,14 @@ def beside_fp16(name: str, in_fp8: torch.jit.ScriptModule, checkpoint: Checkpoin
     x = rows[torch.arange(size) % len(rows)].cuda()
     for precision, module in ("fp8", in_fp8), ("fp16", in_fp16):
         encoder = Encoder([module], options.batch, checkpoint.dimensions.embed_dim, x[:0], True)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for call in range(2 * TIMED):  # the first half warms up
-            if call == TIMED:
-                start.record()
+        encoder.warmup([size] * TIMED)
+        begun = perf_counter()
+        for _ in range(TIMED):
             encoder(x)
-        end.record()
-        end.synchronize()
-        found[precision] = start.elapsed_time(end) / TIMED
-    progress.say("the {} encoder takes {fp8:.3f} ms for a batch of {} in fp8, {fp16:.3f} ms in fp16"
-                 .format(name, size, **found))
+        torch.cuda.synchronize()
+        found[precision] = (perf_counter() - begun) / TIMED * 1e3
+    progress.say(f"the {name} encoder takes {found['fp8']:.3f} ms for a batch of {size} in fp8, "
+                 f"and {found['fp16']:.3f} ms in fp16")
     return found
 
 

@@ -291,27 +291,20 @@ def quantizing(scales: Mapping[str, float]) -> Pass:
 def fuse_quantization(module: fx.GraphModule) -> Iterator[fx.Node]:
     """What feeds quantized_linear quantises for it, so that no kernel is there only to quantise.
 
-    Raises GraphError where it cannot, since something else reads it, too, or it has no out_scale.
+    Raises GraphError where it cannot: it has no out_scale, or something else reads it, too.
     """
-    fed: dict[fx.Node, list[fx.Node]] = {}
     for layer in calls(module, ops.quantized_linear):
-        x = layer.args[0]
+        x, weight, bias, x_scale, weight_scale = layer.args
         while x.target in MOVES:
             x = x.args[0]
-        fed.setdefault(x, []).append(layer)
-    for x, layers in fed.items():
         # Of two results the second is the layer norm, the first a sum that stays fp16.
         source = x.args[0] if (x.target, *x.args[1:]) == (operator.getitem, 1) else x
-        scales = {layer.args[3] for layer in layers}
-        if source.target not in QUANTIZE or len(scales) > 1 or set(readers(x)) != set(layers):
-            raise GraphError(f"{source} ({source.target}) cannot quantise for {layers}, with "
-                             f"scales {scales}, since {list(readers(x))} read it")
-        source.args += tuple(scales)
-        for layer in layers:
-            x8, weight, bias, x_scale, weight_scale = layer.args
-            layer.target = ops.fused_quantized_linear
-            layer.args = (x8, weight, bias, x_scale * weight_scale)
-            yield layer
+        if source.target not in QUANTIZE or list(readers(x)) != [layer]:
+            raise GraphError(f"{source} cannot quantise for {list(readers(x))}")
+        source.args += (x_scale,)
+        layer.target = ops.fused_quantized_linear
+        layer.args = (layer.args[0], weight, bias, x_scale * weight_scale)
+        yield layer
 
 
 def rows_of_a_sample(layer: fx.Node) -> int:
@@ -328,17 +321,13 @@ def tuning(batch: BatchRange) -> Pass:
     def table(rows: int, weight_shape: tuple[int, int], bias: bool, **kind: bool) -> bytes:
         return linear.tune([rows * size for size in batches], weight_shape, bias, **kind)
 
-    def sizes(module: fx.GraphModule, layer: fx.Node) -> tuple[int, tuple[int, int], bool]:
-        shape = tuple(parameter(module, layer.args[1]).shape)
-        return rows_of_a_sample(layer), shape, layer.args[2] is not None
-
     def tune(module: fx.GraphModule) -> Iterator[fx.Node]:
-        for node in calls(module, ops.fused_linear):
-            node.args = (*node.args[:3], table(*sizes(module, node)).hex())
-            yield node
-        for node in calls(module, ops.fused_quantized_linear):
-            measured = table(*sizes(module, node), quantized=True)
-            node.args = (*node.args[:4], linear.with_scale(measured, node.args[3]).hex())
-            yield node
+        for op, kind in ((ops.fused_linear, {}), (ops.fused_quantized_linear, {"quantized": True})):
+            for node in calls(module, op):
+                _, weight, bias, *scale = node.args
+                shape = tuple(parameter(module, weight).shape)
+                found = table(rows_of_a_sample(node), shape, bias is not None, **kind)
+                node.args += (linear.with_scale(found, *(scale or [0.0])).hex(),)
+                yield node
 
     return tune

@@ -23,9 +23,9 @@ _library = torch.library.Library("clip_ttrt", "DEF")
 REFERENCES = {}  # op -> its reference
 
 
-def _op(reference, fake=None):
+def _op(reference, fake=None, name=None):
     """The op of a reference: its name and signature, and its shapes where no `fake` tells them."""
-    name = reference.__name__.removesuffix("_reference")
+    name = name or reference.__name__.removesuffix("_reference")
     schema = torch.library.infer_schema(reference, mutates_args=(), op_name=name)
     _library.define(schema.replace("SymInt", "int"))
     _library.impl(name, reference, "CompositeExplicitAutograd")
@@ -116,18 +116,17 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tenso
     return F.linear(x, weight, bias)
 
 
-def layer_norm_reference(x: Tensor, scale: Tensor, shift: Tensor, epsilon: float) -> Tensor:
+def layer_norm_reference(
+    x: Tensor, scale: Tensor, shift: Tensor, epsilon: float, out_scale: Optional[float] = None
+) -> Tensor:
     """Layer norm over the last axis, in fp32 inside: [..., W] and two [W] -> [..., W]."""
-    return F.layer_norm(x, x.shape[-1:], scale, shift, epsilon)
+    return to_e4m3(F.layer_norm(x, x.shape[-1:], scale, shift, epsilon), out_scale)
 
 
 def quantized_linear_reference(
     x: Tensor, weight: Tensor, bias: Optional[Tensor], x_scale: float, weight_scale: float
 ) -> Tensor:
-    """`linear` with x quantised on the way and an E4M3 weight: [..., K] and [N, K] -> [..., N].
-
-    weight_scale: of the weight, times which it is the one meant.  Summed in fp32, and in x's dtype.
-    """
+    """`linear` with an E4M3 weight, and x quantised on the way: summed in fp32, in x's dtype."""
     product = F.linear(to_e4m3(x, x_scale).float(), weight.float()) * (x_scale * weight_scale)
     return (product if bias is None else product + bias).to(x.dtype)
 
@@ -170,24 +169,12 @@ def fused_linear_reference(
 def fused_quantized_linear_reference(
     x: Tensor, weight: Tensor, bias: Optional[Tensor], scale: float, table: str = ""
 ) -> Tensor:
-    """scale·x·weightᵀ + bias, summed in fp32: E4M3 [..., K] and [N, K] -> fp16 [..., N].
-
-    scale: of x times of the weight.  table: as in `fused_linear`.
-    """
+    """`fused_linear` of E4M3 x and weight, whose scales' product is `scale`, to fp16."""
     product = F.linear(x.float(), weight.float()) * scale
     return (product if bias is None else product + bias).half()
 
 
-def fused_layer_norm_reference(
-    x: Tensor, scale: Tensor, shift: Tensor, epsilon: float, out_scale: Optional[float] = None
-) -> Tensor:
-    """`layer_norm`."""
-    return to_e4m3(layer_norm_reference(x, scale, shift, epsilon), out_scale)
-
-
-def bias_quick_gelu_reference(
-    x: Tensor, bias: Tensor, out_scale: Optional[float] = None
-) -> Tensor:
+def bias_quick_gelu_reference(x: Tensor, bias: Tensor, out_scale: Optional[float] = None) -> Tensor:
     """y·sigmoid(1.702·y) of y = x + bias: [..., N] and [N] -> [..., N]."""
     return to_e4m3(quick_gelu_reference(x + bias), out_scale)
 
@@ -201,7 +188,7 @@ def residual_layer_norm_reference(
     out_scale: of the layer norm alone.
     """
     total = x + (delta + bias)
-    return total, fused_layer_norm_reference(total, scale, shift, epsilon, out_scale)
+    return total, layer_norm_reference(total, scale, shift, epsilon, out_scale)
 
 
 def extract_patch_rows_reference(images: Tensor, size: int, dtype: torch.dtype) -> Tensor:
@@ -222,7 +209,7 @@ def embed_image_reference(
     patches = patches.reshape(-1, positions.shape[0] - 1, patches.shape[1])
     x = prepend_class_token_reference(patches, class_token) + positions
     x = layer_norm_reference(x, scale_pre, shift_pre, epsilon_pre).flatten(0, 1)
-    return x, fused_layer_norm_reference(x, scale_1, shift_1, epsilon_1, out_scale)
+    return x, layer_norm_reference(x, scale_1, shift_1, epsilon_1, out_scale)
 
 
 def split_tokens_reference(x: Tensor, tokens: int) -> Tensor:
@@ -260,7 +247,7 @@ select_token = _op(select_token_reference)
 fused_attention = _op(fused_attention_reference, _attention_fake)
 fused_linear = _op(fused_linear_reference)
 fused_quantized_linear = _op(fused_quantized_linear_reference)
-fused_layer_norm = _op(fused_layer_norm_reference)
+fused_layer_norm = _op(layer_norm_reference, name="fused_layer_norm")
 bias_quick_gelu = _op(bias_quick_gelu_reference)
 residual_layer_norm = _op(residual_layer_norm_reference)
 extract_patch_rows = _op(extract_patch_rows_reference)

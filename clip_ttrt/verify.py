@@ -110,18 +110,21 @@ def batches_to_probe(artifact: Artifact) -> tuple[int, ...]:
     return tuple(sorted({batch.minimum, batch.optimal, largest, *inside}))
 
 
-def logits(features: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Cosines of images [N, E] with texts [M, E]: float64 [N, M]."""
-    image, text = (normalize(features[name].double(), dim=-1) for name in ("image", "text"))
-    return image @ text.t()
-
-
-def top1(compiled: torch.Tensor, reference: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Percentages of logits [N, M] whose greatest is at a label [N], and of those that agree."""
-    chosen, right = compiled.argmax(dim=1), reference.argmax(dim=1)
-    hits = {"reference": right == labels, "compiled": chosen == labels,
-            "agreement": chosen == right}
-    return {name: hit.double().mean().item() * 100 for name, hit in hits.items()}
+def judge(features: Mapping[str, torch.Tensor], references: Mapping[str, torch.Tensor],
+          labels: Optional[torch.Tensor], scale: float) -> dict[str, Any]:
+    """Errors of each encoder's features; of both also those of their logits, scaled cosines, and,
+    with the index of each image's text, percentages of images that have their greatest there."""
+    report = {"errors": {name: errors(features[name], references[name]) for name in features}}
+    if len(features) == 2:
+        compiled, reference = (scale * normalize(each["image"].double(), dim=-1)
+                               @ normalize(each["text"].double(), dim=-1).t()
+                               for each in (features, references))
+        report["errors"]["logits"] = errors(compiled, reference)
+        chosen, right = compiled.argmax(dim=1), reference.argmax(dim=1)
+        hits = {"reference": right == labels, "compiled": chosen == labels,
+                "agreement": chosen == right} if labels is not None else {}
+        report["top1"] = {name: hit.double().mean().item() * 100 for name, hit in hits.items()}
+    return report
 
 
 def compare(artifact: Artifact, checkpoint: Checkpoint, inputs: Optional[tuple] = None
@@ -137,46 +140,38 @@ def compare(artifact: Artifact, checkpoint: Checkpoint, inputs: Optional[tuple] 
     most, counts = max(sizes, default=0), {"image": len(images), "text": len(lines)}
     more = {"image": lambda: more_images(images, most),
             "text": lambda: deprecations.clip().tokenize(more_lines(lines, most), truncate=True)}
-    features, found, batches = {}, {}, {}
+    features, batches = {}, {}
     with memory_errors("verifying"), torch.no_grad():
         rows = {name: more[name]() for name in artifact.encoders}
         references = reference_features(checkpoint, rows, artifact.device)
         model = CompiledCLIP(artifact)
         for name, reference in references.items():
-            encode, count = getattr(model, f"encode_{name}"), counts[name]
-            x = rows[name].to(model.device)
-            features[name] = encode(x[:count]).cpu(), reference[:count]
-            found[name] = errors(*features[name])
+            encode, x = getattr(model, f"encode_{name}"), rows[name].to(model.device)
+            features[name] = encode(x[:counts[name]]).cpu()
             batches[name] = {str(size): errors(encode(x[:size]), reference[:size])["cos_min"]
                              for size in sizes}
-    report = {"inputs": about, "weights": checkpoint.origin.describe(), "errors": found,
-              "batches": batches}
-    if len(features) == 2:
-        scale = checkpoint.state_dict["logit_scale"].exp().item()
-        compiled, reference = (
-            scale * logits({name: both[i] for name, both in features.items()}) for i in (0, 1))
-        found["logits"] = errors(compiled, reference)
-        if labels is not None:
-            report["top1"] = top1(compiled, reference, labels)
-    report["failures"] = failures(artifact, checkpoint, report)
+            references[name] = reference[:counts[name]]
+    scale = checkpoint.state_dict["logit_scale"].exp().item()
+    report = {"inputs": about, "weights": checkpoint.origin.describe(), "batches": batches,
+              **judge(features, references, labels, scale)}
+    report["failures"] = failures(artifact.manifest["computes_in"], checkpoint, report)
     report["passed"] = not report["failures"]
     return report
 
 
-def failures(artifact: Artifact, checkpoint: Checkpoint, report: dict[str, Any]) -> list[str]:
-    """What lies outside the bounds, a sentence each.  A NaN is outside every bound."""
-    precision = artifact.manifest["computes_in"]  # whatever was asked
+def failures(precision: str, checkpoint: Checkpoint, report: dict[str, Any]) -> list[str]:
+    """What lies outside a precision's bounds, a sentence each.  A NaN is outside every bound."""
     bound, found = COSINE_BOUND[precision], []
-    for name in artifact.encoders:
+    for name, batches in report["batches"].items():
         cosines = {"": report["errors"][name]["cos_min"]}
-        cosines |= {f" at batch {size}": each for size, each in report["batches"][name].items()}
+        cosines |= {f" at batch {size}": each for size, each in batches.items()}
         wrong = [f"{each:.7f}{where}" for where, each in cosines.items() if not each >= bound]
         if wrong:
             found.append(f"{name}: smallest cosine {', '.join(wrong)} < {bound} ({precision})")
         least = MEDIAN_BOUND.get(precision)
         if least and not (median := report["errors"][name]["cos_median"]) >= least:
             found.append(f"{name}: median cosine {median:.7f} < {least} ({precision})")
-    if checkpoint.origin.kind == "demo" and "top1" in report:
+    if checkpoint.origin.kind == "demo" and report.get("top1"):
         change = abs(report["top1"]["compiled"] - report["top1"]["reference"])
         if not change <= TOP1_BOUND[precision]:
             found.append(f"top-1 changed by {change:.2f} points, over {TOP1_BOUND[precision]}")
