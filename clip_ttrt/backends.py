@@ -36,12 +36,9 @@ class Choice(NamedTuple):
 def choose(asked: str, precision: str) -> Backend:
     """The backend for `auto` or a name, at a precision; UserError where it cannot be had."""
     installed, no_gpu = stack.versions(), stack.no_gpu()
-    if precision == "fp8":
-        here, needed = (0, 0) if no_gpu else torch.cuda.get_device_capability(), FP8_CAPABILITY
-        if here < needed:
-            what = no_gpu or "the compute capability of {} is {}.{}".format(
-                torch.cuda.get_device_name(), *here)
-            raise UserError(f"{what}, and fp8 needs {needed[0]}.{needed[1]}; use --precision fp16")
+    if precision == "fp8" and (no_gpu or torch.cuda.get_device_capability() < FP8_CAPABILITY):
+        lack = no_gpu or "{name} has compute capability {compute_capability}".format(**stack.gpu())
+        raise UserError(f"{lack}, and fp8 needs 8.9 or more; use --precision fp16")
     wheels = [wheel for wheel, _ in PACKAGES.values() if wheel in installed]
     if len(wheels) > 1 and asked != "torchscript":  # pip does not notice
         both = " and ".join(f"{wheel} {installed[wheel]}" for wheel in wheels)

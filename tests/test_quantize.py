@@ -1,4 +1,5 @@
 """fp8: numbers in E4M3, passes over encoders, calibration data, and the gate in simulation."""
+import contextlib
 import hashlib
 import json
 from dataclasses import replace
@@ -9,7 +10,9 @@ import torch
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from clip_ttrt import backends, deprecations, engine, graph, linear, ops, quantize, stack, verify
+import clip_ttrt
+from clip_ttrt import backends, deprecations, graph, linear, ops, quantize, stack, trt, verify
+from clip_ttrt.artifact import read_artifact, recompile_command
 from clip_ttrt.checkpoint import load_checkpoint
 from clip_ttrt.encoders import ENCODERS
 from clip_ttrt.errors import UserError
@@ -215,25 +218,18 @@ def test_options_that_do_not_fit(options, sentence):
 def test_no_gpu_or_an_old_one_or_no_tensorrt(monkeypatch):
     monkeypatch.setattr(stack, "driver", list)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="no CUDA GPU answers, and fp8 needs 8.9; .* fp16"):
+    with pytest.raises(UserError, match="^no CUDA GPU answers, and fp8 needs 8.9 .* fp16$"):
         backends.choose("auto", "fp8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A10")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
-    with pytest.raises(UserError, match="capability of NVIDIA A10 is 8.6, and fp8 needs 8.9"):
+    with pytest.raises(UserError, match="^NVIDIA A10 has compute capability 8.6, and fp8 .* fp16$"):
         backends.choose("auto", "fp8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
     for asked in ("auto", "torchscript"):
         monkeypatch.setattr(stack, "versions", lambda: {"torch": "2.14.1"})
         with pytest.raises(UserError, match="TorchScript has no fp8.*--precision fp16"):
             backends.choose(asked, "fp8")
-
-
-def test_an_fp8_compile_is_refused_here_in_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="fp8 needs 8.9"):
-        engine.compile_with(Options(precision="fp8", output=tmp_path / "a"), None)
-    assert not list(tmp_path.iterdir())
 
 
 # Calibration data
@@ -275,12 +271,12 @@ def test_one_in_four_is_held_back_by_the_hash_of_its_content(files, monkeypatch)
 
 def test_too_few_of_a_kind_is_a_sentence(files, monkeypatch):
     both = [str(files / "pictures"), str(files / "captions.txt")]
+    monkeypatch.setattr(quantize, "LEAST", 61)
     with pytest.raises(UserError, match="pictures, .*captions.txt: 60 different pictures can be "
-                                        "read, .* at least 64; give --calibrate more"):
+                                        "read, .* at least 61; give --calibrate more"):
         quantize.read(both, "image", 32, "cpu")
     with pytest.raises(UserError, match=": 50 different captions"):
         quantize.read(both, "text", 32, "cpu")
-    monkeypatch.setattr(quantize, "LEAST", 50)
     with pytest.raises(UserError, match=": 0 different captions"):
         quantize.read(both[:1], "text", 32, "cpu")
 
@@ -299,9 +295,10 @@ def test_many_files_are_read_in_parts_spread_over_all(files, monkeypatch):
 def few(monkeypatch):
     """Few rows of the embedded model's, so that the simulation takes a second."""
     images, lines, labels, _ = HELD_OUT
-    monkeypatch.setattr(quantize, "LEAST", 64)
+    monkeypatch.setattr(quantize, "LEAST", 32)
     monkeypatch.setattr(quantize, "MEASURED", 8)
-    monkeypatch.setattr(verify, "inputs_for", lambda *_: (images[::16], lines, labels[::16], "few"))
+    monkeypatch.setattr(verify, "inputs_for", lambda *_: (
+        images[:256:8], lines[:32], labels[:256:8], "few"))
 
 
 HELD_OUT = verify.inputs_for("demo", 112)
@@ -331,7 +328,7 @@ def test_the_embedded_model_passes_and_its_scales_serve_again(fused, tmp_path):
         assert counts["quantize"] == len(names) == 4 * len(plain.blocks)
         about = found.found["encoders"][encoder]
         assert about["kept_fp16"] == {} and list(about["scales"]) == list(about["cos_min_alone"])
-        assert (about["calibrated_with"], about["held_back"]) == (64, len(found.rows[encoder]))
+        assert (about["calibrated_with"], about["held_back"]) == (32, len(found.rows[encoder]))
         assert 0.99 < min(about["cos_min_alone"].values()) < 0.99999
         assert about["saturated"] < 1e-3
         cosines = torch.cosine_similarity(module(rows).float(), found.references[encoder][:3])
@@ -469,3 +466,48 @@ def test_where_no_layer_can_be_in_fp8_that_is_said():
     found.references["text"] = -found.references["text"]
     with pytest.raises(UserError, match="no linear layer of the text .*; use --precision fp16"):
         found.choose("text", lowered("text", "fp32", True)[2])
+
+
+# A compile
+
+
+@pytest.fixture
+def engines(monkeypatch):
+    """A machine that builds "engines": the graph itself on the CPU, through the references."""
+    def build(module, example, name, **settings):
+        graph.run(module, [graph.inline_references])
+        return module, {"engine_mib": 1}
+
+    backend = backends.Backend("tensorrt", "cpu", "fp8", "pretended")
+    monkeypatch.setattr(backends, "choose", lambda *_: backend)
+    monkeypatch.setattr(trt, "load_runtime", lambda name: None)
+    monkeypatch.setattr(trt, "builder_kept", contextlib.nullcontext)
+    monkeypatch.setattr(trt, "build", build)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda x: x)
+
+
+def test_an_artifact_in_fp8_has_its_scales_and_was_held_to_its_bounds(engines, tmp_path):
+    options = {"precision": "fp8", "batch": "1:2:4", "kernels": "tensorrt"}
+    artifact = clip_ttrt.compile(output=tmp_path / "a", **options)
+    report = artifact.manifest["verification"]
+    scales = json.loads((tmp_path / "a/scales.json").read_text())
+    assert report["passed"] and report["inputs"] == "few"
+    assert 0.99 < report["errors"]["image"]["cos_min"] < 0.9999
+    for name, module in artifact.manifest["modules"].items():
+        assert module["fp8"] == scales["encoders"][name] and module["fp8"]["kept_fp16"] == {}
+        assert module["rewrites"]["quantize"] == len(module["fp8"]["scales"])
+    command = recompile_command(artifact)
+    assert f"--kernels tensorrt --scales {tmp_path}/a/scales.json --output {tmp_path}/a" in command
+    again = clip_ttrt.compile(output=tmp_path / "b", scales=tmp_path / "a/scales.json",
+                              encoder="text", **options)
+    [kept] = json.loads((tmp_path / "b/scales.json").read_text())["encoders"].items()
+    assert kept == ("text", scales["encoders"]["text"]) and again.verified
+
+
+def test_a_verification_outside_the_bounds_marks_the_artifact(engines, tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "MEDIAN_BOUND", {"fp8": 1.1})
+    monkeypatch.setattr(quantize.Quantizer, "holds", lambda *_: True)
+    with pytest.raises(clip_ttrt.VerificationError, match="text: median cosine .* < 1.1"):
+        clip_ttrt.compile(output=tmp_path / "a", precision="fp8", batch=2, kernels="tensorrt",
+                          encoder="text")
+    assert read_artifact(tmp_path / "a").verified is False
