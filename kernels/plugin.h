@@ -13,7 +13,6 @@
 #include <NvInferRuntime.h>
 #include <cuda_runtime_api.h>
 
-#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -23,6 +22,7 @@
 #include <tuple>
 #include <vector>
 
+#include "e4m3.h"
 #include "library.h"
 
 namespace clip {
@@ -138,8 +138,7 @@ inline void report(const char* plugin, const std::string& what) {
   std::fprintf(stderr, "%s plugin: %s\n", plugin, what.c_str());
 }
 
-// A field out_scale: 0, where an output is fp16, or what E4M3 is divided by.
-inline bool valid_out_scale(float x) { return x == 0 || (std::isnormal(x) && x > 0); }
+// Of a field out_scale: 0, where an output is fp16, or what E4M3 is divided by.
 constexpr char kWrongOutScale[] = "out_scale must be 0 or a normal number above 0";
 
 // What a launch is given: shapes of the inputs, the type of the first, and pointers.

@@ -24,7 +24,7 @@
 #include <atomic>
 #include <type_traits>
 
-#include "../e4m3.cuh"
+#include "../e4m3.h"
 #include "attention.h"
 #include "wgmma.cuh"
 

@@ -30,7 +30,7 @@ class Attention final : public Plugin<Attention, AttentionData> {
       Field{"query_bias", &Data::query_bias}, Field{"out_scale", &Data::out_scale}};
 
   static const char* complete(Data& data) {
-    if (!valid_out_scale(data.out_scale)) return kWrongOutScale;
+    if (!e4m3::valid_scale(data.out_scale)) return kWrongOutScale;
     const bool valid = data.heads >= 1 && data.heads <= kClipAttentionMaxHeads &&
                        data.tokens >= 1 && data.tokens <= kClipAttentionMaxTokens &&
                        (data.causal | 1) == 1 && (data.query_bias | 1) == 1;

@@ -45,7 +45,7 @@ class Gelu final : public Plugin<Gelu, GeluData> {
   static constexpr std::tuple kFields{Field{"out_scale", &Data::out_scale}};
 
   static const char* complete(Data& data) {
-    return valid_out_scale(data.out_scale) ? nullptr : kWrongOutScale;
+    return e4m3::valid_scale(data.out_scale) ? nullptr : kWrongOutScale;
   }
   int32_t inputs() const { return 2; }
   int32_t outputs() const { return 1; }
@@ -81,7 +81,7 @@ class LayerNorm final : public Plugin<LayerNorm, LayerNormData> {
 
   static const char* complete(Data& data) {
     const bool valid = (data.residual | 1) == 1 && positive(data.epsilon);
-    if (!valid_out_scale(data.out_scale)) return kWrongOutScale;
+    if (!e4m3::valid_scale(data.out_scale)) return kWrongOutScale;
     return valid ? nullptr : "residual must be 0 or 1 and epsilon finite and above 0";
   }
   int32_t inputs() const { return data_.residual != 0 ? 5 : 3; }
@@ -182,7 +182,7 @@ class Embed final : public Plugin<Embed, EmbedData> {
       Field{"epsilon_1", &Data::epsilon_1}, Field{"out_scale", &Data::out_scale}};
 
   static const char* complete(Data& data) {
-    if (!valid_out_scale(data.out_scale)) return kWrongOutScale;
+    if (!e4m3::valid_scale(data.out_scale)) return kWrongOutScale;
     const bool valid = data.tokens >= 2 && positive(data.epsilon_pre) && positive(data.epsilon_1);
     return valid ? nullptr
                  : "tokens must be 2 or more, epsilon_pre and epsilon_1 finite and above 0";

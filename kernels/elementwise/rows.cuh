@@ -7,7 +7,7 @@
 
 #include <type_traits>
 
-#include "../e4m3.cuh"
+#include "../e4m3.h"
 #include "elementwise.h"
 
 namespace rows {

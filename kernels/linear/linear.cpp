@@ -15,7 +15,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <cstring>
 #include <exception>
 #include <map>
@@ -25,6 +24,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../e4m3.h"
 #include "cublaslt.h"
 
 namespace {
@@ -207,14 +207,13 @@ bool valid_sizes(int32_t inputs, int32_t outputs, bool quantized) {
          outputs <= kClipLinearMaxWidth && outputs % outputs_step == 0;
 }
 
-bool valid_scale(float scale) { return scale == 0 || (scale > 0 && std::isnormal(scale)); }
-
 // A table of bytes as its parts; false where it is none.
 bool read_table(const void* bytes, int64_t size, ClipLinearTable& about,
                 std::vector<ClipLinearEntry>& entries) {
   if (bytes == nullptr || size < static_cast<int64_t>(sizeof(about))) return false;
   std::memcpy(&about, bytes, sizeof(about));
-  if (!valid_scale(about.scale) || !valid_sizes(about.inputs, about.outputs, about.scale > 0) ||
+  if (!e4m3::valid_scale(about.scale) ||
+      !valid_sizes(about.inputs, about.outputs, about.scale > 0) ||
       (about.bias != 0 && about.bias != 1) || about.count < 0 ||
       about.count > kClipLinearMaxEntries ||
       size != static_cast<int64_t>(sizeof(about) + about.count * sizeof(ClipLinearEntry)))
