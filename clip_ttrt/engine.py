@@ -147,8 +147,7 @@ def beside_fp16(name: str, in_fp8: torch.jit.ScriptModule, checkpoint: Checkpoin
     """Milliseconds of a call at the optimal batch in fp8 and in fp16, which is built here."""
     options = replace(options, precision="fp16", calibrate=None, scales=None, compare=False)
     in_fp16, _ = build_encoder(name, checkpoint, options.batch, plan_for(options), progress)
-    size, found = options.batch.optimal, {}
-    x = rows[torch.arange(size) % len(rows)].cuda()
+    x, found = verify.repeated(rows, size := options.batch.optimal)[:size].cuda(), {}
     for precision, module in ("fp8", in_fp8), ("fp16", in_fp16):
         encoder = Encoder([module], options.batch, checkpoint.dimensions.embed_dim, x[:0], True)
         encoder.warmup([size] * TIMED)

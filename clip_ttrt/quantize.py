@@ -66,13 +66,13 @@ def own(encoder: str) -> list:
     drawn = scenes.training_scenes(LEAST, torch.Generator().manual_seed(0))
     if encoder == "image":
         return [*scenes.to_input(scenes.render(drawn))]
-    return [captions.caption(row, i % captions.TEMPLATES)
-            for i, row in enumerate(drawn.attributes.tolist())]
+    codes = enumerate(drawn.attributes.tolist())
+    return [captions.caption(row, i % captions.TEMPLATES) for i, row in codes]
 
 
 def as_input(rows: Sequence) -> Tensor:
-    """Images as float32 [N, 3, R, R], or captions as int32 [N, 77], cut where they are too long."""
-    if len(rows) and isinstance(rows[0], Tensor):
+    """Images as float32 [N, 3, R, R]; captions as int32 [N, 77], cut where they are too long."""
+    if isinstance(rows[0], Tensor):
         return torch.stack([*rows])
     return deprecations.clip().tokenize(rows, truncate=True).int()
 
@@ -80,13 +80,9 @@ def as_input(rows: Sequence) -> Tensor:
 class Simulation(fx.Interpreter):
     """Runs a lowered graph on the ops' references, block layers that have a scale as in fp8.
 
-    largest: weight's name -> the largest magnitude of its layer's inputs.  saturated: of the inputs
-    of each layer in fp8, a share for every batch.
+    Of the last `features`: largest, weight's name -> largest magnitude of its layer's input, and
+    saturated, shares of the inputs of layers in fp8, for each batch.
     """
-
-    def __init__(self, module: fx.GraphModule):
-        super().__init__(module)
-        self.largest: dict[str, float] = {}
 
     def run_node(self, node: fx.Node) -> Any:
         if (name := graph.block_weight(node)) is None:
@@ -106,7 +102,7 @@ class Simulation(fx.Interpreter):
     @torch.no_grad()
     def features(self, rows: Tensor, scales: dict[str, float]) -> Tensor:
         """float32 [N, E] on the CPU, with these layers in fp8."""
-        self.scales, self.saturated = scales, []
+        self.scales, self.saturated, self.largest = scales, [], {}
         device = next(self.module.parameters()).device
         return torch.cat([self.run(part.to(device)).cpu() for part in rows.split(BATCH)])
 
@@ -120,21 +116,22 @@ class Quantizer:
     """
 
     def __init__(self, options: Options, kernels: str, checkpoint: Checkpoint, device: str):
-        self.checkpoint, self.device = checkpoint, device
-        side = checkpoint.dimensions.image_resolution
+        self.checkpoint, self.device, names = checkpoint, device, options.encoders
         self.found = {"kernels": kernels, "weights": checkpoint.origin.sha256, "encoders": {}}
         self.known = known_scales(options, self.found) if options.scales else {}
+        side = checkpoint.dimensions.image_resolution
+        images, lines, labels, about = verify.inputs_for(options.model, side)
         if options.calibrate:
-            data = {name: read(options.calibrate, name, side, device) for name in options.encoders}
-            held = [data.get(name, ([], []))[1] for name in KINDS]
-            about = "{} pictures and {} captions held back from calibration"
-            self.inputs = as_input(held[0]), held[1], None, about.format(*map(len, held))
-            self.data = {name: rows for name, (rows, _) in data.items()}
+            read_ = {name: read(options.calibrate, name, side, device) for name in names}
+            self.data = {name: rows for name, (rows, _) in read_.items()}
+            held = {name: rows for name, (_, rows) in read_.items()}
+            images, lines, labels = held.get("image", images), held.get("text", lines), None
+            about = " and ".join(f"{len(rows)} {KINDS[name]}" for name, rows in held.items())
+            about += " held back from calibration"
         else:
-            self.inputs = verify.inputs_for(options.model, side)
-            self.data = {name: own(name) for name in options.encoders if not self.known}
-        rows = dict(zip(KINDS, self.inputs))
-        self.rows = {name: as_input(rows[name]) for name in options.encoders}
+            self.data = {name: own(name) for name in names if not self.known}
+        self.inputs = as_input(images), lines, labels, about
+        self.rows = {name: as_input(rows) for name, rows in zip(KINDS, self.inputs) if name in names}
         self.references = verify.reference_features(checkpoint, self.rows, device)
 
     def passes(self, encoder: str, planned: Sequence[graph.Pass]) -> tuple[graph.Pass, ...]:
@@ -188,11 +185,12 @@ def known_scales(options: Options, wanted: dict[str, Any]) -> dict[str, Any]:
     try:
         found = json.loads(Path(options.scales).read_text())
         encoders = {name: found["encoders"][name] for name in options.encoders}
-        others = [name for name in ("kernels", "weights") if found[name] != wanted[name]]
+        theirs = {name: found[name] for name in ("kernels", "weights")}
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise UserError(f"{options.scales} holds no scales of these encoders ({problem!r}); name "
                         "the scales.json of an artifact, or --calibrate") from problem
-    if others:
-        raise UserError(f"{options.scales} is for {others[0]} {found[others[0]]}, not "
-                        f"{wanted[others[0]]}; --calibrate instead of --scales")
+    for name, value in theirs.items():
+        if value != wanted[name]:
+            raise UserError(f"{options.scales} is for {name} {value}, not {wanted[name]}; "
+                            "--calibrate instead of --scales")
     return encoders

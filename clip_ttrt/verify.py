@@ -2,7 +2,7 @@
 import sys
 from contextlib import contextmanager
 from random import Random
-from typing import Any, Mapping, Optional
+from typing import Any, Mapping, Optional, Sequence
 
 import torch
 from torch.nn.functional import cosine_similarity, interpolate, normalize
@@ -78,6 +78,12 @@ def more_lines(lines: list[str], count: int) -> list[str]:
     return list(different)
 
 
+def repeated(rows: Sequence, count: int) -> Any:
+    """Rows and, up to count, seeded choices of them: fp8 is not calibrated for mixes."""
+    several = [*rows, *Random(0).choices(rows, k=max(0, count - len(rows)))]
+    return torch.stack(several) if isinstance(rows, torch.Tensor) else several
+
+
 @contextmanager
 def exact_fp32():
     """No TF32 in PyTorch's own kernels, so that the fp32 reference is one."""
@@ -138,11 +144,14 @@ def compare(artifact: Artifact, checkpoint: Checkpoint, inputs: Optional[tuple] 
     sizes, side = batches_to_probe(artifact), artifact.dimensions.image_resolution
     images, lines, labels, about = inputs or inputs_for(artifact.manifest["model"], side)
     most, counts = max(sizes, default=0), {"image": len(images), "text": len(lines)}
-    more = {"image": lambda: more_images(images, most),
-            "text": lambda: deprecations.clip().tokenize(more_lines(lines, most), truncate=True)}
+    fill_images, fill_lines = more_images, more_lines
+    if artifact.manifest["computes_in"] == "fp8":
+        fill_images = fill_lines = repeated
+    rows = {"image": fill_images(images, most),
+            "text": deprecations.clip().tokenize(fill_lines(lines, most), truncate=True)}
     features, batches = {}, {}
     with memory_errors("verifying"), torch.no_grad():
-        rows = {name: more[name]() for name in artifact.encoders}
+        rows = {name: rows[name] for name in artifact.encoders}
         references = reference_features(checkpoint, rows, artifact.device)
         model = CompiledCLIP(artifact)
         for name, reference in references.items():

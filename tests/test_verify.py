@@ -121,9 +121,20 @@ def test_other_inputs_without_labels_and_of_one_encoder(demo_artifact):
     images, lines, _, _ = verify.inputs_for("demo", 112)
     too_long = "a photo of " + 90 * "one small red circle "
     for encoders, given in ((("image", "text"), (images[:8], [*lines[:5], too_long], None, "mine")),
-                            (("text",), (images[:0], lines[:5], None, "mine"))):
+                            (("text",), (images[:1], lines[:5], None, "mine"))):
         modules = {name: demo_artifact.manifest["modules"][name] for name in encoders}
         part = replace(demo_artifact, manifest={**demo_artifact.manifest, "modules": modules})
         report = verify.compare(part, load_checkpoint("demo"), given)
         assert report["passed"] and report["inputs"] == "mine" and not report.get("top1")
         assert report["errors"]["text"]["rows"] == len(given[1])
+
+
+def test_rows_are_repeated_in_another_order():
+    rows = torch.randn(10, 3)
+    several = verify.repeated(rows, 40)
+    assert torch.equal(several[:10], rows) and torch.equal(several, verify.repeated(rows, 40))
+    assert {*map(tuple, several.tolist())} == {*map(tuple, rows.tolist())}
+    same = (several[:, None] == several[None]).all(2).float()
+    for stride in (1, 8, 10, 16, 20):  # rows that an engine mixes up would show
+        assert same.diagonal(stride).mean() < 0.4
+    assert verify.repeated(["a", "b"], 1) == ["a", "b"] and len(verify.repeated(["a"], 5)) == 5
