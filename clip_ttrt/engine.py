@@ -156,8 +156,7 @@ def beside_fp16(name: str, in_fp8: torch.jit.ScriptModule, checkpoint: Checkpoin
             encoder(x)
         torch.cuda.synchronize()
         found[precision] = (perf_counter() - begun) / TIMED * 1e3
-    progress.say(f"the {name} encoder takes {found['fp8']:.3f} ms for a batch of {size} in fp8, "
-                 f"and {found['fp16']:.3f} ms in fp16")
+    progress.say(f"{name}, batch {size}: {found['fp8']:.3f} ms in fp8, {found['fp16']:.3f} in fp16")
     return found
 
 

@@ -5,8 +5,7 @@ TorchScript through the reference, which is differentiable PyTorch.  Encoders ca
 and `cast`; `graph.py` maps PyTorch's operations to the next ones, and puts the fused ones in the
 place of several where the plugins serve.
 
-In fp8 a tensor is E4M3 times a static scale, one for the whole tensor.  An `out_scale` makes a
-result E4M3, x / out_scale: what feeds a linear layer quantises for it.
+In fp8 a tensor is E4M3 times a scale.  An `out_scale` makes a result, the last of two, E4M3.
 """
 from typing import Optional
 
@@ -183,10 +182,7 @@ def residual_layer_norm_reference(
     x: Tensor, delta: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, epsilon: float,
     out_scale: Optional[float] = None
 ) -> tuple[Tensor, Tensor]:
-    """The sum x + delta + bias and its layer norm: two [..., W], three [W] -> two [..., W].
-
-    out_scale: of the layer norm alone.
-    """
+    """The sum x + delta + bias and its layer norm: two [..., W], three [W] -> two [..., W]."""
     total = x + (delta + bias)
     return total, layer_norm_reference(total, scale, shift, epsilon, out_scale)
 
@@ -204,7 +200,7 @@ def embed_image_reference(
     """From projected patches to the first block: rows [B·N, W] -> two of rows [B·(N + 1), W].
 
     The first is the layer norm of class token and patches plus positions [N + 1, W], the second
-    the first block's layer norm of that, to which out_scale belongs.
+    the first block's layer norm of that.
     """
     patches = patches.reshape(-1, positions.shape[0] - 1, patches.shape[1])
     x = prepend_class_token_reference(patches, class_token) + positions

@@ -65,8 +65,7 @@ class Options:
                                     "default: demo for the demo model, openai for OpenAI's")
     precision: str = option("fp16", PRECISIONS)
     calibrate: Union[None, str, Path, Sequence] = option(
-        None, "FOLDER|LIST|captions.txt", "of fp8: pictures and captions, at least 512 of each "
-        "(default for the demo model: its own)")
+        None, "FOLDER|LIST|captions.txt", "of fp8: at least 512 pictures and as many captions")
     scales: Union[None, str, Path] = option(None, "FILE", "of fp8: scales.json of an artifact")
     compare: bool = option(False, help="of fp8: build fp16, too, and say what fp8 brings")
     batch: Union[int, str, BatchRange] = option("1:32:256", "N|MIN:OPT:MAX", "one or a range")

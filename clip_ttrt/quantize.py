@@ -1,7 +1,7 @@
 """fp8: calibration, and the gate that decides which linear layers stay in fp16.
 
-Both run the graph that is compiled on the ops' references.  The gate compares features with the
-original's in fp32, on inputs that calibration has not seen.
+Both run the graph that is compiled in PyTorch.  The gate compares features with the original's in
+fp32, on inputs that calibration has not seen.
 """
 import hashlib
 import json
@@ -26,11 +26,11 @@ SATURATED = 464  # where rounding to E4M3 would go beyond 448
 
 
 def is_captions(path: str) -> bool:
-    """Whether a path is that of a .txt file and, by its first line, of no list of pictures."""
-    if not (path.lower().endswith(".txt") and os.path.isfile(path)):
+    """Whether a path is that of a .txt file whose first line names no picture's file."""
+    if not path.lower().endswith(".txt"):
         return False
     with open(path, errors="replace") as file:
-        first = next((line.strip() for line in file if not line.isspace()), "")
+        first = file.readline().strip()
     return "://" not in first and not os.path.isfile(os.path.join(os.path.dirname(path), first))
 
 
@@ -46,14 +46,14 @@ def read(paths: Sequence[str], encoder: str, side: int, device: str) -> tuple[li
     chosen = [path for path in paths if is_captions(path) is text]
     shards = sources.plan(chosen, text, BATCH, 1.0, None) if chosen else []
     for shard in shards[::-(-len(shards) * BATCH // MOST) or 1]:
-        values = data = [each.data for each in shard.read(0, len(shard)) if not each.error]
-        if not text:
-            pixels = [picture.pixels for picture in decoder.decode(data)]
-            values = [image if one is not None else None
-                      for one, image in zip(pixels, preprocess(pixels).cpu())]
-        for content, value in zip(data, values):
-            if value is not None:
-                rows[hashlib.sha256(content.encode() if text else content).digest()] = value
+        data = [each.data for each in shard.read(0, len(shard)) if not each.error]
+        if text:
+            rows |= {hashlib.sha256(line.encode()).digest(): line for line in data}
+        else:
+            pixels = [picture.pixels for picture in decoder.decode(data)]  # None of a bad one
+            images = zip(data, pixels, preprocess(pixels).cpu())
+            rows |= {hashlib.sha256(file).digest(): image for file, one, image in images
+                     if one is not None}
     if len(rows) < LEAST:
         raise UserError(f"{', '.join(paths)}: {len(rows)} different {KINDS[encoder]} can be read, "
                         f"and fp8 is calibrated with at least {LEAST}; give --calibrate more")
@@ -78,7 +78,7 @@ def as_input(rows: Sequence) -> Tensor:
 
 
 class Simulation(fx.Interpreter):
-    """Runs a lowered graph on the ops' references, block layers that have a scale as in fp8.
+    """Runs a lowered graph, with some linear layers of its blocks as in fp8.
 
     Of the last `features`: largest, weight's name -> largest magnitude of its layer's input, and
     saturated, shares of the inputs of layers in fp8, for each batch.
@@ -95,9 +95,6 @@ class Simulation(fx.Interpreter):
         self.saturated.append((size > SATURATED * scale).double().mean().item())
         weight, weight_scale = graph.weight_in_e4m3(weight)
         return ops.quantized_linear_reference(x, weight, bias, scale, weight_scale)
-
-    def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
-        return super().call_function(ops.REFERENCES.get(target, target), args, kwargs)
 
     @torch.no_grad()
     def features(self, rows: Tensor, scales: dict[str, float]) -> Tensor:
@@ -116,22 +113,19 @@ class Quantizer:
     """
 
     def __init__(self, options: Options, kernels: str, checkpoint: Checkpoint, device: str):
-        self.checkpoint, self.device, names = checkpoint, device, options.encoders
+        self.device, side, names = device, checkpoint.dimensions.image_resolution, options.encoders
         self.found = {"kernels": kernels, "weights": checkpoint.origin.sha256, "encoders": {}}
         self.known = known_scales(options, self.found) if options.scales else {}
-        side = checkpoint.dimensions.image_resolution
         images, lines, labels, about = verify.inputs_for(options.model, side)
         if options.calibrate:
-            read_ = {name: read(options.calibrate, name, side, device) for name in names}
-            self.data = {name: rows for name, (rows, _) in read_.items()}
-            held = {name: rows for name, (_, rows) in read_.items()}
+            parts = {name: read(options.calibrate, name, side, device) for name in names}
+            self.data, held = ({name: part[i] for name, part in parts.items()} for i in (0, 1))
             images, lines, labels = held.get("image", images), held.get("text", lines), None
-            about = " and ".join(f"{len(rows)} {KINDS[name]}" for name, rows in held.items())
-            about += " held back from calibration"
+            about = f"held back: {', '.join(f'{len(held[name])} {KINDS[name]}' for name in names)}"
         else:
             self.data = {name: own(name) for name in names if not self.known}
         self.inputs = as_input(images), lines, labels, about
-        self.rows = {name: as_input(rows) for name, rows in zip(KINDS, self.inputs) if name in names}
+        self.rows = {name: as_input(self.inputs[name == "text"]) for name in names}
         self.references = verify.reference_features(checkpoint, self.rows, device)
 
     def passes(self, encoder: str, planned: Sequence[graph.Pass]) -> tuple[graph.Pass, ...]:
@@ -156,14 +150,15 @@ class Quantizer:
                      "sha256": hashlib.sha256(data.numpy()).hexdigest(),
                      "scales": {name: size / ops.E4M3_MAX or 1.0
                                 for name, size in run.largest.items()}}
-        alone = {name: verify.errors(run.features(rows[:MEASURED], {name: scale}),
-                                     reference[:MEASURED])["cos_min"]
-                 for name, scale in about["scales"].items()}
+        scales, alone = about["scales"], {}
+        for name in scales:
+            found = run.features(rows[:MEASURED], {name: scales[name]})
+            alone[name] = verify.errors(found, reference[:MEASURED])["cos_min"]
         kept = {name: alone[name] for name in about["kept_fp16"]}
         for name in (None, *sorted(alone, key=lambda name: (alone[name] >= -1, alone[name]))):
             kept |= {name: alone[name]} if name else {}
-            chosen = {name: scale for name, scale in about["scales"].items() if name not in kept}
-            if self.holds(encoder, run.features(rows, chosen)):
+            chosen = {name: scale for name, scale in scales.items() if name not in kept}
+            if holds(run.features(rows, chosen), reference):
                 break
         if not chosen:
             raise UserError(f"no linear layer of the {encoder} encoder can compute in fp8 within "
@@ -173,24 +168,22 @@ class Quantizer:
             "kept_fp16": kept, "cos_min_alone": alone}
         return chosen
 
-    def holds(self, encoder: str, features: Tensor) -> bool:
-        """Whether features of the gate's rows lie within fp8's bounds; NaN lies outside."""
-        features = {**self.references, encoder: features}
-        report = verify.judge(features, self.references, self.inputs[2], 1.0)
-        return not verify.failures("fp8", self.checkpoint, {**report, "batches": {encoder: {}}})
+
+def holds(features: Tensor, reference: Tensor) -> bool:
+    """Whether features [N, E] lie within fp8's bounds of cosines; NaN lies outside."""
+    found = verify.errors(features, reference)
+    return (found["cos_min"] >= verify.COSINE_BOUND["fp8"]
+            and found["cos_median"] >= verify.MEDIAN_BOUND["fp8"])
 
 
 def known_scales(options: Options, wanted: dict[str, Any]) -> dict[str, Any]:
     """Encoder -> what a file of scales holds; UserError where that is of something else."""
     try:
         found = json.loads(Path(options.scales).read_text())
-        encoders = {name: found["encoders"][name] for name in options.encoders}
-        theirs = {name: found[name] for name in ("kernels", "weights")}
+        for name in ("kernels", "weights"):
+            if found[name] != wanted[name]:
+                raise ValueError(f"{name}: {found[name]}, not {wanted[name]}")
+        return {name: found["encoders"][name] for name in options.encoders}
     except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise UserError(f"{options.scales} holds no scales of these encoders ({problem!r}); name "
-                        "the scales.json of an artifact, or --calibrate") from problem
-    for name, value in theirs.items():
-        if value != wanted[name]:
-            raise UserError(f"{options.scales} is for {name} {value}, not {wanted[name]}; "
-                            "--calibrate instead of --scales")
-    return encoders
+        raise UserError(f"{options.scales} does not serve as --scales ({problem!r}); name the "
+                        "scales.json of an artifact like this one, or --calibrate") from problem

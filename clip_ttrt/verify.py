@@ -2,7 +2,7 @@
 import sys
 from contextlib import contextmanager
 from random import Random
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any, Optional, Sequence
 
 import torch
 from torch.nn.functional import cosine_similarity, interpolate, normalize
@@ -15,7 +15,7 @@ from clip_ttrt.demo import scenes
 from clip_ttrt.runtime import CompiledCLIP
 
 COSINE_BOUND = {"fp32": 0.999999, "tf32": 0.9999, "fp16": 0.9999, "bf16": 0.999, "fp8": 0.99}
-MEDIAN_BOUND = {"fp8": 0.998}  # of cosines, where the smallest alone would say little
+MEDIAN_BOUND = {"fp8": 0.998}  # of cosines, where the smallest alone says little
 # Percentage points, of the demo model.
 TOP1_BOUND = {"fp32": 0.2, "tf32": 0.2, "fp16": 0.2, "bf16": 0.5, "fp8": 0.5}
 REFERENCE_BATCH = 64
@@ -116,29 +116,12 @@ def batches_to_probe(artifact: Artifact) -> tuple[int, ...]:
     return tuple(sorted({batch.minimum, batch.optimal, largest, *inside}))
 
 
-def judge(features: Mapping[str, torch.Tensor], references: Mapping[str, torch.Tensor],
-          labels: Optional[torch.Tensor], scale: float) -> dict[str, Any]:
-    """Errors of each encoder's features; of both also those of their logits, scaled cosines, and,
-    with the index of each image's text, percentages of images that have their greatest there."""
-    report = {"errors": {name: errors(features[name], references[name]) for name in features}}
-    if len(features) == 2:
-        compiled, reference = (scale * normalize(each["image"].double(), dim=-1)
-                               @ normalize(each["text"].double(), dim=-1).t()
-                               for each in (features, references))
-        report["errors"]["logits"] = errors(compiled, reference)
-        chosen, right = compiled.argmax(dim=1), reference.argmax(dim=1)
-        hits = {"reference": right == labels, "compiled": chosen == labels,
-                "agreement": chosen == right} if labels is not None else {}
-        report["top1"] = {name: hit.double().mean().item() * 100 for name, hit in hits.items()}
-    return report
-
-
 def compare(artifact: Artifact, checkpoint: Checkpoint, inputs: Optional[tuple] = None
             ) -> dict[str, Any]:
     """Compare an artifact with the original model; the report is plain data for JSON.
 
-    inputs: as of `inputs_for`, which is the default; its labels may be None.  `passed` is false
-    outside the bounds of what the artifact computes in, with the reasons in `failures`.
+    inputs: as of `inputs_for`, the default, perhaps without labels.  `passed` is false outside the
+    bounds of what the artifact computes in, with the reasons in `failures`.
     Raises UserError where the GPU's memory runs out.
     """
     sizes, side = batches_to_probe(artifact), artifact.dimensions.image_resolution
@@ -149,31 +132,42 @@ def compare(artifact: Artifact, checkpoint: Checkpoint, inputs: Optional[tuple] 
         fill_images = fill_lines = repeated
     rows = {"image": fill_images(images, most),
             "text": deprecations.clip().tokenize(fill_lines(lines, most), truncate=True)}
-    features, batches = {}, {}
+    features, found, batches = {}, {}, {}
     with memory_errors("verifying"), torch.no_grad():
         rows = {name: rows[name] for name in artifact.encoders}
         references = reference_features(checkpoint, rows, artifact.device)
         model = CompiledCLIP(artifact)
         for name, reference in references.items():
-            encode, x = getattr(model, f"encode_{name}"), rows[name].to(model.device)
-            features[name] = encode(x[:counts[name]]).cpu()
+            encode, count = getattr(model, f"encode_{name}"), counts[name]
+            x = rows[name].to(model.device)
+            features[name] = encode(x[:count]).cpu(), reference[:count]
+            found[name] = errors(*features[name])
             batches[name] = {str(size): errors(encode(x[:size]), reference[:size])["cos_min"]
                              for size in sizes}
-            references[name] = reference[:counts[name]]
-    scale = checkpoint.state_dict["logit_scale"].exp().item()
-    report = {"inputs": about, "weights": checkpoint.origin.describe(), "batches": batches,
-              **judge(features, references, labels, scale)}
-    report["failures"] = failures(artifact.manifest["computes_in"], checkpoint, report)
+    report = {"inputs": about, "weights": checkpoint.origin.describe(), "errors": found,
+              "batches": batches}
+    if len(features) == 2:
+        scale = checkpoint.state_dict["logit_scale"].exp().item()
+        compiled, reference = (
+            scale * normalize(image.double(), dim=-1) @ normalize(text.double(), dim=-1).t()
+            for image, text in zip(features["image"], features["text"]))
+        found["logits"] = errors(compiled, reference)
+        chosen, right = compiled.argmax(dim=1), reference.argmax(dim=1)
+        hits = {"reference": right == labels, "compiled": chosen == labels,
+                "agreement": chosen == right} if labels is not None else {}
+        report["top1"] = {name: hit.double().mean().item() * 100 for name, hit in hits.items()}
+    report["failures"] = failures(artifact, checkpoint, report)
     report["passed"] = not report["failures"]
     return report
 
 
-def failures(precision: str, checkpoint: Checkpoint, report: dict[str, Any]) -> list[str]:
-    """What lies outside a precision's bounds, a sentence each.  A NaN is outside every bound."""
+def failures(artifact: Artifact, checkpoint: Checkpoint, report: dict[str, Any]) -> list[str]:
+    """What lies outside the bounds, a sentence each.  A NaN is outside every bound."""
+    precision = artifact.manifest["computes_in"]  # whatever was asked
     bound, found = COSINE_BOUND[precision], []
-    for name, batches in report["batches"].items():
+    for name in artifact.encoders:
         cosines = {"": report["errors"][name]["cos_min"]}
-        cosines |= {f" at batch {size}": each for size, each in batches.items()}
+        cosines |= {f" at batch {size}": each for size, each in report["batches"][name].items()}
         wrong = [f"{each:.7f}{where}" for where, each in cosines.items() if not each >= bound]
         if wrong:
             found.append(f"{name}: smallest cosine {', '.join(wrong)} < {bound} ({precision})")

@@ -309,8 +309,13 @@ def quantizer(state_dict=MODEL.state_dict, kernels="fused", **options):
     return quantize.Quantizer(Options(precision="fp8", **options), kernels, checkpoint, "cpu")
 
 
+def passes(found, simulation, scales):
+    return quantize.holds(simulation.features(found.rows["image"], scales),
+                          found.references["image"])
+
+
 def all_layers(found, encoder, state_dict):
-    """Scales, and features of the gate's rows with every layer quantised."""
+    """A simulation, and the scales of all layers."""
     simulation = quantize.Simulation(lowered(encoder, "fp32", True, state_dict)[2])
     simulation.features(quantize.as_input(found.data[encoder]), {})
     scales = {name: size / 448 for name, size in simulation.largest.items()}
@@ -354,10 +359,10 @@ def test_no_value_of_the_calibration_is_saturated():
 
 
 @pytest.mark.parametrize("change, sentence", [
-    (lambda found: found.update(kernels="tensorrt"), "is for kernels tensorrt, not fused"),
-    (lambda found: found.update(weights="0" * 64), "is for weights 0000"),
-    (lambda found: found["encoders"].pop("text"), "holds no scales of these encoders.*'text'"),
-    (lambda found: found.clear(), "holds no scales of these encoders"),
+    (lambda found: found.update(kernels="tensorrt"), "kernels: tensorrt, not fused.*; name the"),
+    (lambda found: found.update(weights="0" * 64), "does not serve .*weights: 0000"),
+    (lambda found: found["encoders"].pop("text"), "does not serve .*'text'"),
+    (lambda found: found.clear(), "does not serve as --scales"),
 ])
 def test_scales_of_something_else_are_refused(change, sentence, tmp_path):
     wanted = {"kernels": "fused", "weights": MODEL.origin.sha256}
@@ -370,7 +375,7 @@ def test_scales_of_something_else_are_refused(change, sentence, tmp_path):
     with pytest.raises(UserError, match=sentence):
         quantize.known_scales(options, wanted)
     path.write_text("{")
-    with pytest.raises(UserError, match="holds no scales"):
+    with pytest.raises(UserError, match="does not serve"):
         quantize.known_scales(options, wanted)
 
 
@@ -379,13 +384,19 @@ def test_given_data_is_what_the_gate_and_the_verification_use(files, monkeypatch
     found = quantizer(calibrate=[files / "pictures", files / "captions.txt"])
     images, lines, labels, about = found.inputs
     assert labels is None and images.shape[1:] == (3, 112, 112)
-    assert about == f"{len(images)} pictures and {len(lines)} captions held back from calibration"
+    assert about == f"held back: {len(images)} pictures, {len(lines)} captions"
     assert len(images) + len(found.data["image"]) == 60
     assert len(lines) + len(found.data["text"]) == 50
-    assert found.holds("image", found.references["image"])
-    worse = found.references["text"].clone()
-    worse[0] = -worse[0]
-    assert not found.holds("text", worse)
+
+
+def test_the_gate_has_two_bounds_and_nan_lies_outside_both():
+    def turned(*cosines):
+        return torch.tensor([[cosine, (1 - cosine ** 2) ** 0.5] for cosine in cosines])
+
+    reference = torch.tensor([[1.0, 0.0]]).expand(3, 2)
+    assert quantize.holds(turned(0.9901, 0.9981, 1), reference)
+    for worse in ((0.9899, 0.9999, 1), (0.9901, 0.9979, 1), (torch.nan, 1, 1)):
+        assert not quantize.holds(turned(*worse), reference)
 
 
 # Outliers
@@ -433,16 +444,16 @@ def test_outliers_that_fp8_takes_and_int8_does_not(alpha, monkeypatch):
     simulation, scales = all_layers(found, "image", state_dict)
     planted = simulation.features(found.rows["image"], {})
     assert (planted - found.references["image"]).abs().max() < 1e-3
-    assert found.holds("image", simulation.features(found.rows["image"], scales))
+    assert passes(found, simulation, scales)
     in_int8(monkeypatch)
-    assert not found.holds("image", simulation.features(found.rows["image"], scales))
+    assert not passes(found, simulation, scales)
 
 
 def test_int8_is_simulated_right_since_it_passes_without_outliers(monkeypatch):
     found = quantizer()
     simulation, scales = all_layers(found, "image", MODEL.state_dict)
     in_int8(monkeypatch)
-    assert found.holds("image", simulation.features(found.rows["image"], scales))
+    assert passes(found, simulation, scales)
 
 
 def test_layers_that_break_the_gate_are_found_and_stay_in_fp16():
@@ -450,7 +461,7 @@ def test_layers_that_break_the_gate_are_found_and_stay_in_fp16():
     state_dict = plant(1024, [(0, "qkv"), (0, "up")], both_ways=True)
     found = quantizer(state_dict)
     simulation, scales = all_layers(found, "image", state_dict)
-    assert not found.holds("image", simulation.features(found.rows["image"], scales))
+    assert not passes(found, simulation, scales)
     module = lowered("image", "fp16", True, state_dict)[2]
     wide = lowered("image", "fp32", True, state_dict)[2]
     chosen = found.choose("image", wide)
@@ -506,7 +517,7 @@ def test_an_artifact_in_fp8_has_its_scales_and_was_held_to_its_bounds(engines, t
 
 def test_a_verification_outside_the_bounds_marks_the_artifact(engines, tmp_path, monkeypatch):
     monkeypatch.setattr(verify, "MEDIAN_BOUND", {"fp8": 1.1})
-    monkeypatch.setattr(quantize.Quantizer, "holds", lambda *_: True)
+    monkeypatch.setattr(quantize, "holds", lambda *_: True)
     with pytest.raises(clip_ttrt.VerificationError, match="text: median cosine .* < 1.1"):
         clip_ttrt.compile(output=tmp_path / "a", precision="fp8", batch=2, kernels="tensorrt",
                           encoder="text")
