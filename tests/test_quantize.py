@@ -18,6 +18,7 @@ from clip_ttrt.encoders import ENCODERS
 from clip_ttrt.errors import UserError
 from clip_ttrt.options import BatchRange, Options
 from lowering import encoder_in
+from outliers import EVERYWHERE, plant
 
 each_encoder = pytest.mark.parametrize("encoder", ENCODERS)
 each_form = pytest.mark.parametrize("fused", [True, False], ids=["fused", "tensorrt"])
@@ -175,6 +176,13 @@ def test_what_cannot_quantise_is_named():
     _, _, module = lowered("text", "fp16", False)
     graph.run(module, [graph.quantizing({"blocks.1.up.weight": 0.05})])
     with pytest.raises(graph.GraphError, match="layer_norm.* cannot quantise for .*linear"):
+        graph.run(module, [graph.fuse_quantization])
+    _, _, module = lowered("text", "fp16", True)
+    graph.run(module, [graph.quantizing({"blocks.1.up.weight": 0.05})])
+    [layer] = graph.calls(module, ops.quantized_linear)
+    x = layer.args[0]
+    graph.insert(module, layer, ops.add, (x, x), x.meta["val"])  # reads it, too
+    with pytest.raises(graph.GraphError, match=r"cannot quantise for \[.*add.*\]"):
         graph.run(module, [graph.fuse_quantization])
     with pytest.raises(graph.GraphError, match="quantize found nothing to rewrite"):
         graph.run(module, [graph.quantizing({"blocks.9.up.weight": 0.05})])
@@ -402,27 +410,6 @@ def test_the_gate_has_two_bounds_and_nan_lies_outside_both():
 # Outliers
 
 
-def plant(alpha, layers, both_ways=False):
-    """The model's weights with the four largest channels between a layer norm and each of some
-    layers alpha times as large in the norm, and as small in the weight: the same function.
-
-    both_ways: the next four are as small in the norm and as large in the weight.
-    """
-    names = {"qkv": ("ln_1", "attn.in_proj_weight"), "up": ("ln_2", "mlp.c_fc.weight")}
-    state_dict = {name: value.clone() for name, value in MODEL.state_dict.items()}
-    for block, layer in layers:
-        norm, weight = (f"visual.transformer.resblocks.{block}.{part}" for part in names[layer])
-        channels = state_dict[f"{norm}.weight"].abs().argsort(descending=True)
-        for some, factor in ((channels[:4], alpha), (channels[4:8], 1 / alpha))[:1 + both_ways]:
-            state_dict[f"{norm}.weight"][some] *= factor
-            state_dict[f"{norm}.bias"][some] *= factor
-            state_dict[weight][:, some] /= factor
-    return state_dict
-
-
-EVERYWHERE = [(block, layer) for block in range(6) for layer in ("qkv", "up")]
-
-
 def in_int8(monkeypatch):
     """Per-tensor int8 in the place of E4M3, with scales from the same largest magnitudes."""
     def rounded(x, scale):
@@ -439,7 +426,7 @@ def in_int8(monkeypatch):
 
 @pytest.mark.parametrize("alpha", [32, 256])
 def test_outliers_that_fp8_takes_and_int8_does_not(alpha, monkeypatch):
-    state_dict = plant(alpha, EVERYWHERE)
+    state_dict = plant(MODEL.state_dict, alpha, EVERYWHERE)
     found = quantizer(state_dict)
     simulation, scales = all_layers(found, "image", state_dict)
     planted = simulation.features(found.rows["image"], {})
@@ -458,7 +445,7 @@ def test_int8_is_simulated_right_since_it_passes_without_outliers(monkeypatch):
 
 def test_layers_that_break_the_gate_are_found_and_stay_in_fp16():
     planted = {"blocks.0.qkv.weight", "blocks.0.up.weight"}
-    state_dict = plant(1024, [(0, "qkv"), (0, "up")], both_ways=True)
+    state_dict = plant(MODEL.state_dict, 1024, [(0, "qkv"), (0, "up")], both_ways=True)
     found = quantizer(state_dict)
     simulation, scales = all_layers(found, "image", state_dict)
     assert not passes(found, simulation, scales)
