@@ -353,6 +353,9 @@ def test_the_embedded_model_passes_and_its_scales_serve_again(fused, tmp_path):
     scales = again.choose("text", lowered("text", "fp32", fused)[2])
     assert scales == found.found["encoders"]["text"]["scales"]
     assert again.found["encoders"]["text"] == found.found["encoders"]["text"]
+    again.known["text"]["kept_fp16"] = {"blocks.1.up.weight": 0.98}  # as another gate had found it
+    chosen = again.choose("text", lowered("text", "fp32", fused)[2])
+    assert scales.keys() - chosen.keys() == {"blocks.1.up.weight"}
 
 
 def test_no_value_of_the_calibration_is_saturated():
@@ -502,10 +505,14 @@ def test_an_artifact_in_fp8_has_its_scales_and_was_held_to_its_bounds(engines, t
     assert kept == ("text", scales["encoders"]["text"]) and again.verified
 
 
-def test_a_verification_outside_the_bounds_marks_the_artifact(engines, tmp_path, monkeypatch):
+def test_a_verification_outside_the_bounds_marks_the_artifact(
+        engines, files, tmp_path, monkeypatch):
     monkeypatch.setattr(verify, "MEDIAN_BOUND", {"fp8": 1.1})
     monkeypatch.setattr(quantize, "holds", lambda *_: True)
     with pytest.raises(clip_ttrt.VerificationError, match="text: median cosine .* < 1.1"):
         clip_ttrt.compile(output=tmp_path / "a", precision="fp8", batch=2, kernels="tensorrt",
-                          encoder="text")
-    assert read_artifact(tmp_path / "a").verified is False
+                          encoder="text", calibrate=files / "captions.txt")
+    manifest = read_artifact(tmp_path / "a").manifest
+    about, calibrated = manifest["verification"], manifest["modules"]["text"]["fp8"]
+    assert not about["passed"] and calibrated["calibrated_with"] + calibrated["held_back"] == 50
+    assert about["inputs"] == f"held back: {calibrated['held_back']} captions"
