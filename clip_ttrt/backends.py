@@ -38,7 +38,7 @@ def choose(asked: str, precision: str) -> Backend:
     installed, no_gpu = stack.versions(), stack.no_gpu()
     if precision == "fp8" and (no_gpu or torch.cuda.get_device_capability() < FP8_CAPABILITY):
         lack = no_gpu or "{name} has compute capability {compute_capability}".format(**stack.gpu())
-        raise UserError(f"{lack}, and fp8 needs 8.9 or more; use --precision fp16")
+        raise UserError(f"{lack}, and fp8 needs a GPU of 8.9 or more; use --precision fp16")
     wheels = [wheel for wheel, _ in PACKAGES.values() if wheel in installed]
     if len(wheels) > 1 and asked != "torchscript":  # pip does not notice
         both = " and ".join(f"{wheel} {installed[wheel]}" for wheel in wheels)

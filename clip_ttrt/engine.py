@@ -21,7 +21,6 @@ from clip_ttrt.options import BatchRange, Options
 from clip_ttrt.progress import Progress
 from clip_ttrt.quantize import Quantizer
 
-TIMED = 50  # calls
 DTYPES = {"fp32": torch.float, "tf32": torch.float, "fp16": torch.half, "bf16": torch.bfloat16,
           "fp8": torch.half}  # around the layers that are quantised
 
@@ -122,8 +121,7 @@ def build_encoder(name: str, checkpoint: Checkpoint, batch: BatchRange, plan: Pl
                   progress: Progress, quantizer: Optional[Quantizer] = None
                   ) -> tuple[torch.jit.ScriptModule, dict[str, Any]]:
     """The TorchScript module to save of one encoder, and facts about it for the manifest."""
-    as_engine, passes = plan.builder is not None, plan.passes[name]
-    passes = quantizer.passes(name, passes) if quantizer else passes
+    as_engine = plan.builder is not None
     device = "cpu" if as_engine else plan.backend.device
     encoder = in_precision(ENCODERS[name](checkpoint.state_dict), plan.backend.computes_in)
     example = example_input(name, checkpoint.dimensions).to(device)
@@ -131,6 +129,8 @@ def build_encoder(name: str, checkpoint: Checkpoint, batch: BatchRange, plan: Pl
         module = graph.capture(encoder.to(device), example)
     work = f"build the {name} engine" if as_engine else f"trace the {name} encoder"
     with progress.stage(work) as time:
+        passes = plan.passes[name]
+        passes = quantizer.passes(name, passes) if quantizer else passes
         facts: dict[str, Any] = {"rewrites": graph.run(module, passes)}
         if as_engine:
             module, about = trt.build(module, example, name=name, **plan.builder)
@@ -150,12 +150,12 @@ def beside_fp16(name: str, in_fp8: torch.jit.ScriptModule, checkpoint: Checkpoin
     x, found = verify.repeated(rows, size := options.batch.optimal)[:size].cuda(), {}
     for precision, module in ("fp8", in_fp8), ("fp16", in_fp16):
         encoder = Encoder([module], options.batch, checkpoint.dimensions.embed_dim, x[:0], True)
-        encoder.warmup([size] * TIMED)
+        encoder.warmup([size] * 50)
         begun = perf_counter()
-        for _ in range(TIMED):
+        for _ in range(50):
             encoder(x)
         torch.cuda.synchronize()
-        found[precision] = (perf_counter() - begun) / TIMED * 1e3
+        found[precision] = (perf_counter() - begun) / 50 * 1e3
     progress.say(f"{name}, batch {size}: {found['fp8']:.3f} ms in fp8, {found['fp16']:.3f} in fp16")
     return found
 

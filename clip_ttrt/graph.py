@@ -318,16 +318,15 @@ def tuning(batch: BatchRange) -> Pass:
     batches = linear.measured_batches(batch)
 
     @functools.cache  # one measurement serves all layers of the same sizes
-    def table(rows: int, weight_shape: tuple[int, int], bias: bool, **kind: bool) -> bytes:
-        return linear.tune([rows * size for size in batches], weight_shape, bias, **kind)
+    def table(rows: int, weight_shape: tuple[int, int], bias: bool, quantized: bool) -> bytes:
+        return linear.tune([rows * size for size in batches], weight_shape, bias, quantized)
 
     def tune(module: fx.GraphModule) -> Iterator[fx.Node]:
-        for op, kind in ((ops.fused_linear, {}), (ops.fused_quantized_linear, {"quantized": True})):
-            for node in calls(module, op):
-                _, weight, bias, *scale = node.args
-                shape = tuple(parameter(module, weight).shape)
-                found = table(rows_of_a_sample(node), shape, bias is not None, **kind)
-                node.args += (linear.with_scale(found, *(scale or [0.0])).hex(),)
-                yield node
+        for node in calls(module, ops.fused_linear) + calls(module, ops.fused_quantized_linear):
+            _, weight, bias, *scale = node.args
+            shape = tuple(parameter(module, weight).shape)
+            found = table(rows_of_a_sample(node), shape, bias is not None, bool(scale))
+            node.args += (linear.with_scale(found, *(scale or [0.0])).hex(),)
+            yield node
 
     return tune

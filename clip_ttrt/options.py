@@ -92,7 +92,8 @@ class Options:
         object.__setattr__(self, "calibrate", tuple(map(str, paths or ())))
         for name in ("calibrate", "scales", "compare"):
             if getattr(self, name) and self.precision != "fp8":
-                raise UserError(f"--{name} is for --precision fp8, not {self.precision}")
+                raise UserError(f"--{name} is for --precision fp8, not {self.precision}; "
+                                "leave it away")
         if self.precision == "fp8" and self.model != "demo" and not (self.calibrate or self.scales):
             raise UserError("fp8 is calibrated: give --calibrate a folder or list of pictures and "
                             "a .txt of captions, at least 512 of each, or --scales FILE")

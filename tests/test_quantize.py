@@ -191,7 +191,7 @@ def test_what_cannot_quantise_is_named():
 def test_quantised_layers_are_measured_as_such_and_keep_their_scale(monkeypatch):
     asked = set()
 
-    def tune(rows, weight_shape, bias, quantized=False):
+    def tune(rows, weight_shape, bias, quantized):
         asked.add((rows[0], weight_shape, quantized))
         return linear.pack(*weight_shape, bias, scale=float(quantized))
 
@@ -226,7 +226,7 @@ def test_options_that_do_not_fit(options, sentence):
 def test_no_gpu_or_an_old_one_or_no_tensorrt(monkeypatch):
     monkeypatch.setattr(stack, "driver", list)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="^no CUDA GPU answers, and fp8 needs 8.9 .* fp16$"):
+    with pytest.raises(UserError, match="^no CUDA GPU answers, and fp8 needs a GPU of 8.9 .*16$"):
         backends.choose("auto", "fp8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A10")
