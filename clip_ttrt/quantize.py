@@ -183,7 +183,9 @@ def known_scales(options: Options, wanted: dict[str, Any]) -> dict[str, Any]:
         for name in ("kernels", "weights"):
             if found[name] != wanted[name]:
                 raise ValueError(f"{name}: {found[name]}, not {wanted[name]}")
-        return {name: found["encoders"][name] for name in options.encoders}
+        keys = "calibrated_with", "sha256", "scales", "kept_fp16"
+        return {name: {key: found["encoders"][name][key] for key in keys}
+                for name in options.encoders}
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise UserError(f"{options.scales} does not serve as --scales ({problem!r}); name the "
                         "scales.json of an artifact like this one, or --calibrate") from problem

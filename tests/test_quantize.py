@@ -373,14 +373,17 @@ def test_no_value_of_the_calibration_is_saturated():
     (lambda found: found.update(kernels="tensorrt"), "kernels: tensorrt, not fused.*; name the"),
     (lambda found: found.update(weights="0" * 64), "does not serve .*weights: 0000"),
     (lambda found: found["encoders"].pop("text"), "does not serve .*'text'"),
+    (lambda found: found["encoders"]["text"].pop("scales"), "does not serve .*'scales'"),
     (lambda found: found.clear(), "does not serve as --scales"),
 ])
 def test_scales_of_something_else_are_refused(change, sentence, tmp_path):
     wanted = {"kernels": "fused", "weights": MODEL.origin.sha256}
-    content, path = {**wanted, "encoders": {"image": {}, "text": {}}}, tmp_path / "scales.json"
+    of_one = dict.fromkeys(("calibrated_with", "sha256", "scales", "kept_fp16"), {})
+    path = tmp_path / "scales.json"
+    content = {**wanted, "encoders": {"image": {**of_one, "other": 1}, "text": of_one.copy()}}
     path.write_text(json.dumps(content))
     options = Options(precision="fp8", scales=path)
-    assert quantize.known_scales(options, wanted) == content["encoders"]
+    assert quantize.known_scales(options, wanted) == {"image": of_one, "text": of_one}
     change(content)
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=sentence):
