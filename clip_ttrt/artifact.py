@@ -20,6 +20,7 @@ from clip_ttrt.options import BatchRange
 
 FORMAT = 3
 MANIFEST = "manifest.json"
+SCALES = "scales.json"  # of fp8
 
 
 @dataclass
@@ -90,6 +91,7 @@ def recompile_command(artifact: Artifact) -> str:
     options = {"model": manifest["model"], "weights": origin.path or origin.kind,
                "seed": origin.seed, "precision": manifest["precision"], "batch": artifact.batch,
                "encoder": encoders[0] if len(encoders) == 1 else None, **manifest["asked"],
+               "scales": artifact.folder / SCALES if manifest["precision"] == "fp8" else None,
                "output": artifact.folder}
     words = [word for name, value in options.items() if value not in (None, "auto")
              for word in (f"--{name}", str(value))]

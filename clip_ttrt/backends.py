@@ -10,6 +10,7 @@ import torch
 
 from clip_ttrt import kernels, stack
 from clip_ttrt.errors import UserError
+from clip_ttrt.linear import FP8_CAPABILITY
 from clip_ttrt.stack import PACKAGES
 
 TITLES = {"tensorrt": "TensorRT", "rtx": "TensorRT-RTX"}
@@ -35,6 +36,9 @@ class Choice(NamedTuple):
 def choose(asked: str, precision: str) -> Backend:
     """The backend for `auto` or a name, at a precision; UserError where it cannot be had."""
     installed, no_gpu = stack.versions(), stack.no_gpu()
+    if precision == "fp8" and (no_gpu or torch.cuda.get_device_capability() < FP8_CAPABILITY):
+        lack = no_gpu or "{name} has compute capability {compute_capability}".format(**stack.gpu())
+        raise UserError(f"{lack}, and fp8 needs a GPU of 8.9 or more; use --precision fp16")
     wheels = [wheel for wheel, _ in PACKAGES.values() if wheel in installed]
     if len(wheels) > 1 and asked != "torchscript":  # pip does not notice
         both = " and ".join(f"{wheel} {installed[wheel]}" for wheel in wheels)
@@ -49,6 +53,8 @@ def choose(asked: str, precision: str) -> Backend:
     if no_gpu and asked != "auto":  # of auto `why` tells it
         place += f", since {no_gpu}"
     title, computes_in = "TorchScript", precision
+    if name == "torchscript" and precision == "fp8":
+        raise UserError(f"TorchScript has no fp8{why}; use --precision fp16")
     if name != "torchscript":
         title = f"{TITLES[name]} {installed[PACKAGES[name][1]]}"
     elif no_gpu or precision == "tf32":  # in PyTorch a switch of the whole process
@@ -66,7 +72,7 @@ def choose_kernels(asked: str, backend: Backend, precision: str) -> Choice:
 
     if backend.name == "rtx":
         problem = "TensorRT-RTX has no plugin layers (the backend tensorrt has)"
-    elif precision != "fp16":
+    elif precision not in ("fp16", "fp8"):
         problem = f"the fused kernels compute in fp16, not {precision} (use --precision fp16)"
     else:
         problem = None if asked == "tensorrt" else kernels.obstacle()

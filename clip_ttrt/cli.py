@@ -94,6 +94,8 @@ def add_fields(add, options: type) -> None:
             about += "" if default is None else " (default %(default)s)"
         if each.name == "ray":
             more |= {"nargs": "?", "const": "auto"}
+        if each.name == "calibrate":
+            more |= {"nargs": "+"}
         add(f"--{each.name.replace('_', '-')}", default=default, help=about, **more)
 
 
@@ -140,7 +142,7 @@ def show(report: dict[str, Any]) -> None:
     for name, row in report["errors"].items():
         print(f"{name:6}", *(f"{value:10.{7 if key.startswith('cos') else 4}g}"
                              for key, value in row.items()))
-    if "top1" in report:
+    if report.get("top1"):
         shares = (f"{name} {share:.2f} %" for name, share in report["top1"].items())
         print("zero-shot top-1:", ", ".join(shares))
     print("\n".join(f"FAILED: {failure}" for failure in report["failures"]) or "passed")

@@ -22,7 +22,7 @@ MASKED = -3e4
 
 TORCH_TYPES = {
     trt.float32: torch.float, trt.float16: torch.half, trt.bfloat16: torch.bfloat16,
-    trt.int32: torch.int32, trt.int64: torch.int64,
+    trt.int32: torch.int32, trt.int64: torch.int64, trt.fp8: ops.E4M3,
 }
 TRT_TYPES = {value: key for key, value in TORCH_TYPES.items()}
 
@@ -94,8 +94,9 @@ class Layers:
 
 def converter(op: Any):
     """Register a function of `Layers` and the op's arguments as its converter."""
-    def register(convert: Callable) -> None:
+    def register(convert: Callable) -> Callable:
         seam.register(op, lambda net, name, args: convert(Layers(net, name), *args))
+        return convert
 
     return register
 
@@ -107,10 +108,26 @@ def convert_cast(to, x, dtype):
 
 @converter(ops.linear)
 def convert_linear(to, x, weight, bias):
-    product = to.product(x, to.beside(x, weight, "weight"), "TRANSPOSE")
+    """The weight is a constant, or what has been made of one."""
+    weight = to.beside(x, weight, "weight") if isinstance(weight, torch.Tensor) else weight
+    product = to.product(x, weight, "TRANSPOSE")
     if bias is None:
         return product
     return to.elementwise("SUM", product, to.beside(x, bias, "bias"), "biased")
+
+
+@converter(ops.quantized_linear)
+def convert_quantized_linear(to, x, weight, bias, x_scale, weight_scale):
+    """A product between layers that quantise and dequantise, which TensorRT makes one in fp8."""
+    x_scale, weight_scale = (
+        to.constant(torch.tensor(scale), f"{which}_scale", TORCH_TYPES[x.dtype])
+        for which, scale in (("x", x_scale), ("weight", weight_scale)))
+    shape = (1,) * (len(x.shape) - 2) + tuple(weight.shape)
+    weight8 = to.constant(weight.reshape(shape), "weight_e4m3", ops.E4M3)
+    x8 = to.named(to.net.add_quantize(x, x_scale, trt.fp8), "x_e4m3")
+    x = to.named(to.net.add_dequantize(x8, x_scale, x.dtype), "x")
+    weight = to.named(to.net.add_dequantize(weight8, weight_scale, x.dtype), "weight")
+    return convert_linear(to, x, weight, bias)
 
 
 @converter(ops.add)
@@ -256,11 +273,13 @@ def plugin(op: Any, plugin: str, fields: Callable[..., dict[str, Any]],
     """Register the converter of an op that is one plugin, which `kernels.load` has registered.
 
     Its inputs are the op's tensors in their order, parameters as constants of a dtype.  fields: the
-    op's arguments -> the plugin's fields, which are int32, float32 or, of bytes, int8.
+    op's arguments -> the plugin's fields, which are int32, float32 or, of bytes, int8.  E4M3
+    travels as half of half the width, which every TensorRT moves, slices and gathers.
     """
     @converter(op)
     def convert(to, *args):
-        inputs = [to.constant(value, f"constant{i}", constants)
+        inputs = [to.constant(value.view(torch.half) if value.dtype == ops.E4M3 else value,
+                              f"constant{i}", constants)
                   if isinstance(value, torch.Tensor) else value
                   for i, value in enumerate(args) if hasattr(value, "shape")]
         arrays = {key: np.frombuffer(value, np.int8) if isinstance(value, bytes) else
@@ -279,18 +298,26 @@ def plugin(op: Any, plugin: str, fields: Callable[..., dict[str, Any]],
         return outputs if len(outputs) > 1 else outputs[0]
 
 
-plugin(ops.fused_attention, kernels.ATTENTION, lambda qkv, heads, causal, query_bias=None: {
-    "tokens": qkv.shape[1], "heads": heads, "causal": causal,
-    "query_bias": query_bias is not None})
+plugin(ops.fused_attention, kernels.ATTENTION,
+       lambda qkv, heads, causal, query_bias=None, out_scale=0.0: {
+           "tokens": qkv.shape[1], "heads": heads, "causal": causal,
+           "query_bias": query_bias is not None, "out_scale": out_scale})
 # A table says what was measured before the network was built, and the sizes.
 plugin(ops.fused_linear, kernels.LINEAR, lambda x, weight, bias, table="": {
     "table": bytes.fromhex(table) or linear.pack(*weight.shape, bias is not None)}, torch.half)
-plugin(ops.bias_quick_gelu, kernels.BIAS_QUICK_GELU, lambda x, bias: {})
-plugin(ops.fused_layer_norm, kernels.RESIDUAL_LAYER_NORM, lambda x, scale, shift, epsilon: {
-    "residual": 0, "epsilon": epsilon})
-plugin(ops.residual_layer_norm, kernels.RESIDUAL_LAYER_NORM, lambda *args: {
-    "residual": 1, "epsilon": args[-1]})
+plugin(ops.fused_quantized_linear, kernels.LINEAR, lambda x, weight, bias, scale, table="": {
+    "table": bytes.fromhex(table) or linear.pack(*weight.shape, bias is not None, scale=scale)},
+    torch.half)
+plugin(ops.bias_quick_gelu, kernels.BIAS_QUICK_GELU, lambda x, bias, out_scale=0.0: {
+    "out_scale": out_scale})
+plugin(ops.fused_layer_norm, kernels.RESIDUAL_LAYER_NORM,
+       lambda x, scale, shift, epsilon, out_scale=0.0: {
+           "residual": 0, "epsilon": epsilon, "out_scale": out_scale})
+plugin(ops.residual_layer_norm, kernels.RESIDUAL_LAYER_NORM,
+       lambda x, delta, bias, scale, shift, epsilon, out_scale=0.0: {
+           "residual": 1, "epsilon": epsilon, "out_scale": out_scale})
 plugin(ops.extract_patch_rows, kernels.EXTRACT_PATCHES, lambda images, size, dtype: {
     "patch_size": size})
 plugin(ops.embed_image, kernels.EMBED_IMAGE, lambda patches, token, positions, *norms: {
-    "tokens": positions.shape[0], "epsilon_pre": norms[2], "epsilon_1": norms[5]})
+    "tokens": positions.shape[0], "epsilon_pre": norms[2], "epsilon_1": norms[5],
+    "out_scale": (*norms, 0.0)[6]})

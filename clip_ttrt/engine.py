@@ -1,23 +1,28 @@
 """Checkpoint -> encoder -> graph -> engine -> TorchScript module, as one plan decides."""
+import json
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from time import perf_counter
 from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import nn
 
 from clip_ttrt import backends, deprecations, graph, kernels, linear, stack, trt, verify
-from clip_ttrt.artifact import Artifact, draft
+from clip_ttrt.artifact import SCALES, Artifact, draft
 from clip_ttrt.backends import Backend, Choice
 from clip_ttrt.checkpoint import Checkpoint, load_checkpoint
+from clip_ttrt.contexts import Encoder
 from clip_ttrt.encoders import ENCODERS
 from clip_ttrt.errors import UserError
 from clip_ttrt.guard import Guarded, trace
 from clip_ttrt.models import Dimensions
 from clip_ttrt.options import BatchRange, Options
 from clip_ttrt.progress import Progress
+from clip_ttrt.quantize import Quantizer
 
-DTYPES = {"fp32": torch.float, "tf32": torch.float, "fp16": torch.half, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float, "tf32": torch.float, "fp16": torch.half, "bf16": torch.bfloat16,
+          "fp8": torch.half}  # around the layers that are quantised
 
 
 class Plan(NamedTuple):
@@ -66,8 +71,21 @@ def compile_with(options: Options, progress: Progress) -> Artifact:
                 options.model, options.weights, options.seed, options.trust_weights)
         title = "WARNING" if checkpoint.origin.kind == "random" else "weights"
         progress.say(f"{title}: {checkpoint.origin.describe()}")
+        quantizer = None
+        if backend.computes_in == "fp8":
+            with progress.stage("read what fp8 is calibrated with"):
+                quantizer = Quantizer(options, plan.kernels.kernels, checkpoint, backend.device)
         for encoder in options.encoders:
-            module, facts = build_encoder(encoder, checkpoint, options.batch, plan, progress)
+            module, facts = build_encoder(
+                encoder, checkpoint, options.batch, plan, progress, quantizer)
+            if quantizer:
+                facts["fp8"] = quantizer.found["encoders"][encoder]
+                progress.say(f"fp8: all linear layers of the {encoder} encoder's blocks but "
+                             f"{', '.join(facts['fp8']['kept_fp16']) or 'none'}")
+                (writing.folder / SCALES).write_text(json.dumps(quantizer.found, indent=2) + "\n")
+            if options.compare:
+                facts["milliseconds"] = beside_fp16(
+                    encoder, module, checkpoint, options, quantizer.rows[encoder], progress)
             writing.add(encoder, module, **facts)
             del module
         manifest = {
@@ -94,13 +112,14 @@ def compile_with(options: Options, progress: Progress) -> Artifact:
         artifact = writing.write_manifest(**manifest, verification=None)
         if options.verify:
             with progress.stage("verify against the original model in fp32"):
-                report = verify.compare(artifact, checkpoint)
+                report = verify.compare(artifact, checkpoint, quantizer and quantizer.inputs)
             artifact = writing.write_manifest(**manifest, verification=report)
         return writing.publish(artifact)
 
 
 def build_encoder(name: str, checkpoint: Checkpoint, batch: BatchRange, plan: Plan,
-                  progress: Progress) -> tuple[torch.jit.ScriptModule, dict[str, Any]]:
+                  progress: Progress, quantizer: Optional[Quantizer] = None
+                  ) -> tuple[torch.jit.ScriptModule, dict[str, Any]]:
     """The TorchScript module to save of one encoder, and facts about it for the manifest."""
     as_engine = plan.builder is not None
     device = "cpu" if as_engine else plan.backend.device
@@ -110,7 +129,9 @@ def build_encoder(name: str, checkpoint: Checkpoint, batch: BatchRange, plan: Pl
         module = graph.capture(encoder.to(device), example)
     work = f"build the {name} engine" if as_engine else f"trace the {name} encoder"
     with progress.stage(work) as time:
-        facts: dict[str, Any] = {"rewrites": graph.run(module, plan.passes[name])}
+        passes = plan.passes[name]
+        passes = quantizer.passes(name, passes) if quantizer else passes
+        facts: dict[str, Any] = {"rewrites": graph.run(module, passes)}
         if as_engine:
             module, about = trt.build(module, example, name=name, **plan.builder)
             facts |= {"engines": 1, **about}
@@ -119,6 +140,24 @@ def build_encoder(name: str, checkpoint: Checkpoint, batch: BatchRange, plan: Pl
         with deprecations.hidden():
             module = torch.jit.script(module)
     return module, {**facts, "build_seconds": round(time["seconds"], 2)}
+
+
+def beside_fp16(name: str, in_fp8: torch.jit.ScriptModule, checkpoint: Checkpoint,
+                options: Options, rows: torch.Tensor, progress: Progress) -> dict[str, float]:
+    """Milliseconds of a call at the optimal batch in fp8 and in fp16, which is built here."""
+    options = replace(options, precision="fp16", calibrate=None, scales=None, compare=False)
+    in_fp16, _ = build_encoder(name, checkpoint, options.batch, plan_for(options), progress)
+    x, found = verify.repeated(rows, size := options.batch.optimal)[:size].cuda(), {}
+    for precision, module in ("fp8", in_fp8), ("fp16", in_fp16):
+        encoder = Encoder([module], options.batch, checkpoint.dimensions.embed_dim, x[:0], True)
+        encoder.warmup([size] * 50)
+        begun = perf_counter()
+        for _ in range(50):
+            encoder(x)
+        torch.cuda.synchronize()
+        found[precision] = (perf_counter() - begun) / 50 * 1e3
+    progress.say(f"{name}, batch {size}: {found['fp8']:.3f} ms in fp8, {found['fp16']:.3f} in fp16")
+    return found
 
 
 def in_precision(encoder: nn.Module, precision: str) -> nn.Module:

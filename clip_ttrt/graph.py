@@ -2,13 +2,14 @@
 
 `capture` exports.  What follows are passes, which rewrite a graph in place and yield every node
 rewritten: `lower` for every backend, those of `FUSE`, exact in real arithmetic, and `tuning` for
-the plugins, `inline_references` for TorchScript.  `run` is their one runner.
+the plugins, `quantizing` and, for the plugins, `fuse_quantization` in fp8, `inline_references` for
+TorchScript.  `run` is their one runner.
 """
 import functools
 import inspect
 import math
 import operator
-from typing import Any, Callable, Iterable, Iterator, Optional
+from typing import Any, Callable, Iterable, Iterator, Mapping, Optional
 
 import torch
 from torch import fx, nn
@@ -19,6 +20,9 @@ from clip_ttrt.options import LARGEST_BATCH, BatchRange
 
 aten = torch.ops.aten
 Pass = Callable[[fx.GraphModule], Iterator[fx.Node]]
+MOVES = (ops.select_token, ops.pool_end_of_text, ops.split_tokens)  # rows, and computes nothing
+QUANTIZE = (ops.fused_layer_norm, ops.residual_layer_norm, ops.bias_quick_gelu,
+            ops.fused_attention, ops.embed_image)  # with an out_scale
 
 
 class GraphError(RuntimeError):
@@ -151,17 +155,10 @@ def without_bias(layer: fx.Node) -> fx.Node:
     return bias
 
 
-def readers(node: fx.Node) -> list[fx.Node]:
-    """The linear layers with bias that read a node's rows, or some; [] where others do, too."""
-    found: list[fx.Node] = []
+def readers(node: fx.Node) -> Iterator[fx.Node]:
+    """What computes with a node's rows, or some."""
     for user in node.users:
-        if user.target in (ops.select_token, ops.pool_end_of_text) and readers(user):
-            found += readers(user)
-        elif is_biased_linear(user) and user.args[0] is node:
-            found.append(user)
-        else:
-            return []
-    return found
+        yield from readers(user) if user.target in MOVES and user.args[0] is node else [user]
 
 
 def fuse_attention(module: fx.GraphModule) -> Iterator[fx.Node]:
@@ -173,8 +170,8 @@ def fuse_attention(module: fx.GraphModule) -> Iterator[fx.Node]:
     """
     for node in calls(module, ops.attention):
         projection, heads, causal = node.args
-        outputs = readers(node)
-        if not (gives_bias(projection) and outputs):
+        outputs = list(readers(node))
+        if not (gives_bias(projection) and all(map(is_biased_linear, outputs))):
             continue
         query, _, value = parameter(module, without_bias(projection)).chunk(3)
         for output in outputs:
@@ -262,6 +259,54 @@ BLOCKS: tuple[Pass, ...] = (fuse_attention, fuse_bias_quick_gelu, fuse_residual_
 FUSE = {"image": (*BLOCKS, fuse_image_embedding, fuse_rest), "text": (*BLOCKS, fuse_rest)}
 
 
+def block_weight(node: fx.Node) -> Optional[str]:
+    """The weight's name where a node is a linear layer of a block, such as blocks.3.qkv.weight."""
+    if node.target not in (ops.linear, ops.fused_linear):
+        return None
+    name = str(node.args[1].target)
+    return name if name.startswith("blocks.") else None
+
+
+def weight_in_e4m3(weight: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """A weight in E4M3, and its scale, by which its largest magnitude becomes 448."""
+    scale = weight.abs().max().item() / ops.E4M3_MAX or 1.0
+    return ops.to_e4m3(weight, scale), scale
+
+
+def quantizing(scales: Mapping[str, float]) -> Pass:
+    """The pass that quantises linear layers of blocks: weight's name -> scale of the input."""
+    def quantize(module: fx.GraphModule) -> Iterator[fx.Node]:
+        for node in list(module.graph.nodes):
+            if (name := block_weight(node)) in scales:
+                x, weight, bias = node.args[:3]
+                value, weight_scale = weight_in_e4m3(parameter(module, weight))
+                weight = add_parameter(module, f"{node.name}_e4m3", value)
+                node.target = ops.quantized_linear
+                node.args = (x, weight, bias, scales[name], weight_scale)
+                yield node
+
+    return quantize
+
+
+def fuse_quantization(module: fx.GraphModule) -> Iterator[fx.Node]:
+    """What feeds quantized_linear quantises for it, so that no kernel is there only to quantise.
+
+    Raises GraphError where it cannot: it has no out_scale, or something else reads it, too.
+    """
+    for layer in calls(module, ops.quantized_linear):
+        x, weight, bias, x_scale, weight_scale = layer.args
+        while x.target in MOVES:
+            x = x.args[0]
+        # Of two results the second is the layer norm, the first a sum that stays fp16.
+        source = x.args[0] if (x.target, *x.args[1:]) == (operator.getitem, 1) else x
+        if source.target not in QUANTIZE or list(readers(x)) != [layer]:
+            raise GraphError(f"{source} cannot quantise for {list(readers(x))}")
+        source.args += (x_scale,)
+        layer.target = ops.fused_quantized_linear
+        layer.args = (layer.args[0], weight, bias, x_scale * weight_scale)
+        yield layer
+
+
 def rows_of_a_sample(layer: fx.Node) -> int:
     """How many rows a linear layer has in a batch of one."""
     rows = math.prod(layer.meta["val"].shape[:-1]).node.expr
@@ -273,14 +318,15 @@ def tuning(batch: BatchRange) -> Pass:
     batches = linear.measured_batches(batch)
 
     @functools.cache  # one measurement serves all layers of the same sizes
-    def table(rows: int, weight_shape: tuple[int, int], bias: bool) -> str:
-        return linear.tune([rows * size for size in batches], weight_shape, bias).hex()
+    def table(rows: int, weight_shape: tuple[int, int], bias: bool, quantized: bool) -> bytes:
+        return linear.tune([rows * size for size in batches], weight_shape, bias, quantized)
 
     def tune(module: fx.GraphModule) -> Iterator[fx.Node]:
-        for node in calls(module, ops.fused_linear):
-            x, weight, bias = node.args[:3]
+        for node in calls(module, ops.fused_linear) + calls(module, ops.fused_quantized_linear):
+            _, weight, bias, *scale = node.args
             shape = tuple(parameter(module, weight).shape)
-            node.args = (x, weight, bias, table(rows_of_a_sample(node), shape, bias is not None))
+            found = table(rows_of_a_sample(node), shape, bias is not None, bool(scale))
+            node.args += (linear.with_scale(found, *(scale or [0.0])).hex(),)
             yield node
 
     return tune

@@ -4,6 +4,8 @@ TensorRT does it through a converter (`converters.py`), in its own layers or as 
 TorchScript through the reference, which is differentiable PyTorch.  Encoders call the first seven
 and `cast`; `graph.py` maps PyTorch's operations to the next ones, and puts the fused ones in the
 place of several where the plugins serve.
+
+In fp8 a tensor is E4M3 times a scale.  An `out_scale` makes a result, the last of two, E4M3.
 """
 from typing import Optional
 
@@ -15,6 +17,7 @@ from clip_ttrt import kernels
 from clip_ttrt.models import HEAD_DIM
 
 QUICK_GELU_SLOPE = 1.702
+E4M3, E4M3_MAX = torch.float8_e4m3fn, 448.0
 _library = torch.library.Library("clip_ttrt", "DEF")
 REFERENCES = {}  # op -> its reference
 
@@ -29,6 +32,13 @@ def _op(reference, fake=None, name=None):
     op = getattr(torch.ops.clip_ttrt, name).default
     REFERENCES[op] = reference
     return op
+
+
+def to_e4m3(x: Tensor, scale: Optional[float]) -> Tensor:
+    """x / scale in E4M3, saturated at 448, where NaN stays NaN; x itself without a scale."""
+    if scale is None:
+        return x
+    return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
 
 # What encoders call
@@ -75,6 +85,8 @@ def pool_end_of_text_reference(x: Tensor, tokens: Tensor) -> Tensor:
     End of text is the first position of the highest token id in the row, as in OpenAI's
     `encode_text` (`text.argmax(dim=-1)`; the end-of-text id is the highest of the vocabulary).
     """
+    if x.dtype == E4M3:  # which PyTorch does not gather
+        return pool_end_of_text_reference(x.view(torch.int8), tokens).view(E4M3)
     position = tokens.argmax(dim=-1)
     return x.gather(1, position.view(-1, 1, 1).expand(-1, 1, x.shape[2])).squeeze(1)
 
@@ -103,9 +115,19 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tenso
     return F.linear(x, weight, bias)
 
 
-def layer_norm_reference(x: Tensor, scale: Tensor, shift: Tensor, epsilon: float) -> Tensor:
+def layer_norm_reference(
+    x: Tensor, scale: Tensor, shift: Tensor, epsilon: float, out_scale: Optional[float] = None
+) -> Tensor:
     """Layer norm over the last axis, in fp32 inside: [..., W] and two [W] -> [..., W]."""
-    return F.layer_norm(x, x.shape[-1:], scale, shift, epsilon)
+    return to_e4m3(F.layer_norm(x, x.shape[-1:], scale, shift, epsilon), out_scale)
+
+
+def quantized_linear_reference(
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], x_scale: float, weight_scale: float
+) -> Tensor:
+    """`linear` with an E4M3 weight, and x quantised on the way: summed in fp32, in x's dtype."""
+    product = F.linear(to_e4m3(x, x_scale).float(), weight.float()) * (x_scale * weight_scale)
+    return (product if bias is None else product + bias).to(x.dtype)
 
 
 def add_reference(a: Tensor, b: Tensor) -> Tensor:
@@ -127,12 +149,13 @@ def select_token_reference(x: Tensor, index: int) -> Tensor:
 
 
 def fused_attention_reference(
-    qkv: Tensor, heads: int, causal: bool, query_bias: Optional[Tensor] = None
+    qkv: Tensor, heads: int, causal: bool, query_bias: Optional[Tensor] = None,
+    out_scale: Optional[float] = None
 ) -> Tensor:
     """`attention` with query_bias [W] added to the queries."""
     if query_bias is not None:
         qkv = qkv + F.pad(query_bias, (0, 2 * heads * HEAD_DIM)).to(qkv.dtype)
-    return attention_reference(qkv, heads, causal)
+    return to_e4m3(attention_reference(qkv, heads, causal), out_scale)
 
 
 def fused_linear_reference(
@@ -142,17 +165,26 @@ def fused_linear_reference(
     return F.linear(x, weight, bias)
 
 
-def bias_quick_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
+def fused_quantized_linear_reference(
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], scale: float, table: str = ""
+) -> Tensor:
+    """`fused_linear` of E4M3 x and weight, whose scales' product is `scale`, to fp16."""
+    product = F.linear(x.float(), weight.float()) * scale
+    return (product if bias is None else product + bias).half()
+
+
+def bias_quick_gelu_reference(x: Tensor, bias: Tensor, out_scale: Optional[float] = None) -> Tensor:
     """y·sigmoid(1.702·y) of y = x + bias: [..., N] and [N] -> [..., N]."""
-    return quick_gelu_reference(x + bias)
+    return to_e4m3(quick_gelu_reference(x + bias), out_scale)
 
 
 def residual_layer_norm_reference(
-    x: Tensor, delta: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, epsilon: float
+    x: Tensor, delta: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, epsilon: float,
+    out_scale: Optional[float] = None
 ) -> tuple[Tensor, Tensor]:
     """The sum x + delta + bias and its layer norm: two [..., W], three [W] -> two [..., W]."""
     total = x + (delta + bias)
-    return total, layer_norm_reference(total, scale, shift, epsilon)
+    return total, layer_norm_reference(total, scale, shift, epsilon, out_scale)
 
 
 def extract_patch_rows_reference(images: Tensor, size: int, dtype: torch.dtype) -> Tensor:
@@ -162,7 +194,8 @@ def extract_patch_rows_reference(images: Tensor, size: int, dtype: torch.dtype) 
 
 def embed_image_reference(
     patches: Tensor, class_token: Tensor, positions: Tensor, scale_pre: Tensor, shift_pre: Tensor,
-    epsilon_pre: float, scale_1: Tensor, shift_1: Tensor, epsilon_1: float
+    epsilon_pre: float, scale_1: Tensor, shift_1: Tensor, epsilon_1: float,
+    out_scale: Optional[float] = None
 ) -> tuple[Tensor, Tensor]:
     """From projected patches to the first block: rows [B·N, W] -> two of rows [B·(N + 1), W].
 
@@ -172,7 +205,7 @@ def embed_image_reference(
     patches = patches.reshape(-1, positions.shape[0] - 1, patches.shape[1])
     x = prepend_class_token_reference(patches, class_token) + positions
     x = layer_norm_reference(x, scale_pre, shift_pre, epsilon_pre).flatten(0, 1)
-    return x, layer_norm_reference(x, scale_1, shift_1, epsilon_1)
+    return x, layer_norm_reference(x, scale_1, shift_1, epsilon_1, out_scale)
 
 
 def split_tokens_reference(x: Tensor, tokens: int) -> Tensor:
@@ -180,9 +213,10 @@ def split_tokens_reference(x: Tensor, tokens: int) -> Tensor:
     return x.reshape(-1, tokens, x.shape[1]).clone()
 
 
-def _attention_fake(qkv, heads, causal, query_bias=None):
+def _attention_fake(qkv, heads, causal, query_bias=None, out_scale=None):
     """Of shapes alone: PyTorch would look at a batch to choose its attention, and so fix it."""
-    return qkv.new_empty((qkv.shape[0], qkv.shape[1], heads * HEAD_DIM))
+    shape = qkv.shape[0], qkv.shape[1], heads * HEAD_DIM
+    return qkv.new_empty(shape, dtype=E4M3 if out_scale else qkv.dtype)
 
 
 def _attention_cuda(qkv, heads, causal):
@@ -201,12 +235,14 @@ clamp_tokens = _op(clamp_tokens_reference)
 mask_unknown = _op(mask_unknown_reference)
 cast = _op(cast_reference)
 linear = _op(linear_reference)
+quantized_linear = _op(quantized_linear_reference)
 layer_norm = _op(layer_norm_reference)
 add = _op(add_reference)
 embedding = _op(embedding_reference)
 select_token = _op(select_token_reference)
 fused_attention = _op(fused_attention_reference, _attention_fake)
 fused_linear = _op(fused_linear_reference)
+fused_quantized_linear = _op(fused_quantized_linear_reference)
 fused_layer_norm = _op(layer_norm_reference, name="fused_layer_norm")
 bias_quick_gelu = _op(bias_quick_gelu_reference)
 residual_layer_norm = _op(residual_layer_norm_reference)

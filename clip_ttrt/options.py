@@ -1,12 +1,12 @@
 """What `compile` and `embed` are asked for: frozen dataclasses, which the command line follows."""
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Optional, Sequence, Union
 
 from clip_ttrt.errors import UserError
 from clip_ttrt.models import MODELS, dimensions_of
 
-PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "fp8")
 BACKENDS = ("auto", "tensorrt", "rtx", "torchscript")
 KERNELS = ("auto", "fused", "tensorrt")
 DECODE = ("auto", "exact", "gpu", "cpu", "pillow")
@@ -64,6 +64,10 @@ class Options:
     weights: Optional[str] = option(None, "demo|openai|random|FILE",
                                     "default: demo for the demo model, openai for OpenAI's")
     precision: str = option("fp16", PRECISIONS)
+    calibrate: Union[None, str, Path, Sequence] = option(
+        None, "FOLDER|LIST|captions.txt", "of fp8: at least 512 pictures and as many captions")
+    scales: Union[None, str, Path] = option(None, "FILE", "of fp8: scales.json of an artifact")
+    compare: bool = option(False, help="of fp8: build fp16, too, and say what fp8 brings")
     batch: Union[int, str, BatchRange] = option("1:32:256", "N|MIN:OPT:MAX", "one or a range")
     encoder: str = option("both", ("image", "text", "both"))
     backend: str = option("auto", BACKENDS, "auto: the best that runs here")
@@ -84,6 +88,15 @@ class Options:
         if self.optimization_level not in range(6):
             raise UserError(f"bad optimization level {self.optimization_level!r}: "
                             "TensorRT's builder has 0 to 5")
+        paths = [self.calibrate] if isinstance(self.calibrate, (str, Path)) else self.calibrate
+        object.__setattr__(self, "calibrate", tuple(map(str, paths or ())))
+        for name in ("calibrate", "scales", "compare"):
+            if getattr(self, name) and self.precision != "fp8":
+                raise UserError(f"--{name} is for --precision fp8, not {self.precision}; "
+                                "leave it away")
+        if self.precision == "fp8" and self.model != "demo" and not (self.calibrate or self.scales):
+            raise UserError("fp8 is calibrated: give --calibrate a folder or list of pictures and "
+                            "a .txt of captions, at least 512 of each, or --scales FILE")
 
     @property
     def encoders(self) -> tuple[str, ...]:

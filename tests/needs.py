@@ -33,3 +33,6 @@ def no_engines():
 
 
 engines = pytest.mark.skipif(no_engines() is not None, reason=f"no JPEG engines: {no_engines()}")
+fp8 = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9),
+    reason="needs a GPU of compute capability 8.9 or newer")

@@ -23,6 +23,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(stack, "driver", list)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     return make
 
 
@@ -32,12 +33,12 @@ def machine(monkeypatch):
 @pytest.mark.parametrize("installed", INSTALLED)
 def test_the_matrix(installed, gpu, asked, precision, machine):
     machine(INSTALLED[installed], gpu)
-    possible = ["torchscript"]
+    possible = ["torchscript"] if precision != "fp8" else []
     if gpu and (installed == "tensorrt" or installed == "rtx" and precision != "bf16"):
         possible.insert(0, installed)
-    wanted = possible[0] if asked == "auto" else asked
+    wanted = next(iter(possible), None) if asked == "auto" else asked
     if wanted not in possible or installed == "both" and asked != "torchscript":
-        with pytest.raises(UserError, match="--backend "):
+        with pytest.raises(UserError, match="--backend |--precision fp16"):
             choose(asked, precision)
         return
     backend = choose(asked, precision)
@@ -84,7 +85,7 @@ NO_LIBRARY = "the library is not built (build it)"
 def test_the_matrix_of_kernels(name, precision, asked, obstacle, monkeypatch):
     monkeypatch.setattr(kernels, "obstacle", lambda: obstacle)
     possible = [] if name == "torchscript" else ["tensorrt"]
-    if name == "tensorrt" and precision == "fp16" and obstacle is None:
+    if name == "tensorrt" and precision in ("fp16", "fp8") and obstacle is None:
         possible.insert(0, "fused")
     if asked != "auto" and asked not in possible:
         with pytest.raises(UserError, match=f"^--kernels {asked} "):

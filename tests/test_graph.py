@@ -61,7 +61,8 @@ def test_layers_of_the_same_sizes_are_measured_once_and_get_their_table(
         encoder, state_dict, monkeypatch):
     asked = []
 
-    def tune(rows, weight_shape, bias):
+    def tune(rows, weight_shape, bias, quantized):
+        assert not quantized
         asked.append((*rows, weight_shape))
         return linear.pack(*weight_shape, bias)
 

@@ -110,3 +110,37 @@ def test_an_artifact_is_held_to_the_bound_of_what_it_computes_in(computes_in, fa
     report = {"errors": {"image": {"cos_min": 0.99995}}, "batches": {"image": {}}}
     checkpoint = SimpleNamespace(origin=SimpleNamespace(kind="random"))
     assert bool(verify.failures(found, checkpoint, report)) is fails
+
+
+@pytest.mark.parametrize("least, median, fails", [
+    (0.9901, 0.9981, 0), (0.9899, 0.9981, 1), (0.9901, 0.9979, 1), (math.nan, math.nan, 2)])
+def test_fp8_has_a_bound_of_the_median_as_well(least, median, fails):
+    report = {"errors": {"image": {"cos_min": least, "cos_median": median}},
+              "batches": {"image": {}}}
+    checkpoint = SimpleNamespace(origin=SimpleNamespace(kind="random"))
+    found = verify.failures(artifact(1, 4, 8, precision="fp8"), checkpoint, report)
+    assert len(found) == fails
+
+
+def test_other_inputs_that_have_no_labels_and_of_one_encoder(demo_artifact):
+    """As of an artifact in fp8, whose inputs are those that calibration has not seen."""
+    images, lines, _, _ = verify.inputs_for("demo", 112)
+    too_long = "a photo of " + 90 * "one small red circle "
+    given = images[:8], [*lines[:5], too_long], None, "mine"
+    for encoders in (("image", "text"), ("text",)):
+        modules = {name: demo_artifact.manifest["modules"][name] for name in encoders}
+        part = replace(demo_artifact, manifest={**demo_artifact.manifest, "modules": modules})
+        report = verify.compare(part, load_checkpoint("demo"), given)
+        assert report["passed"] and report["inputs"] == "mine" and not report.get("top1")
+        assert report["errors"]["text"]["rows"] == 6
+
+
+def test_rows_are_repeated_in_another_order():
+    rows = torch.randn(10, 3)
+    several = verify.repeated(rows, 40)
+    assert torch.equal(several[:10], rows) and torch.equal(several, verify.repeated(rows, 40))
+    assert {*map(tuple, several.tolist())} == {*map(tuple, rows.tolist())}
+    same = (several[:, None] == several[None]).all(2).float()
+    for stride in (1, 8, 10, 16, 20):  # rows that an engine mixes up would show
+        assert same.diagonal(stride).mean() < 0.4
+    assert verify.repeated(["a", "b"], 1) == ["a", "b"] and len(verify.repeated(["a"], 5)) == 5

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import clip_ttrt
 import needs
 from clip_ttrt import kernels, ops
 from clip_ttrt.artifact import MANIFEST, read_artifact
+from clip_ttrt.checkpoint import load_checkpoint
 from clip_ttrt.verify import COSINE_BOUND
+from outliers import EVERYWHERE, plant
 
 pytestmark = pytest.mark.gpu
 
@@ -48,6 +51,8 @@ def cases():
             yield pytest.param(model, "fp16", STATIC, "fused", marks=needs.fused)
             for precision in ("fp32", "tf32", "bf16"):
                 yield model, precision, DYNAMIC, "tensorrt"
+    yield pytest.param("demo", "fp8", DYNAMIC, "fused", marks=[needs.fused, needs.fp8])
+    yield pytest.param("demo", "fp8", DYNAMIC, "tensorrt", marks=needs.fp8)
 
 
 @pytest.mark.parametrize("model, precision, batch, kernels_", list(cases()))
@@ -69,6 +74,30 @@ def test_each_encoder_is_one_engine_and_right(artifact_of, model, precision, bat
     assert features.shape == (5, artifact.dimensions.embed_dim) and torch.isfinite(features).all()
     fewer = model_.encode_image(images[3:])  # another batch size
     assert torch.cosine_similarity(fewer, features[3:]).min() >= bound
+
+
+@needs.fp8
+@pytest.mark.parametrize("kernels_", KERNELS)
+@pytest.mark.parametrize("alpha, layers, kept", [
+    (32, EVERYWHERE, set()), (256, EVERYWHERE, set()),
+    (1024, [(0, "qkv"), (0, "up")], {"blocks.0.qkv.weight", "blocks.0.up.weight"})])
+def test_outliers_in_fp8(kernels_, alpha, layers, kept, tmp_path):
+    state_dict = plant(load_checkpoint("demo").state_dict, alpha, layers, both_ways=bool(kept))
+    save_file(state_dict, tmp_path / "planted.safetensors")
+    artifact = clip_ttrt.compile(
+        weights=str(tmp_path / "planted.safetensors"), precision="fp8", kernels=kernels_,
+        encoder="image", output=tmp_path / "a")
+    assert artifact.verified
+    assert set(artifact.manifest["modules"]["image"]["fp8"]["kept_fp16"]) == kept
+
+
+@needs.fp8
+@needs.fused
+def test_fp8_is_timed_beside_fp16(tmp_path):
+    artifact = clip_ttrt.compile(precision="fp8", encoder="image", batch=32, compare=True,
+                                 output=tmp_path / "a")
+    times = artifact.manifest["modules"]["image"]["milliseconds"]
+    assert times.keys() == {"fp8", "fp16"} and all(0 < each < 100 for each in times.values())
 
 
 @pytest.mark.parametrize("kernels_", KERNELS)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from clip_ttrt import ops, trt
+from clip_ttrt import graph, ops, stack, trt
+from clip_ttrt.checkpoint import load_checkpoint
 from clip_ttrt.engine import DTYPES
 from clip_ttrt.encoders import ENCODERS
 from clip_ttrt.models import MODELS
@@ -52,8 +53,8 @@ CONVERTED = {
     "cast": (of(lambda x: ops.cast(x, torch.float)), (5, 64)),
     "split_tokens": (of(lambda x: ops.split_tokens(x, 1)), (64,)),
 }
-PLUGINS = {ops.fused_attention, ops.fused_linear, ops.fused_layer_norm, ops.bias_quick_gelu,
-           ops.residual_layer_norm, ops.extract_patch_rows, ops.embed_image}
+PLUGINS = {ops.fused_attention, ops.fused_linear, ops.fused_quantized_linear, ops.fused_layer_norm,
+           ops.bias_quick_gelu, ops.residual_layer_norm, ops.extract_patch_rows, ops.embed_image}
 
 
 def module_and_example(name, precision):
@@ -64,11 +65,11 @@ def module_and_example(name, precision):
     return module.to(dtype), example
 
 
-def plan(interpreter):
-    """The plan that TensorRT-RTX builds of a network for a GPU of compute capability 8.6."""
+def plan(interpreter, gpu="SM86"):
+    """The plan that TensorRT-RTX builds of a network for a GPU, by default of capability 8.6."""
     config = interpreter.builder.create_builder_config()
     config.num_compute_capabilities = 1
-    config.set_compute_capability(trt.api().ComputeCapability.SM86, 0)
+    config.set_compute_capability(getattr(trt.api().ComputeCapability, gpu), 0)
     for profile in interpreter.optimization_profiles or ():
         config.add_optimization_profile(profile)
     with trt.building() as build:
@@ -162,7 +163,7 @@ def test_every_operation_that_is_no_plugin_is_built_above():
     for name in CONVERTED:
         nodes = lowered(*module_and_example(name, "fp32")).graph.nodes
         built |= {node.target for node in nodes if node.op == "call_function"}
-    assert built == set(ops.REFERENCES) - PLUGINS
+    assert built == set(ops.REFERENCES) - PLUGINS - {ops.quantized_linear}  # of whole encoders
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -178,6 +179,27 @@ def test_a_whole_encoder_is_one_network_and_its_plan_builds(model, encoder):
     assert 0 < build.layers <= MOST_LAYERS[model]
     assert build.warnings == []
     assert len(plan(interpreter)) > 0.9 * weights  # they are all in it
+
+
+@pytest.mark.skipif(stack.versions()["tensorrt-rtx"] < "1.5", reason="TensorRT-RTX 1.4 builds fp8 "
+                    "with a GPU only")
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_an_encoder_in_fp8_is_built_for_gpus_that_have_it(encoder):
+    state_dict = load_checkpoint("demo").state_dict
+    plain, example, module = encoder_in("demo", encoder, "fp8", state_dict=state_dict)
+    names = [*filter(None, map(graph.block_weight, module.graph.nodes))]
+    interpreter, build = construct(module, example, DYNAMIC, "fp16")
+    of_fp16 = len(plan(interpreter, "SM89"))
+    graph.run(module, [graph.quantizing(dict.fromkeys(names[1:], 0.05))])  # one stays in fp16
+    interpreter, build = construct(module, example, DYNAMIC, "fp8")
+    kinds = [kind.split(".")[-1] for kind, _, _ in layers(interpreter)]
+    assert kinds.count("QUANTIZE") == len(names) - 1 == 4 * len(plain.blocks) - 1
+    assert kinds.count("DEQUANTIZE") == 2 * (len(names) - 1) and build.warnings == []
+    weights = sum(graph.parameter(module, node.args[1]).numel()
+                  for node in graph.calls(module, ops.quantized_linear))
+    assert len(plan(interpreter, "SM89")) < of_fp16 - 0.7 * weights  # a byte less for each
+    with pytest.raises(trt.EngineError, match="sm86"):
+        plan(interpreter)
 
 
 def test_python_s_warnings_stay_warnings():
