@@ -129,8 +129,7 @@ def build_encoder(name: str, checkpoint: Checkpoint, batch: BatchRange, plan: Pl
         module = graph.capture(encoder.to(device), example)
     work = f"build the {name} engine" if as_engine else f"trace the {name} encoder"
     with progress.stage(work) as time:
-        passes = plan.passes[name]
-        passes = quantizer.passes(name, passes) if quantizer else passes
+        passes = quantizer.passes(name, plan.passes[name]) if quantizer else plan.passes[name]
         facts: dict[str, Any] = {"rewrites": graph.run(module, passes)}
         if as_engine:
             module, about = trt.build(module, example, name=name, **plan.builder)

@@ -289,10 +289,8 @@ def quantizing(scales: Mapping[str, float]) -> Pass:
 
 
 def fuse_quantization(module: fx.GraphModule) -> Iterator[fx.Node]:
-    """What feeds quantized_linear quantises for it, so that no kernel is there only to quantise.
-
-    Raises GraphError where it cannot: it has no out_scale, or something else reads it, too.
-    """
+    """What feeds quantized_linear quantises for it, so that no kernel is there only to quantise;
+    GraphError where it has no out_scale, or something else reads it, too."""
     for layer in calls(module, ops.quantized_linear):
         x, weight, bias, x_scale, weight_scale = layer.args
         while x.target in MOVES:

@@ -11,8 +11,8 @@ from clip_ttrt.errors import UserError
 from clip_ttrt.options import BatchRange
 
 # As kernels/linear/linear.h.
-INPUTS_STEP, OUTPUTS_STEP, MAX_WIDTH, WORKSPACE_BYTES = 4, 8, 65536, 32 << 20
-QUANTIZED_STEP = 16  # of both, where x and weight are E4M3
+MAX_WIDTH, WORKSPACE_BYTES = 65536, 32 << 20
+STEPS = {False: (8, 4), True: (16, 16)}  # of a weight's [outputs, inputs], fp16 and in E4M3
 FP8_CAPABILITY = (8, 9)  # from which on GPUs multiply E4M3
 E4M3 = torch.float8_e4m3fn
 INVALID_VALUE = 1  # cudaErrorInvalidValue
@@ -57,14 +57,9 @@ def version_text() -> str:
     return f"{found // 10000}.{found // 100 % 100}.{found % 100}"
 
 
-def steps(quantized: bool) -> tuple[int, int]:
-    """What a weight's sizes [outputs, inputs] are multiples of; quantized: in E4M3."""
-    return (QUANTIZED_STEP, QUANTIZED_STEP) if quantized else (OUTPUTS_STEP, INPUTS_STEP)
-
-
 def takes(outputs: int, inputs: int, quantized: bool = False) -> bool:
     """Whether the library has linear layers with a weight [outputs, inputs], fp16 or E4M3."""
-    sizes = zip((outputs, inputs), steps(quantized))
+    sizes = zip((outputs, inputs), STEPS[quantized])
     return all(0 < size <= MAX_WIDTH and size % step == 0 for size, step in sizes)
 
 
@@ -85,7 +80,7 @@ def pack(
     it.  Raises ValueError for sizes that no layer has.
     """
     if not takes(outputs, inputs, scale > 0):
-        of = " and ".join(map(str, steps(scale > 0)))
+        of = " and ".join(map(str, STEPS[scale > 0]))
         raise ValueError(
             f"no linear layer here has a weight of [{outputs}, {inputs}]: its sizes are multiples "
             f"of {of}, each at most {MAX_WIDTH}"
@@ -163,9 +158,7 @@ def measure(
     fast_accumulation: bool = True,
 ) -> tuple[Entry, float]:  # fmt: skip
     """The fastest algorithm for some rows on this GPU, and a launch's microseconds; as `tune`.
-
-    fast_accumulation: of the sums in E4M3, with which layers run.
-    """
+    fast_accumulation: of the sums in E4M3, with which layers run."""
     outputs, inputs = weight_shape
     pack(outputs, inputs, bias, scale=float(quantized))
     version()

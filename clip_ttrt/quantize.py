@@ -1,8 +1,7 @@
 """fp8: calibration, and the gate that decides which linear layers stay in fp16.
 
 Both run the graph that is compiled in PyTorch.  The gate compares features with the original's in
-fp32, on inputs that calibration has not seen.
-"""
+fp32, on inputs that calibration has not seen."""
 import hashlib
 import json
 import os
@@ -37,8 +36,7 @@ def is_captions(path: str) -> bool:
 def read(paths: Sequence[str], encoder: str, side: int, device: str) -> tuple[list, list]:
     """Images float32 [3, side, side] or captions in files: to calibrate with, and for the gate.
 
-    Raises UserError for fewer than LEAST that differ.
-    """
+    Raises UserError for fewer than LEAST that differ."""
     from clip_ttrt.pipeline import decode, resize, sources  # which bring torchvision
 
     text, rows = encoder == "text", {}
@@ -81,8 +79,7 @@ class Simulation(fx.Interpreter):
     """Runs a lowered graph, with some linear layers of its blocks as in fp8.
 
     Of the last `features`: largest, weight's name -> largest magnitude of its layer's input, and
-    saturated, shares of the inputs of layers in fp8, for each batch.
-    """
+    saturated, shares of the inputs of layers in fp8, for each batch."""
 
     def run_node(self, node: fx.Node) -> Any:
         if (name := graph.block_weight(node)) is None:
@@ -109,8 +106,7 @@ class Quantizer:
 
     inputs: the gate's, as `verify.compare` takes them; rows: the same as the encoders do.
     found: what the file of scales holds, and of each encoder that is done the manifest.
-    Raises UserError for too little data, or a file of scales of something else.
-    """
+    Raises UserError for too little data, or a file of scales of something else."""
 
     def __init__(self, options: Options, kernels: str, checkpoint: Checkpoint, device: str):
         self.device, side, names = device, checkpoint.dimensions.image_resolution, options.encoders
@@ -140,8 +136,7 @@ class Quantizer:
 
     def choose(self, encoder: str, module: fx.GraphModule) -> dict[str, float]:
         """Weight's name -> scale of the input, of the layers in fp8: of all, or as long as the gate
-        does not hold without the worst alone.  Raises UserError where none is left.
-        """
+        does not hold without the worst alone.  Raises UserError where none is left."""
         rows, reference, run = self.rows[encoder], self.references[encoder], Simulation(module)
         if not (about := self.known.get(encoder)):
             data = as_input(self.data[encoder])

@@ -52,10 +52,12 @@ def test_the_library_tells_what_it_is():
 
 
 def test_limits_agree_with_the_header():
-    limits = dict(re.findall(r"kClipLinear(\w+) = (\d+)", HEADERS["linear"]))
-    for name in ("InputsStep", "OutputsStep", "QuantizedStep", "MaxWidth", "WorkspaceBytes"):
-        constant = re.sub(r"(?<!^)(?=[A-Z])", "_", name).upper()
-        assert int(limits[name]) == getattr(linear, constant)
+    found = re.findall(r"kClipLinear(\w+) = (\d+)", HEADERS["linear"])
+    limits = {name: int(value) for name, value in found}
+    assert linear.STEPS[False] == (limits["OutputsStep"], limits["InputsStep"])
+    assert linear.STEPS[True] == (limits["QuantizedStep"],) * 2
+    assert linear.MAX_WIDTH == limits["MaxWidth"]
+    assert linear.WORKSPACE_BYTES == limits["WorkspaceBytes"]
 
 
 def test_what_is_declared_of_cublaslt_is_what_its_header_says():
