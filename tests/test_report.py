@@ -1,12 +1,13 @@
-"""The figure and the table of speed.csv, from rows that a test writes."""
+"""Figures and table of speed.csv and fp8.csv, from rows that a test writes."""
 import itertools
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("matplotlib")
 
-from experiments import report
-from experiments.record import PROVENANCE, append_row
+from experiments import fp8, report
+from experiments.record import PROVENANCE, append_row, read_rows
 from experiments.sweep import KEY, PEERS
 
 ENCODERS = ("image", "text")
@@ -54,3 +55,34 @@ def test_the_command_draws_beside_the_file_and_prints_the_table(tmp_path, capsys
     with pytest.raises(SystemExit):
         report.main(["--csv", str(path), "--gpu", "no GPU"])
     assert "no rows of no GPU" in capsys.readouterr().err
+
+
+def artifact(precision):
+    cosines = {f"blocks.{block}.{layer}.weight": 1 - 1e-4 * (1 + block)
+               for block in range(3) for layer in fp8.COLOURS}  # fmt: skip
+    kept = {"blocks.2.down.weight": cosines["blocks.2.down.weight"]}
+    modules = {"image": {"fp8": {"cos_min_alone": cosines, "kept_fp16": kept}}}
+    manifest = {"model": "demo", "kernels": "fused", "precision": precision, "modules": modules}
+    return SimpleNamespace(folder="a", manifest={**manifest, "versions": {"torch": "2.11.0"}})
+
+
+def test_fp8_beside_fp16_and_by_layer(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fp8, "read_artifact", lambda folder: artifact(folder.name))
+    speed, layers = tmp_path / "speed.csv", tmp_path / "fp8.csv"
+    told = ["--csv", str(layers), "--speed", str(speed)]
+    for precision, factor in ("fp16", 1.0), ("fp8", 0.75):
+        for row in rows(factor=factor):
+            append_row(speed, {**row, "precision": precision})
+    append_row(speed, {**rows("another GPU")[1], "precision": "fp8"})  # has no fp16 beside it
+    with pytest.raises(SystemExit):
+        fp8.main([*told, "fp16"])
+    assert "a is in fp16, not in fp8" in capsys.readouterr().err and not layers.exists()
+    assert fp8.main([*told, "fp8"]) == 0
+    assert (tmp_path / "fp8.png").stat().st_size > 10_000
+    found = read_rows(layers)
+    assert [row["layer"] for row in found if row["kept_fp16"] == "1"] == ["blocks.2.down"]
+    left, right = fp8.plot(read_rows(speed), found).axes
+    assert [bar.get_width() for bar in left.patches] == [pytest.approx(0.75)] * 4
+    [line] = [line for line in right.get_lines() if line.get_label() == "qkv"]
+    assert list(line.get_xdata()) == [0, 1, 2]
+    assert list(line.get_ydata()) == pytest.approx([1e-4, 2e-4, 3e-4])
