@@ -62,8 +62,9 @@ def choose(asked: str, precision: str) -> Backend:
     return Backend(name, "cpu" if no_gpu else "cuda", computes_in, f"{title} on {place}{why}")
 
 
-def choose_kernels(asked: str, backend: Backend, precision: str) -> Choice:
-    """Whose kernels an engine has, for `auto` or a name; UserError where they cannot be had."""
+def choose_kernels(asked: str, backend: Backend, precision: str, fusible: bool = True) -> Choice:
+    """Whose kernels an engine has, for `auto` or a name; UserError where they cannot be had.
+    fusible: whether any encoder is a transformer."""
     if backend.name == "torchscript":
         if asked != "auto":
             raise UserError(f"--kernels {asked} is for TensorRT's engines, and this is "
@@ -72,6 +73,8 @@ def choose_kernels(asked: str, backend: Backend, precision: str) -> Choice:
 
     if backend.name == "rtx":
         problem = "TensorRT-RTX has no plugin layers (the backend tensorrt has)"
+    elif not fusible:
+        problem = "the fused kernels are a transformer's, and the image encoder is a ResNet"
     elif precision not in ("fp16", "fp8"):
         problem = f"the fused kernels compute in fp16, not {precision} (use --precision fp16)"
     else:

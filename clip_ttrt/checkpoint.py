@@ -3,6 +3,7 @@ import hashlib
 import http.client
 import warnings
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Mapping, Optional
 
@@ -14,7 +15,8 @@ from clip_ttrt.demo import packing
 from clip_ttrt.errors import UserError
 from clip_ttrt.models import MODELS, Dimensions, dimensions_from, dimensions_of
 
-NOT_PARAMETERS = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives
+# In OpenAI's archives; the last is what a ResNet's norms count while they are trained.
+NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "num_batches_tracked")
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,11 @@ def load_checkpoint(model: str, weights: Optional[str] = None, seed: int = 0,
         origin = (Origin("openai", sha256) if weights == "openai" else
                   Origin("file", sha256, path=str(path.resolve())))
     state_dict = {name: tensor.detach().float().cpu() for name, tensor in state_dict.items()
-                  if name not in NOT_PARAMETERS}
+                  if not name.endswith(NO_WEIGHTS)}
     with torch.device("meta"):
         expected = original_model(wanted).state_dict()
-    theirs, ours = ({f"{name} {list(tensor.shape)}" for name, tensor in tensors.items()}
+    theirs, ours = ({f"{name} {list(tensor.shape)}" for name, tensor in tensors.items()
+                     if not name.endswith(NO_WEIGHTS)}
                     for tensors in (state_dict, expected))
     what = f"these weights ({origin.path or origin.kind})"
     if theirs != ours:
@@ -134,13 +137,35 @@ def _random(dims: Dimensions, seed: int) -> tuple[dict, Origin]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = original_model(dims)
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # biases of 0 and norms of 1 would hide a mistake in them
-                parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
+        _draw(model, dims)
     state_dict, digest = model.state_dict(), hashlib.sha256()
     for tensor in state_dict.values():
         digest.update(tensor.numpy())
     return state_dict, Origin("random", digest.hexdigest(), seed=seed)
+
+
+@torch.no_grad()
+def _draw(model: torch.nn.Module, dims: Dimensions) -> None:
+    """Draw what would hide a mistake: norms of 0 or 1, biases of 0, and a ResNet in which the
+    picture fades.  Its convolutions drawn here keep the variance behind a ReLU and no mean, its
+    branches bring as much again in all, which fp16 holds, and its pooling tells tokens apart."""
+    norms = torch.nn.LayerNorm, torch.nn.BatchNorm2d
+    for module in model.modules():
+        for name, tensor in chain(module.named_parameters(recurse=False),
+                                  module.named_buffers(recurse=False)):
+            if name == "weight" and isinstance(module, norms):
+                tensor.uniform_(0.5, 1.5)
+            elif name == "running_var":
+                tensor.uniform_(0.5, 2)
+            elif name == "running_mean" or name.endswith("bias"):
+                tensor.normal_(0, 0.1)
+    if dims.is_resnet:
+        for name, module in model.visual.named_modules():
+            if isinstance(module, torch.nn.Conv2d):
+                gain = 3 / sum(dims.image_layers) if name.endswith(".conv3") else 3
+                module.weight.normal_(0, (gain / module.weight[0].numel()) ** 0.5)
+                module.weight -= module.weight.mean((1, 2, 3), keepdim=True)
+        model.visual.attnpool.k_proj.weight *= 4
 
 
 def _read(path: Path, trust: bool) -> tuple[dict, str]:

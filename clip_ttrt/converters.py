@@ -41,10 +41,13 @@ class Layers:
         layer.name = f"{self.name}_{suffix}" if suffix else self.name
         return layer.get_output(0)
 
-    def constant(self, value: torch.Tensor, suffix: str, dtype: torch.dtype) -> Any:
+    def weights(self, value: torch.Tensor, dtype: torch.dtype) -> Any:
         value = seam.hold(value.detach().to("cpu", dtype).contiguous())
-        weights = trt.Weights(TRT_TYPES[dtype], value.data_ptr(), value.numel())
-        return self.named(self.net.add_constant(tuple(value.shape), weights), suffix)
+        return trt.Weights(TRT_TYPES[dtype], value.data_ptr(), value.numel())
+
+    def constant(self, value: torch.Tensor, suffix: str, dtype: torch.dtype) -> Any:
+        layer = self.net.add_constant(tuple(value.shape), self.weights(value, dtype))
+        return self.named(layer, suffix)
 
     def beside(self, x: Any, value: Union[torch.Tensor, float], suffix: str) -> Any:
         """A constant of x's type and rank, since TensorRT broadcasts equal ranks only."""
@@ -71,7 +74,7 @@ class Layers:
         return self.named(self.net.add_matrix_multiply(a, none, b, b_is), suffix)
 
     def reduce(self, operation: str, x: Any, suffix: str) -> Any:
-        """[B, N] -> [B, 1]."""
+        """[B, N, ..] -> [B, 1, ..]."""
         kind = getattr(trt.ReduceOperation, operation)
         return self.named(self.net.add_reduce(x, kind, 1 << 1, True), suffix)
 
@@ -247,6 +250,56 @@ def convert_pool_end_of_text(to, x, tokens):
     rows = to.net.add_gather(x, to.reduce("MIN", candidates, "position"), 1)
     rows.num_elementwise_dims = 1
     return to.shuffle(to.named(rows, "rows"), shape=(0, x.shape[2]))
+
+
+@converter(ops.convolution)
+def convert_convolution(to, x, weight, bias, stride, padding):
+    dtype = TORCH_TYPES[x.dtype]
+    kernel, bias = to.weights(weight, dtype), to.weights(bias, dtype)
+    layer = to.net.add_convolution_nd(x, weight.shape[0], tuple(weight.shape[2:]), kernel, bias)
+    layer.stride_nd, layer.padding_nd = (stride, stride), (padding, padding)
+    return to.named(layer)
+
+
+@converter(ops.relu)
+def convert_relu(to, x):
+    return to.named(to.net.add_activation(x, trt.ActivationType.RELU))
+
+
+@converter(ops.average_pool)
+def convert_average_pool(to, x, size):
+    layer = to.net.add_pooling_nd(x, trt.PoolingType.AVERAGE, (size, size))
+    layer.stride_nd = (size, size)
+    return to.named(layer)
+
+
+@converter(ops.attention_pool)
+def convert_attention_pool(to, x, positions, query_weight, query_bias, key_weight, value_weight):
+    """As the reference; heads stand before the batch where each has a weight of its own."""
+    channels, side = x.shape[1:3]
+    of_heads, swapped = (channels // HEAD_DIM, HEAD_DIM), (1, 0, 2)
+    rows = to.cast(x, trt.float32, "fp32")
+    rows = to.shuffle(rows, "rows", (0, channels, side * side), (0, 2, 1))
+    layer = to.net.add_concatenation([to.reduce("AVG", rows, "mean"), rows])
+    layer.axis = 1
+    tokens = to.named(layer, "with_mean")
+    tokens = to.elementwise("SUM", tokens, to.beside(tokens, positions, "positions"), "tokens")
+
+    query = to.cast(to.row(tokens, (0, 0, 0), (1, 1, 1), x, "first"), x.dtype, "first_back")
+    query = convert_linear(Layers(to.net, f"{to.name}_query"), query, query_weight, query_bias)
+    query = to.elementwise("PROD", query, to.beside(query, HEAD_DIM ** -0.5, "scale"), "scaled")
+    query = to.shuffle(query, "of_heads", (0, *of_heads), swapped)
+    weight = to.beside(query, key_weight.unflatten(0, of_heads), "key_weight")
+    sought = to.shuffle(to.product(query, weight, "NONE", "keys"), "sought", order=swapped)
+    sought = to.cast(sought, trt.float32, "sought_fp32")
+    softmax = to.net.add_softmax(to.product(sought, tokens, "TRANSPOSE", "scores"))
+    softmax.axes = 1 << 2
+
+    pooled = to.product(to.named(softmax, "weights"), tokens, "NONE", "pooled")
+    pooled = to.shuffle(to.cast(pooled, x.dtype, "pooled_back"), "pooled_heads", order=swapped)
+    weight = to.beside(pooled, value_weight.unflatten(0, of_heads), "value_weight")
+    values = to.product(pooled, weight, "TRANSPOSE", "values")
+    return to.shuffle(to.shuffle(values, "heads_last", order=swapped), shape=(0, channels))
 
 
 @converter(ops.clamp_tokens)

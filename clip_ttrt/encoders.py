@@ -3,6 +3,7 @@
 Equal to OpenAI's `clip/model.py` with three exact rearrangements: query, key and value come from
 one linear layer; the patch convolution, whose stride is its kernel, is a linear layer on cut-out
 patches; and the last block, of which one token is read, pools before its output projection.
+The image encoder of a ResNet is in `resnet.py`.
 """
 import functools
 import re
@@ -12,12 +13,12 @@ from typing import Callable, Mapping, Optional
 import torch
 from torch import nn
 
-from clip_ttrt import ops
+from clip_ttrt import ops, resnet
 from clip_ttrt.models import Dimensions, dimensions_from
 
 # What an encoder calls: the ops, for inference, or their differentiable references.
 CALLED = ("attention", "quick_gelu", "extract_patches", "prepend_class_token", "pool_end_of_text",
-          "clamp_tokens", "mask_unknown", "cast")
+          "clamp_tokens", "mask_unknown", "attention_pool", "cast")
 INFERENCE = SimpleNamespace(**{name: getattr(ops, name) for name in CALLED})
 DIFFERENTIABLE = SimpleNamespace(**{name: ops.REFERENCES[getattr(ops, name)] for name in CALLED})
 StateDict = Mapping[str, torch.Tensor]
@@ -143,6 +144,12 @@ def _load(kind: type, names: Mapping[str, str], state_dict: StateDict,
     return encoder.eval().requires_grad_(False)
 
 
-image_encoder = functools.partial(_load, ImageEncoder, IMAGE_NAMES)
+def image_encoder(state_dict: StateDict, called: SimpleNamespace = INFERENCE) -> nn.Module:
+    """The encoder of images of a state dict in OpenAI's naming, fp32, in evaluation mode."""
+    if dimensions_from(state_dict).is_resnet:
+        return resnet.image_encoder(state_dict, called)
+    return _load(ImageEncoder, IMAGE_NAMES, state_dict, called)
+
+
 text_encoder = functools.partial(_load, TextEncoder, TEXT_NAMES)
 ENCODERS = {"image": image_encoder, "text": text_encoder}

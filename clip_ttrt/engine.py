@@ -16,7 +16,7 @@ from clip_ttrt.contexts import Encoder
 from clip_ttrt.encoders import ENCODERS
 from clip_ttrt.errors import UserError
 from clip_ttrt.guard import Guarded, trace
-from clip_ttrt.models import Dimensions
+from clip_ttrt.models import Dimensions, dimensions_of
 from clip_ttrt.options import BatchRange, Options
 from clip_ttrt.progress import Progress
 from clip_ttrt.quantize import Quantizer
@@ -38,13 +38,19 @@ class Plan(NamedTuple):
 def plan_for(options: Options) -> Plan:
     """The plan of a compile here.  Raises UserError for what cannot be had."""
     backend = backends.choose(options.backend, options.precision)
-    choice = backends.choose_kernels(options.kernels, backend, options.precision)
+    resnet = ("image",) if dimensions_of(options.model).is_resnet else ()  # which fuses nothing
+    transformers = {*options.encoders} - {*resnet}
+    choice = backends.choose_kernels(
+        options.kernels, backend, options.precision, bool(transformers))
     if backend.name == "torchscript":
         passes = (graph.lower, graph.inline_references)
         return Plan(backend, choice, None, dict.fromkeys(options.encoders, passes), None)
     fused = choice.kernels == "fused"  # linear layers are tuned before the network is built
     passes = {name: (graph.lower, *graph.FUSE[name], graph.tuning(options.batch))
-              if fused else (graph.lower,) for name in options.encoders}
+              if fused and name in transformers else (graph.lower,) for name in options.encoders}
+    if fused and len(transformers) < len(passes):
+        choice = choice._replace(
+            reason=f"{choice.reason}; TensorRT's own for the image encoder, a ResNet")
     builder = {each: getattr(options, each)
                for each in ("batch", "precision", "optimization_level", "timing_cache")}
     return Plan(backend, choice, kernels.version() if fused else None, passes, builder)

@@ -108,6 +108,14 @@ def in_ours(node: fx.Node) -> Optional[tuple[Callable, tuple]]:
             return ops.select_token, (x, index)
         case (aten.add.Tensor, fx.Node() as a, fx.Node() as b):
             return ops.add, (a, b)
+        case (aten.conv2d.default, x, weight, fx.Node() as bias, *more) if len(more) < 3:
+            strides, paddings = more + [[1, 1], [0, 0]][len(more):]
+            if len({*strides}) == len({*paddings}) == 1:
+                return ops.convolution, (x, weight, bias, strides[0], paddings[0])
+        case (aten.relu.default, x):
+            return ops.relu, (x,)
+        case (aten.avg_pool2d.default, x, [size, same]) if size == same:
+            return ops.average_pool, (x, size)
     return None
 
 
@@ -254,7 +262,7 @@ def fuse_rest(module: fx.GraphModule) -> Iterator[fx.Node]:
             yield node
 
 
-# Encoder -> its fusing passes, in order.
+# Encoder -> its fusing passes, in order, where it is a transformer.
 BLOCKS: tuple[Pass, ...] = (fuse_attention, fuse_bias_quick_gelu, fuse_residual_layer_norm)
 FUSE = {"image": (*BLOCKS, fuse_image_embedding, fuse_rest), "text": (*BLOCKS, fuse_rest)}
 

@@ -1,28 +1,38 @@
 """The models: names and dimensions, from one table or from a checkpoint's shapes."""
 from dataclasses import dataclass
+from typing import Union
 
 from clip_ttrt.errors import UserError
 
-HEAD_DIM = 64  # of every CLIP transformer, image or text
+HEAD_DIM = 64  # of every CLIP transformer, image or text, and of a ResNet's attention pooling
+RESNET_STRIDE = 32  # pixels for one token of a ResNet's pooling
 
 
 @dataclass(frozen=True)
 class Dimensions:
-    """Sizes of one CLIP model with a vision transformer, as in OpenAI's checkpoints."""
+    """Sizes of one CLIP model with a vision transformer or a ResNet, as in OpenAI's checkpoints."""
 
     embed_dim: int
     image_resolution: int  # pixels, height and width
     patch_size: int  # pixels
-    image_width: int
-    image_layers: int
+    image_width: int  # of a ResNet: of its first stage
+    image_layers: Union[int, tuple[int, ...]]  # of a ResNet: blocks of each stage
     context_length: int  # tokens of a full-length text
     vocab_size: int
     text_width: int
     text_layers: int
 
+    def __post_init__(self):
+        if isinstance(self.image_layers, list):  # as JSON has it
+            object.__setattr__(self, "image_layers", tuple(self.image_layers))
+
+    @property
+    def is_resnet(self) -> bool:
+        return isinstance(self.image_layers, tuple)
+
     @property
     def image_heads(self) -> int:
-        return self.image_width // HEAD_DIM
+        return self.image_width * (RESNET_STRIDE if self.is_resnet else 1) // HEAD_DIM
 
     @property
     def text_heads(self) -> int:
@@ -30,7 +40,7 @@ class Dimensions:
 
     @property
     def image_tokens(self) -> int:
-        return (self.image_resolution // self.patch_size) ** 2 + 1  # patches and the class token
+        return (self.image_resolution // self.patch_size) ** 2 + 1  # and the class token or mean
 
 
 MODELS = {
@@ -39,17 +49,19 @@ MODELS = {
     "ViT-B/16": Dimensions(512, 224, 16, 768, 12, 77, 49408, 512, 12),
     "ViT-L/14": Dimensions(768, 224, 14, 1024, 24, 77, 49408, 768, 12),
     "ViT-L/14@336px": Dimensions(768, 336, 14, 1024, 24, 77, 49408, 768, 12),
+    "RN50": Dimensions(1024, 224, RESNET_STRIDE, 64, (3, 4, 6, 3), 77, 49408, 512, 12),
+    "RN101": Dimensions(512, 224, RESNET_STRIDE, 64, (3, 4, 23, 3), 77, 49408, 512, 12),
+    "RN50x4": Dimensions(640, 288, RESNET_STRIDE, 80, (4, 6, 10, 6), 77, 49408, 640, 12),
+    "RN50x16": Dimensions(768, 384, RESNET_STRIDE, 96, (6, 8, 18, 8), 77, 49408, 768, 12),
+    "RN50x64": Dimensions(1024, 448, RESNET_STRIDE, 128, (3, 15, 36, 10), 77, 49408, 1024, 12),
 }
-RESNETS = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64")
 
 
 def dimensions_of(name: str) -> Dimensions:
     """The dimensions of a model in the table; UserError, which lists the names, for any other."""
     if name in MODELS:
         return MODELS[name]
-    if name in RESNETS:
-        raise UserError(f"{name} is a ResNet, not supported yet; supported: {', '.join(MODELS)}")
-    raise UserError(f"unknown model {name!r}; known: {', '.join([*MODELS, *RESNETS])}")
+    raise UserError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
 
 
 def dimensions_from(state_dict) -> Dimensions:
@@ -59,19 +71,25 @@ def dimensions_from(state_dict) -> Dimensions:
                     if name.startswith(prefix)})
 
     try:
-        patch = state_dict["visual.conv1.weight"]
-        grid = round((len(state_dict["visual.positional_embedding"]) - 1) ** 0.5)
+        first = state_dict["visual.conv1.weight"]
+        if "visual.attnpool.positional_embedding" in state_dict:
+            tokens = len(state_dict["visual.attnpool.positional_embedding"])
+            patch_size, width = RESNET_STRIDE, 2 * first.shape[0]
+            layers = tuple(blocks(f"visual.layer{stage}.") for stage in (1, 2, 3, 4))
+        else:
+            tokens = len(state_dict["visual.positional_embedding"])
+            patch_size, width = first.shape[-1], first.shape[0]
+            layers = blocks("visual.transformer.resblocks.")
         return Dimensions(
             embed_dim=state_dict["text_projection"].shape[1],
-            image_resolution=patch.shape[-1] * grid,
-            patch_size=patch.shape[-1],
-            image_width=patch.shape[0],
-            image_layers=blocks("visual.transformer.resblocks."),
+            image_resolution=patch_size * round((tokens - 1) ** 0.5),
+            patch_size=patch_size,
+            image_width=width,
+            image_layers=layers,
             context_length=state_dict["positional_embedding"].shape[0],
             vocab_size=state_dict["token_embedding.weight"].shape[0],
             text_width=state_dict["ln_final.weight"].shape[0],
             text_layers=blocks("transformer.resblocks."),
         )
     except (KeyError, IndexError, TypeError, AttributeError) as problem:
-        raise UserError("not a CLIP model with a vision transformer, in OpenAI's naming: "
-                        f"{problem}") from problem
+        raise UserError(f"not a CLIP model in OpenAI's naming: {problem}") from problem

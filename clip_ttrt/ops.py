@@ -1,7 +1,7 @@
 """Operations of our own, `torch.ops.clip_ttrt.*`: places that a backend implements as one piece.
 
 TensorRT does it through a converter (`converters.py`), in its own layers or as a plugin,
-TorchScript through the reference, which is differentiable PyTorch.  Encoders call the first seven
+TorchScript through the reference, which is differentiable PyTorch.  Encoders call the first eight
 and `cast`; `graph.py` maps PyTorch's operations to the next ones, and puts the fused ones in the
 place of several where the plugins serve.
 
@@ -102,6 +102,29 @@ def mask_unknown_reference(features: Tensor, tokens: Tensor, clamped: Tensor) ->
     return features.masked_fill(unknown, float("nan"))
 
 
+def attention_pool_reference(
+    x: Tensor, positions: Tensor, query_weight: Tensor, query_bias: Tensor, key_weight: Tensor,
+    value_weight: Tensor
+) -> Tensor:
+    """Attention of the mean token over all, with head dimension 64: [B, C, S, S] -> [B, C].
+
+    The S² tokens follow their mean, and positions [S² + 1, C] are added.  No token is projected:
+    a head's query goes back through the keys' weight, the tokens' weighted sum through the values'.
+    A bias of keys would add the same to all scores; one of values is the caller's, since scores'
+    softmax sums up to 1.  Weights [C, C] are in x's dtype; tokens, scores and sums in fp32.
+    """
+    wide = torch.promote_types(x.dtype, torch.float)
+    tokens = x.to(wide).flatten(2).transpose(1, 2)
+    tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1) + positions.to(wide)
+    query = F.linear(tokens[:, 0].to(x.dtype), query_weight, query_bias) * HEAD_DIM ** -0.5
+    of_heads = (-1, HEAD_DIM)
+    sought = query.unflatten(1, of_heads).transpose(0, 1) @ key_weight.unflatten(0, of_heads)
+    scores = sought.transpose(0, 1).to(wide) @ tokens.transpose(1, 2)
+    pooled = (scores.softmax(-1) @ tokens).to(x.dtype).transpose(0, 1)
+    values = pooled @ value_weight.unflatten(0, of_heads).transpose(1, 2)
+    return values.transpose(0, 1).flatten(1)
+
+
 # What PyTorch's own operations are mapped to
 
 
@@ -143,6 +166,23 @@ def embedding_reference(weight: Tensor, tokens: Tensor) -> Tensor:
 def select_token_reference(x: Tensor, index: int) -> Tensor:
     """One token's row: [B, T, W] -> [B, W]."""
     return x.select(1, index).clone()
+
+
+def convolution_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int
+) -> Tensor:
+    """[B, C, S, S] and [N, C, K, K] and [N] -> [B, N, ..]."""
+    return F.conv2d(x, weight, bias, stride, padding)
+
+
+def relu_reference(x: Tensor) -> Tensor:
+    """max(x, 0), elementwise."""
+    return F.relu(x)
+
+
+def average_pool_reference(x: Tensor, size: int) -> Tensor:
+    """Means of squares side by side: [B, C, S, S] -> [B, C, S / size, S / size]."""
+    return F.avg_pool2d(x, size)
 
 
 # What the plugins do in one piece
@@ -233,6 +273,7 @@ prepend_class_token = _op(prepend_class_token_reference)
 pool_end_of_text = _op(pool_end_of_text_reference)
 clamp_tokens = _op(clamp_tokens_reference)
 mask_unknown = _op(mask_unknown_reference)
+attention_pool = _op(attention_pool_reference)
 cast = _op(cast_reference)
 linear = _op(linear_reference)
 quantized_linear = _op(quantized_linear_reference)
@@ -240,6 +281,9 @@ layer_norm = _op(layer_norm_reference)
 add = _op(add_reference)
 embedding = _op(embedding_reference)
 select_token = _op(select_token_reference)
+convolution = _op(convolution_reference)
+relu = _op(relu_reference)
+average_pool = _op(average_pool_reference)
 fused_attention = _op(fused_attention_reference, _attention_fake)
 fused_linear = _op(fused_linear_reference)
 fused_quantized_linear = _op(fused_quantized_linear_reference)

@@ -82,7 +82,7 @@ class Options:
     seed: int = option(0, "N", "for --weights random")
 
     def __post_init__(self):
-        dimensions_of(self.model)
+        dims = dimensions_of(self.model)
         object.__setattr__(self, "batch", BatchRange.parse(self.batch))
         check_choices(self)
         if self.optimization_level not in range(6):
@@ -94,6 +94,9 @@ class Options:
             if getattr(self, name) and self.precision != "fp8":
                 raise UserError(f"--{name} is for --precision fp8, not {self.precision}; "
                                 "leave it away")
+        if self.precision == "fp8" and "image" in self.encoders and dims.is_resnet:
+            raise UserError(f"fp8 is for a transformer's linear layers, and {self.model}'s image "
+                            "encoder is a ResNet; use --precision fp16, or --encoder text")
         if self.precision == "fp8" and self.model != "demo" and not (self.calibrate or self.scales):
             raise UserError("fp8 is calibrated: give --calibrate a folder or list of pictures and "
                             "a .txt of captions, at least 512 of each, or --scales FILE")

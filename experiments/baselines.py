@@ -143,7 +143,9 @@ def rearranged(model: str, encoder: str, precision: str, device: str) -> torch.n
 
 
 def plain(model: str, encoder: str, precision: str, device: str) -> torch.nn.Module:
-    """The encoder as the original lays it out."""
+    """The encoder as the original lays it out, of a ResNet's images the original's."""
+    if encoder == "image" and dimensions_of(model).is_resnet:
+        return original(model, "fp32", device).visual.to(DTYPES[precision])
     layout = PlainImageEncoder if encoder == "image" else PlainTextEncoder
     return layout(rearranged(model, encoder, precision, device)).to(device)
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from clip_ttrt.errors import UserError
 from clip_ttrt.models import HEAD_DIM, Dimensions
 from experiments.baselines import DTYPES, allow_tf32
 from experiments.timing import launch_times_us
@@ -52,6 +53,8 @@ def attention_flops(batch: int, heads: int, tokens: int, causal: bool) -> float:
 
 def work_of(dims: Dimensions, encoder: str, batch: int) -> Work:
     """The work of an encoder: the last block's MLP and output projection see one row a sample."""
+    if encoder == "image" and dims.is_resnet:
+        raise UserError("the floor is a transformer's; of a ResNet measure --encoders text")
     if encoder == "image":
         width, layers, heads = dims.image_width, dims.image_layers, dims.image_heads
         tokens = dims.image_tokens

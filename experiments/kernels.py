@@ -388,7 +388,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--ops", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help=", ".join(OPS))
-    add("--models", nargs="+", choices=MODELS, default=[name for name in MODELS if name != "demo"])
+    models = [name for name, dims in MODELS.items() if not dims.is_resnet]  # whose kernels they are
+    add("--models", nargs="+", choices=models, default=[name for name in models if name != "demo"])
     add("--encoders", nargs="+", choices=("image", "text"), default=["image", "text"])
     add("--batches", nargs="+", type=int, default=[1, 32] if gpu else [1])
     add("--device", choices=("cuda", "cpu"), default="cuda" if gpu else "cpu")

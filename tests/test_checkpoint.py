@@ -8,10 +8,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from clip_ttrt import pictures
 from clip_ttrt.checkpoint import (
-    load_checkpoint, original_model, reload_checkpoint, sha256_of_file)
+    load_checkpoint, original_model, original_with_weights, reload_checkpoint, sha256_of_file)
 from clip_ttrt.errors import UserError
-from clip_ttrt.models import MODELS
+from clip_ttrt.models import MODELS, dimensions_from
+from clip_ttrt.verify import COSINE_BOUND
+from small import RESNET, VIT
 
 
 @pytest.fixture
@@ -45,6 +48,60 @@ def test_random_weights_depend_on_the_seed_alone():
     assert first.origin.sha256 == again.origin.sha256 != other.origin.sha256
     assert first.origin.describe().startswith("RANDOM")
     assert torch.equal(torch.rand(3), expected)  # the caller's generator is left alone
+
+
+@pytest.fixture
+def one_thread():
+    """Of many small convolutions: two threads wait for each other, long on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dims", [RESNET, VIT], ids=["resnet", "vit"])
+def test_a_mistake_in_any_one_tensor_of_random_weights_shows(dims, monkeypatch, one_thread):
+    """Beyond fp16's bound: a tensor of the other sign, or of variances the reciprocals."""
+    monkeypatch.setitem(MODELS, "small", dims)
+    checkpoint = load_checkpoint("small", "random")
+    assert all(tensor.all() for tensor in checkpoint.state_dict.values())
+    model = original_with_weights(checkpoint, "cpu")
+    rows = {model.encode_image: pictures.load(dims.image_resolution)[0][:3],
+            model.encode_text: torch.arange(24, dtype=torch.int32).view(3, 8)}
+    expected, hidden = {encode: encode(x) for encode, x in rows.items()}, set()
+    for name, value in model.state_dict().items():
+        if name not in checkpoint.state_dict:
+            continue
+        encode = model.encode_image if name.startswith("visual.") else model.encode_text
+        value.copy_(1 / value if name.endswith("running_var") else -value)
+        if torch.cosine_similarity(encode(rows[encode]), expected[encode]).min() > (
+                COSINE_BOUND["fp16"]):
+            hidden.add(name)
+        value.copy_(checkpoint.state_dict[name])
+    # Of logits alone, and the same to all scores of a row, which softmax ignores.
+    assert hidden == {"logit_scale", "visual.attnpool.k_proj.bias"} & {*checkpoint.state_dict}
+
+
+def test_a_state_dict_tells_its_model_s_dimensions():
+    for name, dims in MODELS.items():
+        with torch.device("meta"):
+            assert dimensions_from(original_model(dims).state_dict()) == dims, name
+
+
+def test_openai_published_all_models_but_the_embedded_one():
+    assert {*MODELS} - {"demo"} == {*clip.clip._MODELS}
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_resnet_s_file_may_count_the_batches_of_its_training(path, counted, monkeypatch):
+    monkeypatch.setitem(MODELS, "small", RESNET)
+    state_dict = load_checkpoint("small", "random").state_dict
+    extra = {"visual.bn1.num_batches_tracked": torch.tensor(7)} if counted else {}
+    save_file({**state_dict, **extra}, path)
+    assert load_checkpoint("small", str(path)).state_dict.keys() == state_dict.keys()
+    with pytest.raises(UserError, match="not a whole RN50: they have the dimensions of small"):
+        load_checkpoint("RN50", str(path))
 
 
 @pytest.mark.parametrize("damage, sentence", [

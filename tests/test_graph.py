@@ -111,6 +111,27 @@ def test_what_has_no_form_among_our_operations_is_named(function, sentence):
         lowered(One(lambda x, value: function(x)), torch.zeros(2, 4, 8))
 
 
+@pytest.mark.parametrize("module", [
+    nn.Conv2d(4, 4, 3, bias=False), nn.Conv2d(4, 4, 3, stride=(2, 1)), nn.Conv2d(4, 4, 3, groups=2),
+    nn.Conv2d(4, 4, 3, padding=(0, 1)), nn.Conv2d(4, 4, 3, dilation=2),
+    nn.Conv2d(4, 4, 3, padding="same"), nn.AvgPool2d((2, 3)), nn.AvgPool2d(2, 1),
+    nn.AvgPool2d(2, 2, 1),
+], ids=str)
+def test_convolutions_and_pools_of_other_kinds_are_refused(module):
+    with pytest.raises(graph.GraphError, match="no backend implements aten.(conv2d|avg_pool2d)"):
+        lowered(module, torch.zeros(2, 4, 6, 6))
+
+
+@pytest.mark.parametrize("function", [
+    lambda x: nn.functional.avg_pool2d(x, 2), nn.functional.relu, nn.Conv2d(4, 8, 3),
+    nn.Conv2d(4, 8, 3, padding=2), nn.Conv2d(4, 8, 1, stride=3), nn.Conv2d(4, 8, 3, 2, 1)])
+def test_what_a_resnet_has_keeps_its_arguments(function):
+    x = torch.randn(3, 4, 6, 6)
+    module = function if isinstance(function, nn.Module) else One(lambda x, value: function(x))
+    found = lowered(module, x[:2])
+    assert targets(found) <= set(ops.REFERENCES) and torch.allclose(found(x), module(x), atol=1e-6)
+
+
 @pytest.mark.parametrize("op, module", [
     (aten.linear.default, nn.Linear(8, 8)), (aten.layer_norm.default, nn.LayerNorm(8)),
     (aten.select.int, One(lambda x, value: x.select(1, 0))),
@@ -125,6 +146,21 @@ def test_keyword_arguments_of_every_operation_are_refused_by_name(op, module):
         node.kwargs = {"unused": 7}
     with pytest.raises(graph.GraphError, match=rf"{op} with .*'unused': 7"):
         list(graph.lower(found))
+
+
+@pytest.mark.parametrize("encoder, kernels", [("image", "tensorrt"), ("both", "fused")])
+def test_a_resnet_s_image_encoder_is_tensorrt_s_own(encoder, kernels, monkeypatch):
+    found = backends.Backend("tensorrt", "cuda", "fp16", "asked")
+    monkeypatch.setattr(backends, "choose", lambda *_: found)
+    monkeypatch.setattr(backends.kernels, "obstacle", lambda: None)
+    plan = engine.plan_for(Options(model="RN50", encoder=encoder))
+    assert plan.kernels.kernels == kernels and "image encoder" in plan.kernels.reason
+    assert (plan.kernels_version is not None) is (kernels == "fused")
+    names = {name: [each.__name__ for each in passes] for name, passes in plan.passes.items()}
+    assert names["image"] == ["lower"] and names.get("text", ["tune"])[-1] == "tune"
+    if encoder == "image":
+        with pytest.raises(UserError, match="fused cannot .* the image encoder is a ResNet; --ker"):
+            engine.plan_for(Options(model="RN50", encoder=encoder, kernels="fused"))
 
 
 @pytest.mark.parametrize("backend, kernels, names", [

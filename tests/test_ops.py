@@ -57,6 +57,24 @@ def test_a_row_with_an_id_outside_the_vocabulary_is_nan_and_no_other():
     assert masked[1:5].isnan().all() and torch.equal(masked[[0, 5]], features[[0, 5]])
 
 
+@pytest.mark.parametrize("side", [1, 3])
+def test_attention_pool_is_attention_of_one_query_over_all_projected_tokens(side):
+    torch.manual_seed(0)
+    x, positions = torch.randn(4, 128, side, side), torch.randn(side * side + 1, 128)
+    query, key, value = (torch.nn.Linear(128, 128).requires_grad_(False) for _ in range(3))
+    actual = ops.attention_pool(x, positions, query.weight, query.bias, key.weight, value.weight)
+    tokens = x.double().flatten(2).transpose(1, 2)
+    tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1) + positions
+    for layer in (query, key, value):
+        layer.double()
+    qkv = torch.cat([query(tokens), key(tokens), value(tokens)], 2)  # with the biases, as clip has
+    expected = attention_in_float64(qkv, 2, False)[:, 0] - value.bias
+    assert actual.shape == (4, 128) and (actual - expected).abs().max() < 1e-5
+    low = [each.bfloat16() for each in (positions, query.weight, query.bias, key.weight,
+                                        value.weight)]
+    assert (ops.attention_pool(x.bfloat16(), *low) - expected).abs().max() < 0.05
+
+
 def test_quick_gelu_and_that_with_a_bias():
     x, bias = 4 * torch.randn(3, 7, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
     expected = x / (1 + (-1.702 * x).exp())
@@ -80,6 +98,16 @@ def test_what_pytorch_s_operations_are_mapped_to():
     assert torch.equal(ops.select_token(x, 3), x[:, 3])
     assert torch.equal(ops.split_tokens(x.flatten(0, 1), 5), x)
     assert torch.equal(ops.add(x, weight[0]), x + weight[0])
+    assert torch.equal(ops.relu(x), x.clamp(min=0))
+    images, kernel = torch.randn(2, 3, 8, 8), torch.randn(6, 3, 2, 2)
+    pooled = ops.average_pool(images, 2)
+    assert torch.allclose(pooled, images.unfold(2, 2, 2).unfold(3, 2, 2).mean((4, 5)), atol=1e-6)
+    patches = ops.extract_patches(images, 2) @ kernel.flatten(1).T + bias
+    convolved = ops.convolution(images, kernel, bias, 2, 0).flatten(2).transpose(1, 2)
+    assert torch.allclose(convolved, patches, atol=1e-5)
+    padded = ops.convolution(images, kernel, bias, 2, 1)
+    edge = torch.nn.functional.pad(images, (1,) * 4)
+    assert torch.equal(padded, ops.convolution(edge, kernel, bias, 2, 0))
     for dtype in (torch.half, torch.float):
         cast = ops.cast(x, dtype)  # an operation may not return its input
         assert torch.equal(cast, x.to(dtype)) and cast.data_ptr() != x.data_ptr()

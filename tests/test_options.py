@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from clip_ttrt.errors import UserError
-from clip_ttrt.models import MODELS, RESNETS
+from clip_ttrt.models import MODELS
 from clip_ttrt.options import BatchRange, Options
 
 
@@ -19,8 +19,8 @@ def test_batch_ranges(value, expected):
         "0", "-1", "8:4:2", "1:2", "1:2:3:4", "a", "", "1:300:256", "1:1:100000", "1.5", "²")),
     *(({name: "other"}, f"unknown {name} 'other'; choices: ")
       for name in ("precision", "encoder", "backend", "kernels")),
-    *(({"model": name}, "not supported yet") for name in RESNETS),
-    ({"model": "ViT-H/14"}, f"unknown model 'ViT-H/14'; known: {', '.join([*MODELS, *RESNETS])}"),
+    ({"model": "ViT-H/14"}, f"unknown model 'ViT-H/14'; known: {', '.join(MODELS)}"),
+    ({"model": "RN50", "precision": "fp8"}, "RN50's image encoder is a ResNet; use --precision"),
     ({"optimization_level": 6}, "bad optimization level 6"),
 ])
 def test_a_value_outside_its_choices(wrong, sentence):

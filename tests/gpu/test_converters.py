@@ -13,6 +13,7 @@ from clip_ttrt.engine import DTYPES
 from clip_ttrt.guard import trace
 from clip_ttrt.models import MODELS
 from clip_ttrt.options import BatchRange
+from clip_ttrt.resnet import AttentionPool, Bottleneck
 from lowering import DYNAMIC, STATIC, One, construct, encoder_in, lowered
 
 pytestmark = pytest.mark.gpu
@@ -119,6 +120,33 @@ def test_quick_gelu_keeps_its_tails_in_half():
     module = One(lambda x, _: ops.quick_gelu(x))
     actual, rows = run_in_engine(module, torch.zeros(2, 50, 768), "fp16")
     assert (actual - ops.quick_gelu_reference(rows.double())).abs().max() < HALF_ERROR
+
+
+@pytest.mark.parametrize("side, width, precision", [
+    (2, 128, "fp32"), (7, 2048, "fp16"), (9, 2560, "fp16")], ids=str)
+def test_attention_pool(side, width, precision):
+    """Of what a ReLU leaves, with keys that tell tokens apart."""
+    torch.manual_seed(0)
+    module = AttentionPool(width, side * side + 1, 64, INFERENCE).requires_grad_(False)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=width ** -0.5)
+    module.k_proj.weight *= 4
+    actual, rows = run_in_engine(module, torch.zeros(2, width, side, side), precision,
+                                 draw=lambda *shape: torch.randn(shape).relu())
+    expected = module.double().cpu()(rows.double())
+    bound = HALF_ERROR if precision == "fp16" else 1e-5
+    assert ((actual - expected).norm() / expected.norm()) < bound
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("channels, stride", [(64, 1), (256, 1), (256, 2)], ids=str)
+def test_a_bottleneck(channels, stride, precision):
+    torch.manual_seed(0)
+    module = Bottleneck(channels, 64, stride).requires_grad_(False)
+    actual, rows = run_in_engine(module, torch.zeros(2, channels, 14, 14), precision)
+    expected = module.double().cpu()(rows.double())
+    bound = HALF_ERROR if precision == "fp16" else 1e-5
+    assert ((actual - expected).norm() / expected.norm()) < bound
 
 
 # What an earlier TensorRT's own matrix products computed wrongly, without a warning: a block

@@ -9,13 +9,16 @@ from torch import nn
 from clip_ttrt import graph, ops, stack, trt
 from clip_ttrt.checkpoint import load_checkpoint
 from clip_ttrt.engine import DTYPES
-from clip_ttrt.encoders import ENCODERS
+from clip_ttrt.encoders import ENCODERS, INFERENCE
 from clip_ttrt.models import MODELS
 from clip_ttrt.options import BatchRange
+from clip_ttrt.resnet import AttentionPool
+import small
 from lowering import DYNAMIC, STATIC, One, construct, encoder_in, lowered
 
 MOST_LAYERS = {"demo": 240, "ViT-B/32": 480, "ViT-B/16": 480, "ViT-L/14": 840,
-               "ViT-L/14@336px": 840}  # constants not counted; seen: 196, 364, 364, 700, 700
+               "ViT-L/14@336px": 840,  # constants not counted; seen: 196, 364, 364, 700, 700,
+               "small": 100, "RN50": 190, "RN50x4": 280}  # 81, 158, 228
 
 
 def of(function):
@@ -52,6 +55,11 @@ CONVERTED = {
     "mask_unknown": (One(mask_unknown, 100, 64), (7,)),
     "cast": (of(lambda x: ops.cast(x, torch.float)), (5, 64)),
     "split_tokens": (of(lambda x: ops.split_tokens(x, 1)), (64,)),
+    "convolution": (nn.Conv2d(8, 16, 3, stride=2, padding=1), (8, 9, 9)),
+    "convolution_of_points": (nn.Conv2d(8, 16, 1), (8, 6, 6)),
+    "relu": (of(nn.functional.relu), (8, 6, 6)),
+    "average_pool": (of(lambda x: nn.functional.avg_pool2d(x, 2)), (8, 6, 6)),
+    "attention_pool": (AttentionPool(128, 5, 32, INFERENCE), (128, 2, 2)),
 }
 PLUGINS = {ops.fused_attention, ops.fused_linear, ops.fused_quantized_linear, ops.fused_layer_norm,
            ops.bias_quick_gelu, ops.residual_layer_norm, ops.extract_patch_rows, ops.embed_image}
@@ -166,9 +174,15 @@ def test_every_operation_that_is_no_plugin_is_built_above():
     assert built == set(ops.REFERENCES) - PLUGINS - {ops.quantized_linear}  # of whole encoders
 
 
-@pytest.mark.parametrize("encoder", ENCODERS)
-@pytest.mark.parametrize("model", MODELS)
-def test_a_whole_encoder_is_one_network_and_its_plan_builds(model, encoder):
+ENCODERS_BUILT = [(model, encoder) for model, dims in MODELS.items() if not dims.is_resnet
+                  for encoder in ENCODERS]  # a ResNet's text encoder is like theirs
+ENCODERS_BUILT += [("small", "image"), ("RN50", "image"),
+                   pytest.param("RN50x4", "image", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("model, encoder", ENCODERS_BUILT)
+def test_a_whole_encoder_is_one_network_and_its_plan_builds(model, encoder, monkeypatch):
+    monkeypatch.setitem(MODELS, "small", small.RESNET)
     plain, example, module = encoder_in(model, encoder, "fp16")
     weights = sum(value.numel() * value.element_size() for value in plain.parameters())
     interpreter, build = construct(module, example, BatchRange(1, 32, 256), "fp16")
