@@ -112,7 +112,7 @@ class LinearProbe:
         return float((self.predict(features) == as_array(labels)).mean())
 
     def place(self, values: Any) -> Tensor:
-        return torch.as_tensor(values).to(self.device, self.dtype)
+        return torch.as_tensor(values).detach().to(self.device, self.dtype)
 
 
 class Objective:

@@ -19,6 +19,15 @@ from clip_ttrt.probe import LinearProbe
 parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra embed")
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that share so little work would mostly wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def made(rows, width, classes, apart, seed=0):
     """Correlated features around a centre for each class, far from zero as CLIP's are: float64."""
     rng = np.random.default_rng(seed)
@@ -88,16 +97,18 @@ def test_the_sweep_halves_around_the_peak_on_the_rows_that_validate():
     assert [probe.split(y[:120], seed)[0].tolist() == order.tolist() for seed in (0, 1)] == [1, 0]
 
     def make(c):
-        return LinearProbe(c, "float64", "cpu")
+        return LinearProbe(c, "float64", "cpu", max_iter=150)  # enough for all but large C
 
     with warnings.catch_warnings(record=True):
         best, accuracy = probe.sweep(make, torch.tensor(x), y, 120)
     index = np.round((np.log10(list(accuracy)) + 6) * 8).astype(int)
     assert {*range(0, 97, 16)} <= {*index} and 13 <= len(index) <= 15
     at = round((np.log10(best.c) + 6) * 8)
-    assert {at - 1, at + 1} <= {*index} and accuracy[best.c] == max(accuracy.values())
+    assert {at - 1, at + 1} <= {*index}
+    assert best.c == min(c for c in accuracy if accuracy[c] == max(accuracy.values()))
     cold = make(best.c).fit(x[:120], y[:120])
-    assert (cold.weight - best.weight).abs().max() < 1e-6 and 1e-4 < best.c < 10
+    assert (cold.weight - best.weight).abs().max() < 1e-6
+    assert cold.score(x[120:], y[120:]) == accuracy[best.c] > 1.2 * accuracy[1e-6]
 
 
 def test_intervals():
@@ -165,7 +176,7 @@ def test_the_command_compares_artifacts_and_goes_on(
         assert each["train"] == {"images": 160, "bad": 1} and each["classes"] == 8
         assert each["test"] == {"images": 80, "bad": 1} and each["warning"] is None
         share, low, high = each["top1"]
-        assert low < share <= high and share <= each["top5"][0] and each["c"] == 0.316
+        assert low < share < high + 1e-9 and share <= each["top5"][0] and each["c"] == 0.316
     # Its zero-shot top-1 is 100 %: a probe can do no worse but for few pictures of some colours.
     assert good["top1"][0] >= 0.95 and good["per_class"] > 0.9 and "difference" not in good
     share, low, high = bad["difference"]
@@ -204,8 +215,8 @@ def table(path, rows, columns=("image_path", "label")):
 
 def test_tables_give_what_folders_do_and_a_sweep_validates(
         demo_artifact, pictures, tmp_path, capsys):
-    train, test = ([(str(file.relative_to(pictures)), file.parent.name)
-                    for file in sorted((pictures / part).glob("*/*"))] for part in ("train", "test"))
+    train, test = ([(str(file.relative_to(pictures)), file.parent.name) for file in sorted(
+        (pictures / part).glob("*/*"))] for part in ("train", "test"))
     by_csv = table(pictures / "train.csv", [row[::-1] for row in train], ("colour", "file"))
     by_parquet = table(pictures / "test.parquet", test, ("file", "colour"))
     columns = dict(column="file", label="colour", output=tmp_path / "o")
@@ -213,16 +224,16 @@ def test_tables_give_what_folders_do_and_a_sweep_validates(
     folders = probe.probe([demo_artifact.folder], pictures / "train", pictures / "test")
     for name in ("train", "test", "top1", "per_class", "iterations"):
         assert tables[name] == folders["artifacts"][0][name]
-    # 5 iterations are too few for the largest C of the search, and that is not said.
+    # 2 iterations are too few for the largest C of the search, and that is not said.
     found = probe.probe([demo_artifact.folder], by_csv, by_parquet, sweep=True, val=by_parquet,
-                        max_iter=5, **columns)["artifacts"][0]
+                        max_iter=2, **columns)["artifacts"][0]
     assert found["val"] == found["test"] and 13 <= len(found["sweep"]) <= 15
     assert found["c"] in found["sweep"] and found["warning"].startswith("C = ")
     capsys.readouterr()
     assert cli.main(["probe", str(demo_artifact.folder), "--train", by_csv, "--test", by_parquet,
-                     "--column", "file", "--label", "colour", "--sweep", "--max-iter", "5"]) == 0
+                     "--column", "file", "--label", "colour", "--sweep", "--max-iter", "2"]) == 0
     told = capsys.readouterr()
-    assert "has not converged after 5 iterations" in told.err and " of val" not in told.out
+    assert "has not converged after 2 iterations" in told.err and " of val" not in told.out
 
 
 @pytest.mark.parametrize("train, test, options, sentence", [
