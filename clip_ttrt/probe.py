@@ -8,12 +8,12 @@ import json
 import math
 import os
 import sys
-import tempfile
 import time
 import warnings
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Callable, Iterator, Optional, Sequence
 
 import numpy as np
@@ -26,7 +26,7 @@ from clip_ttrt.checkpoint import sha256_of_file
 from clip_ttrt.errors import UserError
 from clip_ttrt.options import EmbedOptions, ProbeOptions
 
-LOGITS = {"cuda": 2**26, "cpu": 2**20}  # in memory at once
+NUMBERS = {"cuda": 2**26, "cpu": 2**20}  # of a block of rows: its logits, or its features
 ROUND, HISTORY = 40, 20  # iterations between two preconditioners; steps that L-BFGS remembers
 TARGET = {torch.float32: 1e-5, torch.float64: 1e-11}  # norm of the gradient at which a fit ends
 ENOUGH = {torch.float32: 1e-4, torch.float64: 1e-8}  # and up to which it counts as converged
@@ -95,8 +95,8 @@ class LinearProbe:
 
     def logits(self, features: Any) -> Iterator[Tensor]:
         """[rows, K] of one block of rows after the other, on the device."""
-        weight, bias = self.weight.to(self.dtype), self.bias
-        for block in self.place(features).split(rows_of(self.device, len(self.classes))):
+        x, weight, bias = self.place(features), self.weight, self.bias
+        for block in x.split(rows_of(x, len(weight))):
             yield torch.addmm(bias, block, weight.T)
 
     def predict(self, features: Any) -> np.ndarray:
@@ -122,7 +122,7 @@ class Objective:
 
     def __init__(self, x: Tensor, y: Tensor, classes: int, decay: float):
         self.x, self.y, self.decay, self.classes = x, y, decay, classes
-        self.mean, self.rows = x.mean(0), rows_of(x.device, classes)
+        self.mean, self.rows = x.mean(0), rows_of(x, classes)
 
     def blocks(self, weight: Tensor, bias: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Centred features [rows, E], classes [rows, 1] and logits [rows, K]."""
@@ -138,7 +138,7 @@ class Objective:
             total = z.logsumexp(1, keepdim=True)
             loss += (total - z.gather(1, y)).sum(dtype=torch.float64)
             residual = z.sub_(total).exp_()
-            residual.scatter_add_(1, y, residual.new_full((1, 1), -1).expand_as(y))
+            residual.scatter_add_(1, y, z.new_full((1, 1), -1).expand_as(y))
             by_weight.addmm_(residual.T, block)
             by_bias += residual.sum(0)
         count, penalty = len(self.x), weight.square().sum(dtype=torch.float64) * self.decay / 2
@@ -237,8 +237,7 @@ def probe(artifacts: Sequence, train: Any, test: Any, **options: Any) -> dict[st
     classes_of({part: labels for part, (_, labels) in rows.items()}, options)
     for artifact in [read_artifact(each).folder for each in artifacts]:
         name = f"{artifact.name}-{sha256_of_file(artifact / MANIFEST)[:8]}"
-        temporary = tempfile.TemporaryDirectory()
-        with nullcontext(options.output) if options.output else temporary as output:
+        with nullcontext(options.output) if options.output else TemporaryDirectory() as output:
             found, right = probe_one(artifact, rows, Path(output, name), options)
         if first is not None:
             found["difference"] = difference(first, right)
@@ -368,9 +367,9 @@ def as_array(labels: Any) -> np.ndarray:
     return np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
 
 
-def rows_of(device: torch.device, classes: int) -> int:
-    """So many rows that their logits are bounded."""
-    return max(1, LOGITS[device.type] // classes)
+def rows_of(x: Tensor, classes: int) -> int:
+    """So many rows that memory stays bounded."""
+    return max(1, NUMBERS[x.device.type] // max(classes, x.shape[1]))
 
 
 if __name__ == "__main__":

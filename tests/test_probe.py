@@ -64,7 +64,7 @@ def test_float32_and_blocks_of_rows_change_little(classes, apart, monkeypatch):
     x, y = made(500, 24, classes, apart)
     names = np.array([f"class {label}" for label in y])
     exact = LinearProbe(1, "float64", "cpu").fit(x, names)
-    monkeypatch.setitem(probe.LOGITS, "cpu", 150)  # 21 rows of 7 classes, and the last of fewer
+    monkeypatch.setitem(probe.NUMBERS, "cpu", 720)  # 30 rows, and the last block has fewer
     before = torch.tensor(x, dtype=torch.float32)
     features = before.clone()
     close = LinearProbe(1, device="cpu").fit(features, torch.tensor(y))
