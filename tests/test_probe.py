@@ -111,6 +111,25 @@ def test_the_sweep_halves_around_the_peak_on_the_rows_that_validate():
     assert cold.score(x[120:], y[120:]) == accuracy[best.c] > 1.2 * accuracy[1e-6]
 
 
+def test_of_equal_accuracies_the_smallest_c_is_best_and_fits_start_from_the_nearest():
+    class Known:
+        def __init__(self, c):
+            self.c = c
+
+        def fit(self, x, y, start):
+            starts[self.c] = start and start.c
+            return self
+
+        def score(self, x, y):
+            return 0.5 if 0.9e-3 < self.c < 1e3 else 0.25
+
+    starts = {}
+    best, accuracy = probe.sweep(Known, torch.zeros(2, 1), np.zeros(2), 1)
+    tried = [-6, -4, -3.5, -3.25, -3.125, -3, -2.875, -2.75, -2.5, -2, -1, 0, 2, 4, 6]
+    assert np.log10(list(accuracy)) == pytest.approx(tried) and best.c == pytest.approx(1e-3)
+    assert starts[1e-6] is None and starts[1e-4] == 1e-6 and starts[0.1] == starts[1e-3] == 1e-2
+
+
 def test_intervals():
     hits = np.arange(100) < 90  # of both the figures as published: Newcombe 1998, R's PropCIs
     assert probe.wilson(hits) == pytest.approx([0.9, 0.8256, 0.9448], abs=1e-4)
