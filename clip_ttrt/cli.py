@@ -18,7 +18,7 @@ from clip_ttrt import build_kernels, classify, info, verify
 from clip_ttrt.artifact import check_runs_here, read_artifact
 from clip_ttrt.checkpoint import reload_checkpoint
 from clip_ttrt.errors import UserError, VerificationError
-from clip_ttrt.options import EmbedOptions, Options
+from clip_ttrt.options import EmbedOptions, Options, ProbeOptions
 from clip_ttrt.progress import Progress
 
 
@@ -73,6 +73,15 @@ def parser() -> argparse.ArgumentParser:
         help="the texts to choose from, or one file that holds a text in each line")
     add("--force", action="store_true", help="use an artifact that failed its verification")
 
+    add = command("probe", run_probe, "a linear probe: logistic regression on features, as CLIP's "
+                  "paper has it; of several artifacts it compares them")
+    add("artifacts", nargs="+", type=Path, metavar="DIR", help="the artifacts")
+    for part in ("train", "test"):
+        add(f"--{part}", required=True, metavar="FOLDER|TABLE",
+            help="a folder with a folder a class, or a .csv or .parquet of paths and labels")
+    add_fields(add, ProbeOptions)
+    add("--json", dest="as_json", action="store_true", help="for programs")
+
     add = command("info", run_info, "tell what this machine has and what a compile would use")
     add("--json", dest="as_json", action="store_true", help="for programs")
 
@@ -89,7 +98,7 @@ def add_fields(add, options: type) -> None:
             more = {"action": argparse.BooleanOptionalAction}
         else:
             metavar = values if isinstance(values, str) else "|".join(values)
-            types = {int: int, Optional[int]: int, float: number}
+            types = {int: int, Optional[int]: int, float: number, Optional[float]: float}
             more = {"metavar": metavar, "type": types.get(each.type, str)}
             about += "" if default is None else " (default %(default)s)"
         if each.name == "ray":
@@ -133,6 +142,36 @@ def run_verify(folder: Path, figures: Path, weights: Optional[str], trust_weight
     if figures:
         figures.write_text(json.dumps(report, indent=2) + "\n")
     return 0 if report["passed"] else 1
+
+
+def run_probe(as_json: bool, **options: Any) -> int:
+    from clip_ttrt.probe import probe  # which brings embed
+
+    kept = "the same command goes on" if options["output"] else "--output would keep the features"
+    try:
+        report = probe(**options)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {kept}") from None
+    for each in report["artifacts"]:
+        if each["warning"]:
+            print(f"clip_ttrt: {each['artifact']}: {each['warning']}", file=sys.stderr)
+        if not as_json:
+            print("\n  ".join([f"{each['artifact']}: C = {each['c']:.3g}", *probe_lines(each)]))
+    if as_json:
+        print(json.dumps(report, indent=2))
+    return 0
+
+
+def probe_lines(each: dict[str, Any]) -> list[str]:
+    """What people want to know of a probe."""
+    shares = {"top-1": each["top1"], "top-5": each["top5"], "to the first": each.get("difference")}
+    lines = [f"{name:12} {found[0]:.2%}  ({found[1]:.2%} to {found[2]:.2%})"
+             for name, found in shares.items() if found]
+    parts = [f"{each[part]['images']:,} of {part} ({each[part]['bad']} bad)"
+             for part in ("train", "val", "test") if part in each]
+    return [*lines, f"{'per class':12} {each['per_class']:.2%}",
+            f"{each['classes']} classes, {', '.join(parts)}; {each['iterations']} iterations; "
+            f"{each['seconds_to_embed']:.1f} s to embed, {each['seconds_to_fit']:.1f} s to fit"]
 
 
 def show(report: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What `compile` and `embed` are asked for: frozen dataclasses, which the command line follows."""
+"""What `compile`, `embed` and `probe` are asked for: frozen dataclasses, which argparse follows."""
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Optional, Sequence, Union
@@ -164,3 +164,32 @@ class EmbedOptions:
             raise UserError(f"bad --gpus {self.gpus!r}: write all, or of 0 to {count - 1} some "
                             "as 0,1")
         return [f"cuda:{number}" for number in dict.fromkeys(wanted)]
+
+
+@dataclass(frozen=True)
+class ProbeOptions:
+    """Everything that `probe` can be told.  Raises UserError for a value outside its choices."""
+
+    c: Optional[float] = option(None, "C", "inverse strength of the L2 penalty, scikit-learn's "
+                                "(default 0.316)")
+    sweep: bool = option(False, help="search the best C from 1e-6 to 1e6")
+    val: Union[None, str, Path] = option(None, "FOLDER|TABLE", "of --sweep (default: a tenth of "
+                                         "each class of train)")
+    column: Optional[str] = option(None, "NAME", "of paths in tables (default: image_path or path)")
+    label: str = option("label", "NAME", "the column of labels in tables")
+    dtype: str = option("float32", ("float32", "float64"), "of the fit")
+    max_iter: int = option(1000, "N", "iterations of a fit")
+    seed: int = option(0, "N", "of the split")
+    output: Union[None, str, Path] = option(None, "DIR", "keep features, which another run goes on "
+                                            "from, and the probe's weights")
+    gpus: str = option("0", "all|0,1", "to embed by, one process for each")
+    overwrite: bool = option(False, help="delete the features that --output holds")
+    force: bool = option(False, help="use an artifact that failed its verification")
+
+    def __post_init__(self):
+        check_choices(self)
+        if self.c is not None and not 0 < self.c < float("inf") or self.max_iter < 1:
+            raise UserError(f"bad c {self.c} or max_iter {self.max_iter}: they must be above 0")
+        if self.sweep and self.c is not None or self.val and not self.sweep:
+            raise UserError("--sweep searches C itself, and --val is for it: give --c, or --sweep "
+                            "with or without --val")

@@ -33,7 +33,7 @@ def test_the_function_stays_one_and_shows_its_options():
 
 def test_an_import_brings_what_loading_needs_and_no_compiler():
     compiler = {f"clip_ttrt.{name}" for name in ("engine", "graph", "converters", "cli",
-                                                 "ops", "verify", "demo.scenes")}
+                                                 "ops", "verify", "demo.scenes", "probe")}
     compiler |= {"torch_tensorrt", "torch._dynamo", "torch.export._trace", "clip"}
     code = ("import sys, torch; before = set(sys.modules); import clip_ttrt; clip_ttrt.Options(); "
             f"print(sorted({compiler} & (set(sys.modules) - before)))")
