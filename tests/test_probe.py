@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import clip_ttrt
 from clip_ttrt import cli, probe
+from clip_ttrt.artifact import MANIFEST
 from clip_ttrt.checkpoint import sha256_of_file
 from clip_ttrt.demo import captions, scenes
 from clip_ttrt.probe import LinearProbe
@@ -201,7 +202,8 @@ def test_the_command_compares_artifacts_and_goes_on(
     share, low, high = bad["difference"]
     assert share == pytest.approx(bad["top1"][0] - good["top1"][0]) and low < share < high < 0
 
-    folder = next((tmp_path / "o").glob(f"{demo_artifact.folder.name}-*"))
+    name = f"demo-{sha256_of_file(demo_artifact.folder / MANIFEST)[:8]}"  # and another's hash
+    folder = tmp_path / "o" / name
     with safe_open(folder / "probe.safetensors", "pt") as file:
         classes = json.loads(file.metadata()["classes"])
     weights = load_file(folder / "probe.safetensors")
