@@ -107,10 +107,24 @@ class ScaledLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = quantized(x.flatten(0, -2), self.scales[0])
-        product = torch._scaled_mm(
-            rows, self.weight, *self.scales, bias=self.bias, out_dtype=x.dtype, use_fast_accum=True
-        )
+        product = scaled_product(rows, self.weight, *self.scales, self.bias)
         return product.unflatten(0, x.shape[:-1])
+
+
+@torch.library.custom_op("clip_ttrt_peers::scaled_product", mutates_args=())
+def scaled_product(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, of_weight: torch.Tensor,
+    bias: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """torch._scaled_mm of [M, K] and [K, N] in E4M3, which Inductor of torch 2.11 fails to lower."""
+    return torch._scaled_mm(
+        x, weight, scale, of_weight, bias=bias, out_dtype=bias.dtype, use_fast_accum=True
+    )
+
+
+@scaled_product.register_fake
+def _(x, weight, scale, of_weight, bias):
+    return bias.new_empty(x.shape[0], weight.shape[1])
 
 
 def quantized(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

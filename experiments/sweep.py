@@ -58,7 +58,6 @@ from clip_ttrt.pictures import CAPTIONS
 from clip_ttrt.verify import more_lines
 from experiments.accuracy import compile_in_process
 from experiments.baselines import DTYPES, PEERS, UNCAPTURED, example, weights_of
-from experiments.embed import jpeg
 from experiments.floor import floor_ms
 from experiments.record import (
     PROVENANCE, ROOT, append_row, in_a_line, label, provenance, read_rows,
@@ -180,6 +179,8 @@ def calibration(folder: Path) -> list[str]:
     """Pictures and captions to calibrate fp8 with, crops of the shipped ones and mixtures."""
     images, captions = folder / "calibration", folder / "captions.txt"
     if not captions.is_file():
+        from experiments.embed import jpeg
+
         images.mkdir(parents=True, exist_ok=True)
         for number in range(CALIBRATED):
             (images / f"{number:04}.jpg").write_bytes(jpeg("256", number))
