@@ -116,7 +116,7 @@ def scaled_product(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, of_weight: torch.Tensor,
     bias: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    """torch._scaled_mm of [M, K] and [K, N] in E4M3, which Inductor of torch 2.11 fails to lower."""
+    """torch._scaled_mm of [M, K] and [K, N], which Inductor of torch 2.11 fails to lower."""
     return torch._scaled_mm(
         x, weight, scale, of_weight, bias=bias, out_dtype=bias.dtype, use_fast_accum=True
     )
