@@ -100,14 +100,14 @@ class ScaledLinear(torch.nn.Module):
 
     def __init__(self, layer: torch.nn.Linear, largest: torch.Tensor):
         super().__init__()
-        of_weight = layer.weight.detach().abs().max().float() / E4M3_MAX
-        self.scales = torch.stack([largest.float() / E4M3_MAX, of_weight])
-        self.weight = quantized(layer.weight.detach(), of_weight).t()
+        self.scale = largest.float() / E4M3_MAX  # each of its own memory: cuBLASLt wants 16 bytes
+        self.of_weight = layer.weight.detach().abs().max().float() / E4M3_MAX
+        self.weight = quantized(layer.weight.detach(), self.of_weight).t()
         self.bias = layer.bias.detach()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = quantized(x.flatten(0, -2), self.scales[0])
-        product = scaled_product(rows, self.weight, *self.scales, self.bias)
+        rows = quantized(x.flatten(0, -2), self.scale)
+        product = scaled_product(rows, self.weight, self.scale, self.of_weight, self.bias)
         return product.unflatten(0, x.shape[:-1])
 
 
