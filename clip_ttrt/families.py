@@ -43,14 +43,15 @@ class Model:
 
     def weights(self) -> list[Path]:
         """The files of its own weights; UserError where there are none."""
-        for name in self.family.weights if self.folder else ():
+        known = self.family.weights if self.folder else ()
+        for name in known:
             if self.name.startswith(HUB):
                 hub(self.name, (name, name.replace(".safetensors.index.json", "-*.safetensors")))
             if (path := self.folder / name).is_file():
                 shards = load_json(path)["weight_map"] if path.suffix == ".json" else {"": name}
                 return [self.folder / shard for shard in sorted({*shards.values()})]
-        raise UserError(f"{self.name} comes with no {' or '.join(self.family.weights) or 'weights'}"
-                        "; give --weights FILE or random")
+        raise UserError(f"{self.name} comes with no {' or '.join(known) or 'weights'}; "
+                        "give --weights FILE or random")
 
     def original(self) -> Optional[nn.Module]:
         """The family's own model, without weights; None where its package is not installed."""

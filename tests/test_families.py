@@ -275,7 +275,7 @@ def test_weights_of_a_name_of_open_clip_come_from_a_file(tmp_path, monkeypatch):
     assert json.loads(config.read_text())["vision_cfg"]["width"] == found.image_width == 1408
     assert (found.image_head_dim, found.image_mlp, found.gelu, found.text_heads) == (
         88, 6144, "none", 16)
-    with pytest.raises(UserError, match="give --weights FILE or random"):
+    with pytest.raises(UserError, match="comes with no weights; give --weights FILE"):
         load_checkpoint("open_clip:ViT-g-14")
     with pytest.raises(UserError, match="open_clip:ViT-X is none of open_clip.list_models"):
         families.find("open_clip:ViT-X")
