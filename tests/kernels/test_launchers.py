@@ -99,7 +99,8 @@ WRONG = {  # beside -1, which no field may have
     "epsilon": [0.0, NAN], "epsilon_pre": [0.0, NAN], "epsilon_1": [0.0, NAN],
     "resolution": [0, -32, 223, 8192], "tokens": [0, 1], "patch_size": [0, -2, 7, 30, 448],
     "half": [2], "inputs": [6], "outputs": [12], "weights": [0], "milliseconds": [NAN],
-    "approximate": [3], "quantized": [2], "fast_accumulation": [2], "out_scale": [NAN, float("inf"), 1e-40],
+    "quantized": [2], "fast_accumulation": [2], "out_scale": [NAN, float("inf"), 1e-40],
+    "approximate": [3],
 }  # fmt: skip
 
 

@@ -165,7 +165,7 @@ def test_a_converter_alone(name, precision, batch, monkeypatch):
     assert tuple(output.shape) == (4 if batch.static else -1, *expected.shape[1:])
     assert converters.TORCH_TYPES[output.dtype] == expected.dtype
     as_one = any("ATTENTION" in kind for kind, _, _ in layers(interpreter))
-    assert as_one is (name in ("attention", "causal_attention"))
+    assert as_one is (name in ("attention", "causal_attention", "attention_of_wide_heads"))
     assert plan(interpreter)
 
 
