@@ -1,8 +1,4 @@
-"""Texts to token ids as each family does it, from files that an artifact carries along.
-
-    tokenizer = tokenizers.read(folder, context_length=64)
-    tokens = tokenizer(["a diagram"])  # int32 [1, 64]
-"""
+"""Texts to token ids as each family does it, from files that an artifact carries along."""
 import json
 import string
 from dataclasses import dataclass
@@ -15,10 +11,9 @@ import torch
 from clip_ttrt import deprecations
 from clip_ttrt.errors import UserError
 
-CONFIG = "tokenizer_config.json"
 START_OF_WORD = "\u2581"  # SentencePiece's
 PUNCTUATION = str.maketrans("", "", string.punctuation)
-Encode = Callable[[Sequence[str]], Sequence[Sequence[int]]]  # texts -> ids of the full length
+Encode = Callable[[Sequence[str]], Any]  # texts -> rows of ids
 
 
 @dataclass(frozen=True)
@@ -40,61 +35,57 @@ class Tokenizer:
 
 
 def read(folder: Optional[Path], context_length: int) -> Tokenizer:
-    """The tokenizer whose files lie in a folder; OpenAI's, of the package `clip`, for None.
+    """The tokenizer of a folder in Hugging Face's layout; for None OpenAI's, of the package `clip`.
 
     Raises UserError that names the file or the package that is missing, or a file that is damaged.
     """
     if folder is None:
         return Tokenizer("OpenAI's BPE", context_length, (), lambda texts: deprecations.clip(
             ).tokenize(texts, context_length, truncate=True))
-    path = Path(folder, CONFIG)
+    path = Path(folder, "tokenizer_config.json")
     try:
         config = json.loads(path.read_text())
-        name, package, kind, encoder = KINDS[config["tokenizer_class"].removesuffix("Fast")]
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: it tells which tokenizer the model has") from None
+        kind, name, package, reader = KINDS[config["tokenizer_class"].removesuffix("Fast")]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
-        raise UserError(f"{path} tells of no tokenizer that is served ({problem!r}), which are "
-                        f"{', '.join(KINDS)}") from problem
-    vocabulary = Path(folder, name)
-    if not vocabulary.is_file():
-        raise UserError(f"{vocabulary} is missing: it holds the vocabulary of the model's texts")
+        raise UserError(f"{path} tells of no tokenizer that is served, {' or '.join(KINDS)}: "
+                        f"{problem!r}") from problem
+    vocabulary = path.with_name(name)
     try:
-        encode = encoder(import_module(package), vocabulary, config, context_length)
+        encode = reader(import_module(package), str(vocabulary), config, context_length)
     except ImportError as problem:
         raise UserError(f"{vocabulary} is read by the package {package}, which is not installed: "
                         "pip install 'clip_ttrt[siglip]'") from problem
     except Exception as problem:  # neither package tells which ones it raises
-        raise UserError(f"{vocabulary} cannot be read: {problem}") from problem
+        raise UserError(f"the vocabulary {vocabulary} cannot be read: {problem}") from problem
     return Tokenizer(kind, context_length, (path, vocabulary), encode)
 
 
-def _name(config: Mapping[str, Any], key: str, default: str) -> str:
-    """A special token, which a config may write as an object."""
-    token = config.get(key) or default
-    return token if isinstance(token, str) else token["content"]
+def _special(config: Mapping[str, Any], name: str, default: str) -> str:
+    token = config.get(f"{name}_token", default)
+    return token["content"] if isinstance(token, dict) else token
 
 
-def _sentencepiece(package: Any, path: Path, config: Mapping[str, Any], length: int) -> Encode:
-    """SigLIP's: lower case, no punctuation, so that a text cannot spell a special token."""
-    model, lower = package.SentencePieceProcessor(model_file=str(path)), config.get("do_lower_case")
-    unknown = _name(config, "unk_token", "<unk>")
-    end, pad = (model.piece_to_id(_name(config, key, "</s>")) for key in ("eos_token", "pad_token"))
-    before = len(model.encode(unknown))  # what keeps SentencePiece from taking the first space
+def _sentencepiece(package: Any, path: str, config: Mapping[str, Any], length: int) -> Encode:
+    """Of lower case and without punctuation, so that no text spells a special token."""
+    model = package.SentencePieceProcessor(model_file=path)
+    end, pad = (model.piece_to_id(_special(config, name, "</s>")) for name in ("eos", "pad"))
+    before = _special(config, "unk", "<unk>")  # keeps SentencePiece from taking the first space
+    skipped = len(model.encode(before))
 
     def row(text: str) -> list[int]:
         text = START_OF_WORD + text.replace(START_OF_WORD, " ")
-        text = (text if lower is False else text.lower()).translate(PUNCTUATION)
-        ids = model.encode(unknown + " ".join(text.split()))[before:][: length - 1] + [end]
+        text = text.lower() if config.get("do_lower_case", True) else text
+        words = text.translate(PUNCTUATION).split()
+        ids = model.encode(before + " ".join(words))[skipped:][:length - 1] + [end]
         return ids + [pad] * (length - len(ids))
 
     return lambda texts: list(map(row, texts))
 
 
-def _bpe(package: Any, path: Path, config: Mapping[str, Any], length: int) -> Encode:
-    """SigLIP 2's: Gemma's, in lower case, as it was trained."""
-    model = package.Tokenizer.from_file(str(path))
-    end, pad = _name(config, "eos_token", "<eos>"), _name(config, "pad_token", "<pad>")
+def _bpe(package: Any, path: str, config: Mapping[str, Any], length: int) -> Encode:
+    """Gemma's, of lower case as SigLIP 2 was trained."""
+    model, end, pad = (package.Tokenizer.from_file(path), _special(config, "eos", "<eos>"),
+                       _special(config, "pad", "<pad>"))
     steps = package.normalizers.Lowercase(), model.normalizer
     model.normalizer = package.normalizers.Sequence([step for step in steps if step])
     model.post_processor = package.processors.TemplateProcessing(
@@ -105,6 +96,7 @@ def _bpe(package: Any, path: Path, config: Mapping[str, Any], length: int) -> En
     return lambda texts: [each.ids for each in model.encode_batch(texts)]
 
 
-GEMMA = "tokenizer.json", "tokenizers", "SigLIP 2's BPE", _bpe
-KINDS = {"SiglipTokenizer": ("spiece.model", "sentencepiece", "SigLIP's SentencePiece",
-                             _sentencepiece), "GemmaTokenizer": GEMMA, "Siglip2Tokenizer": GEMMA}
+GEMMA = "SigLIP 2's BPE", "tokenizer.json", "tokenizers", _bpe
+KINDS = {"SiglipTokenizer": ("SigLIP's SentencePiece", "spiece.model", "sentencepiece",
+                             _sentencepiece),
+         "GemmaTokenizer": GEMMA, "Siglip2Tokenizer": GEMMA}  # by tokenizer_class

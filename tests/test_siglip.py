@@ -10,10 +10,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from clip_ttrt import graph, ops, siglip
+from clip_ttrt import graph, ops, siglip, trt
 from clip_ttrt.encoders import DIFFERENTIABLE
+from clip_ttrt.engine import in_precision
 from clip_ttrt.errors import UserError
+from clip_ttrt.guard import trace
 from clip_ttrt.pipeline.resize import Preprocess
+from lowering import DYNAMIC, lowered
 
 transformers = pytest.importorskip("transformers")
 TOLERANCE = 1e-5  # of the features' norm: fp32 sums in another order
@@ -180,6 +183,20 @@ def test_an_encoder_becomes_one_graph_for_any_batch(original, encoder):
     graph.run(module, [graph.fuse_bias_gelu, graph.fuse_residual_layer_norm])
     for rows in (x, x[:1]):
         assert relative_error(module(rows), expected[:len(rows)]) < TOLERANCE
+    graph.run(module, [graph.inline_references])
+    assert relative_error(trace(module, x[:2])(x), expected) < TOLERANCE
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision, bound", [("fp32", 1e-4), ("fp16", 1e-2)])
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_an_engine_s_features_equal_the_original_model_s(original, encoder, precision, bound):
+    config, state_dict, inputs, expected = original
+    x = inputs[encoder]
+    module = lowered(in_precision(ENCODERS[encoder](config, state_dict), precision), x[:2])
+    engine, _ = trt.build(module, x[:2], DYNAMIC, precision, 1)
+    compiled = trace(engine, x[:DYNAMIC.optimal].cuda())
+    assert relative_error(compiled(x.cuda()).cpu(), expected[encoder]) < bound
 
 
 @pytest.mark.parametrize("resample, filter", [(3, "bicubic"), (2, "bilinear")])

@@ -13,6 +13,7 @@ from clip_ttrt.encoders import ENCODERS, INFERENCE
 from clip_ttrt.models import MODELS
 from clip_ttrt.options import BatchRange
 from clip_ttrt.resnet import AttentionPool
+from clip_ttrt.siglip import Dimensions, ImageEncoder, PoolingHead, TextEncoder, Tower
 import small
 from lowering import DYNAMIC, STATIC, One, construct, encoder_in, lowered
 
@@ -63,6 +64,8 @@ CONVERTED = {
     "relu": (of(nn.functional.relu), (8, 6, 6)),
     "average_pool": (of(lambda x: nn.functional.avg_pool2d(x, 2)), (8, 6, 6)),
     "attention_pool": (AttentionPool(128, 5, 32, INFERENCE), (128, 2, 2)),
+    "attention_probe": (PoolingHead(Tower(144, 0, 2, 200), INFERENCE), (5, 144)),
+    "extract_whole_patches": (of(lambda x: ops.extract_patches(x, 4)), (3, 18, 18)),
 }
 PLUGINS = {ops.fused_attention, ops.fused_linear, ops.fused_quantized_linear, ops.fused_layer_norm,
            ops.bias_gelu, ops.residual_layer_norm, ops.extract_patch_rows, ops.embed_image}
@@ -242,3 +245,25 @@ def test_a_layer_that_tensorrt_refuses_is_told_in_its_words():
     module.value = nn.Parameter(torch.zeros(4), requires_grad=False)
     with pytest.raises(trt.EngineError, match="not build the engine: .*(?i:broadcast|dimension)"):
         plan(construct(module, torch.zeros(2, 5), STATIC, "fp32")[0])
+
+
+SIGLIP = Dimensions(Tower(144, 2, 2, 200), 60, 14, Tower(128, 2, 2, 136), 16, 100)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("kind", [ImageEncoder, TextEncoder])
+def test_siglip_s_encoder_is_one_network_and_its_plan_builds(kind, precision):
+    """Heads of 72 and 64, and pixels beyond whole patches."""
+    encoder, dtype = kind(SIGLIP, INFERENCE).requires_grad_(False), DTYPES[precision]
+    for value in encoder.parameters():
+        nn.init.normal_(value, std=0.1)
+    weights = sum(value.numel() for value in encoder.parameters()) * dtype.itemsize
+    example = (torch.zeros(2, 3, 60, 60) if kind is ImageEncoder else
+               torch.zeros(2, 16, dtype=torch.int32))
+    module = lowered(encoder.to(dtype), example)
+    interpreter, build = construct(module, example, BatchRange(1, 32, 256), precision)
+    output = interpreter.ctx.net.get_output(0)
+    assert tuple(output.shape) == (-1, 144) and output.dtype == trt.api().float32
+    assert 0 < build.layers <= 110 and build.warnings == []
+    assert sum("ATTENTION" in type_ for type_, _, _ in layers(interpreter)) >= 2
+    assert len(plan(interpreter)) > 0.9 * weights
