@@ -1,7 +1,7 @@
 """Operations of our own, `torch.ops.clip_ttrt.*`: places that a backend implements as one piece.
 
 TensorRT does it through a converter (`converters.py`), in its own layers or as a plugin,
-TorchScript through the reference, which is differentiable PyTorch.  Encoders call the first eight
+TorchScript through the reference, which is differentiable PyTorch.  Encoders call the first nine
 and `cast`; `graph.py` maps PyTorch's operations to the next ones, and puts the fused ones in the
 place of several where the plugins serve.
 
@@ -103,6 +103,11 @@ def mask_unknown_reference(features: Tensor, tokens: Tensor, clamped: Tensor) ->
     """Features, NaN in rows where clamping changed a token: [B, E], two int [B, T] -> [B, E]."""
     unknown = (tokens != clamped).any(dim=1, keepdim=True)
     return features.masked_fill(unknown, float("nan"))
+
+
+def mean_of_patches_reference(x: Tensor) -> Tensor:
+    """The mean of all tokens but the first, which is the class token's: [B, T, W] -> [B, W]."""
+    return x[:, 1:].mean(1)
 
 
 def attention_pool_reference(
@@ -292,6 +297,7 @@ prepend_class_token = _op(prepend_class_token_reference)
 pool_end_of_text = _op(pool_end_of_text_reference)
 clamp_tokens = _op(clamp_tokens_reference)
 mask_unknown = _op(mask_unknown_reference)
+mean_of_patches = _op(mean_of_patches_reference)
 attention_pool = _op(attention_pool_reference)
 attention_probe = _op(attention_probe_reference)
 cast = _op(cast_reference)

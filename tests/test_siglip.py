@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from clip_ttrt import graph, ops, siglip, trt
-from clip_ttrt.encoders import DIFFERENTIABLE
+from clip_ttrt.encoders import DIFFERENTIABLE, INFERENCE
 from clip_ttrt.engine import in_precision
 from clip_ttrt.errors import UserError
 from clip_ttrt.guard import trace
@@ -62,25 +62,26 @@ def original(request):
     return config, model.state_dict(), inputs, expected
 
 
-ENCODERS = {"image": siglip.image_encoder, "text": siglip.text_encoder}
+def build(encoder, config, state_dict, called=INFERENCE):
+    return siglip.ENCODERS[encoder](state_dict, called, siglip.dimensions_from(config))
 
 
 def relative_error(actual, expected):
     return ((actual - expected).abs().amax(dim=1) / expected.norm(dim=1)).max().item()
 
 
-@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("encoder", siglip.ENCODERS)
 def test_features_equal_the_original_model_s(original, encoder):
     config, state_dict, inputs, expected = original
     x, expected = inputs[encoder], expected[encoder]
-    ours = ENCODERS[encoder](config, state_dict)
+    ours = build(encoder, config, state_dict)
     assert relative_error(ours(x), expected) < TOLERANCE and ours(x).dtype == torch.float
     assert relative_error(ours(x[2:3]), expected[2:3]) < TOLERANCE
     assert relative_error(expected[:1], expected[1:2]) > 0.1  # inputs are told apart
     assert relative_error(ours.double()(x), expected) < TOLERANCE
     low = ours.half()(x)
     assert low.dtype == torch.float and torch.cosine_similarity(low, expected).min() > 0.9999
-    differentiable = ENCODERS[encoder](config, state_dict, DIFFERENTIABLE)
+    differentiable = build(encoder, config, state_dict, DIFFERENTIABLE)
     assert relative_error(differentiable(x), expected) < TOLERANCE
 
 
@@ -88,7 +89,7 @@ def test_a_text_with_an_unknown_id_is_nan_and_no_other(original):
     config, state_dict, inputs, expected = original
     tokens = inputs["text"].clone()
     tokens[1, 3], tokens[2, 0] = 100, -1
-    features = siglip.text_encoder(config, state_dict)(tokens)
+    features = build("text", config, state_dict)(tokens)
     assert features[1:3].isnan().all()
     assert relative_error(features[[0, 3, 4]], expected["text"][[0, 3, 4]]) < TOLERANCE
 
@@ -100,7 +101,7 @@ def test_every_tensor_matters(original):
         if not name.startswith("logit"):
             encoder = "image" if name.startswith("vision_model") else "text"
             changed = {**state_dict, name: value + 0.1 * torch.randn_like(value)}
-            features = ENCODERS[encoder](config, changed)(inputs[encoder])
+            features = build(encoder, config, changed)(inputs[encoder])
             error = relative_error(features, expected[encoder])
             # A bias of the keys adds the same to all scores, which softmax does not see.
             assert (error > 10 * TOLERANCE) is not name.endswith("k_proj.bias"), (name, error)
@@ -116,8 +117,8 @@ def test_files_of_save_pretrained_are_read_without_transformers(original, tmp_pa
     tensors = load_file(tmp_path / "model.safetensors")
     assert {"logit_scale", "logit_bias"} < tensors.keys()
     assert siglip.dimensions_from(written) == siglip.dimensions_from(config)
-    for encoder, build in ENCODERS.items():
-        actual = build(written, tensors)(inputs[encoder])
+    for encoder in siglip.ENCODERS:
+        actual = build(encoder, written, tensors)(inputs[encoder])
         assert relative_error(actual, expected[encoder]) < TOLERANCE
 
 
@@ -146,7 +147,7 @@ def test_a_published_model_s_config_and_tensors_fit_its_encoders(name):
     assert siglip.dimensions_from(config) == siglip.dimensions_from(whole.to_dict())
     with torch.device("meta"):
         state_dict = transformers.SiglipModel(whole).state_dict()
-        image, text = (build(config, state_dict) for build in ENCODERS.values())
+        image, text = (build(encoder, config, state_dict) for encoder in siglip.ENCODERS)
     used = sum(value.numel() for one in (image, text) for value in one.parameters())
     head = state_dict["vision_model.head.attention.in_proj_bias"].numel() // 3
     left = 2 * head ** 2 + 4 * head - whole.vision_config.num_attention_heads * head
@@ -172,11 +173,11 @@ def test_what_is_not_served_is_refused_in_a_sentence(part, setting, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("encoder", siglip.ENCODERS)
 def test_an_encoder_becomes_one_graph_for_any_batch(original, encoder):
     config, state_dict, inputs, expected = original
     x, expected = inputs[encoder], expected[encoder]
-    module = graph.capture(ENCODERS[encoder](config, state_dict), x[:2])
+    module = graph.capture(build(encoder, config, state_dict), x[:2])
     graph.run(module, [graph.lower])
     called = {node.target for node in module.graph.nodes if node.op == "call_function"}
     assert called <= set(ops.REFERENCES) and (ops.attention_probe in called) is (encoder == "image")
@@ -189,11 +190,11 @@ def test_an_encoder_becomes_one_graph_for_any_batch(original, encoder):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision, bound", [("fp32", 1e-4), ("fp16", 1e-2)])
-@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("encoder", siglip.ENCODERS)
 def test_an_engine_s_features_equal_the_original_model_s(original, encoder, precision, bound):
     config, state_dict, inputs, expected = original
     x = inputs[encoder]
-    module = lowered(in_precision(ENCODERS[encoder](config, state_dict), precision), x[:2])
+    module = lowered(in_precision(build(encoder, config, state_dict), precision), x[:2])
     engine, _ = trt.build(module, x[:2], DYNAMIC, precision, 1)
     compiled = trace(engine, x[:DYNAMIC.optimal].cuda())
     assert relative_error(compiled(x.cuda()).cpu(), expected[encoder]) < bound
@@ -207,9 +208,8 @@ def test_preprocess_equals_transformers_with_pillow(resample, filter, tmp_path):
     own.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "preprocessor_config.json").read_text())
     arguments = siglip.preprocess_from(written, 56)
-    assert arguments == {"resolution": 56, "fit": "squash", "filter": filter,
-                         "mean": [0.5] * 3, "std": [0.5] * 3}
-    preprocess = Preprocess(device="cpu", **arguments)
+    assert arguments == {"fit": "squash", "filter": filter, "mean": [0.5] * 3, "std": [0.5] * 3}
+    preprocess = Preprocess(56, "cpu", **arguments)
     pictures = [Image.fromarray(noise(*size)) for size in SIZES]
     pictures += [pictures[-1].convert(mode) for mode in ("L", "P", "CMYK", "1", "HSV", "YCbCr")]
     for picture in pictures:

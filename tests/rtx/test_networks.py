@@ -10,10 +10,10 @@ from clip_ttrt import graph, ops, stack, trt
 from clip_ttrt.checkpoint import load_checkpoint
 from clip_ttrt.engine import DTYPES
 from clip_ttrt.encoders import ENCODERS, INFERENCE
-from clip_ttrt.models import MODELS
+from clip_ttrt.models import MODELS, Dimensions
 from clip_ttrt.options import BatchRange
 from clip_ttrt.resnet import AttentionPool
-from clip_ttrt.siglip import Dimensions, ImageEncoder, PoolingHead, TextEncoder, Tower
+from clip_ttrt.siglip import ImageEncoder, PoolingHead, TextEncoder
 import small
 from lowering import DYNAMIC, STATIC, One, construct, encoder_in, lowered
 
@@ -64,7 +64,7 @@ CONVERTED = {
     "relu": (of(nn.functional.relu), (8, 6, 6)),
     "average_pool": (of(lambda x: nn.functional.avg_pool2d(x, 2)), (8, 6, 6)),
     "attention_pool": (AttentionPool(128, 5, 32, INFERENCE), (128, 2, 2)),
-    "attention_probe": (PoolingHead(Tower(144, 0, 2, 200), INFERENCE), (5, 144)),
+    "attention_probe": (PoolingHead(144, 2, 200, INFERENCE), (5, 144)),
     "extract_whole_patches": (of(lambda x: ops.extract_patches(x, 4)), (3, 18, 18)),
 }
 PLUGINS = {ops.fused_attention, ops.fused_linear, ops.fused_quantized_linear, ops.fused_layer_norm,
@@ -247,7 +247,8 @@ def test_a_layer_that_tensorrt_refuses_is_told_in_its_words():
         plan(construct(module, torch.zeros(2, 5), STATIC, "fp32")[0])
 
 
-SIGLIP = Dimensions(Tower(144, 2, 2, 200), 60, 14, Tower(128, 2, 2, 136), 16, 100)
+SIGLIP = Dimensions(144, 60, 14, 144, 2, 16, 100, 128, 2, image_head_dim=72, image_mlp=200,
+                    text_mlp=136, gelu="tanh", image_pooling="probe", family="siglip")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
