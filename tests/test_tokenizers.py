@@ -82,14 +82,14 @@ def test_siglip_s_ids_equal_those_of_its_class(sentencepiece_folder, length):
     ours = tokenizers.read(sentencepiece_folder, length)
     theirs = siglip.from_pretrained(sentencepiece_folder)
     for text in TEXTS + made_up(500):
-        assert ours(text).tolist() == own(theirs, [text], length).tolist(), text
+        assert ours(text, truncate=True).tolist() == own(theirs, [text], length).tolist(), text
     assert ours("a cat")[0, -1] == theirs.pad_token_id  # which the encoder reads
     assert torch.equal(ours("a </s>"), ours("a s"))  # a text, and no end
     config = json.loads((sentencepiece_folder / "tokenizer_config.json").read_text())
     cased = shutil.copytree(sentencepiece_folder, sentencepiece_folder.parent / f"cased{length}")
     (cased / "tokenizer_config.json").write_text(json.dumps(config | {"do_lower_case": False}))
     ours, theirs = tokenizers.read(cased, length), siglip.from_pretrained(cased)
-    assert torch.equal(ours(TEXTS), own(theirs, TEXTS, length))
+    assert torch.equal(ours(TEXTS, truncate=True), own(theirs, TEXTS, length))
     assert not torch.equal(ours("A CAT"), ours("a cat"))
 
 
@@ -99,16 +99,16 @@ def test_siglip_2_s_ids_equal_those_of_its_class(bpe_folder, length):
     theirs.padding_side = "right"  # as it was trained
     ours = tokenizers.read(bpe_folder, length)
     texts = TEXTS + made_up(500) + ["a <eos> b", "<bos>"]
-    assert torch.equal(ours(texts), own(theirs, texts, length))
+    assert torch.equal(ours(texts, truncate=True), own(theirs, texts, length))
     assert ours("A CAT").tolist() == ours("a cat").tolist()
-    assert ours("many words " * 60)[0, -1] == theirs.eos_token_id  # cut before its end
+    assert ours("many words " * 60, truncate=True)[0, -1] == theirs.eos_token_id  # and cut before
 
 
 def test_openai_s_ids_are_clip_s():
     ours = tokenizers.read(None, 32)
-    expected = clip.tokenize(["a cat", "many words " * 60], 32, truncate=True)
-    actual = ours(["a cat", "many words " * 60])
-    assert torch.equal(actual, expected) and actual.dtype == torch.int32
+    texts = TEXTS + made_up(500)
+    assert torch.equal(ours(texts, truncate=True), clip.tokenize(texts, 32, truncate=True))
+    assert ours("a cat").dtype == torch.int32
     assert ours("a cat").shape == (1, 32) and ours([]).shape == (0, 32)
     assert ours.files == () and ours.describe() == "OpenAI's BPE, 32 tokens"
 
@@ -118,8 +118,13 @@ def test_the_files_are_all_that_a_tokenizer_needs(folder, request, tmp_path):
     ours = tokenizers.read(request.getfixturevalue(folder), 64)
     for path in ours.files:
         shutil.copy(path, tmp_path)
-    assert torch.equal(tokenizers.read(tmp_path, 64)(TEXTS), ours(TEXTS))
+    copied = tokenizers.read(tmp_path, 64)
+    assert torch.equal(copied(TEXTS, truncate=True), ours(TEXTS, truncate=True))
     assert ours([]).shape == (0, 64)
+    length = (ours("a b c") != ours.pad).sum().item() + (ours.pad == ours.end)
+    assert tokenizers.read(tmp_path, length)("a b c")[0, -1] == ours.end  # it just fits
+    with pytest.raises(RuntimeError, match=f"'a b c' has more than {length - 1} tokens"):
+        tokenizers.read(tmp_path, length - 1)(["a", "a b c"])
 
 
 def test_what_is_missing_or_damaged_is_named(sentencepiece_folder, bpe_folder, tmp_path,
