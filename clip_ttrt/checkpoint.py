@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from clip_ttrt import demo, deprecations, families
 from clip_ttrt.demo import packing
-from clip_ttrt.encoders import DIFFERENTIABLE
 from clip_ttrt.errors import UserError
 from clip_ttrt.families import Model
 from clip_ttrt.models import MODELS, Dimensions, dimensions_from
@@ -116,9 +115,11 @@ def original_with_weights(checkpoint: Checkpoint, device: str) -> torch.nn.Modul
     """The family's own model with a checkpoint's weights in fp32, for inference on a device; where
     there is none, our encoders in plain PyTorch with its interface."""
     if (model := checkpoint.model.original()) is None:
+        from clip_ttrt.encoders import DIFFERENTIABLE
+
         model = torch.nn.Module()
-        for name, build in checkpoint.model.family.encoders.items():
-            encoder = build(checkpoint.state_dict, DIFFERENTIABLE, checkpoint.dimensions)
+        for name in ("image", "text"):
+            encoder = checkpoint.model.encoder(name, checkpoint.state_dict, DIFFERENTIABLE)
             model.add_module(f"encode_{name}", encoder.to(device))
         return model.eval()
     model.to_empty(device=device).load_state_dict(checkpoint.state_dict)

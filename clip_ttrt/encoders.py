@@ -64,6 +64,16 @@ class Encoder(nn.Module):
     def cast(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return x if x.dtype == dtype else self.called.cast(x, dtype)
 
+    def in_openai_naming(self) -> dict[str, torch.Tensor]:
+        """The tensors, or views of them, that this can be loaded from."""
+        names = IMAGE_NAMES if isinstance(self, ImageEncoder) else TEXT_NAMES
+        values = {openai_name(ours, names): value for ours, value in self.state_dict().items()}
+        values[names["projection.weight"]] = self.projection.weight.T
+        if isinstance(self, ImageEncoder):
+            square = 3, self.patch_size, self.patch_size
+            values["visual.conv1.weight"] = self.patches.weight.unflatten(1, square)
+        return values
+
     def features(self, x: torch.Tensor, pool: Optional[Callable]) -> torch.Tensor:
         """Features in fp32, or in fp64 where the encoder computes in it.  pool: picks a row; None
         is the mean of the patches behind the norm, which no block can do before its end."""
@@ -151,17 +161,6 @@ def _load(kind: type, names: Mapping[str, str], state_dict: StateDict,
         values["patches.weight"] = values["patches.weight"].flatten(1)
     encoder.load_state_dict(values)
     return encoder.eval().requires_grad_(False)
-
-
-def in_openai_naming(encoder: Encoder) -> dict[str, torch.Tensor]:
-    """The state dict that an encoder can be loaded from."""
-    names = IMAGE_NAMES if isinstance(encoder, ImageEncoder) else TEXT_NAMES
-    values = {openai_name(ours, names): value for ours, value in encoder.state_dict().items()}
-    values[names["projection.weight"]] = values[names["projection.weight"]].T
-    if isinstance(encoder, ImageEncoder):
-        side = encoder.patch_size
-        values["visual.conv1.weight"] = values["visual.conv1.weight"].unflatten(1, (3, side, side))
-    return values
 
 
 def image_encoder(state_dict: StateDict, called: SimpleNamespace = INFERENCE,

@@ -139,9 +139,8 @@ def build_encoder(name: str, checkpoint: Checkpoint, batch: BatchRange, plan: Pl
     """The TorchScript module to save of one encoder, and facts about it for the manifest."""
     as_engine = plan.builder is not None
     device = "cpu" if as_engine else plan.backend.device
-    encoder = checkpoint.model.family.encoders[name](
-        checkpoint.state_dict, dims=checkpoint.dimensions)
-    encoder = in_precision(encoder, plan.backend.computes_in)
+    encoder = in_precision(
+        checkpoint.model.encoder(name, checkpoint.state_dict), plan.backend.computes_in)
     example = example_input(name, checkpoint.dimensions).to(device)
     with progress.stage(f"export the {name} encoder"):
         module = graph.capture(encoder.to(device), example)

@@ -1,6 +1,6 @@
-"""Families of models: how each one's files are read and mapped to OpenAI's naming of tensors.
+"""Families of models: how each one's files are read, and its tensors' names mapped to OpenAI's.
 
-A row of FAMILIES is what there is to a family.  Files are read with no library of the family's own.
+A row of FAMILIES is what there is to a family.  Files are read without a library of the family's.
 """
 import functools
 import importlib.util
@@ -8,23 +8,23 @@ import json
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable, Mapping, Optional, Sequence, Union
+from types import SimpleNamespace
+from typing import Any, Callable, Mapping, Optional
 
 import torch
 from torch import Tensor, nn
 
 from clip_ttrt import deprecations
-from clip_ttrt.encoders import (
-    ENCODERS, ImageEncoder, StateDict, TextEncoder, in_openai_naming, openai_name)
 from clip_ttrt.errors import UserError
 from clip_ttrt.models import MODELS, Dimensions
 
+HUB, PACKAGE = "hf-hub:", "open_clip:"  # before a name
+CONFIGS = "*.json", "*.txt", "*.model"  # of a repository, with what tokenizers need
 # Arguments of `resize.Preprocess` that OpenAI's models have.
 OPENAI_PREPROCESS = {"filter": "bicubic", "fit": "crop",
                      "mean": [0.48145466, 0.4578275, 0.40821073],
                      "std": [0.26862954, 0.26130258, 0.27577711]}
-HUB, PACKAGE = "hf-hub:", "open_clip:"  # before a name
-CONFIGS = ("*.json", "*.txt", "*.model")  # of a hub's repository, with what tokenizers need
+StateDict = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Model:
     name: str
     dimensions: Dimensions
     preprocess: Mapping[str, Any] = field(default_factory=OPENAI_PREPROCESS.copy)
-    config: Mapping[str, Any] = field(default_factory=dict)  # as open_clip has it
     folder: Optional[Path] = None  # of the model's files, or of an artifact
+    config: Mapping[str, Any] = field(default_factory=dict)  # for the family's own model
 
     @property
     def family(self) -> "Family":
@@ -53,9 +53,13 @@ class Model:
                         "; give --weights FILE or random")
 
     def original(self) -> Optional[nn.Module]:
-        """The family's own model, without weights; None where that is not installed."""
+        """The family's own model, without weights; None where its package is not installed."""
         with torch.device("meta"):  # its initialisation takes seconds
             return self.family.original(self)
+
+    def encoder(self, name: str, state_dict: StateDict, *called: SimpleNamespace) -> nn.Module:
+        """Our encoder, image or text, fp32, in evaluation mode."""
+        return self.family.encoder(self, name, state_dict, *called)
 
     def tokenizer(self) -> Callable[..., Tensor]:
         """A function of texts and `truncate=False` -> tokens int32 [N, context_length], which
@@ -63,17 +67,17 @@ class Model:
         return self.family.tokenizer(self)
 
     def transform(self) -> Callable[[Any], Tensor]:
-        """From a PIL image of any mode to float32 [3, R, R]: OpenAI's own, or as OpenCLIP's."""
+        """From a PIL image of any mode to float32 [3, R, R]: OpenAI's own, or as open_clip's."""
         side, facts = self.dimensions.image_resolution, self.preprocess
         if facts == OPENAI_PREPROCESS:
             return deprecations.clip()._transform(side)
         from torchvision import transforms
 
         filter = transforms.InterpolationMode(facts["filter"])
-        steps = {"squash": [transforms.Resize((side, side), filter)],
-                 "crop": [transforms.Resize(side, filter), transforms.CenterCrop(side)],
+        sizes = {"crop": [transforms.Resize(side, filter), transforms.CenterCrop(side)],
+                 "squash": [transforms.Resize((side, side), filter)],
                  "pad": [functools.partial(shrink, side, filter), transforms.CenterCrop(side)]}
-        return transforms.Compose([*steps[facts["fit"]], to_rgb, transforms.ToTensor(),
+        return transforms.Compose([*sizes[facts["fit"]], to_rgb, transforms.ToTensor(),
                                    transforms.Normalize(facts["mean"], facts["std"])])
 
 
@@ -89,62 +93,38 @@ def to_rgb(picture: Any) -> Any:
     return picture.convert("RGB")
 
 
-def openai_tokenizer(model: Model) -> Callable[..., Tensor]:
-    def tokenize(texts: Union[str, Sequence[str]], truncate: bool = False) -> Tensor:
-        length = model.dimensions.context_length
-        return deprecations.clip().tokenize(texts, length, truncate).int()
-
-    return tokenize
-
-
-class Blank(nn.Module):
-    """Our own encoders as one model, with PyTorch's initialisation; state_dict: OpenAI's naming."""
-
-    def __init__(self, dims: Dimensions):
-        super().__init__()
-        self.image, self.text = ImageEncoder(dims), TextEncoder(dims)
-        scalars = {"logit_scale": 2.6593, **({"logit_bias": -10.0} if dims.logit_bias else {})}
-        self.scalars = nn.ParameterDict({name: torch.tensor(x) for name, x in scalars.items()})
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {**in_openai_naming(self.image), **in_openai_naming(self.text),
-                **self.scalars.state_dict()}
-
-
 def find(name: str) -> Model:
     """A model by its name in the table, `open_clip:NAME`, `hf-hub:ORG/NAME` or a folder.
 
-    Raises UserError for an unknown name, and for a model with what is unknown here: by name.
+    Raises UserError for an unknown name, and for what a model has that is unknown here.
     """
     if name in MODELS:
         return Model(name, MODELS[name])
+    folder, family = hub(name, CONFIGS) if name.startswith(HUB) else Path(name), "open_clip"
     if name.startswith(PACKAGE):
-        return read_open_clip(name, load_json(packaged_config(name.removeprefix(PACKAGE))))
-    folder = hub(name, CONFIGS) if name.startswith(HUB) else Path(name)
-    if config := load_json(folder / "open_clip_config.json"):
-        family = "open_clip"
-    elif config := load_json(folder / "config.json"):
+        folder, config = None, packaged_config(name.removeprefix(PACKAGE))
+    elif not (config := load_json(folder / "open_clip_config.json")):
+        config = load_json(folder / "config.json")
         family = config.get("model_type")
-    else:
+    if not config:
         raise UserError(f"unknown model {name!r}; known: {', '.join(MODELS)}, {PACKAGE}NAME, "
                         f"{HUB}ORG/NAME, and folders with open_clip_config.json or config.json")
     if family not in FAMILIES:
         raise unknown(name, "model_type", family)
     try:
-        return replace(FAMILIES[family].read(name, config, folder), folder=folder)
+        return FAMILIES[family].read(name, config, folder)
     except (KeyError, TypeError, AttributeError) as problem:
         raise UserError(f"the config of {name} is damaged: {problem!r}") from problem
 
 
-def packaged_config(name: str) -> Path:
+def packaged_config(name: str) -> dict[str, Any]:
     package = importlib.util.find_spec("open_clip")
     if package is None:
         raise UserError(f"{PACKAGE}{name} is described by the package open_clip, which is not "
                         "installed: pip install open_clip_torch, or give a folder")
-    path = Path(package.origin).with_name("model_configs") / f"{name}.json"
-    if not path.is_file():
-        raise UserError(f"open_clip has no model {name!r}; open_clip.list_models() names its own")
-    return path
+    if config := load_json(Path(package.origin).with_name("model_configs") / f"{name}.json"):
+        return config
+    raise UserError(f"open_clip has no model {name!r}; open_clip.list_models() names its own")
 
 
 @functools.cache
@@ -152,15 +132,14 @@ def hub(name: str, patterns: tuple[str, ...]) -> Path:
     """The folder of a repository's files in the user's cache, downloaded where they are not."""
     try:
         from huggingface_hub import snapshot_download
-    except ImportError as problem:
-        raise UserError(f"{name} is downloaded by huggingface_hub, which is not installed: "
-                        "pip install huggingface_hub, or give a folder") from problem
-    try:
+
         return Path(snapshot_download(name.removeprefix(HUB), allow_patterns=list(patterns)))
     except Exception as problem:  # of many libraries
+        remedy = ("pip install huggingface_hub, or" if isinstance(problem, ImportError) else
+                  "download it elsewhere, and")
         reason = str(problem).strip().partition("\n")[0]
-        raise UserError(f"{name} cannot be downloaded ({reason}); download it elsewhere, and give "
-                        "its folder") from problem
+        raise UserError(f"{name} cannot be downloaded ({reason}); {remedy} give its folder"
+                        ) from problem
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -171,7 +150,12 @@ def load_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged: {problem}") from problem
 
 
-# OpenCLIP's: open_clip_config.json
+def unknown(name: str, setting: str, value: Any) -> UserError:
+    why = REFUSED.get(setting.rpartition(".")[2], "which is unknown here")
+    return UserError(f"{name} is not supported: its {setting} is {value!r}, {why}")
+
+
+# OpenCLIP: open_clip_config.json
 
 IMAGE = {"layers": 12, "width": 768, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 16,
          "image_size": 224}  # where a config leaves them out
@@ -180,7 +164,7 @@ TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "la
 KNOWN = {"vision_cfg.pool_type": ("tok", "avg"), "text_cfg.pool_type": ("argmax",),
          "vocab_size": (49408,), "pos_embed_type": ("learnable",), "proj_type": ("linear",),
          "act_kwargs": (None, {}, {"approximate": "none"}, {"approximate": "tanh"})}
-# Of training, or read elsewhere, or without a part that is not there.  All others must be false.
+# Of training, or read elsewhere, or of a part that is not there.  All others must be false.
 IGNORED = re.compile(
     "(embed_dim|vision_cfg|text_cfg|quick_gelu|custom_text|patch_dropout|pad_id|eos_id|mean|std|size"
     "|mode|interpolation|resize_mode|(init|output|nonscalar|attn_pooler|timm|hf)_.*)$")
@@ -193,11 +177,6 @@ REFUSED = {  # which people will meet -> why
     "layers": "a ResNet's; OpenAI's are known, by their own names",
 }
 FITS = {"shortest": "crop", "squash": "squash", "longest": "pad"}  # open_clip's -> ours
-
-
-def unknown(name: str, setting: str, value: Any) -> UserError:
-    why = REFUSED.get(setting.rpartition(".")[2], "which is unknown here")
-    return UserError(f"{name} is not supported: its {setting} is {value!r}, {why}")
 
 
 def read_open_clip(name: str, whole: dict[str, Any], folder: Optional[Path] = None) -> Model:
@@ -229,7 +208,7 @@ def read_open_clip(name: str, whole: dict[str, Any], folder: Optional[Path] = No
         **{key: list(pictures.get(key) or OPENAI_PREPROCESS[key]) for key in ("mean", "std")}}
     config = {"embed_dim": dims.embed_dim, "vision_cfg": image, "text_cfg": text,
               "quick_gelu": quick, "init_logit_bias": bias}
-    return Model(name, dims, preprocess, config, folder)
+    return Model(name, dims, preprocess, folder, config)
 
 
 def open_clip_names(state_dict: StateDict) -> StateDict:
@@ -239,7 +218,6 @@ def open_clip_names(state_dict: StateDict) -> StateDict:
 
 
 def open_clip_model(model: Model) -> Optional[nn.Module]:
-    """The package's own model; None where it is not installed."""
     if importlib.util.find_spec("open_clip") is None:
         return None
     from open_clip.model import CLIP
@@ -247,16 +225,19 @@ def open_clip_model(model: Model) -> Optional[nn.Module]:
     return CLIP(**model.config)
 
 
-# transformers' CLIPModel: config.json
+# CLIP of transformers: config.json
 
 OF_IMAGE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
             "num_attention_heads": 12, "image_size": 224, "patch_size": 32}  # where left out
 OF_TEXT = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
            "num_attention_heads": 8, "max_position_embeddings": 77, "vocab_size": 49408}
+TO_OPEN_CLIP = {"hidden_size": "width", "num_hidden_layers": "layers",
+                "num_attention_heads": "heads", "max_position_embeddings": "context_length"}
 ACTIVATIONS = {"quick_gelu": None, "gelu": None, "gelu_new": {"approximate": "tanh"},
                "gelu_pytorch_tanh": {"approximate": "tanh"}}
 UNDERSTOOD = {"hidden_act": (*ACTIVATIONS,), "layer_norm_eps": (1e-5,), "num_channels": (3,),
               "eos_token_id": (2, 49407)}
+FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 RENAMED = {  # parts of tensors' names -> OpenAI's
     "vision_model.encoder.layers": "visual.transformer.resblocks",
     "text_model.encoder.layers": "transformer.resblocks",
@@ -274,56 +255,47 @@ RENAMED = {  # parts of tensors' names -> OpenAI's
 
 
 def read_clip(name: str, config: dict[str, Any], folder: Path) -> Model:
-    """As what open_clip's config of the same model would be."""
-    image, text = (
-        {"hidden_act": "quick_gelu", **defaults, **config.get(part, {}),
-         **(config.get(f"{part}_dict") or {})}  # of older files, where it counts
-        for part, defaults in (("vision_config", OF_IMAGE), ("text_config", OF_TEXT)))
-    for part, theirs in ("vision_config", image), ("text_config", text):
+    """As open_clip's config of the same model."""
+    towers, acts = [], []
+    for part, defaults in ("vision_config", OF_IMAGE), ("text_config", OF_TEXT):
+        theirs = {"hidden_act": "quick_gelu", **defaults, **config.get(part, {}),
+                  **(config.get(f"{part}_dict") or {})}  # of older files, where it counts
+        acts.append(theirs["hidden_act"])
         for key, known in UNDERSTOOD.items():
-            if theirs.get(key, known[0]) not in known or key == "hidden_act" and (
-                    theirs[key] != image[key]):
+            if theirs.get(key, known[0]) not in known or acts[-1] != acts[0]:
                 raise unknown(name, f"{part}.{key}", theirs[key])
-
-    def both(theirs: dict[str, Any]) -> dict[str, Any]:
-        width = theirs["hidden_size"]
-        return {"width": width, "layers": theirs["num_hidden_layers"],
-                "mlp_ratio": (theirs["intermediate_size"] + 0.5) / width,  # it is rounded down
-                "act_kwargs": ACTIVATIONS[theirs["hidden_act"]]}
-
-    ours = {
-        "embed_dim": config.get("projection_dim", 512),
-        "quick_gelu": image["hidden_act"] == "quick_gelu",
-        "vision_cfg": {**both(image), "patch_size": image["patch_size"],
-                       "head_width": image["hidden_size"] // image["num_attention_heads"],
-                       "image_size": image["image_size"]},
-        "text_cfg": {**both(text), "heads": text["num_attention_heads"],
-                     "context_length": text["max_position_embeddings"],
-                     "vocab_size": text["vocab_size"]}}
+        towers.append({TO_OPEN_CLIP.get(key, key): theirs[key] for key in defaults})
+        inner = towers[-1].pop("intermediate_size") + 0.5  # of what is rounded down
+        towers[-1] |= {"mlp_ratio": inner / theirs["hidden_size"],
+                       "act_kwargs": ACTIVATIONS[acts[0]]}
+    image, text = towers
+    image["head_width"] = image["width"] // image.pop("heads")
+    ours = {"embed_dim": config.get("projection_dim", 512), "vision_cfg": image, "text_cfg": text,
+            "quick_gelu": acts[0] == "quick_gelu"}
     pictures = transformers_preprocess(name, folder, image["image_size"])
     model = read_open_clip(name, {"model_cfg": ours, "preprocess_cfg": pictures}, folder)
     return replace(model, dimensions=replace(model.dimensions, family="clip"))
 
 
 def transformers_preprocess(name: str, folder: Path, side: int) -> dict[str, Any]:
-    """As open_clip has it, of an image processor's config; nothing where there is none."""
+    """As open_clip has it, of an image processor's config; OpenAI's where there is none."""
     found = (load_json(folder / "preprocessor_config.json")
              or load_json(folder / "processor_config.json").get("image_processor", {}))
-    size, crop = (found.get(key) or side for key in ("size", "crop_size"))
-    shortest = not isinstance(size, dict) or "shortest_edge" in size
-    sides = [size, crop if shortest and found.get("do_center_crop", True) else side]
-    if {side} != {one for each in sides for one in (
-            each.values() if isinstance(each, dict) else [each])}:
-        raise unknown(name, "preprocessor's size", sides)
-    filters = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
-    if (resample := found.get("resample", 3)) not in filters:
+    square, size, crop = {"height": side, "width": side}, found.get("size"), found.get("crop_size")
+    cropped = size in (None, side, {"shortest_edge": side}) and crop in (None, side, square)
+    if size != square and not (cropped and found.get("do_center_crop", True)):
+        raise unknown(name, "preprocessor's size", [size, crop])
+    if (resample := found.get("resample", 3)) not in FILTERS:
         raise unknown(name, "preprocessor's resample", resample)
     return {"mean": found.get("image_mean"), "std": found.get("image_std"),
-            "interpolation": filters[resample], "resize_mode": "shortest" if shortest else "squash"}
+            "interpolation": FILTERS[resample],
+            "resize_mode": "squash" if size == square else "shortest"}
 
 
 def clip_names(state_dict: StateDict) -> StateDict:
     """With query, key and value in one, and projections from the right."""
+    from clip_ttrt.encoders import openai_name
+
     found = {openai_name(name, RENAMED): value for name, value in state_dict.items()}
     for name in [name for name in found if ".q_proj." in name]:
         parts = [name.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
@@ -337,6 +309,22 @@ def clip_names(state_dict: StateDict) -> StateDict:
 # The table
 
 
+class Blank(nn.Module):
+    """Our own encoders as one model, with PyTorch's initialisation; state_dict: OpenAI's naming."""
+
+    def __init__(self, dims: Dimensions):
+        from clip_ttrt import encoders
+
+        super().__init__()
+        self.image, self.text = encoders.ImageEncoder(dims), encoders.TextEncoder(dims)
+        scalars = {"logit_scale": 2.6593, **({"logit_bias": -10.0} if dims.logit_bias else {})}
+        self.scalars = nn.ParameterDict({name: torch.tensor(x) for name, x in scalars.items()})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {**self.image.in_openai_naming(), **self.text.in_openai_naming(),
+                **self.scalars.state_dict()}
+
+
 def openai_model(dims: Dimensions) -> nn.Module:
     """The original `clip` package's model of these dimensions, with its own initialisation."""
     deprecations.clip()
@@ -347,27 +335,38 @@ def openai_model(dims: Dimensions) -> nn.Module:
                 dims.text_heads, dims.text_layers)
 
 
+def openai_encoder(model: Model, name: str, state_dict: StateDict, *called: SimpleNamespace
+                   ) -> nn.Module:
+    from clip_ttrt.encoders import ENCODERS
+
+    return ENCODERS[name](state_dict, *called, dims=model.dimensions)
+
+
+def openai_tokenizer(model: Model) -> Callable[..., Tensor]:
+    length = model.dimensions.context_length
+    return lambda texts, truncate=False: deprecations.clip().tokenize(texts, length, truncate).int()
+
+
 @dataclass(frozen=True)
 class Family:
-    """A row of the table, which by default says what is OpenCLIP's."""
+    """A row of the table, where what is left out is OpenCLIP's."""
 
     read: Optional[Callable[[str, dict, Path], Model]]  # a name, its config and folder
     names: Callable[[StateDict], StateDict] = dict  # its names of tensors -> those of `blank`
     weights: tuple[str, ...] = ()  # files in a folder, the best first
     blank: Callable[[Dimensions], nn.Module] = Blank  # whose tensors a checkpoint has
-    original: Callable[[Model], Optional[nn.Module]] = open_clip_model  # the reference
-    encoders: Mapping[str, Callable[..., nn.Module]] = field(default_factory=ENCODERS.copy)
+    original: Callable[[Model], Optional[nn.Module]] = open_clip_model  # None: not installed
+    encoder: Callable[..., nn.Module] = openai_encoder
     tokenizer: Callable[[Model], Callable[..., Tensor]] = openai_tokenizer
     files: tuple[str, ...] = ()  # of the tokenizer, of which an artifact gets copies
 
 
-OF_TRANSFORMERS = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
-FAMILIES = {
+FAMILIES = {  # those of transformers under the model_type of their config.json
     "openai": Family(None, blank=openai_model,
                      original=lambda model: openai_model(model.dimensions)),
     "open_clip": Family(read_open_clip, open_clip_names, (
         "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
         "open_clip_pytorch_model.bin")),
-    # From here on under the model_type of a config.json.
-    "clip": Family(read_clip, clip_names, OF_TRANSFORMERS),
+    "clip": Family(read_clip, clip_names, (
+        "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")),
 }

@@ -157,7 +157,7 @@ class DemoClip(nn.Module):
         """Tensors of the weights' file, where `ids` are the token ids of the embedding's rows."""
         out = {"logit_scale": self.logit_scale}
         for encoder in (self.image, self.text):
-            out |= encoders.in_openai_naming(encoder)
+            out |= encoder.in_openai_naming()
         return packing.pack(out, ids)
 
 
