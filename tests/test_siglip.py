@@ -15,6 +15,7 @@ from clip_ttrt.encoders import DIFFERENTIABLE, INFERENCE
 from clip_ttrt.engine import in_precision
 from clip_ttrt.errors import UserError
 from clip_ttrt.guard import trace
+from clip_ttrt.models import HEAD_DIM
 from clip_ttrt.pipeline.resize import Preprocess
 from lowering import DYNAMIC, lowered
 
@@ -181,7 +182,14 @@ def test_an_encoder_becomes_one_graph_for_any_batch(original, encoder):
     graph.run(module, [graph.lower])
     called = {node.target for node in module.graph.nodes if node.op == "call_function"}
     assert called <= set(ops.REFERENCES) and (ops.attention_probe in called) is (encoder == "image")
-    graph.run(module, [graph.fuse_bias_gelu, graph.fuse_residual_layer_norm])
+    dims = siglip.dimensions_from(config)
+    heads_fit = dims.text_head_dim == HEAD_DIM
+    passes = [each for each in graph.FUSE[encoder] if each is not graph.fuse_image_embedding
+              and (heads_fit or each is not graph.fuse_attention)]
+    counts, blocks = graph.run(module, passes), getattr(dims, f"{encoder}_layers")
+    assert counts.get("fuse_attention", 0) == blocks * heads_fit
+    assert counts["fuse_bias_gelu"] == blocks + (encoder == "image")  # and of the head
+    assert counts["fuse_residual_layer_norm"] == 2 * blocks
     for rows in (x, x[:1]):
         assert relative_error(module(rows), expected[:len(rows)]) < TOLERANCE
     graph.run(module, [graph.inline_references])
