@@ -85,7 +85,7 @@ class Encoder(encoders.Encoder):
                  projection: nn.Module, called: SimpleNamespace):
         super().__init__(width, layers, tokens, 1, called, heads=heads, mlp=mlp, gelu="tanh",
                          causal=False)
-        self.projection = projection
+        self.projection = projection  # in the place of one to a single column
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = EPSILON
