@@ -119,12 +119,12 @@ def find(name: str) -> Model:
 
 def packaged_config(name: str) -> dict[str, Any]:
     package = importlib.util.find_spec("open_clip")
-    if package is None:
-        raise UserError(f"{PACKAGE}{name} is described by the package open_clip, which is not "
-                        "installed: pip install open_clip_torch, or give a folder")
-    if config := load_json(Path(package.origin).with_name("model_configs") / f"{name}.json"):
+    path = package and Path(package.origin).with_name("model_configs") / f"{name}.json"
+    if config := path and load_json(path):
         return config
-    raise UserError(f"open_clip has no model {name!r}; open_clip.list_models() names its own")
+    reason = ("is none of open_clip.list_models()" if package else
+              "is read from the package open_clip: pip install open_clip_torch, or give a folder")
+    raise UserError(f"{PACKAGE}{name} {reason}")
 
 
 @functools.cache
@@ -239,17 +239,11 @@ UNDERSTOOD = {"hidden_act": (*ACTIVATIONS,), "layer_norm_eps": (1e-5,), "num_cha
               "eos_token_id": (2, 49407)}
 FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 RENAMED = {  # parts of tensors' names -> OpenAI's
-    "vision_model.encoder.layers": "visual.transformer.resblocks",
-    "text_model.encoder.layers": "transformer.resblocks",
-    "self_attn": "attn", "layer_norm1": "ln_1", "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
-    "vision_model.embeddings.class_embedding": "visual.class_embedding",
-    "vision_model.embeddings.patch_embedding": "visual.conv1",
-    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-    "vision_model.pre_layrnorm": "visual.ln_pre", "vision_model.post_layernorm": "visual.ln_post",
-    "text_model.embeddings.token_embedding": "token_embedding",
-    "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "text_model.final_layer_norm": "ln_final",
+    "vision_model.": "visual.", "text_model.": "", "embeddings.": "",
+    "encoder.layers": "transformer.resblocks", "self_attn": "attn", "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+    "patch_embedding": "conv1", "position_embedding.weight": "positional_embedding",
+    "pre_layrnorm": "ln_pre", "post_layernorm": "ln_post", "final_layer_norm": "ln_final",
     "visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection",
 }
 
@@ -317,8 +311,8 @@ class Blank(nn.Module):
 
         super().__init__()
         self.image, self.text = encoders.ImageEncoder(dims), encoders.TextEncoder(dims)
-        scalars = {"logit_scale": 2.6593, **({"logit_bias": -10.0} if dims.logit_bias else {})}
-        self.scalars = nn.ParameterDict({name: torch.tensor(x) for name, x in scalars.items()})
+        scalars = {"logit_scale": torch.tensor(2.6593), "logit_bias": torch.tensor(-10.0)}
+        self.scalars = nn.ParameterDict([*scalars.items()][:1 + dims.logit_bias])
 
     def state_dict(self) -> dict[str, Tensor]:
         return {**self.image.in_openai_naming(), **self.text.in_openai_naming(),
