@@ -259,20 +259,49 @@ SIGLIP = Dimensions(144, 60, 14, 144, 2, 16, 100, 128, 2, image_head_dim=72, ima
                     text_mlp=136, gelu="tanh", image_pooling="probe", family="siglip")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("kind", [ImageEncoder, TextEncoder])
-def test_siglip_s_encoder_is_one_network_and_its_plan_builds(kind, precision):
+@pytest.fixture(params=["image-fp32", "image-fp16", "text-fp32", "text-fp16"])
+def of_siglip(request):
+    """An encoder with random weights, inputs of it, and a precision."""
+    name, _, precision = request.param.partition("-")
+    kind = {"image": ImageEncoder, "text": TextEncoder}[name]
+    torch.manual_seed(0)
+    encoder = kind(SIGLIP, INFERENCE).requires_grad_(False)
+    for name, value in encoder.named_parameters():
+        if value.dim() > 1:
+            nn.init.normal_(value, std=1.5 * value.shape[1] ** -0.5)
+        else:
+            nn.init.normal_(value, mean=float("norm" in name and "weight" in name), std=0.1)
+    inputs = (torch.randn(4, 3, 60, 60) if kind is ImageEncoder else
+              torch.randint(0, 100, (4, 16), dtype=torch.int32))
+    return encoder, inputs, precision
+
+
+def test_siglip_s_encoder_is_one_network_and_its_plan_builds(of_siglip):
     """Heads of 72 and 64, and pixels beyond whole patches."""
-    encoder, dtype = kind(SIGLIP, INFERENCE).requires_grad_(False), DTYPES[precision]
-    for value in encoder.parameters():
-        nn.init.normal_(value, std=0.1)
+    encoder, inputs, precision = of_siglip
+    dtype = DTYPES[precision]
     weights = sum(value.numel() for value in encoder.parameters()) * dtype.itemsize
-    example = (torch.zeros(2, 3, 60, 60) if kind is ImageEncoder else
-               torch.zeros(2, 16, dtype=torch.int32))
-    module = lowered(encoder.to(dtype), example)
-    interpreter, build = construct(module, example, BatchRange(1, 32, 256), precision)
+    module = lowered(encoder.to(dtype), inputs[:2])
+    interpreter, build = construct(module, inputs[:2], BatchRange(1, 32, 256), precision)
     output = interpreter.ctx.net.get_output(0)
     assert tuple(output.shape) == (-1, 144) and output.dtype == trt.api().float32
     assert 0 < build.layers <= 110 and build.warnings == []
     assert sum("ATTENTION" in type_ for type_, _, _ in layers(interpreter)) >= 2
     assert len(plan(interpreter)) > 0.9 * weights
+
+
+@pytest.mark.parametrize("batch", [STATIC, DYNAMIC], ids=str)
+def test_siglip_s_network_computes_what_its_encoder_does(of_siglip, batch, monkeypatch):
+    """Its layers, with attention in plain ones, against the encoder in fp64."""
+    trt.api()
+    from clip_ttrt import converters
+    from evaluated import evaluate
+
+    monkeypatch.setattr(converters, "attention_layer", converters.composed_attention)
+    encoder, inputs, precision = of_siglip
+    module = lowered(encoder.to(DTYPES[precision]), inputs[:2])
+    interpreter, build = construct(module, inputs[:2], batch, precision)  # whose constants it has
+    actual, expected = evaluate(interpreter.ctx.net, inputs), encoder.double()(inputs)
+    error = (actual - expected).norm(dim=1) / expected.norm(dim=1)
+    assert error.max() < (1e-5 if precision == "fp32" else 1e-2)
+    assert (expected[0] - expected[1]).norm() > 0.1 * expected[0].norm()
