@@ -66,7 +66,7 @@ def load_checkpoint(model: str, weights: Optional[str] = None, seed: int = 0,
         state_dict = packing.unpack(tensors, MODELS["demo"].vocab_size)
         origin = Origin("demo", sha256)
     elif weights == "random":
-        state_dict, origin = _random(wanted, seed)
+        state_dict, origin = _random(found, seed)
     else:
         paths = ([_download(model)] if weights == "openai" else
                  found.weights() if weights == "own" else [Path(weights)])
@@ -81,7 +81,7 @@ def load_checkpoint(model: str, weights: Optional[str] = None, seed: int = 0,
     for name in {"logit_scale", "logit_bias"} & {*state_dict}:
         state_dict[name] = state_dict[name].reshape(())  # some have it as [1]
     with torch.device("meta"):
-        expected = family.blank(wanted).state_dict()
+        expected = family.blank(found).state_dict()
     theirs, ours = ({f"{name} {list(tensor.shape)}" for name, tensor in tensors.items()
                      if not name.endswith(NO_WEIGHTS)}
                     for tensors in (state_dict, expected))
@@ -148,12 +148,12 @@ def _download(model: str) -> Path:
                         ) from problem
 
 
-def _random(dims: Dimensions, seed: int) -> tuple[dict, Origin]:
+def _random(model: Model, seed: int) -> tuple[dict, Origin]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = families.FAMILIES[dims.family].blank(dims).requires_grad_(False)
-        _draw(model, dims)
-    state_dict, digest = model.state_dict(), hashlib.sha256()
+        blank = model.family.blank(model)
+        _draw(blank, model.dimensions)
+    state_dict, digest = blank.requires_grad_(False).state_dict(), hashlib.sha256()
     for tensor in state_dict.values():
         digest.update(tensor.contiguous().numpy())
     return state_dict, Origin("random", digest.hexdigest(), seed=seed)

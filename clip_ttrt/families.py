@@ -43,14 +43,15 @@ class Model:
 
     def weights(self) -> list[Path]:
         """The files of its own weights; UserError where there are none."""
-        for name in self.family.weights if self.folder else ():
+        known = self.family.weights if self.folder else ()
+        for name in known:
             if self.name.startswith(HUB):
                 hub(self.name, (name, name.replace(".safetensors.index.json", "-*.safetensors")))
             if (path := self.folder / name).is_file():
                 shards = load_json(path)["weight_map"] if path.suffix == ".json" else {"": name}
                 return [self.folder / shard for shard in sorted({*shards.values()})]
-        raise UserError(f"{self.name} comes with no {' or '.join(self.family.weights) or 'weights'}"
-                        "; give --weights FILE or random")
+        raise UserError(f"{self.name} comes with no {' or '.join(known) or 'weights'}; "
+                        "give --weights FILE or random")
 
     def original(self) -> Optional[nn.Module]:
         """The family's own model, without weights; None where its package is not installed."""
@@ -306,10 +307,11 @@ def clip_names(state_dict: StateDict) -> StateDict:
 class Blank(nn.Module):
     """Our own encoders as one model, with PyTorch's initialisation; state_dict: OpenAI's naming."""
 
-    def __init__(self, dims: Dimensions):
+    def __init__(self, model: Model):
         from clip_ttrt import encoders
 
         super().__init__()
+        dims = model.dimensions
         self.image, self.text = encoders.ImageEncoder(dims), encoders.TextEncoder(dims)
         scalars = {"logit_scale": torch.tensor(2.6593), "logit_bias": torch.tensor(-10.0)}
         self.scalars = nn.ParameterDict([*scalars.items()][:1 + dims.logit_bias])
@@ -319,11 +321,12 @@ class Blank(nn.Module):
                 **self.scalars.state_dict()}
 
 
-def openai_model(dims: Dimensions) -> nn.Module:
-    """The original `clip` package's model of these dimensions, with its own initialisation."""
+def openai_model(model: Model) -> nn.Module:
+    """The original `clip` package's model, with its own initialisation."""
     deprecations.clip()
     from clip.model import CLIP
 
+    dims = model.dimensions
     return CLIP(dims.embed_dim, dims.image_resolution, dims.image_layers, dims.image_width,
                 dims.patch_size, dims.context_length, dims.vocab_size, dims.text_width,
                 dims.text_heads, dims.text_layers)
@@ -348,7 +351,7 @@ class Family:
     read: Optional[Callable[[str, dict, Path], Model]]  # a name, its config and folder
     names: Callable[[StateDict], StateDict] = dict  # its names of tensors -> those of `blank`
     weights: tuple[str, ...] = ()  # files in a folder, the best first
-    blank: Callable[[Dimensions], nn.Module] = Blank  # whose tensors a checkpoint has
+    blank: Callable[[Model], nn.Module] = Blank  # with the tensors that a checkpoint has
     original: Callable[[Model], Optional[nn.Module]] = open_clip_model  # None: not installed
     encoder: Callable[..., nn.Module] = openai_encoder
     tokenizer: Callable[[Model], Callable[..., Tensor]] = openai_tokenizer
@@ -356,8 +359,7 @@ class Family:
 
 
 FAMILIES = {  # those of transformers under the model_type of their config.json
-    "openai": Family(None, blank=openai_model,
-                     original=lambda model: openai_model(model.dimensions)),
+    "openai": Family(None, blank=openai_model, original=openai_model),
     "open_clip": Family(read_open_clip, open_clip_names, (
         "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
         "open_clip_pytorch_model.bin")),

@@ -275,7 +275,7 @@ def test_weights_of_a_name_of_open_clip_come_from_a_file(tmp_path, monkeypatch):
     assert json.loads(config.read_text())["vision_cfg"]["width"] == found.image_width == 1408
     assert (found.image_head_dim, found.image_mlp, found.gelu, found.text_heads) == (
         88, 6144, "none", 16)
-    with pytest.raises(UserError, match="give --weights FILE or random"):
+    with pytest.raises(UserError, match="comes with no weights; give --weights FILE"):
         load_checkpoint("open_clip:ViT-g-14")
     with pytest.raises(UserError, match="open_clip:ViT-X is none of open_clip.list_models"):
         families.find("open_clip:ViT-X")
@@ -297,14 +297,14 @@ def test_every_vit_of_open_clip_with_openai_s_tokenizer_is_known_and_the_others_
     known = set()
     for name in open_clip.list_models():
         try:
-            dims = families.find(f"open_clip:{name}").dimensions
+            found = families.find(f"open_clip:{name}")
         except UserError as problem:
             assert "is not supported: its" in str(problem)
             continue
         known.add(name)
         with torch.device("meta"):
             expected = open_clip.model.CLIP(**open_clip.get_model_config(name)).state_dict()
-            ours = families.Blank(dims).state_dict()
+            ours = families.Blank(found).state_dict()
         assert {key: value.shape for key, value in ours.items()} == (
             {key: value.shape for key, value in expected.items()})
     assert known >= {"ViT-B-32", "ViT-B-16-quickgelu", "ViT-L-14", "ViT-L-14-336", "ViT-H-14",
