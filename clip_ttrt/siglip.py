@@ -168,3 +168,40 @@ def _load(kind: type, part: str, norm_post: str, state_dict: StateDict,
 image_encoder = functools.partial(_load, ImageEncoder, "vision_model", "post_layernorm")
 text_encoder = functools.partial(_load, TextEncoder, "text_model", "final_layer_norm")
 ENCODERS = {"image": image_encoder, "text": text_encoder}
+
+
+class Blank(nn.Module):
+    """The tensors of a `SiglipModel`, under its names, with PyTorch's initialisation."""
+
+    def __init__(self, dims: Dimensions):
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.tensor(4.7))
+        self.logit_bias = nn.Parameter(torch.tensor(-16.0))
+        image, text, patch = dims.image_width, dims.text_width, dims.patch_size
+        head = nn.ModuleDict({"attention": nn.MultiheadAttention(image, dims.image_heads),
+                              "layernorm": nn.LayerNorm(image), "mlp": _mlp(image, dims.image_mlp)})
+        head.probe = nn.Parameter(torch.randn(1, 1, image))
+        self.vision_model = nn.ModuleDict({
+            "embeddings": nn.ModuleDict({
+                "patch_embedding": nn.Conv2d(3, image, patch, patch),
+                "position_embedding": nn.Embedding((dims.image_resolution // patch) ** 2, image)}),
+            "encoder": _tower(image, dims.image_layers, dims.image_mlp),
+            "post_layernorm": nn.LayerNorm(image), "head": head})
+        self.text_model = nn.ModuleDict({
+            "embeddings": nn.ModuleDict({
+                "token_embedding": nn.Embedding(dims.vocab_size, text),
+                "position_embedding": nn.Embedding(dims.context_length, text)}),
+            "encoder": _tower(text, dims.text_layers, dims.text_mlp),
+            "final_layer_norm": nn.LayerNorm(text), "head": nn.Linear(text, dims.embed_dim)})
+
+
+def _mlp(width: int, inner: int) -> nn.Module:
+    return nn.ModuleDict({"fc1": nn.Linear(width, inner), "fc2": nn.Linear(inner, width)})
+
+
+def _tower(width: int, layers: int, mlp: int) -> nn.Module:
+    return nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({
+        "layer_norm1": nn.LayerNorm(width), "layer_norm2": nn.LayerNorm(width),
+        "self_attn": nn.ModuleDict({f"{each}_proj": nn.Linear(width, width)
+                                    for each in ("q", "k", "v", "out")}),
+        "mlp": _mlp(width, mlp)}) for _ in range(layers))})

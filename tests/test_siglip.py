@@ -1,5 +1,6 @@
 """SigLIP against transformers' own classes: encoders, config files, preprocess."""
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -10,7 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from clip_ttrt import graph, ops, siglip, trt
+import clip_ttrt
+from clip_ttrt import graph, ops, pictures, siglip, tokenizers, trt
 from clip_ttrt.encoders import DIFFERENTIABLE, INFERENCE
 from clip_ttrt.engine import in_precision
 from clip_ttrt.errors import UserError
@@ -18,6 +20,7 @@ from clip_ttrt.guard import trace
 from clip_ttrt.models import HEAD_DIM
 from clip_ttrt.pipeline.resize import Preprocess
 from lowering import DYNAMIC, lowered
+from test_tokenizers import bpe_folder, sentencepiece_folder  # noqa: F401
 
 transformers = pytest.importorskip("transformers")
 TOLERANCE = 1e-5  # of the features' norm: fp32 sums in another order
@@ -206,6 +209,43 @@ def test_an_engine_s_features_equal_the_original_model_s(original, encoder, prec
     engine, _ = trt.build(module, x[:2], DYNAMIC, precision, 1)
     compiled = trace(engine, x[:DYNAMIC.optimal].cuda())
     assert relative_error(compiled(x.cuda()).cpu(), expected[encoder]) < bound
+
+
+@pytest.mark.parametrize("vocabulary, head_dim, resample", [
+    ("sentencepiece_folder", 72, 3), ("bpe_folder", 64, 2)])  # SigLIP's, SigLIP 2's
+def test_a_folder_is_compiled_verified_and_loaded(vocabulary, head_dim, resample, tmp_path,
+                                                  request):
+    config, folder = config_of(head_dim), tmp_path / "model"
+    config["text_config"]["vocab_size"] = 1000
+    model = draw(transformers.SiglipModel(transformers.SiglipConfig(**config)).eval())
+    model.save_pretrained(folder)
+    own = transformers.SiglipImageProcessorPil(
+        size={"height": 60, "width": 60}, resample=resample, image_mean=[0.5] * 3,
+        image_std=[0.5] * 3)
+    own.save_pretrained(folder)
+    options = {"model": str(folder), "backend": "torchscript", "precision": "fp32",
+               "batch": "1:2:4", "output": tmp_path / "artifact"}
+    with pytest.raises(UserError, match="tokenizer_config.json"):
+        clip_ttrt.compile(**options)
+    tokenizer = tokenizers.read(request.getfixturevalue(vocabulary), 16)
+    for path in tokenizer.files:
+        shutil.copy(path, folder)
+    artifact = clip_ttrt.compile(**options)
+    assert artifact.verified
+    assert artifact.manifest["verification"]["reference"] == "transformers"
+    shutil.rmtree(folder)
+    ours, preprocess = clip_ttrt.load(artifact.folder)
+    texts, files = ["A cat!", "two dogs"], [pictures.FOLDER / "chelsea.jpg"]
+    tokens, images = tokenizer(texts), own(Image.open(files[0]), return_tensors="pt")
+    assert torch.equal(ours.tokenize(texts), tokens)
+    with torch.no_grad():
+        image = model.get_image_features(**images).pooler_output
+        text = model.get_text_features(tokens).pooler_output
+        logits = model(input_ids=tokens, **images).logits_per_image
+    assert relative_error(ours.encode_image(files), image) < TOLERANCE
+    assert relative_error(ours.encode_text(tokens), text) < TOLERANCE
+    pixels = preprocess(Image.open(files[0]))[None]
+    assert torch.allclose(ours(pixels, tokens)[0], logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("resample, filter", [(3, "bicubic"), (2, "bilinear")])
