@@ -126,7 +126,7 @@ def compile_with(options: Options, progress: Progress) -> Artifact:
         }
         if plan.kernels_version is not None:
             manifest["versions"]["cublaslt"] = linear.version_text()
-        for name in checkpoint.model.family.files:
+        for name in checkpoint.model.family.tokenizer:
             if (path := checkpoint.model.folder / name).is_file():
                 shutil.copy(path, writing.folder)
         artifact = writing.write_manifest(**manifest, verification=None)

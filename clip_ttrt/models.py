@@ -27,7 +27,8 @@ class Dimensions:
     image_mlp: int = 0  # width inside a block's MLP; 0: four times the encoder's
     text_mlp: int = 0
     gelu: str = "quick"  # of the MLPs, as `ops.gelu` approximates it
-    image_pooling: str = "class"  # token; or mean: of the patches, behind the last norm
+    image_pooling: str = "class"  # token; mean: of the patches, behind the last norm; or probe:
+    # SigLIP's, whose encoders differ in more
     logit_bias: bool = False  # whether the model has one
     family: str = "openai"  # of `families.FAMILIES`
 
@@ -43,6 +44,14 @@ class Dimensions:
         return isinstance(self.image_layers, tuple)
 
     @property
+    def is_siglip(self) -> bool:
+        return self.image_pooling == "probe"
+
+    @property
+    def epsilon(self) -> float:
+        return 1e-6 if self.is_siglip else 1e-5  # of layer norms
+
+    @property
     def image_heads(self) -> int:
         return self.image_width * (RESNET_STRIDE if self.is_resnet else 1) // self.image_head_dim
 
@@ -52,7 +61,8 @@ class Dimensions:
 
     @property
     def image_tokens(self) -> int:
-        return (self.image_resolution // self.patch_size) ** 2 + 1  # and the class token or mean
+        """Whole patches, and a class token or mean."""
+        return (self.image_resolution // self.patch_size) ** 2 + (not self.is_siglip)
 
 
 MODELS = {
