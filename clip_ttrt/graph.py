@@ -9,7 +9,7 @@ import functools
 import inspect
 import math
 import operator
-from typing import Any, Callable, Iterable, Iterator, Mapping, Optional
+from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequence
 
 import torch
 from torch import fx, nn
@@ -29,16 +29,20 @@ class GraphError(RuntimeError):
     """An encoder cannot become one graph of our operations; the message names the obstacle."""
 
 
-def capture(encoder: nn.Module, example: torch.Tensor) -> fx.GraphModule:
-    """Export an encoder with a dynamic batch.
+def capture(encoder: nn.Module, example: torch.Tensor, shortest: Optional[int] = None
+            ) -> fx.GraphModule:
+    """Export an encoder with a dynamic batch, and texts of a dynamic length where `shortest` is
+    below the example's.
 
     example: one input with batch >= 2, on the device to export for.  Returns a graph module that
     maps one tensor to one tensor.
     """
     [name] = inspect.signature(encoder.forward).parameters
-    batch = Dim("batch", min=1, max=LARGEST_BATCH)
+    dynamic, longest = {0: Dim("batch", min=1, max=LARGEST_BATCH)}, example.shape[-1]
+    if shortest is not None and shortest < longest:
+        dynamic[1] = Dim("length", min=shortest, max=longest)
     with torch.no_grad():
-        program = export(encoder, (example,), dynamic_shapes={name: {0: batch}})
+        program = export(encoder, (example,), dynamic_shapes={name: dynamic})
     exported = program.module(check_guards=False)
     # The exported module wraps its inputs and outputs in trees.
     graph = exported.graph
@@ -106,6 +110,10 @@ def in_ours(node: fx.Node) -> Optional[tuple[Callable, tuple]]:
             return ops.embedding, (weight, tokens)
         case (aten.select.int, x, 1, index) if x.meta["val"].dim() == 3:
             return ops.select_token, (x, index)
+        case (aten.add.Tensor, x, fx.Node(
+                target=aten.slice.Tensor,
+                args=(fx.Node(op="get_attr") as positions, 0, None, fx.Node()))):
+            return ops.add_positions, (x, positions)
         case (aten.add.Tensor, fx.Node() as a, fx.Node() as b):
             return ops.add, (a, b)
         case (aten.conv2d.default, x, weight, fx.Node() as bias, *more) if len(more) < 3:
@@ -124,8 +132,11 @@ def lower(module: fx.GraphModule) -> Iterator[fx.Node]:
 
     Raises GraphError, naming it, for an operation that is none of ours.
     """
-    for node in list(module.graph.nodes):
+    for node in reversed(module.graph.nodes):  # readers first
         if not node.op.startswith("call_") or node.target in ops.REFERENCES:
+            continue
+        if node.target in (aten.slice.Tensor, aten.sym_size.int) and not node.users:
+            module.graph.erase_node(node)  # of positions that a text has, as an op of ours cuts
             continue
         if node.target is aten.slice.Tensor and node.args[0].op == "get_attr":
             whole = parameter(module, node.args[0]).detach()
@@ -313,25 +324,31 @@ def fuse_quantization(module: fx.GraphModule) -> Iterator[fx.Node]:
         yield layer
 
 
-def rows_of_a_sample(layer: fx.Node) -> int:
-    """How many rows a linear layer has in a batch of one."""
-    rows = math.prod(layer.meta["val"].shape[:-1]).node.expr
-    return int(rows.subs(dict.fromkeys(rows.free_symbols, 1)))  # the one symbol is the batch
+def rows_of_a_sample(layer: fx.Node, length: Optional[int] = None) -> int:
+    """How many rows a linear layer has in a batch of one, a text of so many tokens."""
+    [x] = layer.graph.find_nodes(op="placeholder")
+    batch, rows = (math.prod(shape).node.expr for shape in
+                   (x.meta["val"].shape[:1], layer.meta["val"].shape[:-1]))
+    return int(rows.subs({**dict.fromkeys(rows.free_symbols, length), batch: 1}))
 
 
-def tuning(batch: BatchRange) -> Pass:
-    """The pass that measures the plugin's linear layers on the current GPU for a batch range."""
+def tuning(batch: BatchRange, lengths: Sequence[int] = ()) -> Pass:
+    """The pass that measures the plugin's linear layers on the current GPU for a batch range, and
+    for these lengths of texts."""
     batches = linear.measured_batches(batch)
 
     @functools.cache  # one measurement serves all layers of the same sizes
-    def table(rows: int, weight_shape: tuple[int, int], bias: bool, quantized: bool) -> bytes:
-        return linear.tune([rows * size for size in batches], weight_shape, bias, quantized)
+    def table(rows: tuple[int, ...], weight_shape: tuple[int, int], bias: bool, quantized: bool
+              ) -> bytes:
+        several = sorted({one * size for one in rows for size in batches})
+        return linear.tune(several, weight_shape, bias, quantized)
 
     def tune(module: fx.GraphModule) -> Iterator[fx.Node]:
         for node in calls(module, ops.fused_linear) + calls(module, ops.fused_quantized_linear):
             _, weight, bias, *scale = node.args
             shape = tuple(parameter(module, weight).shape)
-            found = table(rows_of_a_sample(node), shape, bias is not None, bool(scale))
+            rows = tuple(rows_of_a_sample(node, length) for length in lengths or (None,))
+            found = table(rows, shape, bias is not None, bool(scale))
             node.args += (linear.with_scale(found, *(scale or [0.0])).hex(),)
             yield node
 

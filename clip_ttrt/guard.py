@@ -3,28 +3,49 @@
 Torch-TensorRT's runtime ignores what TensorRT answers to a wrong shape, and reads its input's
 memory through a temporary when that is not contiguous.
 """
-from typing import List
+from typing import List, Sequence
 
 import torch
 from torch import nn
 
 from clip_ttrt import deprecations
+from clip_ttrt.models import Dimensions
 from clip_ttrt.options import BatchRange
+
+SHORT = (16, 32, 48)  # tokens of texts that are encoded at less than the full length
+
+
+def cuts_texts(dims: Dimensions) -> bool:
+    """Whether what stands behind a text's pooled position leaves its features as they are: no token
+    sees a later one, and the row that is pooled is that of the highest id."""
+    return True
+
+
+def lengths_of(encoder: str, dims: Dimensions) -> tuple[int, ...]:
+    """The sizes of an input's last axis that an encoder serves: those of texts to be padded to."""
+    if encoder == "image":
+        return (dims.image_resolution,)
+    full = dims.context_length
+    return (*(each for each in SHORT if each < full and cuts_texts(dims)), full)
 
 
 class Guarded(nn.Module):
     """An encoder that accepts just what it was compiled for.
 
-    forward(x): x [B, *shape] with B in the batch range, on the encoder's device; floating point
-    for images and integers for tokens, of any width.  Returns features float32 [B, embed_dim],
+    forward(x): x [B, *shape] with B in the batch range, texts also shorter, down to the first of
+    `lengths`, on the encoder's device; floating point for images and integers for tokens, of any
+    width.  Returns features float32 [B, embed_dim],
     NaN for a row of tokens with an id outside the vocabulary.
     Raises ValueError (from C++: an exception with the same text) for anything else.
     """
 
-    def __init__(self, encoder: torch.jit.ScriptModule, example: torch.Tensor, batch: BatchRange):
+    def __init__(self, encoder: torch.jit.ScriptModule, example: torch.Tensor, batch: BatchRange,
+                 lengths: Sequence[int]):
         super().__init__()
         self.encoder = encoder
         self.shape: List[int] = list(example.shape[1:])
+        self.shortest: int = lengths[0]
+        self.shorter = f", from {lengths[0]} on" if len(lengths) > 1 else ""
         self.dtype = example.dtype
         self.floating: bool = example.is_floating_point()
         self.minimum: int = batch.minimum
@@ -32,8 +53,10 @@ class Guarded(nn.Module):
         self.on_cuda: bool = example.is_cuda
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dim() != len(self.shape) + 1 or x.size()[1:] != self.shape:
-            raise ValueError(f"expected an input of shape [batch] + {self.shape}, got {x.size()}")
+        if (x.dim() != len(self.shape) + 1 or x.size()[1:-1] != self.shape[:-1]
+                or x.size(-1) > self.shape[-1] or x.size(-1) < self.shortest):
+            raise ValueError(f"expected an input of shape [batch] + {self.shape}{self.shorter}, "
+                             f"got {x.size()}")
         if x.size(0) < self.minimum or x.size(0) > self.maximum:
             raise ValueError(f"batch {x.size(0)} is outside the compiled range {self.minimum} "
                              f"to {self.maximum}")

@@ -158,6 +158,11 @@ def add_reference(a: Tensor, b: Tensor) -> Tensor:
     return a + b
 
 
+def add_positions_reference(x: Tensor, positions: Tensor) -> Tensor:
+    """x plus its places' embeddings: [B, T, W] and [L, W] with T <= L -> [B, T, W]."""
+    return x + positions[:x.shape[1]]
+
+
 def embedding_reference(weight: Tensor, tokens: Tensor) -> Tensor:
     """Rows of a table: [V, W] and int [B, T] -> [B, T, W]."""
     return F.embedding(tokens, weight)
@@ -279,6 +284,7 @@ linear = _op(linear_reference)
 quantized_linear = _op(quantized_linear_reference)
 layer_norm = _op(layer_norm_reference)
 add = _op(add_reference)
+add_positions = _op(add_positions_reference)
 embedding = _op(embedding_reference)
 select_token = _op(select_token_reference)
 convolution = _op(convolution_reference)
