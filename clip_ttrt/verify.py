@@ -5,7 +5,7 @@ from random import Random
 from typing import Any, Optional, Sequence
 
 import torch
-from torch.nn.functional import cosine_similarity, interpolate, normalize
+from torch.nn.functional import cosine_similarity, interpolate, normalize, pad
 
 from clip_ttrt import deprecations, pictures
 from clip_ttrt.artifact import Artifact
@@ -83,6 +83,13 @@ def repeated(rows: Sequence, count: int) -> Any:
     return torch.stack(several) if isinstance(rows, torch.Tensor) else several
 
 
+def of_length(tokens: torch.Tensor, length: int) -> torch.Tensor:
+    """Texts int [N, T] whose words are repeated or cut to so many tokens: int [N, length]."""
+    end = tokens.argmax(dim=1, keepdim=True)
+    words = 1 + torch.arange(length - 2) % (end - 1).clamp(1)
+    return torch.cat([tokens[:, :1], tokens.gather(1, words), tokens.gather(1, end)], dim=1)
+
+
 @contextmanager
 def exact_fp32():
     """No TF32 in PyTorch's own kernels, so that the fp32 reference is one."""
@@ -96,10 +103,12 @@ def exact_fp32():
 
 
 def reference_features(checkpoint: Checkpoint, rows: dict, device: str) -> dict[str, torch.Tensor]:
-    """Features of the original model in fp32, float32 [rows, embed_dim], on the CPU."""
+    """Features of the original model in fp32, float32 [rows, embed_dim], on the CPU.
+
+    rows: inputs of what a key begins with, image or text."""
     model = original_with_weights(checkpoint, device)
     with torch.no_grad(), exact_fp32():
-        return {name: torch.cat([getattr(model, f"encode_{name}")(part.to(device)).cpu()
+        return {name: torch.cat([getattr(model, f"encode_{name.split()[0]}")(part.to(device)).cpu()
                                  for part in inputs.split(REFERENCE_BATCH)])
                 for name, inputs in rows.items()}
 
@@ -131,17 +140,27 @@ def compare(artifact: Artifact, checkpoint: Checkpoint, inputs: Optional[tuple] 
     rows = {"image": fill_images(images, most),
             "text": deprecations.clip().tokenize(fill_lines(lines, most), truncate=True)}
     features, found, batches = {}, {}, {}
+    lengths = artifact.manifest["modules"].get("text", {}).get("lengths", ())
+    short = {f"text of {length} tokens": length for length in lengths[:-1]}
     with memory_errors("verifying"), torch.no_grad():
         rows = {name: rows[name] for name in artifact.encoders}
+        for name, length in short.items():
+            texts = of_length(rows["text"][:most or REFERENCE_BATCH], length)
+            rows[name] = pad(texts, (0, lengths[-1] - length))
         references = reference_features(checkpoint, rows, artifact.device)
         model = CompiledCLIP(artifact)
-        for name, reference in references.items():
+        for name in artifact.encoders:
             encode, count = getattr(model, f"encode_{name}"), counts[name]
-            x = rows[name].to(model.device)
+            x, reference = rows[name].to(model.device), references[name]
             features[name] = encode(x[:count]).cpu(), reference[:count]
             found[name] = errors(*features[name])
             batches[name] = {str(size): errors(encode(x[:size]), reference[:size])["cos_min"]
                              for size in sizes}
+        for name, length in short.items():
+            x, reference = rows[name][:, :length].to(model.device), references[name]
+            for size in {1, min(artifact.batch.optimal, len(x)), len(x)}:
+                least = errors(model.encode_text(x[:size]), reference[:size])["cos_min"]
+                batches["text"][f"{size} of {length} tokens"] = least
     report = {"inputs": about, "weights": checkpoint.origin.describe(), "errors": found,
               "batches": batches}
     if len(features) == 2:

@@ -10,6 +10,7 @@ from clip_ttrt import graph, ops, stack, trt
 from clip_ttrt.checkpoint import load_checkpoint
 from clip_ttrt.engine import DTYPES
 from clip_ttrt.encoders import ENCODERS, INFERENCE
+from clip_ttrt.guard import lengths_of
 from clip_ttrt.models import MODELS
 from clip_ttrt.options import BatchRange
 from clip_ttrt.resnet import AttentionPool
@@ -41,6 +42,7 @@ CONVERTED = {
     "quick_gelu": (of(ops.quick_gelu), (5, 64)),
     "add": (of(lambda x: x + ops.quick_gelu(x)), (5, 64)),
     "add_a_parameter": (One(lambda x, value: x + value, 5, 64), (5, 64)),
+    "add_positions": (One(ops.add_positions, 7, 64), (5, 64)),
     "embedding": (nn.Embedding(100, 64), (7,)),
     "select_token": (of(lambda x: x.select(1, 2)), (5, 64)),
     "attention": (of(lambda x: ops.attention(x, 2, False)), (5, 384)),
@@ -185,10 +187,12 @@ def test_a_whole_encoder_is_one_network_and_its_plan_builds(model, encoder, monk
     monkeypatch.setitem(MODELS, "small", small.RESNET)
     plain, example, module = encoder_in(model, encoder, "fp16")
     weights = sum(value.numel() * value.element_size() for value in plain.parameters())
-    interpreter, build = construct(module, example, BatchRange(1, 32, 256), "fp16")
+    shortest = lengths_of(encoder, MODELS[model])[0]
+    interpreter, build = construct(module, example, BatchRange(1, 32, 256), "fp16", shortest)
     network = interpreter.ctx.net
     assert network.num_inputs == network.num_outputs == 1
-    assert tuple(network.get_input(0).shape) == (-1, *example.shape[1:])
+    any_size = (-1, -1) if encoder == "text" else (-1, *example.shape[1:])
+    assert tuple(network.get_input(0).shape) == any_size
     assert tuple(network.get_output(0).shape) == (-1, MODELS[model].embed_dim)
     assert 0 < build.layers <= MOST_LAYERS[model]
     assert build.warnings == []
