@@ -83,21 +83,16 @@ class Layers:
         """x in a type of TensorRT's: a layer where it has another."""
         return x if x.dtype == dtype else self.named(self.net.add_cast(x, dtype), suffix)
 
-    def sizes(self, x: Any, kept: int, suffix: str) -> Any:
-        """x's sizes as a tensor, with 1 in the place of all but the last ones."""
-        ones, shape = len(x.shape) - kept, self.net.add_shape(x).get_output(0)
-        last = self.net.add_slice(shape, (ones,), (kept,), (1,)).get_output(0)
-        first = self.beside(shape, torch.ones(ones), f"{suffix}_ones")
-        return self.named(self.net.add_concatenation([first, last]), suffix)
-
     def count(self, x: Any, steps: tuple, suffix: str) -> Any:
-        """Numbers of x's type that grow from 0 by `steps` along its last axes: [1, .., N] of x
-        [.., N] for one step, [1, .., M, N] of x [.., M, N] for two."""
+        """Numbers of x's type from 0 on, by `steps` along x's axes, of size 1 where a step is 0."""
+        shape, ones = self.net.add_shape(x).get_output(0), steps.count(0)  # the first
+        own = self.net.add_slice(shape, (ones,), (len(steps) - ones,), (1,)).get_output(0)
+        shape = [self.beside(own, torch.ones(ones), f"{suffix}_ones"), own]
         layer = self.net.add_fill((), trt.FillOperation.LINSPACE, x.dtype)
-        layer.set_input(0, self.sizes(x, len(steps), f"{suffix}_sizes"))
-        dtype, ones = TORCH_TYPES[x.dtype], (0,) * (len(x.shape) - len(steps))
-        layer.set_input(1, self.constant(torch.tensor(0), f"{suffix}_start", dtype))
-        layer.set_input(2, self.constant(torch.tensor((*ones, *steps)), f"{suffix}_steps", dtype))
+        layer.set_input(0, self.named(self.net.add_concatenation(shape), f"{suffix}_shape"))
+        for i, value in enumerate((0, steps), 1):
+            value = self.constant(torch.tensor(value), f"{suffix}_{i}", TORCH_TYPES[x.dtype])
+            layer.set_input(i, value)
         return self.named(layer, suffix)
 
     def row(self, x: Any, start: tuple, strides: tuple, batch: Any, suffix: str) -> Any:
@@ -159,14 +154,6 @@ def convert_add(to, a, b):
     return to.elementwise("SUM", a, b)
 
 
-@converter(ops.add_positions)
-def convert_add_positions(to, x, positions):
-    positions, start = to.beside(x, positions, "positions"), (0,) * len(x.shape)
-    layer = to.net.add_slice(positions, start, start, (1,) * len(x.shape))
-    layer.set_input(2, to.sizes(x, 2, "sizes"))
-    return to.elementwise("SUM", x, to.named(layer, "first"))
-
-
 @converter(ops.layer_norm)
 def convert_layer_norm(to, x, scale, shift, epsilon):
     """One normalization layer over the last axis, in fp32."""
@@ -178,8 +165,11 @@ def convert_layer_norm(to, x, scale, shift, epsilon):
     return to.cast(to.named(layer), x.dtype, "back")
 
 
-@converter(ops.quick_gelu)
-def convert_quick_gelu(to, x):
+@converter(ops.gelu)
+def convert_gelu(to, x, approximate):
+    if approximate != "quick":
+        kind = {"none": "GELU_ERF", "tanh": "GELU_TANH"}[approximate]
+        return to.named(to.net.add_activation(x, getattr(trt.ActivationType, kind)))
     scaled = to.elementwise("PROD", x, to.beside(x, ops.QUICK_GELU_SLOPE, "slope"), "scaled")
     sigmoid = to.named(to.net.add_activation(scaled, trt.ActivationType.SIGMOID), "sigmoid")
     return to.elementwise("PROD", x, sigmoid)
@@ -191,21 +181,28 @@ def convert_embedding(to, weight, tokens):
     return to.named(to.net.add_gather(weight, tokens, 0))
 
 
+@converter(ops.positions_of)
+def convert_positions_of(to, positions, tokens):
+    return convert_embedding(to, positions, to.count(tokens, (0, 1), "places"))
+
+
 @converter(ops.attention)
 def convert_attention(to, qkv, heads, causal):
     """TensorRT's own attention where the network has one, else what it fuses."""
-    split = to.shuffle(qkv, "split", (0, 0, 3, heads, HEAD_DIM), (2, 0, 3, 1, 4))
+    width = qkv.shape[2] // 3
+    split = to.shuffle(qkv, "split", (0, 0, 3, heads, width // heads), (2, 0, 3, 1, 4))
 
     def part(index: int, which: str) -> Any:
         index = to.constant(torch.tensor(index), f"{which}_index", torch.int32)
         return to.named(to.net.add_gather(split, index, 0), which)
 
     query, key, value = map(part, range(3), ("query", "key", "value"))
-    query = to.elementwise("PROD", query, to.beside(query, HEAD_DIM ** -0.5, "scale"), "scaled")
+    scale = to.beside(query, (width // heads) ** -0.5, "scale")
+    query = to.elementwise("PROD", query, scale, "scaled")
     attend = attention_layer if hasattr(to.net, "add_attention") else composed_attention
     attended = attend(to, query, key, value, causal)
     attended = to.shuffle(attended, "heads_last", order=(0, 2, 1, 3))
-    return to.shuffle(attended, shape=(0, 0, heads * HEAD_DIM))
+    return to.shuffle(attended, shape=(0, 0, width))
 
 
 def attention_layer(to, query, key, value, causal):
@@ -226,7 +223,7 @@ def composed_attention(to, query, key, value, causal):
                          (("query", query), ("key", key), ("value", value)))
     scores = to.product(query, key, "TRANSPOSE", "scores")
     if causal:
-        ahead = to.count(scores, (-MASKED, MASKED), "ahead")  # below 0 where a key is
+        ahead = to.count(scores, (0, 0, -MASKED, MASKED), "ahead")  # below 0 where a key is
         mask = to.elementwise("MIN", ahead, to.beside(ahead, 0, "seen"), "mask")
         scores = to.elementwise("SUM", scores, mask, "masked")
     softmax = to.net.add_softmax(scores)
@@ -269,7 +266,7 @@ def convert_pool_end_of_text(to, x, tokens):
     """
     highest = to.reduce("MAX", tokens, "highest")
     is_highest = to.elementwise("EQUAL", tokens, highest, "is_highest")
-    index = to.count(tokens, (1,), "indices")
+    index = to.count(tokens, (0, 1), "indices")
     beyond = to.beside(tokens, torch.iinfo(torch.int32).max, "beyond")
     candidates = to.named(to.net.add_select(is_highest, index, beyond), "candidates")
     rows = to.net.add_gather(x, to.reduce("MIN", candidates, "position"), 1)
@@ -386,8 +383,8 @@ plugin(ops.fused_linear, kernels.LINEAR, lambda x, weight, bias, table="": {
 plugin(ops.fused_quantized_linear, kernels.LINEAR, lambda x, weight, bias, scale, table="": {
     "table": bytes.fromhex(table) or linear.pack(*weight.shape, bias is not None, scale=scale)},
     torch.half)
-plugin(ops.bias_quick_gelu, kernels.BIAS_QUICK_GELU, lambda x, bias, out_scale=0.0: {
-    "out_scale": out_scale})
+plugin(ops.bias_gelu, kernels.BIAS_GELU, lambda x, bias, approximate, out_scale=0.0: {
+    "approximate": kernels.GELUS.index(approximate), "out_scale": out_scale})
 plugin(ops.fused_layer_norm, kernels.RESIDUAL_LAYER_NORM,
        lambda x, scale, shift, epsilon, out_scale=0.0: {
            "residual": 0, "epsilon": epsilon, "out_scale": out_scale})

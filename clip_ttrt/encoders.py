@@ -17,8 +17,8 @@ from clip_ttrt import ops, resnet
 from clip_ttrt.models import Dimensions, dimensions_from
 
 # What an encoder calls: the ops, for inference, or their differentiable references.
-CALLED = ("attention", "quick_gelu", "extract_patches", "prepend_class_token", "pool_end_of_text",
-          "clamp_tokens", "mask_unknown", "attention_pool", "cast")
+CALLED = ("attention", "gelu", "extract_patches", "prepend_class_token", "pool_end_of_text",
+          "clamp_tokens", "positions_of", "mask_unknown", "attention_pool", "cast")
 INFERENCE = SimpleNamespace(**{name: getattr(ops, name) for name in CALLED})
 DIFFERENTIABLE = SimpleNamespace(**{name: ops.REFERENCES[getattr(ops, name)] for name in CALLED})
 StateDict = Mapping[str, torch.Tensor]
@@ -42,7 +42,7 @@ class Block(nn.Module):
         if pool is not None:
             x, attended = pool(x), pool(attended)
         x = x + self.out(attended)
-        return x + self.down(self.called.quick_gelu(self.up(self.norm_2(x))))
+        return x + self.down(self.called.gelu(self.up(self.norm_2(x)), "quick"))
 
 
 class Encoder(nn.Module):
@@ -101,7 +101,7 @@ class TextEncoder(Encoder):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         known = self.called.clamp_tokens(tokens, self.tokens.num_embeddings)
-        x = self.tokens(known) + self.positions[: tokens.shape[1]]
+        x = self.tokens(known) + self.called.positions_of(self.positions, tokens)
         features = self.features(x, lambda rows: self.called.pool_end_of_text(rows, known))
         return self.called.mask_unknown(features, tokens, known)
 

@@ -16,12 +16,13 @@ from torch import fx, nn
 from torch.export import Dim, export
 
 from clip_ttrt import linear, ops
+from clip_ttrt.models import HEAD_DIM
 from clip_ttrt.options import LARGEST_BATCH, BatchRange
 
 aten = torch.ops.aten
 Pass = Callable[[fx.GraphModule], Iterator[fx.Node]]
 MOVES = (ops.select_token, ops.pool_end_of_text, ops.split_tokens)  # rows, and computes nothing
-QUANTIZE = (ops.fused_layer_norm, ops.residual_layer_norm, ops.bias_quick_gelu,
+QUANTIZE = (ops.fused_layer_norm, ops.residual_layer_norm, ops.bias_gelu,
             ops.fused_attention, ops.embed_image)  # with an out_scale
 
 
@@ -29,20 +30,18 @@ class GraphError(RuntimeError):
     """An encoder cannot become one graph of our operations; the message names the obstacle."""
 
 
-def capture(encoder: nn.Module, example: torch.Tensor, shortest: Optional[int] = None
-            ) -> fx.GraphModule:
-    """Export an encoder with a dynamic batch, and texts of a dynamic length where `shortest` is
-    below the example's.
+def capture(encoder: nn.Module, example: torch.Tensor, shortest: int = 0) -> fx.GraphModule:
+    """Export an encoder with a dynamic batch, and a dynamic length of texts from `shortest` on.
 
     example: one input with batch >= 2, on the device to export for.  Returns a graph module that
     maps one tensor to one tensor.
     """
     [name] = inspect.signature(encoder.forward).parameters
-    dynamic, longest = {0: Dim("batch", min=1, max=LARGEST_BATCH)}, example.shape[-1]
-    if shortest is not None and shortest < longest:
-        dynamic[1] = Dim("length", min=shortest, max=longest)
+    sizes, longest = {0: Dim("batch", min=1, max=LARGEST_BATCH)}, example.shape[-1]
+    if 0 < shortest < longest:
+        sizes[1] = Dim("length", min=shortest, max=longest)
     with torch.no_grad():
-        program = export(encoder, (example,), dynamic_shapes={name: dynamic})
+        program = export(encoder, (example,), dynamic_shapes={name: sizes})
     exported = program.module(check_guards=False)
     # The exported module wraps its inputs and outputs in trees.
     graph = exported.graph
@@ -110,10 +109,6 @@ def in_ours(node: fx.Node) -> Optional[tuple[Callable, tuple]]:
             return ops.embedding, (weight, tokens)
         case (aten.select.int, x, 1, index) if x.meta["val"].dim() == 3:
             return ops.select_token, (x, index)
-        case (aten.add.Tensor, x, fx.Node(
-                target=aten.slice.Tensor,
-                args=(fx.Node(op="get_attr") as positions, 0, None, fx.Node()))):
-            return ops.add_positions, (x, positions)
         case (aten.add.Tensor, fx.Node() as a, fx.Node() as b):
             return ops.add, (a, b)
         case (aten.conv2d.default, x, weight, fx.Node() as bias, *more) if len(more) < 3:
@@ -132,11 +127,8 @@ def lower(module: fx.GraphModule) -> Iterator[fx.Node]:
 
     Raises GraphError, naming it, for an operation that is none of ours.
     """
-    for node in reversed(module.graph.nodes):  # readers first
+    for node in list(module.graph.nodes):
         if not node.op.startswith("call_") or node.target in ops.REFERENCES:
-            continue
-        if node.target in (aten.slice.Tensor, aten.sym_size.int) and not node.users:
-            module.graph.erase_node(node)  # of positions that a text has, as an op of ours cuts
             continue
         if node.target is aten.slice.Tensor and node.args[0].op == "get_attr":
             whole = parameter(module, node.args[0]).detach()
@@ -190,7 +182,8 @@ def fuse_attention(module: fx.GraphModule) -> Iterator[fx.Node]:
     for node in calls(module, ops.attention):
         projection, heads, causal = node.args
         outputs = list(readers(node))
-        if not (gives_bias(projection) and all(map(is_biased_linear, outputs))):
+        if not (gives_bias(projection) and all(map(is_biased_linear, outputs))
+                and node.meta["val"].shape[-1] == heads * HEAD_DIM):
             continue
         query, _, value = parameter(module, without_bias(projection)).chunk(3)
         for output in outputs:
@@ -203,12 +196,12 @@ def fuse_attention(module: fx.GraphModule) -> Iterator[fx.Node]:
         yield node
 
 
-def fuse_bias_quick_gelu(module: fx.GraphModule) -> Iterator[fx.Node]:
-    """linear with bias, then quick_gelu: linear without bias, then bias_quick_gelu."""
-    for node in calls(module, ops.quick_gelu):
-        x = node.args[0]
+def fuse_bias_gelu(module: fx.GraphModule) -> Iterator[fx.Node]:
+    """linear with bias, then gelu: linear without bias, then bias_gelu."""
+    for node in calls(module, ops.gelu):
+        x, approximate = node.args
         if gives_bias(x):
-            node.target, node.args = ops.bias_quick_gelu, (x, without_bias(x))
+            node.target, node.args = ops.bias_gelu, (x, without_bias(x), approximate)
             yield node
 
 
@@ -274,7 +267,7 @@ def fuse_rest(module: fx.GraphModule) -> Iterator[fx.Node]:
 
 
 # Encoder -> its fusing passes, in order, where it is a transformer.
-BLOCKS: tuple[Pass, ...] = (fuse_attention, fuse_bias_quick_gelu, fuse_residual_layer_norm)
+BLOCKS: tuple[Pass, ...] = (fuse_attention, fuse_bias_gelu, fuse_residual_layer_norm)
 FUSE = {"image": (*BLOCKS, fuse_image_embedding, fuse_rest), "text": (*BLOCKS, fuse_rest)}
 
 
@@ -324,30 +317,29 @@ def fuse_quantization(module: fx.GraphModule) -> Iterator[fx.Node]:
         yield layer
 
 
-def rows_of_a_sample(layer: fx.Node, length: Optional[int] = None) -> int:
-    """How many rows a linear layer has in a batch of one, a text of so many tokens."""
+def rows_of_a_sample(layer: fx.Node, length: int) -> int:
+    """How many rows a linear layer has in a batch of one, of a text so long."""
+    rows = math.prod(layer.meta["val"].shape[:-1]).node.expr
     [x] = layer.graph.find_nodes(op="placeholder")
-    batch, rows = (math.prod(shape).node.expr for shape in
-                   (x.meta["val"].shape[:1], layer.meta["val"].shape[:-1]))
-    return int(rows.subs({**dict.fromkeys(rows.free_symbols, length), batch: 1}))
+    one = {x.meta["val"].shape[0].node.expr: 1}
+    return int(rows.subs(dict.fromkeys(rows.free_symbols, length) | one))
 
 
-def tuning(batch: BatchRange, lengths: Sequence[int] = ()) -> Pass:
+def tuning(batch: BatchRange, lengths: Sequence[int] = (0,)) -> Pass:
     """The pass that measures the plugin's linear layers on the current GPU for a batch range, and
-    for these lengths of texts."""
+    texts of some lengths."""
     batches = linear.measured_batches(batch)
 
     @functools.cache  # one measurement serves all layers of the same sizes
-    def table(rows: tuple[int, ...], weight_shape: tuple[int, int], bias: bool, quantized: bool
-              ) -> bytes:
-        several = sorted({one * size for one in rows for size in batches})
-        return linear.tune(several, weight_shape, bias, quantized)
+    def table(rows: tuple, weight_shape: tuple[int, int], bias: bool, quantized: bool) -> bytes:
+        rows = sorted({one * size for one in rows for size in batches})
+        return linear.tune(rows, weight_shape, bias, quantized)
 
     def tune(module: fx.GraphModule) -> Iterator[fx.Node]:
         for node in calls(module, ops.fused_linear) + calls(module, ops.fused_quantized_linear):
             _, weight, bias, *scale = node.args
             shape = tuple(parameter(module, weight).shape)
-            rows = tuple(rows_of_a_sample(node, length) for length in lengths or (None,))
+            rows = tuple(rows_of_a_sample(node, length) for length in lengths)
             found = table(rows, shape, bias is not None, bool(scale))
             node.args += (linear.with_scale(found, *(scale or [0.0])).hex(),)
             yield node

@@ -78,7 +78,7 @@ def test_quantised_layers_are_products_of_the_table_s_values(biased):
 QKV, ROWS, WIDE = torch.randn(2, 5, 384), torch.randn(10, 128), torch.randn(128)
 PRODUCERS = {
     "attention": (ops.fused_attention, (QKV, 2, True, WIDE)),
-    "bias_quick_gelu": (ops.bias_quick_gelu, (ROWS, WIDE)),
+    "bias_gelu": (ops.bias_gelu, (ROWS, WIDE, "tanh")),
     "layer_norm": (ops.fused_layer_norm, (ROWS, WIDE, WIDE, 1e-5)),
     "residual_layer_norm": (ops.residual_layer_norm, (ROWS, ROWS, WIDE, WIDE, WIDE, 1e-5)),
     "embed_image": (ops.embed_image, (ROWS[:8], WIDE, ROWS[:5], *2 * (WIDE, WIDE, 1e-5))),

@@ -39,14 +39,17 @@ CONVERTED = {
     "linear_on_rows": (nn.Linear(64, 32), (64,)),
     "layer_norm": (NORM, (5, 64)),
     "layer_norm_on_rows": (NORM, (64,)),
-    "quick_gelu": (of(ops.quick_gelu), (5, 64)),
-    "add": (of(lambda x: x + ops.quick_gelu(x)), (5, 64)),
+    "quick_gelu": (of(lambda x: ops.gelu(x, "quick")), (5, 64)),
+    "gelu": (of(lambda x: ops.gelu(x, "none")), (5, 64)),
+    "gelu_by_tanh": (of(lambda x: ops.gelu(x, "tanh")), (5, 64)),
+    "add": (of(lambda x: x + ops.gelu(x, "quick")), (5, 64)),
     "add_a_parameter": (One(lambda x, value: x + value, 5, 64), (5, 64)),
     "add_positions": (One(ops.add_positions, 7, 64), (5, 64)),
     "embedding": (nn.Embedding(100, 64), (7,)),
     "select_token": (of(lambda x: x.select(1, 2)), (5, 64)),
     "attention": (of(lambda x: ops.attention(x, 2, False)), (5, 384)),
     "causal_attention": (of(lambda x: ops.attention(x, 2, True)), (5, 384)),
+    "attention_of_wide_heads": (of(lambda x: ops.attention(x, 2, False)), (5, 480)),
     "composed_attention": (of(lambda x: ops.attention(x, 2, False)), (5, 384)),
     "composed_causal_attention": (of(lambda x: ops.attention(x, 2, True)), (5, 384)),
     "extract_patches": (of(lambda x: ops.extract_patches(x, 4)), (3, 16, 16)),
@@ -64,7 +67,7 @@ CONVERTED = {
     "attention_pool": (AttentionPool(128, 5, 32, INFERENCE), (128, 2, 2)),
 }
 PLUGINS = {ops.fused_attention, ops.fused_linear, ops.fused_quantized_linear, ops.fused_layer_norm,
-           ops.bias_quick_gelu, ops.residual_layer_norm, ops.extract_patch_rows, ops.embed_image}
+           ops.bias_gelu, ops.residual_layer_norm, ops.extract_patch_rows, ops.embed_image}
 
 
 def module_and_example(name, precision):
@@ -164,7 +167,7 @@ def test_a_converter_alone(name, precision, batch, monkeypatch):
     assert tuple(output.shape) == (4 if batch.static else -1, *expected.shape[1:])
     assert converters.TORCH_TYPES[output.dtype] == expected.dtype
     as_one = any("ATTENTION" in kind for kind, _, _ in layers(interpreter))
-    assert as_one is (name in ("attention", "causal_attention"))
+    assert as_one is (name in ("attention", "causal_attention", "attention_of_wide_heads"))
     assert plan(interpreter)
 
 
