@@ -90,8 +90,8 @@ class Context:
         self.lock = threading.Lock()
         self.done = torch.cuda.Event()
         self.stream = torch.cuda.current_stream()  # of the last call
-        self.graphs: dict[int, OrderedDict[int, Optional[Captured]]] = {
-            length: OrderedDict() for length in encoder.lengths}  # None: no memory for it
+        # length -> size -> Captured, or None: no memory for it
+        self.graphs = {length: OrderedDict() for length in encoder.lengths}
         self.side = torch.cuda.Stream()
         self.shape = encoder.batch.minimum, encoder.lengths[-1]  # of the module's last run
 
@@ -155,13 +155,11 @@ class Context:
 
 
 class Encoder:
-    """An encoder's contexts on a GPU, or its module on the CPU: any batch in, features out.
-
-    example: of no rows.  lengths: of the last axis, those that the module is called with, ascending
-    up to the example's, alone by default."""
+    """An encoder's contexts on a GPU, or its module on the CPU: any batch in, features out."""
 
     def __init__(self, modules: list[torch.jit.ScriptModule], batch: BatchRange, width: int,
-                 example: Tensor, cuda_graphs: bool, lengths: Sequence[int] = ()):
+                 example: Tensor, cuda_graphs: bool,  # example: of no rows
+                 lengths: Sequence[int] = ()):  # of the last axis, ascending to the example's
         self.module, self.batch, self.width = modules[0], batch, width
         self.lengths = tuple(lengths) or (example.shape[-1],)
         self.example, self.device, self.cuda_graphs = example, example.device, cuda_graphs
@@ -175,9 +173,8 @@ class Encoder:
             torch.cuda.current_stream().synchronize()
 
     def __call__(self, x: Tensor, length: Optional[int] = None) -> Tensor:
-        """x [B, ...], B >= 0 -> features float32 [B, width].  Splits over MAX, pads under MIN.
-
-        length: of texts on a GPU, behind which there is nothing to read; on the CPU it is found."""
+        """x [B, ...], B >= 0 -> features float32 [B, width].  Splits over MAX, pads under MIN, and
+        cuts texts: on the CPU behind the last position that is pooled, on a GPU at `length`."""
         if x.shape[0] > self.batch.maximum:
             return torch.cat([self(part, length) for part in x.split(self.batch.maximum)])
         if x.shape[0] == 0:
@@ -195,8 +192,7 @@ class Encoder:
                 return self._choose(stream)(x, stream)
 
     def warmup(self, batches: Iterable[int]) -> None:
-        """Call every context with zeros of every length, batches larger than MAX in parts, and wait
-        for it."""
+        """Call every context with zeros of every length, over MAX in parts, and wait for it."""
         for context, length, count in itertools.product(self.contexts, self.lengths, batches):
             with torch.no_grad(), torch.cuda.device(self.device):
                 for part in self.zeros(count, length).split(self.batch.maximum):

@@ -326,8 +326,7 @@ def rows_of_a_sample(layer: fx.Node, length: int) -> int:
 
 
 def tuning(batch: BatchRange, lengths: Sequence[int] = (0,)) -> Pass:
-    """The pass that measures the plugin's linear layers on the current GPU for a batch range, and
-    texts of some lengths."""
+    """The pass that measures the plugin's linear layers on this GPU, for batches and lengths."""
     batches = linear.measured_batches(batch)
 
     @functools.cache  # one measurement serves all layers of the same sizes

@@ -3,7 +3,7 @@
 Torch-TensorRT's runtime ignores what TensorRT answers to a wrong shape, and reads its input's
 memory through a temporary when that is not contiguous.
 """
-from typing import List, Sequence
+from typing import List
 
 import torch
 from torch import nn
@@ -12,35 +12,32 @@ from clip_ttrt import deprecations
 from clip_ttrt.models import Dimensions
 from clip_ttrt.options import BatchRange
 
-SHORT = (16, 32, 48)  # tokens of texts that are encoded at less than the full length
+SHORT = (16, 32, 48)  # lengths of texts below the full one
 
 
 def cuts_texts(dims: Dimensions) -> bool:
-    """Whether what stands behind a text's pooled position leaves its features as they are: no token
-    sees a later one, and the row that is pooled is that of the highest id."""
+    """Whether what stands behind a text's pooled row is without effect: attention is causal."""
     return True
 
 
-def lengths_of(encoder: str, dims: Dimensions) -> tuple[int, ...]:
-    """The sizes of an input's last axis that an encoder serves: those of texts to be padded to."""
-    if encoder == "image":
-        return (dims.image_resolution,)
-    full = dims.context_length
-    return (*(each for each in SHORT if each < full and cuts_texts(dims)), full)
+def lengths_of(encoder: str, dims: Dimensions) -> List[int]:
+    """The sizes of an input's last axis that an encoder serves, ascending."""
+    full = dims.image_resolution if encoder == "image" else dims.context_length
+    shorter = SHORT if encoder == "text" and cuts_texts(dims) else ()
+    return [*(each for each in shorter if each < full), full]
 
 
 class Guarded(nn.Module):
     """An encoder that accepts just what it was compiled for.
 
-    forward(x): x [B, *shape] with B in the batch range, texts also shorter, down to the first of
-    `lengths`, on the encoder's device; floating point for images and integers for tokens, of any
-    width.  Returns features float32 [B, embed_dim],
-    NaN for a row of tokens with an id outside the vocabulary.
+    forward(x): x [B, *shape] with B in the batch range, texts also shorter, from lengths[0] on, on
+    the encoder's device; floating point for images and integers for tokens, of any width.  Returns
+    features float32 [B, embed_dim], NaN for a row of tokens with an id outside the vocabulary.
     Raises ValueError (from C++: an exception with the same text) for anything else.
     """
 
     def __init__(self, encoder: torch.jit.ScriptModule, example: torch.Tensor, batch: BatchRange,
-                 lengths: Sequence[int]):
+                 lengths: List[int]):
         super().__init__()
         self.encoder = encoder
         self.shape: List[int] = list(example.shape[1:])
@@ -54,7 +51,7 @@ class Guarded(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if (x.dim() != len(self.shape) + 1 or x.size()[1:-1] != self.shape[:-1]
-                or x.size(-1) > self.shape[-1] or x.size(-1) < self.shortest):
+                or not self.shortest <= x.size(-1) <= self.shape[-1]):
             raise ValueError(f"expected an input of shape [batch] + {self.shape}{self.shorter}, "
                              f"got {x.size()}")
         if x.size(0) < self.minimum or x.size(0) > self.maximum:

@@ -144,9 +144,8 @@ class CompiledCLIP(nn.Module):
     def encode_text(self, tokens: Tensor, length: Optional[int] = None) -> Tensor:
         """Tokens [B, T], int32 or int64, T <= context_length -> features float32 [B, embed_dim].
 
-        A batch takes the time of its longest text.  length: for GPU tokens, at which nobody can
-        look without waiting, the longest's tokens, start and end included (default: T); what
-        stands behind is not read.
+        A batch takes the time of its longest text.  length: of GPU tokens, at which nobody can look
+        without waiting, those of the longest with start and end (default T); the rest is not read.
         Raises ValueError for other inputs and for CPU tokens outside the vocabulary; a row of GPU
         tokens outside it gets features of NaN.  UserError where the GPU's memory runs out.
         """
@@ -168,8 +167,7 @@ class CompiledCLIP(nn.Module):
         return logits, logits.t()
 
     def warmup(self, batches: Optional[Iterable[int]] = None) -> None:
-        """Call every context with batches of these sizes, and texts of each length that is served,
-        which captures their graphs, and wait.
+        """Call every context with these batches, texts at each length, to capture graphs, and wait.
 
         batches: by default the compiled minimum, optimum and maximum.  Raises ValueError for a
         size below 1, UserError where the GPU's memory runs out.

@@ -198,7 +198,7 @@ def converting(precision: str, optimization_level: int, timing_cache: str
             table.compilation_settings, table.disallowed_targets = before, disallowed
 
 
-def input_of(example: torch.Tensor, batch: BatchRange, shortest: Optional[int] = None) -> Any:
+def input_of(example: torch.Tensor, batch: BatchRange, shortest: int = 0) -> Any:
     """The specification of an engine's one input; as `build`."""
     *others, longest = example.shape[1:]
     shapes = {"min_shape": (batch.minimum, *others, shortest or longest),
@@ -211,13 +211,13 @@ def input_of(example: torch.Tensor, batch: BatchRange, shortest: Optional[int] =
 
 def build(graph: fx.GraphModule, example: torch.Tensor, batch: BatchRange, precision: str,
           optimization_level: int = 3, timing_cache: Optional[str] = None, name: str = "",
-          shortest: Optional[int] = None) -> tuple[torch.nn.Module, dict[str, Any]]:
+          shortest: int = 0) -> tuple[torch.nn.Module, dict[str, Any]]:
     """Build one engine of a lowered graph on the current GPU.
 
     example: one input of any batch, whose other dimensions and dtype (float32 or int32) the engine
     takes.  batch: static or a range.  precision: decides on TF32 only; types are the graph's.
     timing_cache: a file, `none`, or by default one for this GPU and TensorRT in the user's cache.
-    shortest: of the last dimension, where that is a range; it is tuned for the example's, its end.
+    shortest: the least last dimension, where that is a range; it is tuned for the example's.
     Returns the module that runs it, one CUDA tensor -> features, and the manifest's facts.
     Raises UserError where the GPU's memory does not suffice, EngineError for all else that
     TensorRT refuses, in its words.

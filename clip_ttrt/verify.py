@@ -5,7 +5,7 @@ from random import Random
 from typing import Any, Optional, Sequence
 
 import torch
-from torch.nn.functional import cosine_similarity, interpolate, normalize, pad
+from torch.nn.functional import cosine_similarity, interpolate, normalize
 
 from clip_ttrt import deprecations, pictures
 from clip_ttrt.artifact import Artifact
@@ -83,11 +83,10 @@ def repeated(rows: Sequence, count: int) -> Any:
     return torch.stack(several) if isinstance(rows, torch.Tensor) else several
 
 
-def of_length(tokens: torch.Tensor, length: int) -> torch.Tensor:
-    """Texts int [N, T] whose words are repeated or cut to so many tokens: int [N, length]."""
-    end = tokens.argmax(dim=1, keepdim=True)
-    words = 1 + torch.arange(length - 2) % (end - 1).clamp(1)
-    return torch.cat([tokens[:, :1], tokens.gather(1, words), tokens.gather(1, end)], dim=1)
+def shortened(tokens: torch.Tensor, length: int) -> torch.Tensor:
+    """Texts int [N, T] that end within so many tokens: longer ones are cut, and end with them."""
+    last = torch.where(tokens.argmax(1) < length, tokens[:, length - 1], tokens.amax(1))
+    return torch.cat([tokens[:, :length - 1], last[:, None], 0 * tokens[:, length:]], dim=1)
 
 
 @contextmanager
@@ -103,12 +102,11 @@ def exact_fp32():
 
 
 def reference_features(checkpoint: Checkpoint, rows: dict, device: str) -> dict[str, torch.Tensor]:
-    """Features of the original model in fp32, float32 [rows, embed_dim], on the CPU.
-
-    rows: inputs of what a key begins with, image or text."""
+    """Features of the original model in fp32, float32 [rows, embed_dim], on the CPU."""
     model = original_with_weights(checkpoint, device)
     with torch.no_grad(), exact_fp32():
-        return {name: torch.cat([getattr(model, f"encode_{name.split()[0]}")(part.to(device)).cpu()
+        images = {"image": model.encode_image}  # the others are texts
+        return {name: torch.cat([images.get(name, model.encode_text)(part.to(device)).cpu()
                                  for part in inputs.split(REFERENCE_BATCH)])
                 for name, inputs in rows.items()}
 
@@ -140,30 +138,24 @@ def compare(artifact: Artifact, checkpoint: Checkpoint, inputs: Optional[tuple] 
     rows = {"image": fill_images(images, most),
             "text": deprecations.clip().tokenize(fill_lines(lines, most), truncate=True)}
     features, found, batches = {}, {}, {}
-    lengths = artifact.manifest["modules"].get("text", {}).get("lengths", ())
-    short = {f"text of {length} tokens": length for length in lengths[:-1]}
+    lengths = artifact.manifest["modules"].get("text", {}).get("lengths", [])
+    short = {f"text{length}": length for length in lengths[:-1]}
     with memory_errors("verifying"), torch.no_grad():
         rows = {name: rows[name] for name in artifact.encoders}
         for name, length in short.items():
-            texts = of_length(rows["text"][:most or REFERENCE_BATCH], length)
-            rows[name] = pad(texts, (0, lengths[-1] - length))
+            rows[name] = shortened(rows["text"][:most or REFERENCE_BATCH], length)
         references = reference_features(checkpoint, rows, artifact.device)
         model = CompiledCLIP(artifact)
-        for name in artifact.encoders:
-            encode, count = getattr(model, f"encode_{name}"), counts[name]
-            x, reference = rows[name].to(model.device), references[name]
+        for name, reference in references.items():
+            encode = model.encode_image if name == "image" else model.encode_text
+            count, x = counts.get(name), rows[name][..., :short.get(name)].to(model.device)
             features[name] = encode(x[:count]).cpu(), reference[:count]
             found[name] = errors(*features[name])
             batches[name] = {str(size): errors(encode(x[:size]), reference[:size])["cos_min"]
                              for size in sizes}
-        for name, length in short.items():
-            x, reference = rows[name][:, :length].to(model.device), references[name]
-            for size in {1, min(artifact.batch.optimal, len(x)), len(x)}:
-                least = errors(model.encode_text(x[:size]), reference[:size])["cos_min"]
-                batches["text"][f"{size} of {length} tokens"] = least
     report = {"inputs": about, "weights": checkpoint.origin.describe(), "errors": found,
               "batches": batches}
-    if len(features) == 2:
+    if len(artifact.encoders) == 2:
         scale = checkpoint.state_dict["logit_scale"].exp().item()
         compiled, reference = (
             scale * normalize(image.double(), dim=-1) @ normalize(text.double(), dim=-1).t()
@@ -182,7 +174,7 @@ def failures(artifact: Artifact, checkpoint: Checkpoint, report: dict[str, Any])
     """What lies outside the bounds, a sentence each.  A NaN is outside every bound."""
     precision = artifact.manifest["computes_in"]  # whatever was asked
     bound, found = COSINE_BOUND[precision], []
-    for name in artifact.encoders:
+    for name in report["batches"]:
         cosines = {"": report["errors"][name]["cos_min"]}
         cosines |= {f" at batch {size}": each for size, each in report["batches"][name].items()}
         wrong = [f"{each:.7f}{where}" for where, each in cosines.items() if not each >= bound]

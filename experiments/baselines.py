@@ -36,10 +36,8 @@ def weights_of(model: str) -> str:
 def example(
     model: str, encoder: str, batch: int, dtype: torch.dtype, device: str, length: int = 0
 ) -> torch.Tensor:
-    """Random rows, each another: images [B, 3, R, R], or tokens int32 [B, T] of many lengths.
-
-    length: T, above 8; 0: that of the context.
-    """
+    """Random rows, each another: images [B, 3, R, R], or tokens int32 [B, T] of many lengths, with
+    T = length, above 8, or by default the full length."""
     dims, generator = dimensions_of(model), torch.Generator().manual_seed(0)
     if encoder == "image":
         side = dims.image_resolution

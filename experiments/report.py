@@ -53,11 +53,6 @@ def groups(rows: Sequence[Mapping[str, str]], *names: str) -> dict[tuple[str, ..
     return found
 
 
-def of_tokens(tokens: str) -> str:
-    """The column `tokens` in words."""
-    return f" of {tokens} tokens" if tokens else ""
-
-
 def plot(rows: Sequence[Mapping[str, str]]) -> Any:
     """A matplotlib figure: a panel a model, encoder and precision, a line a backend as called.
 
@@ -96,7 +91,7 @@ def plot(rows: Sequence[Mapping[str, str]]) -> Any:
         panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         panel.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
         panel.tick_params(labelsize=7, which="both")
-        panel.set_title(" ".join(title[:3]) + of_tokens(title[3]), fontsize=9)
+        panel.set_title(" ".join(title).strip(), fontsize=9)
         panel.set_xlabel("batch", fontsize=8)
     for panel in axes[:, 0]:
         panel.set_ylabel("milliseconds, as called", fontsize=8)
@@ -131,7 +126,8 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
         cells = [f"{ms[name]:.3f}" if name in ms else "" for name in columns]
         both = "clip_ttrt" in ms and "torch.compile" in ms
         cells.append(f"{ms['clip_ttrt'] / ms['torch.compile']:.2f}" if both else "")
-        lines.append(f"| {model} {encoder}, {batch}{of_tokens(tokens)} | {' | '.join(cells)} |")
+        name = f"{model} {encoder} {tokens}".strip()
+        lines.append(f"| {name}, {batch} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -27,9 +27,8 @@ them a cast:
            of its parts
     call queued, graph queued    the share of one in 20 of them back to back
 
-The column `tokens` is the length of texts, nothing for the full one; `resolution` an image's side
-in pixels; `build_s` the seconds in which an artifact's encoder was built; `memory_mib` what is in
-use on the GPU after a row was measured, CUDA's own included.
+The column `tokens` is the length of texts, if not the full one; `resolution` an image's side in
+pixels; `build_s` an artifact's seconds; `memory_mib` all that is in use on the GPU at the end.
 
 Each backend of a model and encoder runs in a process of its own, started again behind a batch that
 ends it.  Rows are written as they come; what fails is a line on standard error, and the rest goes
@@ -124,17 +123,10 @@ def measure(job: Job, batch: int, how: str, run: Callable | None) -> list[float]
     return wall_times_ms(call, repeats, max(3, repeats // 5), job.device, queued)
 
 
-def memory_mib(device: str) -> str:
-    """MiB in use on the GPU; nothing on the CPU."""
-    free, total = torch.cuda.mem_get_info() if device == "cuda" else (0, 0)
-    return f"{(total - free) / 2**20:.0f}" if total else ""
-
-
 def rows_of(job: Job) -> Iterator[list[dict[str, Any]]]:
     """The CSV rows of each batch of a job; what fails goes to standard error."""
     calls = calls_of(job) if job.backend != "floor" else dict.fromkeys(job.hows)
-    manifest = read_artifact(job.artifact).manifest if job.artifact else {}
-    built = manifest["modules"][job.encoder] if manifest else {}
+    manifest = read_artifact(job.artifact).manifest if job.artifact else ""
     side = dimensions_of(job.model).image_resolution if job.encoder == "image" else ""
     for batch in job.batches:
         rows = []
@@ -144,14 +136,15 @@ def rows_of(job: Job) -> Iterator[list[dict[str, Any]]]:
             for how, run in calls.items():
                 with torch.no_grad():
                     times = measure(job, batch, how, run)
+                free, total = torch.cuda.mem_get_info() if job.device == "cuda" else (0, 0)
                 rows.append({
                     **dict(zip(KEY, job.key(batch, how), strict=True)),
                     "resolution": str(side),
                     "median_ms": f"{percentile(times, 0.5):.4f}",
                     "p90_ms": f"{percentile(times, 0.9):.4f}",
-                    "build_s": str(built.get("build_seconds", "")),
-                    "memory_mib": memory_mib(job.device),
-                    **provenance(manifest.get("versions")),
+                    "build_s": manifest and str(manifest["modules"][job.encoder]["build_seconds"]),
+                    "memory_mib": str((total - free) >> 20 or ""),
+                    **provenance(manifest["versions"] if manifest else None),
                 })  # fmt: skip
         except Exception as problem:  # noqa: BLE001 (out of memory, say: the rest goes on)
             print(f"{job}, batch {batch}: {in_a_line(problem)}", file=sys.stderr, flush=True)
@@ -223,13 +216,6 @@ def artifact_for(
     return read_artifact(folder)
 
 
-def parts_of(job: Job, options: argparse.Namespace) -> Iterator[Job]:
-    """A job for each encoder, of texts for each length."""
-    for encoder in options.encoders:
-        for tokens in options.tokens if encoder == "text" else [0]:
-            yield replace(job, encoder=encoder, tokens=tokens)
-
-
 def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
     """What is to be measured, in order, each artifact compiled before its jobs."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -256,9 +242,9 @@ def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
                     artifact=str(artifact.folder),
                     batches=[engine.optimal] if engine.static else served,
                 )  # fmt: skip
-                yield from parts_of(ours, options)
+                yield from (replace(ours, **part) for part in options.parts)
             continue
-        yield from parts_of(job, options)
+        yield from (replace(job, **part) for part in options.parts)
 
 
 def ratios(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -311,6 +297,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("results/speed.csv"))
     add("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    options.parts = [{"encoder": encoder, "tokens": tokens} for encoder in options.encoders
+                     for tokens in (options.tokens if encoder == "text" else [0])]  # fmt: skip
     try:
         for batch in [*options.static, *([] if options.range == "none" else [options.range])]:
             BatchRange.parse(batch)

@@ -146,8 +146,8 @@ def test_what_is_not_causal_and_an_artifact_without_lengths_keep_the_full_length
     assert found._encoders["text"].lengths == (77,)
     assert close(found.encode_text(tokens), model.encode_text(tokens))
     monkeypatch.setattr(guard, "cuts_texts", lambda dims: False)
-    assert guard.lengths_of("text", MODELS["demo"]) == (77,)
-    assert guard.lengths_of("image", MODELS["demo"]) == (112,)
+    assert guard.lengths_of("text", MODELS["demo"]) == [77]
+    assert guard.lengths_of("image", MODELS["demo"]) == [112]
     [tokens] = graph.capture(*encoder_in("demo", "text", "fp32")[:2], 77).graph.find_nodes(
         op="placeholder")
     assert tokens.meta["val"].shape[1] == 77
@@ -168,22 +168,23 @@ def test_linear_layers_are_measured_for_the_rows_of_every_length(monkeypatch):
     assert asked == {(16, 20, 32, 40, 48, 60), (1, 2, 3)}
 
 
-def test_positions_of_a_dynamic_length_are_one_operation_and_nothing_else_is_left():
-    _, _, module = encoder_in("demo", "text", "fp32", *graph.FUSE["text"])
-    assert len(graph.calls(module, ops.add_positions)) == 1
-    assert {node.op for node in module.graph.nodes if node.target not in ops.REFERENCES} <= {
-        "placeholder", "get_attr", "output", "call_function"}
-    assert not graph.calls(module, torch.ops.aten.sym_size.int)
+@torch.no_grad()
+def test_the_graph_of_plugins_serves_every_length():
+    plain, _, module = encoder_in("demo", "text", "fp32", *graph.FUSE["text"])
+    assert len(graph.calls(module, ops.positions_of)) == 1
+    tokens = texts(9, 16, 12)
+    for length in (16, 33, 77):
+        assert close(module(tokens[:, :length]), plain(tokens))
 
 
-def test_texts_to_verify_with_fill_their_length():
+def test_texts_to_verify_with_are_cut_where_they_are_longer():
     tokens = texts(2, 9, 40, 77, 16)
     for length in (16, 32, 48):
-        found = verify.of_length(tokens, length)
-        assert found.shape == (5, length) and (found[:, 0] == START).all()
-        assert found.argmax(1).tolist() == [1, *[length - 1] * 4]  # of a text without words
-        assert torch.equal(found[2, 1:15], tokens[2, 1:15])
-        assert torch.equal(found[1, 1:15], tokens[1, 1:8].repeat(2))
+        found = verify.shortened(tokens, length)
+        assert found.shape == tokens.shape
+        assert found.argmax(1).tolist() == [min(each, length) - 1 for each in (2, 9, 40, 77, 16)]
+        assert torch.equal(found[:, :length - 1], tokens[:, :length - 1])
+        assert torch.equal(found[[0, 1, 4]], tokens[[0, 1, 4]]) and not found[:, length:].any()
 
 
 def test_a_verification_sees_a_length_that_an_engine_gets_wrong(demo_artifact, monkeypatch):
@@ -194,10 +195,12 @@ def test_a_verification_sees_a_length_that_an_engine_gets_wrong(demo_artifact, m
 
     def wrong(self, tokens):
         seen.append(tuple(tokens.shape))
-        return encode(self, tokens) + 50 * (tokens.shape == (64, 32))
+        return encode(self, tokens) + 50 * (tokens.shape == (3, 32))
 
     monkeypatch.setattr(verify.CompiledCLIP, "encode_text", wrong)
+    monkeypatch.setattr(verify, "batches_to_probe", lambda artifact: (1, 3, 20))
     report = verify.compare(part, load_checkpoint("demo"), (images, lines, None, "mine"))
-    assert {*seen} == {(len(lines), 77)} | {(n, each) for n in (1, 4, 64) for each in (16, 32, 48)}
+    assert {(n, each) for n in (1, 3, 20) for each in (16, 32, 48, 77)} <= {*seen}
     [failure] = report["failures"]
-    assert "at batch 64 of 32 tokens" in failure and failure.count("at batch") == 1
+    assert failure.startswith("text32: ") and failure.count("<") == 1 and "at batch 3" in failure
+    assert [*report["errors"]] == ["text", "text16", "text32", "text48"]

@@ -44,7 +44,7 @@ CONVERTED = {
     "gelu_by_tanh": (of(lambda x: ops.gelu(x, "tanh")), (5, 64)),
     "add": (of(lambda x: x + ops.gelu(x, "quick")), (5, 64)),
     "add_a_parameter": (One(lambda x, value: x + value, 5, 64), (5, 64)),
-    "add_positions": (One(ops.add_positions, 7, 64), (5, 64)),
+    "positions_of": (One(lambda x, value: ops.positions_of(value, x), 9, 64), (7,)),
     "embedding": (nn.Embedding(100, 64), (7,)),
     "select_token": (of(lambda x: x.select(1, 2)), (5, 64)),
     "attention": (of(lambda x: ops.attention(x, 2, False)), (5, 384)),
