@@ -26,7 +26,7 @@ class One(nn.Module):
         return self.function(x, self.value)
 
 
-def lowered(module, example, *passes, shortest=None):
+def lowered(module, example, *passes, shortest=0):
     """A module's graph after lowering, which need not find anything here, and passes."""
     found = graph.capture(module.eval().requires_grad_(False), example, shortest)
     list(graph.lower(found))
@@ -43,7 +43,7 @@ def encoder_in(model, encoder, precision, *passes, state_dict=None):
     return plain, example, lowered(plain, example, *passes, shortest=lengths[0])
 
 
-def construct(module, example, batch, precision, shortest=None):
+def construct(module, example, batch, precision, shortest=0):
     """The network that `trt.build` hands to TensorRT, without a GPU: Torch-TensorRT's interpreter,
     which has it in `ctx.net`, and what is known of the build."""
     [output] = module.graph.find_nodes(op="output")

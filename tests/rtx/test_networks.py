@@ -15,6 +15,7 @@ from clip_ttrt.models import MODELS
 from clip_ttrt.options import BatchRange
 from clip_ttrt.resnet import AttentionPool
 import small
+from evaluate import evaluate
 from lowering import DYNAMIC, STATIC, One, construct, encoder_in, lowered
 
 MOST_LAYERS = {"demo": 240, "ViT-B/32": 480, "ViT-B/16": 480, "ViT-L/14": 840,
@@ -44,7 +45,8 @@ CONVERTED = {
     "gelu_by_tanh": (of(lambda x: ops.gelu(x, "tanh")), (5, 64)),
     "add": (of(lambda x: x + ops.gelu(x, "quick")), (5, 64)),
     "add_a_parameter": (One(lambda x, value: x + value, 5, 64), (5, 64)),
-    "positions_of": (One(lambda x, value: ops.positions_of(value, x), 9, 64), (7,)),
+    "positions_of": (
+        One(lambda x, value: ops.embedding(value, x) + ops.positions_of(value, x), 100, 64), (7,)),
     "embedding": (nn.Embedding(100, 64), (7,)),
     "select_token": (of(lambda x: x.select(1, 2)), (5, 64)),
     "attention": (of(lambda x: ops.attention(x, 2, False)), (5, 384)),
@@ -169,6 +171,30 @@ def test_a_converter_alone(name, precision, batch, monkeypatch):
     as_one = any("ATTENTION" in kind for kind, _, _ in layers(interpreter))
     assert as_one is (name in ("attention", "causal_attention", "attention_of_wide_heads"))
     assert plan(interpreter)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [STATIC, DYNAMIC], ids=str)
+def test_a_text_encoder_s_one_network_is_right_at_every_length(batch, monkeypatch):
+    """Layer by layer in PyTorch, which no engine's kernels are; with the attention of TensorRT
+    before 10.14, which is of layers."""
+    trt.api()
+    from clip_ttrt import converters
+
+    monkeypatch.setattr(converters, "attention_layer", converters.composed_attention)
+    plain, example, module = encoder_in("demo", "text", "fp32")
+    interpreter, build = construct(module, example, batch, "fp32", 16)
+    network, tokens = interpreter.ctx.net, torch.randint(1, 49406, (4, 77), dtype=torch.int32)
+    for row, length in zip(tokens, (4, 9, 15, 16), strict=True):
+        row[length - 1], row[length:] = 49407, 0
+    tokens[1, 2] = 49408
+    assert tuple(network.get_input(0).shape) == (4 if batch.static else -1, -1)
+    assert plan(interpreter) and build.warnings == []
+    expected = plain(tokens)
+    for length in (16, 31, 77):
+        found = evaluate(network, tokens[:, :length])
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+        assert found.isnan().any(1).tolist() == [False, True, False, False]
 
 
 def test_every_operation_that_is_no_plugin_is_built_above():
