@@ -325,7 +325,7 @@ def rows_of_a_sample(layer: fx.Node, length: int) -> int:
     return int(rows.subs(dict.fromkeys(rows.free_symbols, length) | one))
 
 
-def tuning(batch: BatchRange, lengths: Sequence[int] = (0,)) -> Pass:
+def tuning(batch: BatchRange, lengths: Sequence[int]) -> Pass:
     """The pass that measures the plugin's linear layers on this GPU, for batches and lengths."""
     batches = linear.measured_batches(batch)
 
