@@ -274,6 +274,15 @@ def convert_pool_end_of_text(to, x, tokens):
     return to.shuffle(to.named(rows, "rows"), shape=(0, x.shape[2]))
 
 
+@converter(ops.mean_of_patches)
+def convert_mean_of_patches(to, x):
+    """A product with one row of weights, summed in fp32."""
+    tokens, wide = x.shape[1], to.cast(x, trt.float32, "fp32")
+    weights = torch.tensor([[0.0] + [1 / (tokens - 1)] * (tokens - 1)])
+    mean = to.product(to.beside(wide, weights, "weights"), wide, "NONE", "mean")
+    return to.shuffle(to.cast(mean, x.dtype, "back"), shape=(0, x.shape[2]))
+
+
 @converter(ops.convolution)
 def convert_convolution(to, x, weight, bias, stride, padding):
     dtype = TORCH_TYPES[x.dtype]

@@ -309,6 +309,8 @@ def fuse_quantization(module: fx.GraphModule) -> Iterator[fx.Node]:
             x = x.args[0]
         # Of two results the second is the layer norm, the first a sum that stays fp16.
         source = x.args[0] if (x.target, *x.args[1:]) == (operator.getitem, 1) else x
+        if source.target is ops.attention:  # TensorRT's, behind which a layer quantises
+            continue
         if source.target not in QUANTIZE or list(readers(x)) != [layer]:
             raise GraphError(f"{source} cannot quantise for {list(readers(x))}")
         source.args += (x_scale,)

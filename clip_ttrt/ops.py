@@ -1,7 +1,7 @@
 """Operations of our own, `torch.ops.clip_ttrt.*`: places that a backend implements as one piece.
 
 TensorRT does it through a converter (`converters.py`), in its own layers or as a plugin,
-TorchScript through the reference, which is differentiable PyTorch.  Encoders call the first nine
+TorchScript through the reference, which is differentiable PyTorch.  Encoders call the first ten
 and `cast`; `graph.py` maps PyTorch's operations to the next ones, and puts the fused ones in the
 place of several where the plugins serve.
 
@@ -108,6 +108,11 @@ def mask_unknown_reference(features: Tensor, tokens: Tensor, clamped: Tensor) ->
     """Features, NaN in rows where clamping changed a token: [B, E], two int [B, T] -> [B, E]."""
     unknown = (tokens != clamped).any(dim=1, keepdim=True)
     return features.masked_fill(unknown, float("nan"))
+
+
+def mean_of_patches_reference(x: Tensor) -> Tensor:
+    """The mean of all tokens but the first, which is the class token's: [B, T, W] -> [B, W]."""
+    return x[:, 1:].mean(1)
 
 
 def attention_pool_reference(
@@ -264,7 +269,7 @@ def split_tokens_reference(x: Tensor, tokens: int) -> Tensor:
 
 def _attention_fake(qkv, heads, causal, query_bias=None, out_scale=None):
     """Of shapes alone: PyTorch would look at a batch to choose its attention, and so fix it."""
-    shape = qkv.shape[0], qkv.shape[1], heads * HEAD_DIM
+    shape = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     return qkv.new_empty(shape, dtype=E4M3 if out_scale else qkv.dtype)
 
 
@@ -284,6 +289,7 @@ clamp_tokens = _op(clamp_tokens_reference)
 positions_of = _op(  # of shapes alone: a slice of T rows is another at T = L
     positions_of_reference, lambda x, tokens: x.new_empty(1, tokens.shape[1], x.shape[1]))
 mask_unknown = _op(mask_unknown_reference)
+mean_of_patches = _op(mean_of_patches_reference)
 attention_pool = _op(attention_pool_reference)
 cast = _op(cast_reference)
 linear = _op(linear_reference)

@@ -4,9 +4,8 @@ import importlib
 import torch
 from torch import nn
 
-from clip_ttrt import graph, trt
+from clip_ttrt import families, graph, trt
 from clip_ttrt.checkpoint import load_checkpoint
-from clip_ttrt.encoders import ENCODERS
 from clip_ttrt.engine import example_input, in_precision
 from clip_ttrt.guard import lengths_of
 from clip_ttrt.models import MODELS
@@ -38,7 +37,7 @@ def lowered(module, example, *passes, shortest=0):
 def encoder_in(model, encoder, precision, *passes, state_dict=None):
     """An encoder with random weights, its example, and its lowered graph after passes."""
     state_dict = state_dict or load_checkpoint(model, "random").state_dict
-    plain = in_precision(ENCODERS[encoder](state_dict), precision)
+    plain = in_precision(families.find(model).encoder(encoder, state_dict), precision)
     example, lengths = example_input(encoder, MODELS[model]), lengths_of(encoder, MODELS[model])
     return plain, example, lowered(plain, example, *passes, shortest=lengths[0])
 

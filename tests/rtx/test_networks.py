@@ -20,7 +20,10 @@ from lowering import DYNAMIC, STATIC, One, construct, encoder_in, lowered
 
 MOST_LAYERS = {"demo": 240, "ViT-B/32": 480, "ViT-B/16": 480, "ViT-L/14": 840,
                "ViT-L/14@336px": 840,  # constants not counted; seen: 196, 364, 364, 700, 700,
-               "small": 100, "RN50": 190, "RN50x4": 280}  # 81, 158, 228
+               "small": 100, "RN50": 190, "RN50x4": 280,  # 81, 158, 228
+               "small-80": 130, "small-88": 130, "small-104": 130}
+SMALL = {"small": small.RESNET, "small-80": small.OF_80, "small-88": small.OF_88,
+         "small-104": small.OF_104}
 
 
 def of(function):
@@ -66,6 +69,7 @@ CONVERTED = {
     "convolution_of_points": (nn.Conv2d(8, 16, 1), (8, 6, 6)),
     "relu": (of(nn.functional.relu), (8, 6, 6)),
     "average_pool": (of(lambda x: nn.functional.avg_pool2d(x, 2)), (8, 6, 6)),
+    "mean_of_patches": (of(ops.mean_of_patches), (5, 64)),
     "attention_pool": (AttentionPool(128, 5, 32, INFERENCE), (128, 2, 2)),
 }
 PLUGINS = {ops.fused_attention, ops.fused_linear, ops.fused_quantized_linear, ops.fused_layer_norm,
@@ -208,12 +212,16 @@ def test_every_operation_that_is_no_plugin_is_built_above():
 ENCODERS_BUILT = [(model, encoder) for model, dims in MODELS.items() if not dims.is_resnet
                   for encoder in ENCODERS]  # a ResNet's text encoder is like theirs
 ENCODERS_BUILT += [("small", "image"), ("RN50", "image"),
+                   *((model, encoder) for model in ("small-80", "small-104")
+                     for encoder in ENCODERS),
+                   pytest.param("small-88", "image", marks=pytest.mark.slow),
                    pytest.param("RN50x4", "image", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("model, encoder", ENCODERS_BUILT)
 def test_a_whole_encoder_is_one_network_and_its_plan_builds(model, encoder, monkeypatch):
-    monkeypatch.setitem(MODELS, "small", small.RESNET)
+    for name, dims in SMALL.items():
+        monkeypatch.setitem(MODELS, name, dims)
     plain, example, module = encoder_in(model, encoder, "fp16")
     weights = sum(value.numel() * value.element_size() for value in plain.parameters())
     shortest = lengths_of(encoder, MODELS[model])[0]
