@@ -17,7 +17,7 @@ SHORT = (16, 32, 48)  # lengths of texts below the full one
 
 def cuts_texts(dims: Dimensions) -> bool:
     """Whether what stands behind a text's pooled row is without effect: attention is causal."""
-    return True
+    return dims.family != "siglip"
 
 
 def lengths_of(encoder: str, dims: Dimensions) -> List[int]:
