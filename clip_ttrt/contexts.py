@@ -90,8 +90,7 @@ class Context:
         self.lock = threading.Lock()
         self.done = torch.cuda.Event()
         self.stream = torch.cuda.current_stream()  # of the last call
-        # length -> size -> Captured, or None: no memory for it
-        self.graphs = {length: OrderedDict() for length in encoder.lengths}
+        self.graphs = {length: OrderedDict() for length in encoder.lengths}  # None: no memory
         self.side = torch.cuda.Stream()
         self.shape = encoder.batch.minimum, encoder.lengths[-1]  # of the module's last run
 

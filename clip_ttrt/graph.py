@@ -322,9 +322,8 @@ def fuse_quantization(module: fx.GraphModule) -> Iterator[fx.Node]:
 def rows_of_a_sample(layer: fx.Node, length: int) -> int:
     """How many rows a linear layer has in a batch of one, of a text so long."""
     rows = math.prod(layer.meta["val"].shape[:-1]).node.expr
-    [x] = layer.graph.find_nodes(op="placeholder")
-    one = {x.meta["val"].shape[0].node.expr: 1}
-    return int(rows.subs(dict.fromkeys(rows.free_symbols, length) | one))
+    batch = layer.graph.find_nodes(op="placeholder")[0].meta["val"].shape[0].node.expr
+    return int(rows.subs(dict.fromkeys(rows.free_symbols, length) | {batch: 1}))
 
 
 def tuning(batch: BatchRange, lengths: Sequence[int]) -> Pass:
