@@ -23,24 +23,32 @@ JOB = sweep.Job("demo", "text", "bf16", "eager", [1, 2], "cpu", ["call"], repeat
 def test_the_embedded_model_on_a_cpu(tmp_path, capfd):
     out = tmp_path / "speed.csv"
     options = ["--encoders", "text", "--batches", "1", "4", "--repeats", "5", "--out", str(out),
-               "--tokens", "0", "16"]  # fmt: skip
+               "--tokens", "16"]  # fmt: skip
     ours = ["--backends", "clip_ttrt", "eager", "--range", "1:4:4", "--backend", "torchscript"]
     assert sweep.main([*options, *ours, "--artifacts", str(tmp_path / "artifacts")]) == 0
     assert out.read_text().splitlines()[0] == COLUMNS
     rows = read_rows(out)
-    expected = [(name, tokens, batch) for name in ("clip_ttrt 1:4:4", "eager")
-                for tokens in ("", "16") for batch in ("1", "4")]  # fmt: skip
-    assert [(row["backend"], row["tokens"], row["batch"]) for row in rows] == expected
+    expected = [(name, batch) for name in ("clip_ttrt 1:4:4", "eager") for batch in ("1", "4")]
+    assert [(row["backend"], row["batch"]) for row in rows] == expected
     here = {name: value for name, value in provenance().items() if name != "date"}
     for row in rows:
         assert 0 < float(row["median_ms"]) <= float(row["p90_ms"])
         assert (row["how"], row["kernels"]) == ("call", "") and here.items() <= row.items()
-        assert (row["resolution"], row["memory_mib"]) == ("", "")
+        assert (row["tokens"], row["resolution"], row["memory_mib"]) == ("16", "", "")
         assert bool(row["build_s"]) is (row["backend"] != "eager")
     plot = tmp_path / "speed.png"
     assert plot.is_file() and plot.stat().st_size > 10_000 or "no plot" in capfd.readouterr().err
     assert sweep.main([*options, "--backends", "eager", "--resume"]) == 0
     assert read_rows(out) == rows
+
+
+def test_texts_have_a_job_for_each_length_and_images_one():
+    options = sweep.parse(["--tokens", "0", "16", "--backends", "eager", "--batches", "3"])
+    jobs = list(sweep.jobs_of(options))
+    assert [(job.encoder, job.tokens) for job in jobs] == [("image", 0), ("text", 0), ("text", 16)]
+    assert [job.key(3, "call")[-1] for job in jobs] == ["", "", "16"]
+    tokens = baselines.example("demo", "text", 3, torch.float32, "cpu", 16)
+    assert tokens.shape == (3, 16) and (tokens.amax(1) == baselines.END).all()
 
 
 @pytest.mark.parametrize("option", [["--range", "8:4:1"], ["--static", "0"], ["--models", "no"]])
