@@ -129,6 +129,8 @@ def run_embed(artifact: Path, inputs: list[str], output: str, **options: Any) ->
         summary = embed(artifact, inputs, output, **options)
     finally:
         signal.signal(signal.SIGTERM, before)
+    print(f"clip_ttrt: {output} holds {summary['total_images']:,} features; "
+          f"{summary['total_bad']:,} bad rows", file=sys.stderr)
     print(json.dumps(summary, indent=2))
     return 3 if summary["bad_share"] > options["max_bad"] else 0
 

@@ -6,8 +6,9 @@ import contextlib
 import ctypes
 import itertools
 import threading
+import weakref
 from collections import OrderedDict
-from typing import Collection, Iterable, Optional
+from typing import Callable, Collection, Iterable, Optional
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,11 @@ from clip_ttrt.options import BatchRange
 MOST_GRAPHS = 12  # of an encoder and context
 PADDED = 32  # the largest batch that padding can make: larger ones hide their launches anyway
 _capturing = threading.Lock()  # PyTorch captures one graph at a time in a process
+
+
+def no_head(features: Tensor) -> Tensor:
+    """What an encoder's features go through by default; a head's graphs end with the head."""
+    return features
 
 
 @contextlib.contextmanager
@@ -47,21 +53,22 @@ def bucket(count: int, captured: Collection[int], batch: BatchRange) -> Optional
 
 
 class Captured:
-    """A CUDA graph of a module at one batch size, with its input and output."""
+    """A CUDA graph of a module and a head at one batch size, with its input and output."""
 
-    def __init__(self, context: "Context", size: int):
+    def __init__(self, context: "Context", size: int, head: Callable):
         encoder, stream = context.encoder, context.side
+        pool = context.pool if head is no_head else None  # of a head, which may go, its own
         free, self.columns = torch.cuda.mem_get_info()[0], encoder.example.shape[-1]
         self.graph = torch.cuda.CUDAGraph()
         # The outer stream is there for a capture that fails, which leaves its own current.
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(stream):
             rows = encoder.zeros(size)
             for _ in range(3):  # TorchScript's own optimiser looks at two calls
-                context.module(rows)
-            with torch.cuda.graph(self.graph, pool=context.pool, stream=stream,
+                head(context.module(rows))
+            with torch.cuda.graph(self.graph, pool=pool, stream=stream,
                                   capture_error_mode="thread_local"):
                 self.input = torch.empty_like(rows)
-                self.output = context.module(self.input)
+                self.output = head(context.module(self.input))
         own = self.input.nbytes + self.output.nbytes
         self.bytes = max(free - torch.cuda.mem_get_info()[0], own)
 
@@ -91,24 +98,25 @@ class Context:
         self.done = torch.cuda.Event()
         self.stream = torch.cuda.current_stream()  # of the last call
         self.graphs: OrderedDict[int, Optional[Captured]] = OrderedDict()  # None: no memory for it
+        self.headed = weakref.WeakKeyDictionary()  # such graphs of each head
         self.side = torch.cuda.Stream()
         self.size = encoder.batch.minimum  # of the module's last run
 
-    def __call__(self, x: Tensor, stream: torch.cuda.Stream) -> Tensor:
-        """x [B, ...], B within the range or below -> features float32 [B, E], on the stream."""
+    def __call__(self, x: Tensor, stream: torch.cuda.Stream, head: Callable) -> Tensor:
+        """x [B, ...], B within the range or below -> head(features [B, E]), on the stream."""
         with self.lock:
             if torch.cuda.is_current_stream_capturing():
                 self.prepare_for_capture(max(x.shape[0], self.encoder.batch.minimum))
-                return self.encoder.run(self.module, x)
+                return self.encoder.run(self.module, x, head)
             if stream != self.stream:  # the GPU waits for the call before this one
                 stream.wait_event(self.done)
                 self.stream = stream
             try:
-                graph = self.graph_for(x.shape[0]) if self.encoder.cuda_graphs else None
+                graph = self.graph_for(x.shape[0], head) if self.encoder.cuda_graphs else None
                 if graph is not None:
                     return graph(x)
                 self.size = max(x.shape[0], self.encoder.batch.minimum)
-                return self.encoder.run(self.module, x)
+                return self.encoder.run(self.module, x, head)
             finally:
                 self.done.record(stream)
 
@@ -128,27 +136,28 @@ class Context:
         finally:
             driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(relaxed))
 
-    def graph_for(self, count: int) -> Optional[Captured]:
+    def graph_for(self, count: int, head: Callable) -> Optional[Captured]:
         """The graph for a batch size, captured if there is none; None: run without."""
-        size = bucket(count, self.graphs, self.encoder.batch)
-        if size in self.graphs:
-            self.graphs.move_to_end(size)
-            return self.graphs[size]
+        graphs = self.graphs if head is no_head else self.headed.setdefault(head, OrderedDict())
+        size = bucket(count, graphs, self.encoder.batch)
+        if size in graphs:
+            graphs.move_to_end(size)
+            return graphs[size]
         if size is None:
             return None
         with _capturing:
             self.done.synchronize()  # nothing of the context runs any more
-            if len(self.graphs) == MOST_GRAPHS:
-                self.graphs.popitem(last=False)  # the one used longest ago
+            if len(graphs) == MOST_GRAPHS:
+                graphs.popitem(last=False)  # the one used longest ago
             if not any(self.graphs.values()):
                 self.pool = torch.cuda.graph_pool_handle()  # PyTorch forgets one without graphs
             self.size = size
             try:
                 with memory_errors(f"capturing a batch of {size}"):
-                    self.graphs[size] = Captured(self, size)
+                    graphs[size] = Captured(self, size, head)
             except UserError:
-                self.graphs[size] = None
-            return self.graphs[size]
+                graphs[size] = None
+            return graphs[size]
 
 
 class Encoder:
@@ -167,26 +176,28 @@ class Encoder:
                     module(self.zeros(batch.minimum))
             torch.cuda.current_stream().synchronize()
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [B, ...], B >= 0 -> features float32 [B, width].  Splits over MAX, pads under MIN."""
+    def __call__(self, x: Tensor, head: Callable = no_head) -> Tensor:
+        """x [B, ...], B >= 0 -> head(features float32 [B, width]), which a graph holds, too.
+
+        Splits over MAX, pads under MIN."""
         if x.shape[0] > self.batch.maximum:
-            return torch.cat([self(part) for part in x.split(self.batch.maximum)])
-        if x.shape[0] == 0:
-            return torch.empty(0, self.width, device=self.device)
+            return torch.cat([self(part, head) for part in x.split(self.batch.maximum)])
         with torch.no_grad():
+            if x.shape[0] == 0:
+                return head(torch.empty(0, self.width, device=self.device))
             if not self.contexts:
-                return self.run(self.module, x)
+                return self.run(self.module, x, head)
             # The runtime allocates outputs on, and runs on the stream of, the current device.
             with torch.cuda.device(self.device):
                 stream = torch.cuda.current_stream()
-                return self._choose(stream)(x, stream)
+                return self._choose(stream)(x, stream, head)
 
     def warmup(self, batches: Iterable[int]) -> None:
         """Call every context with zeros, batches larger than MAX in parts, and wait for it."""
         for context, count in itertools.product(self.contexts, batches):
             with torch.no_grad(), torch.cuda.device(self.device):
                 for part in self.zeros(count).split(self.batch.maximum):
-                    context(part, torch.cuda.current_stream())
+                    context(part, torch.cuda.current_stream(), no_head)
                 context.done.synchronize()
 
     def _choose(self, stream: torch.cuda.Stream) -> Context:
@@ -206,12 +217,12 @@ class Encoder:
     def zeros(self, size: int) -> Tensor:
         return self.example.new_zeros(size, *self.example.shape[1:])
 
-    def run(self, module: torch.jit.ScriptModule, x: Tensor) -> Tensor:
-        """A module's features of x, moved to its device, of full length and at least MIN rows."""
+    def run(self, module: torch.jit.ScriptModule, x: Tensor, head: Callable) -> Tensor:
+        """head(module's features) of x, moved to its device, of full length, at least MIN rows."""
         count, length = x.shape[0], self.example.shape[-1]
         x = x.to(self.device, non_blocking=True)
         if x.shape[-1] < length:
             x = nn.functional.pad(x, (0, length - x.shape[-1]))
         if count < self.batch.minimum:
             x = torch.cat([x, x[-1:].expand(self.batch.minimum - count, *x.shape[1:])])
-        return module(x)[:count]
+        return head(module(x)[:count])
