@@ -1,0 +1,204 @@
+"""python -m clip_ttrt.evaluate: accuracy of an artifact and of the original model in fp32."""
+import inspect
+import os
+import re
+import sys
+from functools import lru_cache, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Optional, Union
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from clip_ttrt import verify
+from clip_ttrt.artifact import read_artifact
+from clip_ttrt.checkpoint import original_with_weights, reload_checkpoint
+from clip_ttrt.errors import UserError
+from clip_ttrt.labelled import difference, read_table, shards, wilson, written
+from clip_ttrt.options import EmbedOptions, EvaluateOptions
+from clip_ttrt.pipeline.embed import embed
+from clip_ttrt.pipeline.sources import Record, Rows, choose, reason
+from clip_ttrt.pipeline.worker import Worker
+from clip_ttrt.zeroshot import average, read_labels, read_templates, text_features
+
+BLOCK = 1024  # rows whose similarities are in memory at once
+
+
+class Compared(Worker):
+    """Embeds by the artifact and, behind it, by the original model in fp32: [size, 2 E]."""
+
+    def __init__(self, weights: Optional[str], trust: bool, *arguments: Any):
+        super().__init__(*arguments)
+        origin, model = self.model.artifact.origin, self.model.artifact.manifest["model"]
+        checkpoint = reload_checkpoint(model, origin, weights, trust)
+        self.original = original_with_weights(checkpoint, str(self.model.device))
+        self.encode = self.encode_by_both
+
+    def encode_by_both(self, images: Tensor) -> Tensor:
+        with verify.exact_fp32():
+            original = [self.original.encode_image(part)
+                        for part in images.split(verify.REFERENCE_BATCH)]
+        return torch.cat([self.model.encode_image(images), torch.cat(original)], 1)
+
+
+class TorchvisionRows(Rows):
+    """Some rows of the data set that `torchvision_set` has for these arguments."""
+
+    def __init__(self, arguments: tuple, span: range):
+        super().__init__([])
+        self.arguments, self.span, self.count, self.sequential = arguments, span, len(span), True
+
+    def digest(self) -> str:
+        return f"{self.arguments} {self.span}"
+
+    def read(self, start: int, stop: int) -> list[Record]:
+        records = []
+        for row in self.span[start:stop]:
+            key = f"{self.arguments[0]}:{row}"
+            try:
+                picture, label = torchvision_set(*self.arguments)[row]
+                facts = {"image_path": key, "label": int(label)}
+                records.append(Record(key, np.asarray(picture.convert("RGB")), facts, None))
+            except Exception as problem:  # of a file that Pillow cannot read
+                records.append(Record(key, None, {}, reason(problem)))
+        return records
+
+
+def evaluate(artifact: Union[str, Path], dataset: Any, **options: Any) -> dict[str, Any]:
+    """Zero-shot accuracy, or recall of captions, of an artifact and of the original model in fp32
+    on the same pixels, which equal Pillow's.
+
+    dataset: a folder with a folder a class, a .csv, .parquet or .json of paths and labels or
+    captions, or the name of one of torchvision's.  options: of `EvaluateOptions`.
+    Returns counts and, of `compiled`, `original` and their `difference`, shares of right answers
+    with 95 % intervals.  Raises UserError for bad input, and what `embed` raises."""
+    options, artifact = EvaluateOptions(**options), read_artifact(artifact)
+    rows, texts, owners = read_dataset(str(dataset), options)
+    of_captions, worker = owners is not None, Worker
+    templates = ["{}"] if of_captions else read_templates(options.templates, artifact)
+    text = {"compiled": text_features(artifact, texts, templates, truncate=of_captions)}
+    if options.original:
+        how = options.weights, options.trust_weights
+        checkpoint = reload_checkpoint(artifact.manifest["model"], artifact.origin, *how)
+        text["original"] = average(lambda tokens: verify.reference_features(
+            checkpoint, {"text": tokens}, artifact.device)["text"], texts, templates, of_captions)
+        worker = partial(Compared, *how)
+    with TemporaryDirectory() as out:
+        done = embed(artifact.folder, rows, out, worker=worker, normalize=False, dtype="float32",
+                     decode="exact", gpus=options.gpus, force=options.force)
+        parts = [(found, metadata) for found, metadata, _ in written(out) if metadata]
+    if not parts:
+        raise UserError(f"no picture of {dataset} can be read")
+    images = torch.cat([found for found, _ in parts]).split(artifact.dimensions.embed_dim, 1)
+    labels = torch.tensor([row["label"] for _, metadata in parts for row in metadata])
+    hits = {side: right_answers(normalize(image).to(artifact.device), text[side], labels, owners)
+            for side, image in zip(text, images)}
+    report = {side: {name: wilson(right) for name, right in found.items()}
+              for side, found in hits.items()}
+    if options.original:
+        report["difference"] = {name: difference(right, hits["compiled"][name])
+                                for name, right in hits["original"].items()}
+    return {"artifact": str(artifact.folder), "dataset": str(dataset), "images": len(labels),
+            "bad": done["total_bad"], "texts": len(texts), "templates": len(templates),
+            "seconds": done["seconds"], **report}
+
+
+def right_answers(images: Tensor, texts: Tensor, labels: Tensor, owners: Optional[Tensor]
+                  ) -> dict[str, np.ndarray]:
+    """Of each measure which answers are right, as float.
+
+    labels: the text of each image or, where captions have owners, the number of each image."""
+    texts = texts.to(images.device)
+    if owners is None:
+        right = nearest(images, texts, 5) == labels[:, None]
+        return {"top-1": right[:, 0].double().numpy(), "top-5": right.any(1).double().numpy()}
+    there = torch.isin(owners, labels)  # of images that can be read
+    texts, owners = texts[there.to(texts.device)], owners[there]
+    both = {"image to text": owners[nearest(images, texts, 10)] == labels[:, None],
+            "text to image": labels[nearest(texts, images, 10)] == owners[:, None]}
+    return {f"{name} R@{k}": right[:, :k].any(1).double().numpy()
+            for name, right in both.items() for k in (1, 5, 10)}
+
+
+def nearest(queries: Tensor, keys: Tensor, count: int) -> Tensor:
+    """Places of the `count` keys most similar to each query, best first, on the CPU."""
+    return torch.cat([(block @ keys.T).topk(min(count, len(keys))).indices.cpu()
+                      for block in queries.split(BLOCK)])
+
+
+def read_dataset(source: str, options: EvaluateOptions) -> tuple[list, list[str], Optional[Tensor]]:
+    """`Rows` whose metadata has a label, and texts: of classes, to which labels are indices, or
+    captions, to whose owners [texts] they are equal."""
+    path = os.path.join(options.root or "", source)
+    if not os.path.exists(path):
+        return read_torchvision(source, options)
+    table = read_table(path, options)
+    paths, names = [path for path, _ in table], [row.get(options.label) for _, row in table]
+    if names[0] is not None:
+        classes = sorted(set(names), key=lambda name: (name.isdecimal() and len(name), name))
+        texts, codes = match(classes, options)
+        return shards(paths, [codes[name] for name in names]), texts, None
+    column = choose(path, list(table[0][1]), True, options.caption)
+    found = [(name, text) for name, (_, row) in zip(paths, table)
+             for text in ([row[column]] if isinstance(row[column], str) else row[column])]
+    number = {name: index for index, name in enumerate(dict.fromkeys(paths))}
+    return (shards([*number], [*number.values()]), [text for _, text in found],
+            torch.tensor([number[name] for name, _ in found]))
+
+
+def match(classes: list[str], options: EvaluateOptions) -> tuple[list[str], dict[str, int]]:
+    """Labels, and which of them each class is: the one of its name or, where no label is a name,
+    that at its place.  By default the classes' names, and of wnids open_clip's."""
+    names = [name.replace("_", " ") for name in classes]
+    wnids = all(re.fullmatch(r"n\d{8}", name) for name in classes)
+    if options.labels is None and not wnids:
+        return names, dict(zip(classes, range(len(classes))))
+    labels = read_labels(options.labels or "imagenet")
+    places = {label: place for place, label in enumerate(labels)}
+    missing = [name for name in names if name not in places]
+    if missing == names and len(names) == len(labels):
+        return labels, dict(zip(classes, range(len(classes))))
+    if missing:
+        raise UserError(f"{', '.join(missing[:3])} are none of the {len(labels)} labels; give "
+                        f"--labels the names of the classes, or {len(names)} in their order")
+    return labels, {each: places[name] for each, name in zip(classes, names)}
+
+
+def read_torchvision(name: str, options: EvaluateOptions) -> tuple[list, list[str], None]:
+    where = name, options.root, options.split
+    data = torchvision_set(*where)
+    if options.labels is None and not hasattr(data, "classes"):
+        raise UserError(f"torchvision's {name} does not name its classes; give --labels")
+    names = [each if isinstance(each, str) else each[0] for each in getattr(data, "classes", ())]
+    step, count = EmbedOptions.shard_rows, len(data)
+    rows = [TorchvisionRows(where, range(start, min(start + step, count)))
+            for start in range(0, count, step)]
+    return rows, read_labels(options.labels) if options.labels else names, None
+
+
+@lru_cache(1)
+def torchvision_set(name: str, root: Optional[str], split: str) -> Any:
+    """One of torchvision's data sets, of which nothing is downloaded."""
+    from torchvision import datasets
+
+    kind = getattr(datasets, name, None)
+    if not (inspect.isclass(kind) and issubclass(kind, datasets.VisionDataset) and root):
+        raise UserError(f"{name} is no file or folder, and no data set of torchvision's for which "
+                        "--root says where it lies")
+    known = inspect.signature(kind).parameters
+    values = {"split": split, "train": split == "train", "download": False}
+    try:
+        return kind(root, **{key: value for key, value in values.items() if key in known})
+    except (RuntimeError, ValueError, OSError, ImportError) as problem:
+        files = ", ".join(url.rpartition("/")[2] for url, _ in getattr(kind, "resources", ()))
+        text = reason(problem).split(" You can use")[0]
+        raise UserError(f"torchvision's {name} ({split}) is not in {root}: {text}; place its files "
+                        f"{files and f'({files}) '}there, nothing is downloaded") from problem
+
+
+if __name__ == "__main__":
+    from clip_ttrt.cli import main
+    sys.exit(main(["evaluate", *sys.argv[1:]]))
