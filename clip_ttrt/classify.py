@@ -10,7 +10,7 @@ from typing import Any, Iterator, Optional, Sequence, Union
 from clip_ttrt.artifact import read_artifact
 from clip_ttrt.demo import captions
 from clip_ttrt.errors import UserError
-from clip_ttrt.zeroshot import Head, Texts, best, read_labels, read_templates, text_features
+from clip_ttrt.zeroshot import Head, Texts, best, read_texts, templates_for, text_features
 
 
 def classify(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], labels: Texts,
@@ -24,13 +24,13 @@ def classify(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], labe
     from clip_ttrt.labelled import written
     from clip_ttrt.pipeline.embed import embed
 
-    model, labels = read_artifact(artifact), read_labels(labels)
+    model, labels = read_artifact(artifact), read_texts(labels, "labels")
     if top < 1:
         raise UserError(f"bad top {top}: it must be above 0")
     if model.origin.kind == "demo" and (unknown := captions.unknown_words(labels)):
         print(f"clip_ttrt: the embedded model was never trained on {', '.join(unknown)}: its "
               "answer for labels with these words means nothing", file=sys.stderr)
-    text = text_features(model, labels, read_templates(templates, model))
+    text = text_features(model, labels, templates_for(model, templates))
     head = Head(model, text.to(model.device))
     with TemporaryDirectory() as out:
         embed(model.folder, inputs, out, dtype="float32", **options)
@@ -62,7 +62,7 @@ def run(artifact: Path, inputs: list[str], as_json: bool, as_csv: bool, **option
                 table.writerow([*name, None, None, None, row["error"]])
         else:
             alone = len(first) == 1 and pairs
-            heading = name[0] if name[1] is None else f"{name[0]} at {name[1]:.6g} s"
+            heading = name[0] if name[1] is None else f"{name[0]} at {name[1]} s"
             lines = [] if alone else [heading if pairs else f"{heading}: {row['error']}"]
             form = "{:7.4f}  {}" if options["multi"] else "{:7.2%}  {}"
             lines += [form.format(each["score"], each["label"]) for each in pairs]

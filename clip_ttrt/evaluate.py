@@ -4,25 +4,27 @@ import os
 import re
 import sys
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Optional, Union
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, tensor
 from torch.nn.functional import normalize
+from torchvision import datasets
 
 from clip_ttrt import verify
 from clip_ttrt.artifact import read_artifact
 from clip_ttrt.checkpoint import original_with_weights, reload_checkpoint
 from clip_ttrt.errors import UserError
-from clip_ttrt.labelled import difference, read_table, shards, wilson, written
+from clip_ttrt.labelled import difference, read_table, shards, wilson, with_labels, written
 from clip_ttrt.options import EmbedOptions, EvaluateOptions
 from clip_ttrt.pipeline.embed import embed
 from clip_ttrt.pipeline.sources import Record, Rows, choose, reason
 from clip_ttrt.pipeline.worker import Worker
-from clip_ttrt.zeroshot import average, read_labels, read_templates, text_features
+from clip_ttrt.zeroshot import average, read_texts, templates_for, text_features
 
 BLOCK = 1024  # rows whose similarities are in memory at once
 
@@ -78,7 +80,7 @@ def evaluate(artifact: Union[str, Path], dataset: Any, **options: Any) -> dict[s
     options, artifact = EvaluateOptions(**options), read_artifact(artifact)
     rows, texts, owners = read_dataset(str(dataset), options)
     of_captions, worker = owners is not None, Worker
-    templates = ["{}"] if of_captions else read_templates(options.templates, artifact)
+    templates = ["{}"] if of_captions else templates_for(artifact, options.templates)
     text = {"compiled": text_features(artifact, texts, templates, truncate=of_captions)}
     if options.original:
         how = options.weights, options.trust_weights
@@ -93,7 +95,7 @@ def evaluate(artifact: Union[str, Path], dataset: Any, **options: Any) -> dict[s
     if not parts:
         raise UserError(f"no picture of {dataset} can be read")
     images = torch.cat([found for found, _ in parts]).split(artifact.dimensions.embed_dim, 1)
-    labels = torch.tensor([row["label"] for _, metadata in parts for row in metadata])
+    labels = tensor([row["label"] for _, metadata in parts for row in metadata])
     hits = {side: right_answers(normalize(image).to(artifact.device), text[side], labels, owners)
             for side, image in zip(text, images)}
     report = {side: {name: wilson(right) for name, right in found.items()}
@@ -113,14 +115,14 @@ def right_answers(images: Tensor, texts: Tensor, labels: Tensor, owners: Optiona
     labels: the text of each image or, where captions have owners, the number of each image."""
     texts = texts.to(images.device)
     if owners is None:
-        right = nearest(images, texts, 5) == labels[:, None]
-        return {"top-1": right[:, 0].double().numpy(), "top-5": right.any(1).double().numpy()}
-    there = torch.isin(owners, labels)  # of images that can be read
-    texts, owners = texts[there.to(texts.device)], owners[there]
-    both = {"image to text": owners[nearest(images, texts, 10)] == labels[:, None],
-            "text to image": labels[nearest(texts, images, 10)] == owners[:, None]}
-    return {f"{name} R@{k}": right[:, :k].any(1).double().numpy()
-            for name, right in both.items() for k in (1, 5, 10)}
+        both, counts = {"top-": nearest(images, texts, 5) == labels[:, None]}, (1, 5)
+    else:
+        there, counts = torch.isin(owners, labels), (1, 5, 10)  # of images that can be read
+        texts, owners = texts[there.to(texts.device)], owners[there]
+        both = {"image to text R@": owners[nearest(images, texts, 10)] == labels[:, None],
+                "text to image R@": labels[nearest(texts, images, 10)] == owners[:, None]}
+    return {f"{name}{k}": right[:, :k].any(1).double().numpy() for name, right in both.items()
+            for k in counts if k == 1 or k < len(texts)}
 
 
 def nearest(queries: Tensor, keys: Tensor, count: int) -> Tensor:
@@ -132,71 +134,67 @@ def nearest(queries: Tensor, keys: Tensor, count: int) -> Tensor:
 def read_dataset(source: str, options: EvaluateOptions) -> tuple[list, list[str], Optional[Tensor]]:
     """`Rows` whose metadata has a label, and texts: of classes, to which labels are indices, or
     captions, to whose owners [texts] they are equal."""
-    path = os.path.join(options.root or "", source)
+    if options.root and inspect.isclass(getattr(datasets, source, None)):
+        return read_torchvision((source, options.root, options.split), options)
+    path, captions = os.path.join(options.root or "", source), {}
     if not os.path.exists(path):
-        return read_torchvision(source, options)
+        raise UserError(f"{path} is no file or folder, and no data set of torchvision's, which "
+                        "--root is for")
     table = read_table(path, options)
-    paths, names = [path for path, _ in table], [row.get(options.label) for _, row in table]
-    if names[0] is not None:
-        classes = sorted(set(names), key=lambda name: (name.isdecimal() and len(name), name))
-        texts, codes = match(classes, options)
-        return shards(paths, [codes[name] for name in names]), texts, None
+    if options.label in table[0][1]:
+        paths, names = with_labels(path, table, options)
+        classes = sorted(set(names.tolist()), key=lambda each: (each.isdecimal() * len(each), each))
+        texts, numbers = match(classes, options)
+        return shards(paths, [numbers[name] for name in names]), texts, None
     column = choose(path, list(table[0][1]), True, options.caption)
-    found = [(name, text) for name, (_, row) in zip(paths, table)
-             for text in ([row[column]] if isinstance(row[column], str) else row[column])]
-    number = {name: index for index, name in enumerate(dict.fromkeys(paths))}
-    return (shards([*number], [*number.values()]), [text for _, text in found],
-            torch.tensor([number[name] for name, _ in found]))
+    for name, row in table:
+        found = row.get(column) or []
+        captions.setdefault(name, []).extend([found] if isinstance(found, str) else found)
+    owners = [number for number, found in enumerate(captions.values()) for _ in found]
+    texts = list(chain(*captions.values()))
+    return shards([*captions], range(len(captions))), texts, tensor(owners)
 
 
 def match(classes: list[str], options: EvaluateOptions) -> tuple[list[str], dict[str, int]]:
-    """Labels, and which of them each class is: the one of its name or, where no label is a name,
-    that at its place.  By default the classes' names, and of wnids open_clip's."""
+    """Labels, and which of them each class is: the one of its name or, where no label is a class's
+    name, that at its place.  By default the classes' names, and of wnids open_clip's."""
     names = [name.replace("_", " ") for name in classes]
-    wnids = all(re.fullmatch(r"n\d{8}", name) for name in classes)
-    if options.labels is None and not wnids:
-        return names, dict(zip(classes, range(len(classes))))
-    labels = read_labels(options.labels or "imagenet")
-    places = {label: place for place, label in enumerate(labels)}
-    missing = [name for name in names if name not in places]
+    of_wnids = "imagenet" if all(re.fullmatch(r"n\d{8}", name) for name in classes) else names
+    labels = read_texts(options.labels or of_wnids, "labels")
+    missing = [name for name in names if name not in labels]
     if missing == names and len(names) == len(labels):
         return labels, dict(zip(classes, range(len(classes))))
     if missing:
-        raise UserError(f"{', '.join(missing[:3])} are none of the {len(labels)} labels; give "
-                        f"--labels the names of the classes, or {len(names)} in their order")
-    return labels, {each: places[name] for each, name in zip(classes, names)}
+        raise UserError(f"{', '.join(missing[:3])}: classes that are none of the {len(labels)} "
+                        f"labels; --labels takes their names, or {len(names)} in their order")
+    return labels, {each: labels.index(name) for each, name in zip(classes, names)}
 
 
-def read_torchvision(name: str, options: EvaluateOptions) -> tuple[list, list[str], None]:
-    where = name, options.root, options.split
+def read_torchvision(where: tuple, options: EvaluateOptions) -> tuple[list, list[str], None]:
     data = torchvision_set(*where)
-    if options.labels is None and not hasattr(data, "classes"):
-        raise UserError(f"torchvision's {name} does not name its classes; give --labels")
     names = [each if isinstance(each, str) else each[0] for each in getattr(data, "classes", ())]
+    if not (options.labels or names):
+        raise UserError(f"torchvision's {where[0]} does not name its classes; give --labels")
     step, count = EmbedOptions.shard_rows, len(data)
     rows = [TorchvisionRows(where, range(start, min(start + step, count)))
             for start in range(0, count, step)]
-    return rows, read_labels(options.labels) if options.labels else names, None
+    return rows, read_texts(options.labels or names, "labels"), None
 
 
 @lru_cache(1)
-def torchvision_set(name: str, root: Optional[str], split: str) -> Any:
+def torchvision_set(name: str, root: str, split: str) -> Any:
     """One of torchvision's data sets, of which nothing is downloaded."""
-    from torchvision import datasets
-
-    kind = getattr(datasets, name, None)
-    if not (inspect.isclass(kind) and issubclass(kind, datasets.VisionDataset) and root):
-        raise UserError(f"{name} is no file or folder, and no data set of torchvision's for which "
-                        "--root says where it lies")
+    kind = getattr(datasets, name)
     known = inspect.signature(kind).parameters
     values = {"split": split, "train": split == "train", "download": False}
     try:
         return kind(root, **{key: value for key, value in values.items() if key in known})
     except (RuntimeError, ValueError, OSError, ImportError) as problem:
-        files = ", ".join(url.rpartition("/")[2] for url, _ in getattr(kind, "resources", ()))
-        text = reason(problem).split(" You can use")[0]
-        raise UserError(f"torchvision's {name} ({split}) is not in {root}: {text}; place its files "
-                        f"{files and f'({files}) '}there, nothing is downloaded") from problem
+        files = [f"{name}/raw/{file.rpartition('/')[2].removesuffix('.gz')}"
+                 for file, _ in getattr(kind, "resources", ())]
+        raise UserError(f"torchvision's {name} ({split}) is not in {root}: "
+                        f"{reason(problem).split('. You can use')[0]}; nothing is downloaded: "
+                        f"place {', '.join(files) or 'its files'} there") from problem
 
 
 if __name__ == "__main__":

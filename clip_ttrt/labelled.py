@@ -15,9 +15,8 @@ from clip_ttrt.options import EmbedOptions
 Z = 1.959964  # of 95 %
 
 
-def read_rows(source: str, options: Any) -> tuple[list[str], np.ndarray]:
-    """Paths of pictures and their labels."""
-    rows = read_table(source, options)
+def with_labels(source: str, rows: list, options: Any) -> tuple[list[str], np.ndarray]:
+    """Paths of a table's pictures and their labels; UserError where one has none."""
     if any(row.get(options.label) in (None, "") for _, row in rows):
         raise UserError(f"{source} has rows without a {options.label!r}; --label names the column "
                         "of them")
@@ -48,8 +47,8 @@ def read_table(source: str, options: Any) -> list[tuple[str, dict[str, Any]]]:
         raise UserError(f"{source} holds no picture; a folder has one folder of them for a class")
     column = None if os.path.isdir(path) else options.column
     column, home = choose(source, list(rows[0]), False, column), Path(path).parent
-    return [(row[column] if "://" in row[column] else str(home / row[column]), row)
-            for row in rows]
+    places = [(row.get(column) or "", row) for row in rows]
+    return [(place if "://" in place else str(home / place), row) for place, row in places]
 
 
 def read_json(path: str) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from clip_ttrt.artifact import MANIFEST, read_artifact
 from clip_ttrt.checkpoint import sha256_of_file
 from clip_ttrt.errors import UserError
-from clip_ttrt.labelled import difference, read_rows, shards, wilson, written
+from clip_ttrt.labelled import difference, read_table, shards, wilson, with_labels, written
 from clip_ttrt.options import ProbeOptions
 
 NUMBERS = {"cuda": 2**26, "cpu": 2**20}  # of a block of rows: its logits, or its features
@@ -231,7 +231,8 @@ def probe(artifacts: Sequence, train: Any, test: Any, **options: Any) -> dict[st
     what `embed` raises."""
     options, report, first = ProbeOptions(**options), [], None
     sources = {"train": train, "val": options.val, "test": test}
-    rows = {part: read_rows(str(source), options) for part, source in sources.items() if source}
+    rows = {part: with_labels(source, read_table(str(source), options), options)
+            for part, source in sources.items() if source}
     classes_of({part: labels for part, (_, labels) in rows.items()}, options)
     for artifact in [read_artifact(each).folder for each in artifacts]:
         name = f"{artifact.name}-{sha256_of_file(artifact / MANIFEST)[:8]}"

@@ -38,8 +38,7 @@ def test_a_resnet_is_compiled_verified_and_loaded(artifact):
 
 def test_a_resnet_classifies_and_embeds(artifact, tmp_path, capsys):
     picture = pictures.FOLDER / "coffee.jpg"
-    assert main(["classify", str(artifact.folder), "--image", str(picture),
-                 "--labels", "a cup", "a cat"]) == 0
+    assert main(["classify", str(artifact.folder), str(picture), "--labels", "a cup", "a cat"]) == 0
     assert "a cup" in capsys.readouterr().out
     assert main(["embed", str(artifact.folder), str(picture), "--output", str(tmp_path)]) == 0
     [path] = tmp_path.glob("img_emb/*.npy")
