@@ -4,12 +4,12 @@ import json
 import sys
 from itertools import chain, islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Iterator, Optional, Sequence, Union
 
 from clip_ttrt.artifact import read_artifact
 from clip_ttrt.demo import captions
 from clip_ttrt.errors import UserError
+from clip_ttrt.labelled import embedded
 from clip_ttrt.zeroshot import Head, Texts, best, read_texts, templates_for, text_features
 
 
@@ -21,9 +21,6 @@ def classify(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], labe
 
     inputs, options: as `embed` has them.  labels, templates, multi: as `ZeroShot` has them.
     Raises UserError for bad input, and what `embed` raises."""
-    from clip_ttrt.labelled import written
-    from clip_ttrt.pipeline.embed import embed
-
     model, labels = read_artifact(artifact), read_texts(labels, "labels")
     if top < 1:
         raise UserError(f"bad top {top}: it must be above 0")
@@ -32,16 +29,14 @@ def classify(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], labe
               "answer for labels with these words means nothing", file=sys.stderr)
     text = text_features(model, labels, templates_for(model, templates))
     head = Head(model, text.to(model.device))
-    with TemporaryDirectory() as out:
-        embed(model.folder, inputs, out, dtype="float32", **options)
-        for features, rows, bad in written(out):
-            found = best(head.scores(head(features.to(model.device)), multi), labels,
-                         top) if rows else []
-            good = ({**row, "labels": [{"label": label, "score": score} for label, score in pairs]}
-                    for row, pairs in zip(rows, found))
-            reasons = {each.pop("row"): each for each in bad}
-            for row in range(len(rows) + len(bad)):
-                yield reasons[row] if row in reasons else next(good)
+    for features, rows, bad in embedded(model.folder, inputs, dtype="float32", **options):
+        found = best(head.scores(head(features.to(model.device)), multi), labels,
+                     top) if rows else []
+        good = ({**row, "labels": [{"label": label, "score": score} for label, score in pairs]}
+                for row, pairs in zip(rows, found))
+        reasons = {each.pop("row"): each for each in bad}
+        for row in range(len(rows) + len(bad)):
+            yield reasons[row] if row in reasons else next(good)
 
 
 def run(artifact: Path, inputs: list[str], as_json: bool, as_csv: bool, **options: Any) -> int:

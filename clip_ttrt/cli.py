@@ -71,12 +71,11 @@ def parser() -> argparse.ArgumentParser:
     add("inputs", nargs="+", metavar="INPUT", help="as of embed; one picture alone is shortest")
     add("--labels", nargs="+", required=True, metavar="TEXT|FILE", help="the texts to choose from, "
         "or one file that holds a text in each line, or imagenet for open_clip's")
-    add("--templates", nargs="+", metavar="TEXT|FILE", help="texts with {} for the label, of which "
-        "features are averaged, or a file of them, or imagenet (default: some of our own)")
     add("--multi", action="store_true", help="independent scores, not probabilities of one choice")
     add("--top", type=int, default=5, metavar="N", help="labels to tell (default %(default)s)")
     add("--json", dest="as_json", action="store_true", help="an object a line, for programs")
     add("--csv", dest="as_csv", action="store_true", help="a table of a row for each label")
+    add_fields(add, EvaluateOptions, ("templates",))
     add_fields(add, EmbedOptions, ("every", "column", "batch", "decode", "gpus", "force"))
 
     add = command("evaluate", run_evaluate, "zero-shot accuracy, or recall of captions, of an "
@@ -171,13 +170,9 @@ def run_evaluate(as_json: bool, **options: Any) -> int:
         return 0
     print("{images:,} images ({bad:,} bad), {texts:,} texts".format(**report))
     for side in ("compiled", "original", "difference"):
-        print("\n".join(share_lines(side, report.get(side, {}))))
+        for name, (share, low, high) in report.get(side, {}).items():
+            print(f"{side:11} {name:18} {share:7.2%}  ({low:.2%} to {high:.2%})")
     return 0
-
-
-def share_lines(side: str, shares: dict[str, Any]) -> list[str]:
-    return [f"{side:11} {name:18} {share:7.2%}  ({low:.2%} to {high:.2%})"
-            for name, (share, low, high) in shares.items()]
 
 
 def run_probe(as_json: bool, **options: Any) -> int:

@@ -1,13 +1,13 @@
 """python -m clip_ttrt.evaluate: accuracy of an artifact and of the original model in fp32."""
 import inspect
+import json
 import os
 import re
 import sys
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, Optional, Union
+from typing import Any, Iterable, Optional, Union
 
 import numpy as np
 import torch
@@ -19,10 +19,9 @@ from clip_ttrt import verify
 from clip_ttrt.artifact import read_artifact
 from clip_ttrt.checkpoint import original_with_weights, reload_checkpoint
 from clip_ttrt.errors import UserError
-from clip_ttrt.labelled import difference, read_table, shards, wilson, with_labels, written
-from clip_ttrt.options import EmbedOptions, EvaluateOptions
-from clip_ttrt.pipeline.embed import embed
-from clip_ttrt.pipeline.sources import Record, Rows, choose, reason
+from clip_ttrt.labelled import difference, embedded, read_table, shards, wilson, with_labels
+from clip_ttrt.options import EvaluateOptions
+from clip_ttrt.pipeline.sources import Record, Rows, choose, file_item, reason
 from clip_ttrt.pipeline.worker import Worker
 from clip_ttrt.zeroshot import average, read_texts, templates_for, text_features
 
@@ -47,26 +46,11 @@ class Compared(Worker):
 
 
 class TorchvisionRows(Rows):
-    """Some rows of the data set that `torchvision_set` has for these arguments."""
-
-    def __init__(self, arguments: tuple, span: range):
-        super().__init__([])
-        self.arguments, self.span, self.count, self.sequential = arguments, span, len(span), True
-
-    def digest(self) -> str:
-        return f"{self.arguments} {self.span}"
+    """Of one of torchvision's data sets.  items: arguments of `torchvision_set` and a row."""
 
     def read(self, start: int, stop: int) -> list[Record]:
-        records = []
-        for row in self.span[start:stop]:
-            key = f"{self.arguments[0]}:{row}"
-            try:
-                picture, label = torchvision_set(*self.arguments)[row]
-                facts = {"image_path": key, "label": int(label)}
-                records.append(Record(key, np.asarray(picture.convert("RGB")), facts, None))
-            except Exception as problem:  # of a file that Pillow cannot read
-                records.append(Record(key, None, {}, reason(problem)))
-        return records
+        self.items = self.items or json.loads(self.packed)
+        return [torchvision_record(*each) for each in self.items[start:stop]]
 
 
 def evaluate(artifact: Union[str, Path], dataset: Any, **options: Any) -> dict[str, Any]:
@@ -88,14 +72,14 @@ def evaluate(artifact: Union[str, Path], dataset: Any, **options: Any) -> dict[s
         text["original"] = average(lambda tokens: verify.reference_features(
             checkpoint, {"text": tokens}, artifact.device)["text"], texts, templates, of_captions)
         worker = partial(Compared, *how)
-    with TemporaryDirectory() as out:
-        done = embed(artifact.folder, rows, out, worker=worker, normalize=False, dtype="float32",
-                     decode="exact", gpus=options.gpus, force=options.force)
-        parts = [(found, metadata) for found, metadata, _ in written(out) if metadata]
-    if not parts:
-        raise UserError(f"no picture of {dataset} can be read")
-    images = torch.cat([found for found, _ in parts]).split(artifact.dimensions.embed_dim, 1)
-    labels = tensor([row["label"] for _, metadata in parts for row in metadata])
+    features, metadata, bad = zip(*embedded(
+        artifact.folder, rows, worker=worker, normalize=False, dtype="float32", decode="exact",
+        gpus=options.gpus, force=options.force))
+    labels = tensor([row["label"] for row in chain(*metadata)])
+    if not len(labels):
+        raise UserError(f"no picture of {dataset} can be read: {bad[0][0]['error']}")
+    images = torch.cat([each for each in features if len(each)]).split(
+        artifact.dimensions.embed_dim, 1)
     hits = {side: right_answers(normalize(image).to(artifact.device), text[side], labels, owners)
             for side, image in zip(text, images)}
     report = {side: {name: wilson(right) for name, right in found.items()}
@@ -104,8 +88,7 @@ def evaluate(artifact: Union[str, Path], dataset: Any, **options: Any) -> dict[s
         report["difference"] = {name: difference(right, hits["compiled"][name])
                                 for name, right in hits["original"].items()}
     return {"artifact": str(artifact.folder), "dataset": str(dataset), "images": len(labels),
-            "bad": done["total_bad"], "texts": len(texts), "templates": len(templates),
-            "seconds": done["seconds"], **report}
+            "bad": sum(map(len, bad)), "texts": len(texts), "templates": len(templates), **report}
 
 
 def right_answers(images: Tensor, texts: Tensor, labels: Tensor, owners: Optional[Tensor]
@@ -136,23 +119,26 @@ def read_dataset(source: str, options: EvaluateOptions) -> tuple[list, list[str]
     captions, to whose owners [texts] they are equal."""
     if options.root and inspect.isclass(getattr(datasets, source, None)):
         return read_torchvision((source, options.root, options.split), options)
-    path, captions = os.path.join(options.root or "", source), {}
-    if not os.path.exists(path):
-        raise UserError(f"{path} is no file or folder, and no data set of torchvision's, which "
+    if not os.path.exists(source):
+        raise UserError(f"{source} is no file or folder, and no data set of torchvision's, which "
                         "--root is for")
-    table = read_table(path, options)
-    if options.label in table[0][1]:
-        paths, names = with_labels(path, table, options)
+    table, captions = read_table(source, options), {}
+    if not table or options.label in table[0][1]:
+        paths, names = with_labels(source, table, options)
         classes = sorted(set(names.tolist()), key=lambda each: (each.isdecimal() * len(each), each))
         texts, numbers = match(classes, options)
-        return shards(paths, [numbers[name] for name in names]), texts, None
-    column = choose(path, list(table[0][1]), True, options.caption)
-    for name, row in table:
+        return shards(items_of(paths, [numbers[name] for name in names])), texts, None
+    column = choose(source, list(table[0][1]), True, options.caption)
+    for path, row in table:
         found = row.get(column) or []
-        captions.setdefault(name, []).extend([found] if isinstance(found, str) else found)
+        captions.setdefault(path, []).extend([found] if isinstance(found, str) else found)
     owners = [number for number, found in enumerate(captions.values()) for _ in found]
     texts = list(chain(*captions.values()))
-    return shards([*captions], range(len(captions))), texts, tensor(owners)
+    return shards(items_of(captions, range(len(captions)))), texts, tensor(owners)
+
+
+def items_of(paths: Iterable[str], labels: Iterable[int]) -> list:
+    return [file_item(path, {"label": label}, path) for path, label in zip(paths, labels)]
 
 
 def match(classes: list[str], options: EvaluateOptions) -> tuple[list[str], dict[str, int]]:
@@ -175,10 +161,18 @@ def read_torchvision(where: tuple, options: EvaluateOptions) -> tuple[list, list
     names = [each if isinstance(each, str) else each[0] for each in getattr(data, "classes", ())]
     if not (options.labels or names):
         raise UserError(f"torchvision's {where[0]} does not name its classes; give --labels")
-    step, count = EmbedOptions.shard_rows, len(data)
-    rows = [TorchvisionRows(where, range(start, min(start + step, count)))
-            for start in range(0, count, step)]
+    rows = shards([[*where, row] for row in range(len(data))], TorchvisionRows)
     return rows, read_texts(options.labels or names, "labels"), None
+
+
+def torchvision_record(name: str, root: str, split: str, row: int) -> Record:
+    key = f"{name}:{row}"
+    try:
+        picture, label = torchvision_set(name, root, split)[row]
+        facts = {"image_path": key, "label": int(label)}
+        return Record(key, np.asarray(picture.convert("RGB")), facts, None)
+    except Exception as problem:  # of Pillow's, which share no type
+        return Record(key, None, {}, reason(problem))
 
 
 @lru_cache(1)

@@ -4,7 +4,8 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, Iterator, Optional, Sequence
+from tempfile import TemporaryDirectory
+from typing import Any, Iterator, Optional
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ Z = 1.959964  # of 95 %
 
 def with_labels(source: str, rows: list, options: Any) -> tuple[list[str], np.ndarray]:
     """Paths of a table's pictures and their labels; UserError where one has none."""
+    if not rows:
+        raise UserError(f"{source} holds no picture; a folder has one folder of them for a class")
     if any(row.get(options.label) in (None, "") for _, row in rows):
         raise UserError(f"{source} has rows without a {options.label!r}; --label names the column "
                         "of them")
@@ -24,54 +27,50 @@ def with_labels(source: str, rows: list, options: Any) -> tuple[list[str], np.nd
 
 
 def read_table(source: str, options: Any) -> list[tuple[str, dict[str, Any]]]:
-    """Paths of pictures and what is known of each: of a folder the class, by the name of the folder
-    in it; of a .csv, .parquet or .json a row, of COCO's captions, too.  Paths start at the table.
-    """
+    """Paths of pictures and what is known of each: of a folder with a folder a class `label`, of a
+    .csv, .parquet or .json (a list of objects) a row.  Paths start at options.root or the table."""
     from clip_ttrt.pipeline.sources import choose, library, walk
 
     path, ending = os.path.abspath(source), source.lower().rpartition(".")[2]
     if os.path.isdir(path):
         names = sorted(each.name for each in os.scandir(path) if each.is_dir())
-        rows = [{"image_path": file, options.label: name}
+        return [(file, {options.label: name})
                 for name in names for file in walk(os.path.join(path, name))]
-    elif ending == "csv":
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            rows = list(csv.DictReader(file, restkey="", restval=""))
-    elif ending == "parquet":
-        rows = library("pyarrow.parquet").read_table(path).to_pylist()
-    elif ending == "json":
-        rows = read_json(path)
-    else:
-        raise UserError(f"{source} is no folder, .csv, .parquet or .json")
-    if not rows:
-        raise UserError(f"{source} holds no picture; a folder has one folder of them for a class")
-    column = None if os.path.isdir(path) else options.column
-    column, home = choose(source, list(rows[0]), False, column), Path(path).parent
-    places = [(row.get(column) or "", row) for row in rows]
+    try:
+        if ending == "parquet":
+            rows = library("pyarrow.parquet").read_table(path).to_pylist()
+        elif ending in ("csv", "json"):
+            with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+                rows = list(csv.DictReader(file, restkey="", restval="") if ending == "csv" else
+                            json.load(file))
+        else:
+            raise UserError(f"{source} is no folder, .csv, .parquet or .json")
+    except (ValueError, csv.Error) as problem:
+        raise UserError(f"{source} cannot be read: {problem}") from problem
+    column = choose(source, list(rows[0]), False, options.column) if rows else ""
+    home, places = Path(getattr(options, "root", None) or Path(path).parent), [
+        (row.get(column) or "", row) for row in rows]
     return [(place if "://" in place else str(home / place), row) for place, row in places]
 
 
-def read_json(path: str) -> list[dict[str, Any]]:
-    """A list of objects, or COCO's annotations, whose file names become image_path."""
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-        if isinstance(found, list):
-            return [dict(each) for each in found]
-        names = {each["id"]: each["file_name"] for each in found["images"]}
-        return [{**each, "image_path": names[each["image_id"]]} for each in found["annotations"]]
-    except (ValueError, KeyError, TypeError) as problem:
-        raise UserError(f"{path} is no list of objects and none of COCO's annotations "
-                        f"({problem!r})") from problem
+def shards(items: list, kind: Optional[type] = None) -> list:
+    """What `embed` takes in place of inputs.  items: paths, or what a kind of `Rows` reads."""
+    from clip_ttrt.pipeline.sources import Rows
 
-
-def shards(paths: Sequence[str], labels: Optional[Sequence[int]] = None) -> list:
-    """What `embed` takes in place of inputs; the metadata of each row gets its `label`."""
-    from clip_ttrt.pipeline.sources import Rows, file_item
-
-    items = list(paths) if labels is None else [
-        file_item(path, {"label": int(label)}, path) for path, label in zip(paths, labels)]
     step = EmbedOptions.shard_rows
-    return [Rows(items[start:start + step]) for start in range(0, len(items), step)]
+    return [(kind or Rows)(items[start:start + step]) for start in range(0, len(items), step)]
+
+
+def embedded(*inputs: Any, **options: Any) -> Iterator[tuple[torch.Tensor, list, list]]:
+    """`embed` inputs, of which nothing stays behind; what `written` tells."""
+    from clip_ttrt.pipeline.embed import embed
+
+    with TemporaryDirectory() as out:
+        try:
+            embed(*inputs, out, **options)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("interrupted; nothing of it is kept") from None
+        yield from written(out)
 
 
 def written(out: Any) -> Iterator[tuple[torch.Tensor, list[dict], list[dict]]]:

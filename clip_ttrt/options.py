@@ -170,14 +170,12 @@ class EmbedOptions:
 class EvaluateOptions:
     """Everything that `evaluate` can be told."""
 
-    root: Optional[str] = option(None, "DIR", "where the data set lies")
+    root: Optional[str] = option(None, "DIR", "of torchvision's, or of the pictures of a table")
     split: str = option("test", "NAME", "of torchvision's: test, val or train")
-    labels: Union[None, str, Path, Sequence[str]] = option(
-        None, "TEXT|FILE", "the classes' names in their order, or imagenet for open_clip's "
-        "(default: the data set's, and open_clip's for wnids)")
-    templates: Union[None, str, Path, Sequence[str]] = option(
-        None, "TEXT|FILE", "texts with {} for the label, of which features are averaged, or a file "
-        "of them, or imagenet (default: some of our own)")
+    labels: Any = option(None, "TEXT|FILE", "the classes' names, by name or in their order, or "
+                         "imagenet for open_clip's (default: the data set's; those of wnids)")
+    templates: Any = option(None, "TEXT|FILE", "texts with {} for the label, of which features are "
+                            "averaged, or a file, or imagenet (default: some of our own)")
     original: bool = option(True, help="compare with the original model")
     weights: Optional[str] = option(None, "FILE", "where the weights are, if their file has moved")
     trust_weights: bool = option(False, help="read even a pickle, which can run code")
