@@ -190,6 +190,37 @@ def test_one_picture_is_a_list_of_labels(demo_artifact, pictures, expected):
     assert text.startswith(f"{pictures / '03b.jpg'}: UnidentifiedImageError")
 
 
+def test_frames_of_a_video_have_times(demo_artifact, tmp_path):
+    av = pytest.importorskip("av", reason="needs the extra embed")
+    drawn = scenes.held_out_set(per_class=1)[0][::8]
+    with av.open(tmp_path / "a.mkv", "w") as container:
+        stream = container.add_stream("ffv1", rate=2)  # lossless
+        stream.width = stream.height = 112
+        stream.pix_fmt = "bgr0"
+        for index in (2, 2, 9, 9, 9, 9):
+            frame = av.VideoFrame.from_image(scenes.to_image(drawn[index]))
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    text = classified(demo_artifact, tmp_path / "a.mkv", "--json", "--every=1s", "--top=1")
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert [row["time"] for row in rows] == [0, 1, 2]
+    assert [row["labels"][0]["label"] for row in rows] == [LABELS[2], LABELS[9], LABELS[9]]
+    lines = classified(demo_artifact, tmp_path / "a.mkv", "--every=1.5", "--top=1").splitlines()
+    assert lines[2] == f"{tmp_path}/a.mkv at 1.5 s" and len(lines) == 4
+    table = classified(demo_artifact, tmp_path / "a.mkv", "--every=1.5", "--top=1", "--csv")
+    assert [row["time"] for row in csv.DictReader(io.StringIO(table))] == ["0.0", "1.5"]
+
+
+def test_an_interrupted_run_says_that_nothing_stays(demo_artifact, pictures, monkeypatch, capsys):
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("clip_ttrt.pipeline.worker.Worker.embed", stopped)
+    arguments = ["classify", str(demo_artifact.folder), str(pictures), "--labels", *LABELS]
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err == "clip_ttrt: interrupted; nothing of it is kept\n"
+
+
 def test_labels_and_templates_of_files(demo_artifact, pictures, tmp_path, model):
     (tmp_path / "labels.txt").write_text("\n\n".join(LABELS), encoding="utf-8-sig")
     (tmp_path / "templates.txt").write_text("\n".join(TEMPLATES))

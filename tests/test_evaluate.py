@@ -245,7 +245,8 @@ def test_bad_input_is_one_sentence(
     monkeypatch.chdir(tmp_path)
     for name, content in (("a.png", ""), ("empty.json", "[]"), ("broken.json", "[{"),
                           ("other.json", '{"images": [], "a": []}'),
-                          ("plain.csv", "image_path,a\nb,c\n"), ("empty.csv", "image_path,label\na.png,\n"),
+                          ("plain.csv", "image_path,a\nb,c\n"),
+                          ("empty.csv", "image_path,label\na.png,\n"),
                           ("one.csv", "image_path,label\na.png,one\nb.png,two\n")):
         (tmp_path / name).write_text(content)
     said = run(demo_artifact.folder, capsys, *arguments, code=2)
