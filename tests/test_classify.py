@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import clip_ttrt
-from clip_ttrt import ZeroShot, cli, contexts, zeroshot
+from clip_ttrt import ZeroShot, classify, cli, contexts, zeroshot
 from clip_ttrt.checkpoint import load_checkpoint, original_with_weights
 from clip_ttrt.demo import scenes
 from clip_ttrt.options import BatchRange
@@ -154,6 +154,8 @@ def test_many_pictures_and_bad_ones_among_them(demo_artifact, pictures, expected
     names = [str(path) for path in sorted(pictures.iterdir())]
     names += [f"{pictures.parent}/scenes/{name}.png" for name in ("05", "nowhere")]
     assert [row["image_path"] for row in rows] == names
+    assert rows == list(classify.classify(demo_artifact.folder, [
+        str(pictures), f"{pictures.parent}/list.txt"], LABELS, top=3, shard_rows=4))
     bad = [row for row in rows if "labels" not in row]
     assert [row["image_path"][-7:] for row in bad] == ["03b.jpg", "15b.png", "ere.png"]
     assert all(row.keys() == {"image_path", "error"} for row in bad)

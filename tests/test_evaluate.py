@@ -196,9 +196,9 @@ def fashion(folder, pictures, labels):
     raw = folder / "FashionMNIST/raw"
     raw.mkdir(parents=True)
     for name, magic, values in (("images-idx3", 2051, pictures), ("labels-idx1", 2049, labels)):
-        header = struct.pack(f">{1 + values.ndim}i", magic, *values.shape)
-        for part in ("train", "t10k"):
-            (raw / f"{part}-{name}-ubyte").write_bytes(header + values.tobytes())
+        for part, some in (("train", values[:20]), ("t10k", values)):
+            header = struct.pack(f">{1 + values.ndim}i", magic, *some.shape)
+            (raw / f"{part}-{name}-ubyte").write_bytes(header + some.tobytes())
 
 
 def test_a_data_set_of_torchvision_s(demo_artifact, tmp_path, capsys, monkeypatch):
@@ -225,7 +225,7 @@ def test_a_data_set_of_torchvision_s(demo_artifact, tmp_path, capsys, monkeypatc
     assert right[:, 0].double().mean() > 0.2  # chance is 0.1
     assert evaluate.torchvision_set("FashionMNIST", str(tmp_path), "test").classes == CLOTHES
     told = run(demo_artifact.folder, capsys, *dataset, "--split", "train", "--no-original")
-    assert told.splitlines()[0] == "30 images (0 bad), 10 texts"
+    assert told.splitlines()[0] == "20 images (0 bad), 10 texts"
 
 
 @pytest.mark.parametrize("arguments, sentence", [
