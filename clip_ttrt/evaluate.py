@@ -69,7 +69,7 @@ def evaluate(artifact: Union[str, Path], dataset: Any, **options: Any) -> dict[s
     if options.original:
         how = options.weights, options.trust_weights
         checkpoint = reload_checkpoint(artifact.manifest["model"], artifact.origin, *how)
-        text["original"] = average(lambda tokens: verify.reference_features(
+        text["original"] = average(artifact, lambda tokens: verify.reference_features(
             checkpoint, {"text": tokens}, artifact.device)["text"], texts, templates, of_captions)
         worker = partial(Compared, *how)
     features, metadata, bad = zip(*embedded(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clip_ttrt import deprecations, kernels
+from clip_ttrt import kernels
 from clip_ttrt.artifact import Artifact
 from clip_ttrt.errors import UserError
 from clip_ttrt.runtime import CompiledCLIP, load
@@ -57,7 +57,7 @@ class Head:
 
     def __init__(self, artifact: Artifact, text: Tensor):
         self.scale = math.exp(artifact.manifest["logit_scale"])
-        self.logit_bias = artifact.manifest.get("logit_bias", 0.0)  # 0: the model has none
+        self.logit_bias = artifact.manifest["logit_bias"]  # 0 where the model has none
         self.bias = text.new_tensor([self.logit_bias])
         self.weight = (self.scale * text).T.contiguous()
 
@@ -92,7 +92,7 @@ def text_features(artifact: Artifact, texts: list[str], templates: list[str],
         if found.shape == (len(texts), artifact.dimensions.embed_dim):
             return found
     model = model or load(artifact.folder, cuda_graphs=False, force=True)[0]
-    found = average(model.encode_text, texts, templates, truncate)
+    found = average(artifact, model.encode_text, texts, templates, truncate)
     with suppress(OSError):  # the cache cannot be written
         path.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=path.parent) as folder:
@@ -101,13 +101,13 @@ def text_features(artifact: Artifact, texts: list[str], templates: list[str],
     return found
 
 
-def average(encode: Callable[[Tensor], Tensor], texts: list[str], templates: list[str],
-            truncate: bool = False) -> Tensor:
+def average(artifact: Artifact, encode: Callable[[Tensor], Tensor], texts: list[str],
+            templates: list[str], truncate: bool) -> Tensor:
     """A text encoder's features, float32 [texts, E] of length 1 on the CPU, each the mean over
     templates.  Raises UserError for texts that are too long, unless they are to be truncated."""
     lines = [each.replace("{}", text) for text in texts for each in templates]
     try:
-        tokens = deprecations.clip().tokenize(lines, truncate=truncate)
+        tokens = artifact.model.tokenizer()(lines, truncate=truncate)
     except RuntimeError as problem:
         raise UserError(str(problem)) from problem
     found = normalize(encode(tokens), dim=-1).unflatten(0, (len(texts), len(templates)))
