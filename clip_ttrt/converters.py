@@ -82,9 +82,9 @@ class Layers:
         """x in a type of TensorRT's: a layer where it has another."""
         return x if x.dtype == dtype else self.named(self.net.add_cast(x, dtype), suffix)
 
-    def row(self, x: Any, start: tuple, strides: tuple, batch: Any, suffix: str) -> Any:
-        """A slice [B, 1, W] of x, where B is another tensor's batch."""
-        sizes = (1, x.shape[2])
+    def part(self, x: Any, start: tuple, sizes: tuple, strides: tuple, batch: Any,
+             suffix: str) -> Any:
+        """A slice [B, *sizes] of x, where B is another tensor's batch."""
         layer = self.net.add_slice(x, start, (max(batch.shape[0], 1), *sizes), strides)
         if batch.shape[0] == -1:
             shape = self.net.add_shape(batch).get_output(0)
@@ -93,6 +93,10 @@ class Layers:
             shape = self.net.add_concatenation([first, rest])
             layer.set_input(2, self.named(shape, f"{suffix}_shape"))
         return self.named(layer, suffix)
+
+    def row(self, x: Any, start: tuple, strides: tuple, batch: Any, suffix: str) -> Any:
+        """A slice [B, 1, W]."""
+        return self.part(x, start, (1, x.shape[2]), strides, batch, suffix)
 
 
 def converter(op: Any):
@@ -218,6 +222,9 @@ def composed_attention(to, query, key, value, causal):
 def convert_extract_patches(to, images, size):
     channels, resolution = images.shape[1:3]
     side = resolution // size
+    if resolution % size:
+        sizes = channels, side * size, side * size
+        images = to.part(images, (0,) * 4, sizes, (1,) * 4, images, "whole")
     shape = (0, channels, side, size, side, size)
     cut = to.shuffle(images, "cut", shape, (0, 2, 4, 1, 3, 5))
     return to.shuffle(cut, shape=(0, side * side, channels * size * size))
@@ -306,14 +313,26 @@ def convert_attention_pool(to, x, positions, query_weight, query_bias, key_weigh
     weight = to.beside(query, key_weight.unflatten(0, of_heads), "key_weight")
     sought = to.shuffle(to.product(query, weight, "NONE", "keys"), "sought", order=swapped)
     sought = to.cast(sought, trt.float32, "sought_fp32")
+    return attended(to, sought, tokens, value_weight, x.dtype)
+
+
+@converter(ops.attention_probe)
+def convert_attention_probe(to, x, sought, value_weight):
+    tokens = to.cast(x, trt.float32, "fp32")
+    return attended(to, to.beside(tokens, sought, "sought"), tokens, value_weight, x.dtype)
+
+
+def attended(to, sought, tokens, value_weight, dtype):
+    """The values of what heads seek, as the references' `_attend`."""
+    heads, swapped = sought.shape[1], (1, 0, 2)
     softmax = to.net.add_softmax(to.product(sought, tokens, "TRANSPOSE", "scores"))
     softmax.axes = 1 << 2
-
     pooled = to.product(to.named(softmax, "weights"), tokens, "NONE", "pooled")
-    pooled = to.shuffle(to.cast(pooled, x.dtype, "pooled_back"), "pooled_heads", order=swapped)
-    weight = to.beside(pooled, value_weight.unflatten(0, of_heads), "value_weight")
+    pooled = to.shuffle(to.cast(pooled, dtype, "pooled_back"), "pooled_heads", order=swapped)
+    weight = to.beside(pooled, value_weight.unflatten(0, (heads, -1)), "value_weight")
     values = to.product(pooled, weight, "TRANSPOSE", "values")
-    return to.shuffle(to.shuffle(values, "heads_last", order=swapped), shape=(0, channels))
+    return to.shuffle(to.shuffle(values, "heads_last", order=swapped),
+                      shape=(0, value_weight.shape[0]))
 
 
 @converter(ops.clamp_tokens)

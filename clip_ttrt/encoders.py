@@ -19,7 +19,8 @@ from clip_ttrt.models import Dimensions, dimensions_from
 
 # What an encoder calls: the ops, for inference, or their differentiable references.
 CALLED = ("attention", "gelu", "extract_patches", "prepend_class_token", "pool_end_of_text",
-          "clamp_tokens", "mask_unknown", "mean_of_patches", "attention_pool", "cast")
+          "clamp_tokens", "mask_unknown", "mean_of_patches", "attention_pool", "attention_probe",
+          "cast")
 INFERENCE = SimpleNamespace(**{name: getattr(ops, name) for name in CALLED})
 DIFFERENTIABLE = SimpleNamespace(**{name: ops.REFERENCES[getattr(ops, name)] for name in CALLED})
 StateDict = Mapping[str, torch.Tensor]

@@ -49,6 +49,9 @@ def plan_for(options: Options) -> Plan:
     fused = choice.kernels == "fused"  # linear layers are tuned before the network is built
     passes = {name: (graph.lower, *graph.FUSE[name], graph.tuning(options.batch))
               if fused and name in transformers else (graph.lower,) for name in options.encoders}
+    if fused and dims.image_pooling == "probe" and "image" in passes:  # no class token
+        passes["image"] = tuple(
+            each for each in passes["image"] if each is not graph.fuse_image_embedding)
     if fused and len(transformers) < len(passes):
         choice = choice._replace(
             reason=f"{choice.reason}; TensorRT's own for the image encoder, a ResNet")
@@ -124,7 +127,8 @@ def compile_with(options: Options, progress: Progress) -> Artifact:
         if plan.kernels_version is not None:
             manifest["versions"]["cublaslt"] = linear.version_text()
         for name in checkpoint.model.family.files:
-            shutil.copy(checkpoint.model.folder / name, writing.folder)
+            if (path := checkpoint.model.folder / name).is_file():
+                shutil.copy(path, writing.folder)
         artifact = writing.write_manifest(**manifest, verification=None)
         if options.verify:
             with progress.stage("verify against the original model in fp32"):
