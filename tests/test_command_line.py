@@ -40,7 +40,8 @@ def test_an_import_brings_what_loading_needs_and_no_compiler():
     assert subprocess.check_output([sys.executable, "-c", code]).strip() == b"[]"
 
 
-def test_compile_verify_and_classify(tmp_path):
+def test_compile_verify_and_classify(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder, report = str(tmp_path / "a"), tmp_path / "report.json"
     done = command("compile", "--batch", "1:4:8", "--backend", "torchscript", "--output", folder)
     assert done.returncode == 0, done.stderr
