@@ -7,7 +7,7 @@ import sys
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Iterable, Optional, Union
+from typing import Any, Optional, Union
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from clip_ttrt.checkpoint import original_with_weights, reload_checkpoint
 from clip_ttrt.errors import UserError
 from clip_ttrt.labelled import difference, embedded, read_table, shards, wilson, with_labels
 from clip_ttrt.options import EvaluateOptions
-from clip_ttrt.pipeline.sources import Record, Rows, choose, file_item, reason
+from clip_ttrt.pipeline.sources import Record, Rows, choose, reason
 from clip_ttrt.pipeline.worker import Worker
 from clip_ttrt.zeroshot import average, read_texts, templates_for, text_features
 
@@ -33,8 +33,8 @@ class Compared(Worker):
 
     def __init__(self, weights: Optional[str], trust: bool, *arguments: Any):
         super().__init__(*arguments)
-        origin, model = self.model.artifact.origin, self.model.artifact.manifest["model"]
-        checkpoint = reload_checkpoint(model, origin, weights, trust)
+        facts = self.model.artifact
+        checkpoint = reload_checkpoint(facts.manifest["model"], facts.origin, weights, trust)
         self.original = original_with_weights(checkpoint, str(self.model.device))
         self.encode = self.encode_by_both
 
@@ -127,18 +127,14 @@ def read_dataset(source: str, options: EvaluateOptions) -> tuple[list, list[str]
         paths, names = with_labels(source, table, options)
         classes = sorted(set(names.tolist()), key=lambda each: (each.isdecimal() * len(each), each))
         texts, numbers = match(classes, options)
-        return shards(items_of(paths, [numbers[name] for name in names])), texts, None
+        return shards(paths, [numbers[name] for name in names]), texts, None
     column = choose(source, list(table[0][1]), True, options.caption)
     for path, row in table:
         found = row.get(column) or []
         captions.setdefault(path, []).extend([found] if isinstance(found, str) else found)
     owners = [number for number, found in enumerate(captions.values()) for _ in found]
     texts = list(chain(*captions.values()))
-    return shards(items_of(captions, range(len(captions)))), texts, tensor(owners)
-
-
-def items_of(paths: Iterable[str], labels: Iterable[int]) -> list:
-    return [file_item(path, {"label": label}, path) for path, label in zip(paths, labels)]
+    return shards(captions, range(len(captions))), texts, tensor(owners)
 
 
 def match(classes: list[str], options: EvaluateOptions) -> tuple[list[str], dict[str, int]]:
@@ -161,8 +157,8 @@ def read_torchvision(where: tuple, options: EvaluateOptions) -> tuple[list, list
     names = [each if isinstance(each, str) else each[0] for each in getattr(data, "classes", ())]
     if not (options.labels or names):
         raise UserError(f"torchvision's {where[0]} does not name its classes; give --labels")
-    rows = shards([[*where, row] for row in range(len(data))], TorchvisionRows)
-    return rows, read_texts(options.labels or names, "labels"), None
+    rows = [[*where, row] for row in range(len(data))]
+    return shards(rows, kind=TorchvisionRows), read_texts(options.labels or names, "labels"), None
 
 
 def torchvision_record(name: str, root: str, split: str, row: int) -> Record:

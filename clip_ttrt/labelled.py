@@ -5,7 +5,7 @@ import math
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Iterator, Optional
+from typing import Any, Iterable, Iterator, Optional
 
 import numpy as np
 import torch
@@ -53,11 +53,13 @@ def read_table(source: str, options: Any) -> list[tuple[str, dict[str, Any]]]:
     return [(place if "://" in place else str(home / place), row) for place, row in places]
 
 
-def shards(items: list, kind: Optional[type] = None) -> list:
-    """What `embed` takes in place of inputs.  items: paths, or what a kind of `Rows` reads."""
-    from clip_ttrt.pipeline.sources import Rows
+def shards(items: Iterable, labels: Iterable[int] = (), kind: Optional[type] = None) -> list:
+    """What `embed` takes in place of inputs.  items: paths, of which metadata gets the labels that
+    there are, or what a kind of `Rows` reads."""
+    from clip_ttrt.pipeline.sources import Rows, file_item
 
-    step = EmbedOptions.shard_rows
+    labelled = [file_item(path, {"label": label}, path) for path, label in zip(items, labels)]
+    items, step = labelled or list(items), EmbedOptions.shard_rows
     return [(kind or Rows)(items[start:start + step]) for start in range(0, len(items), step)]
 
 

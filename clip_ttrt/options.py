@@ -179,7 +179,7 @@ class EvaluateOptions:
     root: Optional[str] = option(None, "DIR", "of torchvision's, or of the pictures of a table")
     split: str = option("test", "NAME", "of torchvision's: test, val or train")
     labels: Any = option(None, "TEXT|FILE", "the classes' names, by name or in their order, or "
-                         "imagenet for open_clip's (default: the data set's; those of wnids)")
+                         "imagenet: open_clip's (default: the data set's; of wnids imagenet)")
     templates: Any = option(None, "TEXT|FILE", "texts with {} for the label, of which features are "
                             "averaged, or a file, or imagenet (default: some of our own)")
     original: bool = option(True, help="compare with the original model")
