@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_ttrt.artifact import Artifact, check_runs_here, load_modules, read_artifact
-from clip_ttrt.contexts import Encoder, memory_errors
+from clip_ttrt.contexts import Encoder, memory_errors, no_head
 from clip_ttrt.errors import UserError
 
 
@@ -140,17 +140,20 @@ class CompiledCLIP(nn.Module):
         images: or a list of pictures, as `preprocess` takes them.
         Raises ValueError for other inputs, UserError where the GPU's memory runs out.
         """
+        return self._encode_image(images, no_head)
+
+    def _encode_image(self, images: Union[Tensor, Sequence[Any]], head: Callable) -> Tensor:
         side = self.visual.input_resolution
         if isinstance(images, (list, tuple)):
             most = self.artifact.batch.maximum  # no more pictures are decoded at once
             return torch.cat([
-                self._encode("image", self._preprocess(list(images[i:i + most]), i))
+                self._encode("image", self._preprocess(list(images[i:i + most]), i), head=head)
                 for i in range(0, max(len(images), 1), most)])
         if not (isinstance(images, Tensor) and images.is_floating_point()
                 and images.shape[1:] == (3, side, side)):
             raise _unexpected(images, f"images [batch, 3, {side}, {side}] of a floating-point dtype"
                                       ", as `preprocess` returns them")
-        return self._encode("image", images)
+        return self._encode("image", images, head=head)
 
     def encode_text(self, tokens: Tensor, length: Optional[int] = None) -> Tensor:
         """Tokens [B, T], int32 or int64, T <= context_length -> features float32 [B, embed_dim].
@@ -196,11 +199,13 @@ class CompiledCLIP(nn.Module):
         of the GPU beyond them) and of `graphs` (what their captures took)."""
         graphs = sum(graph.bytes for encoder in self._encoders.values()
                      for context in encoder.contexts
-                     for graphs in context.graphs.values()
+                     for lengths in (context.graphs, *context.headed.values())
+                     for graphs in lengths.values()
                      for graph in list(graphs.values()) if graph)
         return {**self._loaded, "graphs": graphs / 2**20}
 
-    def _encode(self, encoder: str, x: Tensor, length: Optional[int] = None) -> Tensor:
+    def _encode(self, encoder: str, x: Tensor, length: Optional[int] = None,
+                head: Callable = no_head) -> Tensor:
         if encoder not in self._encoders:
             raise ValueError(f"{self.artifact.folder} holds no {encoder} encoder; "
                              f"compile with --encoder {encoder} or both")
@@ -208,7 +213,7 @@ class CompiledCLIP(nn.Module):
             raise ValueError(f"the batch is on {x.device}, and the model is on {self.device}; "
                              f"move it with .to({str(self.device)!r})")
         with memory_errors(f"encoding a batch of {x.shape[0]}"):
-            return self._encoders[encoder](x, length)
+            return self._encoders[encoder](x, length, head)
 
 
 def _channels_last(pixels: Tensor) -> Tensor:
