@@ -18,8 +18,8 @@ from clip_ttrt.models import Dimensions, dimensions_from
 
 # What an encoder calls: the ops, for inference, or their differentiable references.
 CALLED = ("attention", "gelu", "extract_patches", "prepend_class_token", "pool_end_of_text",
-          "clamp_tokens", "mask_unknown", "mean_of_patches", "attention_pool", "attention_probe",
-          "cast")
+          "clamp_tokens", "positions_of", "mask_unknown", "mean_of_patches", "attention_pool",
+          "attention_probe", "cast")
 INFERENCE = SimpleNamespace(**{name: getattr(ops, name) for name in CALLED})
 DIFFERENTIABLE = SimpleNamespace(**{name: ops.REFERENCES[getattr(ops, name)] for name in CALLED})
 StateDict = Mapping[str, torch.Tensor]
@@ -178,7 +178,7 @@ class TextEncoder(Encoder):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         known = self.called.clamp_tokens(tokens, self.tokens.num_embeddings)
-        x = self.tokens(known) + self.positions[: tokens.shape[1]]
+        x = self.tokens(known) + self.called.positions_of(self.positions, tokens)
         features = self.features(x, lambda rows: (
             self.called.pool_end_of_text(rows, known) if self.last is None else
             rows.select(1, self.last)))

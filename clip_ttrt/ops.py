@@ -1,7 +1,7 @@
 """Operations of our own, `torch.ops.clip_ttrt.*`: places that a backend implements as one piece.
 
 TensorRT does it through a converter (`converters.py`), in its own layers or as a plugin,
-TorchScript through the reference, which is differentiable PyTorch.  Encoders call the first nine
+TorchScript through the reference, which is differentiable PyTorch.  Encoders call the first ten
 and `cast`; `graph.py` maps PyTorch's operations to the next ones, and puts the fused ones in the
 place of several where the plugins serve.
 
@@ -97,6 +97,11 @@ def pool_end_of_text_reference(x: Tensor, tokens: Tensor) -> Tensor:
 def clamp_tokens_reference(tokens: Tensor, vocabulary: int) -> Tensor:
     """Token ids moved into a vocabulary, 0 to vocabulary - 1: int [B, T] -> int [B, T]."""
     return tokens.clamp(0, vocabulary - 1)
+
+
+def positions_of_reference(positions: Tensor, tokens: Tensor) -> Tensor:
+    """The embeddings of texts' places: [L, W] and int [B, T] with T <= L -> [1, T, W]."""
+    return positions[None, :tokens.shape[1]].clone()
 
 
 def mask_unknown_reference(features: Tensor, tokens: Tensor, clamped: Tensor) -> Tensor:
@@ -296,6 +301,8 @@ extract_patches = _op(extract_patches_reference)
 prepend_class_token = _op(prepend_class_token_reference)
 pool_end_of_text = _op(pool_end_of_text_reference)
 clamp_tokens = _op(clamp_tokens_reference)
+positions_of = _op(  # of shapes alone: a slice of T rows is another at T = L
+    positions_of_reference, lambda x, tokens: x.new_empty(1, tokens.shape[1], x.shape[1]))
 mask_unknown = _op(mask_unknown_reference)
 mean_of_patches = _op(mean_of_patches_reference)
 attention_pool = _op(attention_pool_reference)

@@ -33,14 +33,17 @@ def weights_of(model: str) -> str:
     return "demo" if model == "demo" else "random"
 
 
-def example(model: str, encoder: str, batch: int, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """Random rows, each another: images [B, 3, R, R], or tokens int32 [B, T] of many lengths."""
+def example(
+    model: str, encoder: str, batch: int, dtype: torch.dtype, device: str, length: int = 0
+) -> torch.Tensor:
+    """Random rows, each another: images [B, 3, R, R], or tokens int32 [B, T] of many lengths, with
+    T = length, above 8, or by default the full length."""
     dims, generator = dimensions_of(model), torch.Generator().manual_seed(0)
     if encoder == "image":
         side = dims.image_resolution
         images = torch.randn(batch, 3, side, side, generator=generator)
         return images.to(device, dtype)
-    length = dims.context_length
+    length = length or dims.context_length
     tokens = torch.randint(1, START, (batch, length), generator=generator, dtype=torch.int32)
     ends, place = 8 + 29 * torch.arange(batch) % (length - 8), torch.arange(length)
     tokens[place > ends[:, None]] = 0
@@ -85,7 +88,7 @@ class PlainTextEncoder(torch.nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         encoder = self.encoder
-        x = encoder.tokens(tokens) + encoder.positions
+        x = encoder.tokens(tokens) + encoder.positions[:tokens.shape[1]]
         for block in encoder.blocks:
             x = block(x)
         rows = torch.arange(x.shape[0], device=x.device)

@@ -228,7 +228,7 @@ def test_an_engine_s_features_equal_the_original_model_s(original, encoder, prec
 @pytest.mark.parametrize("vocabulary, head_dim, resample", [
     ("sentencepiece_folder", 72, 3), ("bpe_folder", 64, 2)])  # SigLIP's, SigLIP 2's
 def test_a_folder_is_compiled_verified_and_loaded(vocabulary, head_dim, resample, tmp_path,
-                                                  request):
+                                                  request, monkeypatch):
     config, folder = config_of(head_dim), tmp_path / "model"
     config["text_config"]["vocab_size"] = 1000
     model = draw(transformers.SiglipModel(transformers.SiglipConfig(**config)).eval())
@@ -259,6 +259,9 @@ def test_a_folder_is_compiled_verified_and_loaded(vocabulary, head_dim, resample
     assert relative_error(ours.encode_text(tokens), text) < TOLERANCE
     pixels = preprocess(Image.open(files[0]))[None]
     assert torch.allclose(ours(pixels, tokens)[0], logits, atol=1e-5)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    zero_shot = clip_ttrt.ZeroShot(ours, texts, ["{}"], multi=True)
+    assert torch.allclose(zero_shot(files), logits.sigmoid(), rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("resample, filter", [(3, "bicubic"), (2, "bilinear")])

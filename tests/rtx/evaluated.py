@@ -68,12 +68,25 @@ def normalization(layer, x, scale, shift):
 
 
 def activation(layer, x):
-    return F.gelu(x, approximate={"GELU_TANH": "tanh", "GELU_ERF": "none"}[name_of(layer.type)])
+    if (name := name_of(layer.type)) == "SIGMOID":
+        return x.sigmoid()
+    return F.gelu(x, approximate={"GELU_TANH": "tanh", "GELU_ERF": "none"}[name])
 
 
 def gather(layer, x, index):
-    assert layer.axis == 0 and layer.num_elementwise_dims == 0
-    return x[index]
+    if layer.axis == layer.num_elementwise_dims == 0:
+        return x[index]
+    assert layer.axis == layer.num_elementwise_dims == 1
+    return torch.stack([rows[places] for rows, places in zip(x, index, strict=True)])
+
+
+def fill(layer, sizes, start, steps):
+    assert name_of(layer.operation) == "LINSPACE"
+    found, axes = torch.full(sizes.tolist(), start.item(), dtype=start.dtype), len(sizes)
+    for axis, (size, step) in enumerate(zip(sizes.tolist(), steps, strict=True)):
+        along = step * torch.arange(size).view(-1, *[1] * (axes - axis - 1))
+        found += along.to(start.dtype)
+    return found
 
 
 def select(layer, condition, a, b):
@@ -88,6 +101,7 @@ KINDS = {  # of a layer -> its class and its function
     "ELEMENTWISE": ("IElementWiseLayer", elementwise), "REDUCE": ("IReduceLayer", reduce),
     "NORMALIZATION": ("INormalizationLayer", normalization), "SELECT": ("ISelectLayer", select),
     "ACTIVATION": ("IActivationLayer", activation), "GATHER": ("IGatherLayer", gather),
+    "FILL": ("IFillLayer", fill),
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from clip_ttrt import graph, ops, stack, trt
 from clip_ttrt.checkpoint import load_checkpoint
 from clip_ttrt.engine import DTYPES
 from clip_ttrt.encoders import ENCODERS, INFERENCE, ImageEncoder, PoolingHead, TextEncoder
+from clip_ttrt.guard import lengths_of
 from clip_ttrt.models import MODELS, Dimensions
 from clip_ttrt.options import BatchRange
 from clip_ttrt.resnet import AttentionPool
@@ -46,6 +47,8 @@ CONVERTED = {
     "gelu_by_tanh": (of(lambda x: ops.gelu(x, "tanh")), (5, 64)),
     "add": (of(lambda x: x + ops.gelu(x, "quick")), (5, 64)),
     "add_a_parameter": (One(lambda x, value: x + value, 5, 64), (5, 64)),
+    "positions_of": (
+        One(lambda x, value: ops.embedding(value, x) + ops.positions_of(value, x), 100, 64), (7,)),
     "embedding": (nn.Embedding(100, 64), (7,)),
     "select_token": (of(lambda x: x.select(1, 2)), (5, 64)),
     "attention": (of(lambda x: ops.attention(x, 2, False)), (5, 384)),
@@ -175,6 +178,31 @@ def test_a_converter_alone(name, precision, batch, monkeypatch):
     assert plan(interpreter)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [STATIC, DYNAMIC], ids=str)
+def test_a_text_encoder_s_one_network_is_right_at_every_length(batch, monkeypatch):
+    """Layer by layer in PyTorch, which no engine's kernels are; with the attention of TensorRT
+    before 10.14, which is of layers."""
+    trt.api()
+    from clip_ttrt import converters
+    from evaluated import evaluate
+
+    monkeypatch.setattr(converters, "attention_layer", converters.composed_attention)
+    plain, example, module = encoder_in("demo", "text", "fp32")
+    interpreter, build = construct(module, example, batch, "fp32", 16)
+    network, tokens = interpreter.ctx.net, torch.randint(1, 49406, (4, 77), dtype=torch.int32)
+    for row, length in zip(tokens, (4, 9, 15, 16), strict=True):
+        row[length - 1], row[length:] = 49407, 0
+    tokens[1, 2] = 49408
+    assert tuple(network.get_input(0).shape) == (4 if batch.static else -1, -1)
+    assert plan(interpreter) and build.warnings == []
+    expected = plain(tokens)
+    for length in (16, 31, 77):
+        found = evaluate(network, tokens[:, :length])
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+        assert found.isnan().any(1).tolist() == [False, True, False, False]
+
+
 def test_every_operation_that_is_no_plugin_is_built_above():
     built = set()
     for name in CONVERTED:
@@ -198,10 +226,12 @@ def test_a_whole_encoder_is_one_network_and_its_plan_builds(model, encoder, monk
         monkeypatch.setitem(MODELS, name, dims)
     plain, example, module = encoder_in(model, encoder, "fp16")
     weights = sum(value.numel() * value.element_size() for value in plain.parameters())
-    interpreter, build = construct(module, example, BatchRange(1, 32, 256), "fp16")
+    shortest = lengths_of(encoder, MODELS[model])[0]
+    interpreter, build = construct(module, example, BatchRange(1, 32, 256), "fp16", shortest)
     network = interpreter.ctx.net
     assert network.num_inputs == network.num_outputs == 1
-    assert tuple(network.get_input(0).shape) == (-1, *example.shape[1:])
+    any_size = (-1, -1) if shortest < example.shape[-1] else (-1, *example.shape[1:])
+    assert tuple(network.get_input(0).shape) == any_size
     assert tuple(network.get_output(0).shape) == (-1, MODELS[model].embed_dim)
     assert 0 < build.layers <= MOST_LAYERS[model]
     assert build.warnings == []
