@@ -89,8 +89,8 @@ def load_checkpoint(model: str, weights: Optional[str] = None, seed: int = 0,
     if theirs != ours:
         missing, unknown, known = ours - theirs, theirs - ours, ""
         if wanted.family == "openai":
-            of = dimensions_from(state_dict)
-            known = next((name for name, row in MODELS.items() if row == of), "no known model")
+            names = {dims: name for name, dims in MODELS.items()}
+            known = names.get(dimensions_from(state_dict), "no known model")
             known = f"they have the dimensions of {known}, "
         raise UserError(f"{what} are not a whole {model}: {known}"
                         f"{len(missing)} missing ({', '.join(sorted(missing)[:3])}) and "

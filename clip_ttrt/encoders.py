@@ -6,14 +6,14 @@ layer on cut-out patches; and the last block, of which one token is read, pools 
 projection.
 The image encoder of a ResNet is in `resnet.py`.
 """
-import re
 from types import SimpleNamespace
-from typing import Any, Callable, Mapping, Optional
+from typing import Callable, Mapping, Optional
 
 import torch
 from torch import nn
 
 from clip_ttrt import ops, resnet
+from clip_ttrt.families import renamed
 from clip_ttrt.models import Dimensions, dimensions_from
 
 # What an encoder calls: the ops, for inference, or their differentiable references.
@@ -29,7 +29,7 @@ class Block(nn.Module):
     """A pre-norm transformer block: [B, T, W] -> [B, T, W], or [B, W] where `pool` picks a row."""
 
     def __init__(self, width: int, heads: int, mlp: int, gelu: str, causal: bool,
-                 epsilon: float, called: SimpleNamespace):
+                 called: SimpleNamespace, epsilon: float = 1e-5):
         super().__init__()
         self.heads, self.gelu, self.causal, self.called = heads, gelu, causal, called
         self.norm_1 = nn.LayerNorm(width, epsilon)
@@ -86,17 +86,17 @@ class PoolingHead(nn.Module):
 class Encoder(nn.Module):
     """What both encoders have, which compute in the dtype of their weights."""
 
-    names: Mapping[str, str]  # parts of parameters' names: ours -> OpenAI's
-
-    def __init__(self, width: int, layers: int, tokens: int, projection: nn.Module,
-                 called: SimpleNamespace, epsilon: float, **of_blocks: Any):
+    def __init__(self, dims: Dimensions, kind: str, tokens: int, causal: bool,
+                 called: SimpleNamespace):
         super().__init__()
-        self.called = called
+        self.called, self.names, epsilon = called, NAMES[kind], 1e-6 if dims.is_siglip else 1e-5
+        width, heads, mlp, layers = (
+            getattr(dims, f"{kind}_{each}") for each in ("width", "heads", "mlp", "layers"))
         self.positions = nn.Parameter(torch.empty(tokens, width))
         self.blocks = nn.ModuleList(
-            Block(width, epsilon=epsilon, called=called, **of_blocks) for _ in range(layers))
+            Block(width, heads, mlp, dims.gelu, causal, called, epsilon) for _ in range(layers))
         self.norm_post = nn.LayerNorm(width, epsilon)
-        self.projection = projection
+        self.projection = nn.Linear(width, dims.embed_dim, bias=dims.is_siglip)
 
     def cast(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return x if x.dtype == dtype else self.called.cast(x, dtype)
@@ -113,7 +113,7 @@ class Encoder(nn.Module):
         if "patches.weight" in values:
             square = 3, self.patch_size, self.patch_size
             values["patches.weight"] = values["patches.weight"].unflatten(1, square)
-        return {openai_name(ours, self.names): value for ours, value in values.items()}
+        return {renamed(ours, self.names): value for ours, value in values.items()}
 
     @torch.no_grad()
     def load(self, state_dict: StateDict) -> "Encoder":
@@ -139,17 +139,13 @@ class ImageEncoder(Encoder):
     """Vision transformer: images [B, 3, R, R], any float dtype -> features fp32 [B, embed_dim]."""
 
     def __init__(self, dims: Dimensions, called: SimpleNamespace = INFERENCE):
-        width = dims.image_width
-        projection = (
-            PoolingHead(width, dims.image_heads, dims.image_mlp, called) if dims.is_siglip else
-            nn.Linear(width, dims.embed_dim, bias=False))
-        super().__init__(
-            width, dims.image_layers, dims.image_tokens, projection, called, dims.epsilon,
-            heads=dims.image_heads, mlp=dims.image_mlp, gelu=dims.gelu, causal=False)
-        self.names, self.patch_size, self.pooling = IMAGE_NAMES, dims.patch_size, dims.image_pooling
+        super().__init__(dims, "image", dims.image_tokens, False, called)
+        width, self.patch_size, self.pooling = dims.image_width, dims.patch_size, dims.image_pooling
         self.patches = nn.Linear(3 * dims.patch_size ** 2, width, bias=dims.is_siglip)
         self.class_token = None if dims.is_siglip else nn.Parameter(torch.empty(width))
         self.norm_pre = nn.Identity() if dims.is_siglip else nn.LayerNorm(width)
+        if dims.is_siglip:
+            self.projection = PoolingHead(width, dims.image_heads, dims.image_mlp, called)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         images = self.cast(images, self.patches.weight.dtype)
@@ -168,12 +164,8 @@ class TextEncoder(Encoder):
     """
 
     def __init__(self, dims: Dimensions, called: SimpleNamespace = INFERENCE):
-        projection = nn.Linear(dims.text_width, dims.embed_dim, bias=dims.is_siglip)
-        super().__init__(
-            dims.text_width, dims.text_layers, dims.context_length, projection, called,
-            dims.epsilon, heads=dims.text_heads, mlp=dims.text_mlp, gelu=dims.gelu,
-            causal=not dims.is_siglip)
-        self.names, self.last = TEXT_NAMES, dims.context_length - 1 if dims.is_siglip else None
+        super().__init__(dims, "text", dims.context_length, not dims.is_siglip, called)
+        self.last = dims.context_length - 1 if dims.is_siglip else None  # the row that is pooled
         self.tokens = nn.Embedding(dims.vocab_size, dims.text_width)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -211,21 +203,15 @@ BLOCK_NAMES = {
     "qkv.bias": "attn.in_proj_bias", "out": "attn.out_proj", "norm_2": "ln_2",
     "up": "mlp.c_fc", "down": "mlp.c_proj",
 }
-IMAGE_NAMES = BLOCK_NAMES | {
+NAMES = {"image": BLOCK_NAMES | {
     "blocks": "visual.transformer.resblocks", "patches": "visual.conv1",
     "class_token": "visual.class_embedding", "positions": "visual.positional_embedding",
     "norm_pre": "visual.ln_pre", "norm_post": "visual.ln_post", "projection.weight": "visual.proj",
     "projection": "visual.head",
-}
-TEXT_NAMES = BLOCK_NAMES | {
+}, "text": BLOCK_NAMES | {
     "tokens": "token_embedding", "positions": "positional_embedding", "norm_post": "ln_final",
     "projection.weight": "text_projection", "projection.bias": "text_projection_bias",
-}
-
-
-def openai_name(ours: str, names: Mapping[str, str]) -> str:
-    parts = "|".join(map(re.escape, names))
-    return re.sub(rf"\b({parts})\b", lambda part: names[part[0]], ours)
+}}
 
 
 def image_encoder(state_dict: StateDict, called: SimpleNamespace = INFERENCE,

@@ -87,18 +87,17 @@ class Model:
             deprecations.clip().tokenize(texts, length, truncate).int())
 
     def transform(self) -> Callable[[Any], Tensor]:
-        """From a PIL image of any mode to float32 [3, R, R]: OpenAI's own, or as open_clip's."""
-        side, facts = self.dimensions.image_resolution, self.preprocess
-        if facts == OPENAI_PREPROCESS:
-            return deprecations.clip()._transform(side)
+        """From a PIL image of any mode to float32 [3, R, R], of OpenAI's steps or open_clip's."""
         from torchvision import transforms
 
+        side, facts = self.dimensions.image_resolution, self.preprocess
         filter = transforms.InterpolationMode(facts["filter"])
         sizes = {"crop": [transforms.Resize(side, filter), transforms.CenterCrop(side)],
                  "squash": [transforms.Resize((side, side), filter)],
                  "pad": [functools.partial(shrink, side, filter), transforms.CenterCrop(side)]}
-        return transforms.Compose([*sizes[facts["fit"]], to_rgb, transforms.ToTensor(),
-                                   transforms.Normalize(facts["mean"], facts["std"])])
+        return transforms.Compose([
+            *sizes[facts["fit"]], deprecations.clip()._convert_image_to_rgb,
+            transforms.ToTensor(), transforms.Normalize(facts["mean"], facts["std"])])
 
 
 def shrink(side: int, filter: Any, picture: Any) -> Any:
@@ -107,10 +106,6 @@ def shrink(side: int, filter: Any, picture: Any) -> Any:
 
     ratio = max(picture.size) / side
     return resize(picture, [max(1, round(each / ratio)) for each in picture.size[::-1]], filter)
-
-
-def to_rgb(picture: Any) -> Any:
-    return picture.convert("RGB")
 
 
 def find(name: str) -> Model:
@@ -157,11 +152,15 @@ def hub(name: str, patterns: tuple[str, ...]) -> Path:
 
         return Path(snapshot_download(name.removeprefix(HUB), allow_patterns=list(patterns)))
     except Exception as problem:  # of many libraries
-        remedy = ("pip install huggingface_hub, or" if isinstance(problem, ImportError) else
-                  "download it elsewhere, and")
         reason = str(problem).strip().partition("\n")[0]
-        raise UserError(f"{name} cannot be downloaded ({reason}); {remedy} give its folder"
-                        ) from problem
+        raise UserError(f"{name} cannot be downloaded ({reason}); pip install huggingface_hub, or "
+                        "download it elsewhere and give its folder") from problem
+
+
+def renamed(name: str, parts: Mapping[str, str]) -> str:
+    """A tensor's name with parts of it, of whole words, in another's naming."""
+    words = "|".join(map(re.escape, parts))
+    return re.sub(rf"\b({words})\b", lambda part: parts[part[0]], name)
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -330,9 +329,7 @@ def read_processor(name: str, folder: Path, dims: Dimensions) -> dict[str, Any]:
 
 def openai_part(name: str) -> tuple[str, Optional[int]]:
     """OpenAI's name of a tensor of transformers', and which third of that tensor it is."""
-    from clip_ttrt.encoders import openai_name
-
-    name = openai_name(name, RENAMED)
+    name = renamed(name, RENAMED)
     third = re.search(r"\.([qkv])_proj\.", name)
     return (name.replace(third[0], ".in_proj_"), "qkv".index(third[1])) if third else (name, None)
 

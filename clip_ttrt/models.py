@@ -48,10 +48,6 @@ class Dimensions:
         return self.image_pooling == "probe"
 
     @property
-    def epsilon(self) -> float:
-        return 1e-6 if self.is_siglip else 1e-5  # of layer norms
-
-    @property
     def image_heads(self) -> int:
         return self.image_width * (RESNET_STRIDE if self.is_resnet else 1) // self.image_head_dim
 
@@ -77,13 +73,6 @@ MODELS = {
     "RN50x16": Dimensions(768, 384, RESNET_STRIDE, 96, (6, 8, 18, 8), 77, 49408, 768, 12),
     "RN50x64": Dimensions(1024, 448, RESNET_STRIDE, 128, (3, 15, 36, 10), 77, 49408, 1024, 12),
 }
-
-
-def dimensions_of(name: str) -> Dimensions:
-    """The dimensions of a model in the table; UserError, which lists the names, for any other."""
-    if name in MODELS:
-        return MODELS[name]
-    raise UserError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
 
 
 def dimensions_from(state_dict) -> Dimensions:

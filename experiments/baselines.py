@@ -15,7 +15,7 @@ import torch
 from clip_ttrt.checkpoint import load_checkpoint, original_with_weights
 from clip_ttrt.encoders import DIFFERENTIABLE, ENCODERS
 from clip_ttrt.errors import UserError
-from clip_ttrt.models import dimensions_of
+from clip_ttrt.families import find
 
 DTYPES = {
     "fp32": torch.float32,
@@ -38,7 +38,7 @@ def example(
 ) -> torch.Tensor:
     """Random rows, each another: images [B, 3, R, R], or tokens int32 [B, T] of many lengths, with
     T = length, above 8, or by default the full length."""
-    dims, generator = dimensions_of(model), torch.Generator().manual_seed(0)
+    dims, generator = find(model).dimensions, torch.Generator().manual_seed(0)
     if encoder == "image":
         side = dims.image_resolution
         images = torch.randn(batch, 3, side, side, generator=generator)
@@ -161,7 +161,7 @@ def rearranged(model: str, encoder: str, precision: str, device: str) -> torch.n
 
 def plain(model: str, encoder: str, precision: str, device: str) -> torch.nn.Module:
     """The encoder as the original lays it out, of a ResNet's images the original's."""
-    if encoder == "image" and dimensions_of(model).is_resnet:
+    if encoder == "image" and find(model).dimensions.is_resnet:
         return original(model, "fp32", device).visual.to(DTYPES[precision])
     layout = PlainImageEncoder if encoder == "image" else PlainTextEncoder
     return layout(rearranged(model, encoder, precision, device)).to(device)

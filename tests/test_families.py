@@ -256,7 +256,7 @@ def test_a_folder_is_compiled_verified_loaded_and_called(artifact, tmp_path, cap
                  "--dtype", "float32"]) == 0
     [path] = (tmp_path / "out").glob("img_emb/*.npy")
     assert np.abs(np.load(path) - image.numpy()).max() < 1e-5
-    assert main(["classify", str(artifact.folder), "--image", files[0], "--labels", "x", "y"]) == 0
+    assert main(["classify", str(artifact.folder), files[0], "--labels", "x", "y"]) == 0
     assert main(["verify", str(artifact.folder)]) == 0
     capsys.readouterr()
 
@@ -441,7 +441,7 @@ def test_a_repository_is_what_huggingface_hub_downloads(tmp_path, monkeypatch):
         raise ConnectionError("no network\nat all")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(UserError, match=r"cannot be downloaded \(no network\); download it"):
+    with pytest.raises(UserError, match=r"downloaded \(no network\); .* give its folder"):
         families.find("hf-hub:org/other")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match="cannot be downloaded .*; pip install huggingface_hub"):
