@@ -55,7 +55,7 @@ import torch
 import clip_ttrt
 from clip_ttrt.artifact import load_modules, read_artifact
 from clip_ttrt.errors import UserError
-from clip_ttrt.models import dimensions_of
+from clip_ttrt.families import find
 from clip_ttrt.options import BACKENDS, KERNELS, PRECISIONS, BatchRange
 from clip_ttrt.pictures import CAPTIONS
 from clip_ttrt.verify import more_lines
@@ -113,7 +113,7 @@ def calls_of(job: Job) -> dict[str, Callable]:
 def measure(job: Job, batch: int, how: str, run: Callable | None) -> list[float]:
     """Milliseconds of single calls; of the floor its sum alone."""
     if job.backend == "floor":
-        dims = dimensions_of(job.model)
+        dims = find(job.model).dimensions
         dims = replace(dims, context_length=job.tokens or dims.context_length)
         return [floor_ms(dims, job.encoder, batch, job.precision, job.device)["sum"]]
     dtype = torch.float if job.artifact else DTYPES[job.precision]
@@ -127,7 +127,7 @@ def rows_of(job: Job) -> Iterator[list[dict[str, Any]]]:
     """The CSV rows of each batch of a job; what fails goes to standard error."""
     calls = calls_of(job) if job.backend != "floor" else dict.fromkeys(job.hows)
     manifest = read_artifact(job.artifact).manifest if job.artifact else ""
-    side = dimensions_of(job.model).image_resolution if job.encoder == "image" else ""
+    side = find(job.model).dimensions.image_resolution if job.encoder == "image" else ""
     for batch in job.batches:
         rows = []
         try:
@@ -303,7 +303,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         for batch in [*options.static, *([] if options.range == "none" else [options.range])]:
             BatchRange.parse(batch)
         for model in options.models:
-            dimensions_of(model)
+            find(model)
     except UserError as problem:
         parser.error(str(problem))
     return options
