@@ -48,7 +48,8 @@ def test_compile_verify_and_classify(tmp_path, monkeypatch):
     assert "verify against the original model" in done.stderr
     assert "\r" not in done.stderr and "Warning" not in done.stderr
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines[2:5]] == ["image", "text", "logits"]
+    names = ["image", "text", "text16", "text32", "text48", "logits"]
+    assert [line.split()[0] for line in lines[2:8]] == names
     assert "zero-shot top-1" in done.stdout and lines[-1] == f"wrote {folder} (verified)"
 
     done = command("verify", folder, "--json", str(report))
