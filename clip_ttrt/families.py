@@ -179,8 +179,8 @@ def unknown(name: str, setting: str, value: Any) -> UserError:
 def filled(name: str, part: str, given: dict[str, Any], known: dict[str, Any],
            ignored: str = "") -> dict[str, Any]:
     """A part of a config, with what it leaves out.  known: the default of a number, or the values
-    served, the default first; ignored: how the names of other settings start, all of them or
-    those of settings that are off.  Raises UserError for what is neither."""
+    served, the default first; ignored: a pattern of other settings, which else must be off.
+    Raises UserError for what is neither."""
     for key, value in given.items():
         served = known.get(key)
         if not (value in served if isinstance(served, tuple) else
@@ -284,6 +284,7 @@ RENAMED = {  # parts of tensors' names -> OpenAI's
     "pre_layrnorm": "ln_pre", "post_layernorm": "ln_post", "final_layer_norm": "ln_final",
     "visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection",
 }
+TURNED = "visual.proj", "text_projection"  # multiply from the right
 
 
 def read_transformers(name: str, config: dict[str, Any], folder: Path) -> Model:
@@ -292,13 +293,12 @@ def read_transformers(name: str, config: dict[str, Any], folder: Path) -> Model:
         filled(name, f"{part}.", (config.get(part) or {}) | (config.get(f"{part}_dict") or {}),
                known)  # _dict: of older files, where it counts
         for part, known in CONFIG[family].items())
-    is_siglip, embed_dim = family == "siglip", config.get("projection_dim", 512)
+    is_siglip = family == "siglip"
+    embed_dim = image["hidden_size"] if is_siglip else config.get("projection_dim", 512)
     if image["hidden_act"] != text["hidden_act"]:
         raise unknown(name, "text_config.hidden_act", text["hidden_act"])
-    if is_siglip:
-        embed_dim = text.get("projection_size") or text["hidden_size"]
-        if embed_dim != image["hidden_size"]:
-            raise unknown(name, "text_config.projection_size", embed_dim)
+    if is_siglip and (wide := text.get("projection_size") or text["hidden_size"]) != embed_dim:
+        raise unknown(name, "text_config.projection_size", wide)
     dims = Dimensions(
         embed_dim, image["image_size"], image["patch_size"], image["hidden_size"],
         image["num_hidden_layers"], text["max_position_embeddings"], text["vocab_size"],
@@ -334,28 +334,23 @@ def openai_part(name: str) -> tuple[str, Optional[int]]:
     return (name.replace(third[0], ".in_proj_"), "qkv".index(third[1])) if third else (name, None)
 
 
-def turned(name: str, value: Tensor) -> Tensor:
-    """A projection for the other side."""
-    return value.T if name in ("visual.proj", "text_projection") else value
-
-
 def transformers_names(state_dict: StateDict) -> StateDict:
     """With query, key and value in one, and projections from the right."""
     found = defaultdict(dict)
     for name, value in state_dict.items():
         name, third = openai_part(name)
-        found[name][third] = turned(name, value)
+        found[name][third] = value.T if name in TURNED else value
     return {name: parts[None] if None in parts else torch.cat([parts[i] for i in sorted(parts)])
             for name, parts in found.items()}
 
 
 def to_transformers_names(own: nn.Module, state_dict: dict[str, Tensor], *_: Any) -> None:
     """The inverse, in place, for transformers' own model."""
-    ours = dict(state_dict)
+    ours = {**state_dict}
     state_dict.clear()
     for name, like in own.state_dict().items():
         known, third = openai_part(name)
-        value = turned(known, ours[known])
+        value = ours[known].T if known in TURNED else ours[known]
         value = value if third is None else value.chunk(3)[third]
         state_dict[name] = value.reshape(like.shape)  # of scalars, some have [1]
 
@@ -364,13 +359,13 @@ def transformers_model(model: Model) -> nn.Module:
     """transformers' own, with an interface as `clip` has it."""
     from transformers import AutoConfig, AutoModel
 
+    def encode(kind: str, x: Tensor) -> Tensor:
+        found = getattr(own, f"get_{kind}_features")(x)
+        return getattr(found, "pooler_output", found)  # as of transformers 5
+
     own = AutoModel.from_config(AutoConfig.for_model(**model.config)).float()
-
-    def pooled(found: Any) -> Tensor:  # as of transformers 5 among other things
-        return getattr(found, "pooler_output", found)
-
-    own.encode_image = lambda images: pooled(own.get_image_features(images))
-    own.encode_text = lambda tokens: pooled(own.get_text_features(tokens))
+    for kind in ("image", "text"):
+        setattr(own, f"encode_{kind}", functools.partial(encode, kind))
     own.register_load_state_dict_pre_hook(to_transformers_names)
     return own
 

@@ -14,6 +14,7 @@ from torch import nn
 
 import clip_ttrt
 from clip_ttrt import families, graph, ops, pictures, tokenizers, trt
+from clip_ttrt.checkpoint import load_checkpoint, original_with_weights
 from clip_ttrt.encoders import DIFFERENTIABLE, ENCODERS, INFERENCE
 from clip_ttrt.engine import in_precision
 from clip_ttrt.errors import UserError
@@ -137,6 +138,25 @@ def test_files_of_save_pretrained_are_read_without_transformers(original, tmp_pa
     for encoder in ENCODERS:
         actual = build(encoder, written, tensors)(inputs[encoder])
         assert relative_error(actual, expected[encoder]) < TOLERANCE
+
+
+def test_random_weights_are_the_same_in_the_original_model(monkeypatch):
+    model = families.read_transformers("small", config_of(72), Path("nowhere"))
+    monkeypatch.setattr(families, "find", lambda name: model)
+    checkpoint = load_checkpoint("small", "random")
+    assert all(tensor.all() for tensor in checkpoint.state_dict.values())
+    original = original_with_weights(checkpoint, "cpu")
+    assert isinstance(original, transformers.SiglipModel)
+    x = {"image": torch.randn(3, 3, 60, 60), "text": torch.randint(0, 100, (3, 16))}
+    for name, rows in x.items():
+        expected = getattr(original, f"encode_{name}")(rows)
+        actual = model.encoder(name, checkpoint.state_dict)(rows)
+        assert relative_error(actual, expected) < TOLERANCE
+    assert original.logit_bias == checkpoint.state_dict["logit_bias"] != 0
+    monkeypatch.setitem(sys.modules, "transformers", None)  # where it is not installed: ours
+    ours = original_with_weights(checkpoint, "cpu")
+    assert relative_error(ours.encode_image(x["image"]), original.encode_image(x["image"])) < (
+        TOLERANCE)
 
 
 SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
