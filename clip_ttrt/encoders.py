@@ -188,9 +188,8 @@ class Blank(nn.Module):
             self.logit_bias = nn.Parameter(torch.tensor(-10.0))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        scalars = {name: value.detach() for name, value in self.named_parameters(recurse=False)}
         return {**self.encode_image.in_openai_naming(), **self.encode_text.in_openai_naming(),
-                **scalars}
+                **dict(self.named_parameters(recurse=False))}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         self.encode_image.load(state_dict)

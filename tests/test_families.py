@@ -14,14 +14,14 @@ import clip_ttrt
 from clip_ttrt import backends, engine, families, graph, ops, pictures
 from clip_ttrt.checkpoint import load_checkpoint, original_with_weights, reload_checkpoint
 from clip_ttrt.cli import main
-from clip_ttrt.encoders import ENCODERS
+from clip_ttrt.encoders import ENCODERS, PoolingHead
 from clip_ttrt.errors import UserError
 from clip_ttrt.models import MODELS
 from clip_ttrt.pipeline.resize import Preprocess
 from clip_ttrt.verify import COSINE_BOUND
 from lowering import encoder_in
 from noise import SIZES, noise
-from small import OF_80, OF_104
+from small import OF_80, OF_104, OF_SIGLIP
 
 open_clip = pytest.importorskip("open_clip")
 transformers = pytest.importorskip("transformers")
@@ -316,8 +316,9 @@ def test_every_vit_of_open_clip_with_openai_s_tokenizer_is_known_and_the_others_
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dims, unfused", [(OF_80, ["image"]), (OF_104, ["image", "text"])],
-                         ids=["80", "104"])
+@pytest.mark.parametrize("dims, unfused", [
+    (OF_80, ["image"]), (OF_104, ["image", "text"]), (OF_SIGLIP, ["image"])],
+    ids=["80", "104", "siglip"])
 def test_where_heads_are_wide_the_fused_kernels_do_all_but_attention(dims, unfused, monkeypatch):
     monkeypatch.setitem(MODELS, "small", dims)
     monkeypatch.setattr(backends, "choose",
@@ -337,7 +338,8 @@ def test_where_heads_are_wide_the_fused_kernels_do_all_but_attention(dims, unfus
         expected = plain(x)
         assert relative_error(module(x), expected) <= TOLERANCE
         assert bool(graph.calls(module, ops.attention)) is wide
-        assert len(graph.calls(module, ops.bias_gelu)) == len(plain.blocks)
+        assert len(graph.calls(module, ops.bias_gelu)) == len(plain.blocks) + (
+            isinstance(plain.projection, PoolingHead))
         names = [*filter(None, map(graph.block_weight, module.graph.nodes))]
         scales = {name: 0.02 for name in names}
         graph.run(module, [graph.quantizing(scales), graph.fuse_quantization])
