@@ -38,7 +38,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights of one model: fp32 CPU tensors in OpenAI's naming, or its family's `blank`'s."""
+    """Weights of one model: fp32 CPU tensors in OpenAI's naming."""
 
     model: Model
     state_dict: Mapping[str, torch.Tensor]
@@ -58,7 +58,7 @@ def load_checkpoint(model: str, weights: Optional[str] = None, seed: int = 0,
     Raises UserError for weights that are missing, broken, another model's, or not trusted.
     """
     found = families.find(model)
-    wanted, family = found.dimensions, found.family
+    wanted = found.dimensions
     weights = weights or (
         "demo" if model == "demo" else "openai" if wanted.family == "openai" else "own")
     if weights == "demo":
@@ -71,7 +71,7 @@ def load_checkpoint(model: str, weights: Optional[str] = None, seed: int = 0,
         paths = ([_download(model)] if weights == "openai" else
                  found.weights() if weights == "own" else [Path(weights)])
         parts, digests = zip(*(_read(path, trust) for path in paths))
-        state_dict = family.names({name: part[name] for part in parts for name in part})
+        state_dict = found.family.names({name: part[name] for part in parts for name in part})
         sha256 = digests[0] if len(digests) == 1 else (
             hashlib.sha256("".join(digests).encode()).hexdigest())
         origin = (Origin(weights, sha256) if weights in ("openai", "own") else
@@ -81,7 +81,7 @@ def load_checkpoint(model: str, weights: Optional[str] = None, seed: int = 0,
     for name in {"logit_scale", "logit_bias"} & {*state_dict}:
         state_dict[name] = state_dict[name].reshape(())  # some have it as [1]
     with torch.device("meta"):
-        expected = family.blank(found).state_dict()
+        expected = found.blank().state_dict()
     theirs, ours = ({f"{name} {list(tensor.shape)}" for name, tensor in tensors.items()
                      if not name.endswith(NO_WEIGHTS)}
                     for tensors in (state_dict, expected))
@@ -89,8 +89,8 @@ def load_checkpoint(model: str, weights: Optional[str] = None, seed: int = 0,
     if theirs != ours:
         missing, unknown, known = ours - theirs, theirs - ours, ""
         if wanted.family == "openai":
-            of = dimensions_from(state_dict)
-            known = next((name for name, row in MODELS.items() if row == of), "no known model")
+            names = {dims: name for name, dims in MODELS.items()}
+            known = names.get(dimensions_from(state_dict), "no known model")
             known = f"they have the dimensions of {known}, "
         raise UserError(f"{what} are not a whole {model}: {known}"
                         f"{len(missing)} missing ({', '.join(sorted(missing)[:3])}) and "
@@ -112,21 +112,14 @@ def reload_checkpoint(model: str, origin: Origin, weights: Optional[str] = None,
 
 
 def original_with_weights(checkpoint: Checkpoint, device: str) -> torch.nn.Module:
-    """The family's own model with a checkpoint's weights in fp32, for inference on a device; where
-    there is none, our encoders in plain PyTorch with its interface."""
-    if (model := checkpoint.model.original()) is None:
-        from clip_ttrt.encoders import DIFFERENTIABLE
-
-        model = torch.nn.Module()
-        for name in ("image", "text"):
-            encoder = checkpoint.model.encoder(name, checkpoint.state_dict, DIFFERENTIABLE)
-            model.add_module(f"encode_{name}", encoder.to(device))
-        return model.eval()
+    """The family's own model with a checkpoint's weights in fp32, for inference on a device."""
+    model, length = checkpoint.model.original(), checkpoint.dimensions.context_length
     model.to_empty(device=device).load_state_dict(checkpoint.state_dict)
-    size = (checkpoint.dimensions.context_length,) * 2
-    for module in model.modules():
-        if getattr(module, "attn_mask", None) is not None:  # which is no weight
-            module.attn_mask = torch.full(size, float("-inf"), device=device).triu(1)
+    for module in model.modules():  # what is no weight
+        if getattr(module, "attn_mask", None) is not None:
+            module.attn_mask = torch.full((length, length), float("-inf"), device=device).triu(1)
+        if hasattr(module, "position_ids"):
+            module.position_ids = torch.arange(module.position_ids.shape[1], device=device)[None]
     return model.eval().requires_grad_(False)
 
 
@@ -151,7 +144,7 @@ def _download(model: str) -> Path:
 def _random(model: Model, seed: int) -> tuple[dict, Origin]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        blank = model.family.blank(model)
+        blank = model.blank()
         _draw(blank, model.dimensions)
     state_dict, digest = blank.requires_grad_(False).state_dict(), hashlib.sha256()
     for tensor in state_dict.values():
@@ -174,7 +167,7 @@ def _draw(model: torch.nn.Module, dims: Dimensions) -> None:
                 tensor.uniform_(0.5, 2)
             elif name == "running_mean" or name.endswith("bias") and tensor.dim():
                 tensor.normal_(0, 0.1)
-            elif name in ("positions", "class_token"):  # of our encoders, which leave them empty
+            elif name in ("positions", "class_token", "probe"):  # which we leave empty
                 tensor.normal_(0, 0.5)
     if dims.is_resnet:
         for name, module in model.visual.named_modules():

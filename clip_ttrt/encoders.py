@@ -6,15 +6,14 @@ layer on cut-out patches; and the last block, of which one token is read, pools 
 projection.
 The image encoder of a ResNet is in `resnet.py`.
 """
-import functools
-import re
 from types import SimpleNamespace
-from typing import Any, Callable, Mapping, Optional
+from typing import Callable, Mapping, Optional
 
 import torch
 from torch import nn
 
 from clip_ttrt import ops, resnet
+from clip_ttrt.families import renamed
 from clip_ttrt.models import Dimensions, dimensions_from
 
 # What an encoder calls: the ops, for inference, or their differentiable references.
@@ -30,13 +29,13 @@ class Block(nn.Module):
     """A pre-norm transformer block: [B, T, W] -> [B, T, W], or [B, W] where `pool` picks a row."""
 
     def __init__(self, width: int, heads: int, mlp: int, gelu: str, causal: bool,
-                 called: SimpleNamespace):
+                 called: SimpleNamespace, epsilon: float = 1e-5):
         super().__init__()
         self.heads, self.gelu, self.causal, self.called = heads, gelu, causal, called
-        self.norm_1 = nn.LayerNorm(width)
+        self.norm_1 = nn.LayerNorm(width, epsilon)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        self.norm_2 = nn.LayerNorm(width)
+        self.norm_2 = nn.LayerNorm(width, epsilon)
         self.up = nn.Linear(width, mlp)
         self.down = nn.Linear(mlp, width)
 
@@ -48,39 +47,91 @@ class Block(nn.Module):
         return x + self.down(self.called.gelu(self.up(self.norm_2(x)), self.gelu))
 
 
+class PoolingHead(nn.Module):
+    """SigLIP's: attention of one query, a learnt probe, over all tokens: [B, T, W] -> [B, W].
+
+    The query is the same for every picture, and so is what a head seeks: `fold` makes it once.
+    """
+
+    def __init__(self, width: int, heads: int, mlp: int, called: SimpleNamespace):
+        super().__init__()
+        self.called, self.heads = called, heads
+        self.probe = nn.Parameter(torch.empty(1, 1, width))
+        self.attention = nn.MultiheadAttention(width, heads)
+        self.layernorm = nn.LayerNorm(width, 1e-6)
+        self.up, self.down = nn.Linear(width, mlp), nn.Linear(mlp, width)
+
+    @torch.no_grad()
+    def fold(self) -> "PoolingHead":
+        """The query goes through the keys, whose bias adds the same to all scores, and the values'
+        bias through the projection behind them, summed in fp64."""
+        attention = self.attention.double()
+        query, key, value = attention.in_proj_weight.chunk(3)
+        query_bias, _, value_bias = attention.in_proj_bias.chunk(3)
+        query = (query @ self.probe.flatten().double() + query_bias).view(self.heads, 1, -1)
+        sought = query @ key.unflatten(0, (self.heads, -1)) * query.shape[2] ** -0.5
+        self.sought, self.values = (
+            nn.Parameter(each.float().clone()) for each in (sought.squeeze(1), value))
+        self.out = attention.out_proj
+        self.out.bias += self.out.weight @ value_bias
+        self.out.float()
+        del self.probe, self.attention
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.out(self.called.attention_probe(x, self.sought, self.values))
+        return x + self.down(self.called.gelu(self.up(self.layernorm(x)), "tanh"))
+
+
 class Encoder(nn.Module):
     """What both encoders have, which compute in the dtype of their weights."""
 
-    def __init__(self, width: int, layers: int, tokens: int, embed_dim: int,
-                 called: SimpleNamespace, **of_blocks: Any):
+    def __init__(self, dims: Dimensions, kind: str, tokens: int, causal: bool,
+                 called: SimpleNamespace):
         super().__init__()
-        self.called = called
+        self.called, self.names, epsilon = called, NAMES[kind], 1e-6 if dims.is_siglip else 1e-5
+        width, heads, mlp, layers = (
+            getattr(dims, f"{kind}_{each}") for each in ("width", "heads", "mlp", "layers"))
         self.positions = nn.Parameter(torch.empty(tokens, width))
         self.blocks = nn.ModuleList(
-            Block(width, called=called, **of_blocks) for _ in range(layers))
-        self.norm_post = nn.LayerNorm(width)
-        self.projection = nn.Linear(width, embed_dim, bias=False)
+            Block(width, heads, mlp, dims.gelu, causal, called, epsilon) for _ in range(layers))
+        self.norm_post = nn.LayerNorm(width, epsilon)
+        self.projection = nn.Linear(width, dims.embed_dim, bias=dims.is_siglip)
 
     def cast(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return x if x.dtype == dtype else self.called.cast(x, dtype)
 
     def in_openai_naming(self) -> dict[str, torch.Tensor]:
-        """The tensors, or views of them, that this can be loaded from."""
-        names = IMAGE_NAMES if isinstance(self, ImageEncoder) else TEXT_NAMES
-        values = {openai_name(ours, names): value for ours, value in self.state_dict().items()}
-        values[names["projection.weight"]] = self.projection.weight.T
-        if isinstance(self, ImageEncoder):
-            square = 3, self.patch_size, self.patch_size
-            values["visual.conv1.weight"] = self.patches.weight.unflatten(1, square)
-        return values
+        """The tensors, or views of them, that this can be loaded from.
 
-    def features(self, x: torch.Tensor, pool: Optional[Callable]) -> torch.Tensor:
-        """Features in fp32, or in fp64 where the encoder computes in it.  pool: picks a row; None
-        is the mean of the patches behind the norm, which no block can do before its end."""
+        OpenAI multiplies by its projections from the right, where a linear layer holds the
+        transpose, and its patch convolution's weight [W, 3, P, P] is our linear layer's [W, 3·P²].
+        """
+        values = self.state_dict()
+        if "projection.weight" in values:
+            values["projection.weight"] = values["projection.weight"].T
+        if "patches.weight" in values:
+            square = 3, self.patch_size, self.patch_size
+            values["patches.weight"] = values["patches.weight"].unflatten(1, square)
+        return {renamed(ours, self.names): value for ours, value in values.items()}
+
+    @torch.no_grad()
+    def load(self, state_dict: StateDict) -> "Encoder":
+        """Take over the tensors of a state dict in OpenAI's naming, for inference."""
+        for name, value in self.in_openai_naming().items():
+            value.copy_(state_dict[name])
+        if isinstance(self.projection, PoolingHead):
+            self.projection.fold()
+        return self.eval().requires_grad_(False)
+
+    def features(self, x: torch.Tensor, pool: Optional[Callable], mean: bool = False
+                 ) -> torch.Tensor:
+        """Features in fp32, or in fp64 where the encoder computes in it.  pool: picks a row; mean:
+        of the patches, behind the norm, which no block can do before its end."""
         for block in self.blocks[:-1]:
             x = block(x)
         x = self.norm_post(self.blocks[-1](x, pool))
-        x = self.projection(x if pool else self.called.mean_of_patches(x))
+        x = self.projection(self.called.mean_of_patches(x) if mean else x)
         return self.cast(x, torch.promote_types(x.dtype, torch.float))
 
 
@@ -88,40 +139,61 @@ class ImageEncoder(Encoder):
     """Vision transformer: images [B, 3, R, R], any float dtype -> features fp32 [B, embed_dim]."""
 
     def __init__(self, dims: Dimensions, called: SimpleNamespace = INFERENCE):
-        width = dims.image_width
-        super().__init__(width, dims.image_layers, dims.image_tokens, dims.embed_dim, called,
-                         heads=dims.image_heads, mlp=dims.image_mlp, gelu=dims.gelu, causal=False)
-        self.patch_size = dims.patch_size
-        self.pool = None if dims.image_pooling == "mean" else lambda rows: rows.select(1, 0)
-        self.patches = nn.Linear(3 * dims.patch_size ** 2, width, bias=False)
-        self.class_token = nn.Parameter(torch.empty(width))
-        self.norm_pre = nn.LayerNorm(width)
+        super().__init__(dims, "image", dims.image_tokens, False, called)
+        width, self.patch_size, self.pooling = dims.image_width, dims.patch_size, dims.image_pooling
+        self.patches = nn.Linear(3 * dims.patch_size ** 2, width, bias=dims.is_siglip)
+        self.class_token = None if dims.is_siglip else nn.Parameter(torch.empty(width))
+        self.norm_pre = nn.Identity() if dims.is_siglip else nn.LayerNorm(width)
+        if dims.is_siglip:
+            self.projection = PoolingHead(width, dims.image_heads, dims.image_mlp, called)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         images = self.cast(images, self.patches.weight.dtype)
         x = self.patches(self.called.extract_patches(images, self.patch_size))
-        x = self.called.prepend_class_token(x, self.class_token)
-        return self.features(self.norm_pre(x + self.positions), self.pool)
+        if self.class_token is not None:
+            x = self.called.prepend_class_token(x, self.class_token)
+        pool = (lambda rows: rows.select(1, 0)) if self.pooling == "class" else None
+        return self.features(self.norm_pre(x + self.positions), pool, self.pooling == "mean")
 
 
 class TextEncoder(Encoder):
-    """Causal text transformer: tokens int [B, T] -> features fp32 [B, embed_dim].
+    """Text transformer, causal but for SigLIP's: tokens int [B, T] -> features fp32 [B, embed_dim].
 
-    T <= context_length.  A row with an id outside the vocabulary gets features of NaN: on a GPU
-    nobody can look at ids without waiting for them.
+    T <= context_length, and equal to it for SigLIP's.  A row with an id outside the vocabulary gets
+    features of NaN: on a GPU nobody can look at ids without waiting for them.
     """
 
     def __init__(self, dims: Dimensions, called: SimpleNamespace = INFERENCE):
-        super().__init__(dims.text_width, dims.text_layers, dims.context_length, dims.embed_dim,
-                         called, heads=dims.text_heads, mlp=dims.text_mlp, gelu=dims.gelu,
-                         causal=True)
+        super().__init__(dims, "text", dims.context_length, not dims.is_siglip, called)
+        self.last = dims.context_length - 1 if dims.is_siglip else None  # the row that is pooled
         self.tokens = nn.Embedding(dims.vocab_size, dims.text_width)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         known = self.called.clamp_tokens(tokens, self.tokens.num_embeddings)
         x = self.tokens(known) + self.called.positions_of(self.positions, tokens)
-        features = self.features(x, lambda rows: self.called.pool_end_of_text(rows, known))
+        features = self.features(x, lambda rows: (
+            self.called.pool_end_of_text(rows, known) if self.last is None else
+            rows.select(1, self.last)))
         return self.called.mask_unknown(features, tokens, known)
+
+
+class Blank(nn.Module):
+    """Both encoders with PyTorch's initialisation, CLIP's interface and OpenAI's naming."""
+
+    def __init__(self, dims: Dimensions, called: SimpleNamespace = INFERENCE):
+        super().__init__()
+        self.encode_image, self.encode_text = ImageEncoder(dims, called), TextEncoder(dims, called)
+        self.logit_scale = nn.Parameter(torch.tensor(2.6593))
+        if dims.logit_bias:
+            self.logit_bias = nn.Parameter(torch.tensor(-10.0))
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {**self.encode_image.in_openai_naming(), **self.encode_text.in_openai_naming(),
+                **dict(self.named_parameters(recurse=False))}
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        self.encode_image.load(state_dict)
+        self.encode_text.load(state_dict)
 
 
 # Parts of parameter names: ours -> OpenAI's.
@@ -130,46 +202,31 @@ BLOCK_NAMES = {
     "qkv.bias": "attn.in_proj_bias", "out": "attn.out_proj", "norm_2": "ln_2",
     "up": "mlp.c_fc", "down": "mlp.c_proj",
 }
-IMAGE_NAMES = BLOCK_NAMES | {
+NAMES = {"image": BLOCK_NAMES | {
     "blocks": "visual.transformer.resblocks", "patches": "visual.conv1",
     "class_token": "visual.class_embedding", "positions": "visual.positional_embedding",
     "norm_pre": "visual.ln_pre", "norm_post": "visual.ln_post", "projection.weight": "visual.proj",
-}
-TEXT_NAMES = BLOCK_NAMES | {
+    "projection": "visual.head",
+}, "text": BLOCK_NAMES | {
     "tokens": "token_embedding", "positions": "positional_embedding", "norm_post": "ln_final",
-    "projection.weight": "text_projection",
-}
-
-
-def openai_name(ours: str, names: Mapping[str, str]) -> str:
-    parts = "|".join(map(re.escape, names))
-    return re.sub(rf"\b({parts})\b", lambda part: names[part[0]], ours)
-
-
-def _load(kind: type, names: Mapping[str, str], state_dict: StateDict,
-          called: SimpleNamespace = INFERENCE, dims: Optional[Dimensions] = None) -> Encoder:
-    """The encoder of a state dict in OpenAI's naming, fp32, in evaluation mode; dims: where they
-    are not those of OpenAI's models with tensors of these shapes.
-
-    OpenAI multiplies by its projections from the right, where a linear layer holds the transpose,
-    and its patch convolution's weight [W, 3, P, P] is our linear layer's [W, 3·P²].
-    """
-    encoder = kind(dims or dimensions_from(state_dict), called)
-    values = {ours: state_dict[openai_name(ours, names)] for ours in encoder.state_dict()}
-    values["projection.weight"] = values["projection.weight"].T
-    if "patches.weight" in values:
-        values["patches.weight"] = values["patches.weight"].flatten(1)
-    encoder.load_state_dict(values)
-    return encoder.eval().requires_grad_(False)
+    "projection.weight": "text_projection", "projection.bias": "text_projection_bias",
+}}
 
 
 def image_encoder(state_dict: StateDict, called: SimpleNamespace = INFERENCE,
                   dims: Optional[Dimensions] = None) -> nn.Module:
-    """The encoder of images of a state dict in OpenAI's naming, fp32, in evaluation mode."""
-    if (dims or dimensions_from(state_dict)).is_resnet:
+    """The encoder of images of a state dict in OpenAI's naming, fp32, in evaluation mode; dims:
+    where they are not those of OpenAI's models with tensors of these shapes."""
+    dims = dims or dimensions_from(state_dict)
+    if dims.is_resnet:
         return resnet.image_encoder(state_dict, called)
-    return _load(ImageEncoder, IMAGE_NAMES, state_dict, called, dims)
+    return ImageEncoder(dims, called).load(state_dict)
 
 
-text_encoder = functools.partial(_load, TextEncoder, TEXT_NAMES)
+def text_encoder(state_dict: StateDict, called: SimpleNamespace = INFERENCE,
+                 dims: Optional[Dimensions] = None) -> TextEncoder:
+    """The encoder of texts, likewise."""
+    return TextEncoder(dims or dimensions_from(state_dict), called).load(state_dict)
+
+
 ENCODERS = {"image": image_encoder, "text": text_encoder}

@@ -50,17 +50,16 @@ def plan_for(options: Options) -> Plan:
     passes = {name: (graph.lower, *graph.FUSE[name],
                      graph.tuning(options.batch, lengths_of(name, dims)))
               if fused and name in transformers else (graph.lower,) for name in options.encoders}
-    if fused and dims.image_pooling == "probe" and "image" in passes:  # no class token
-        passes["image"] = tuple(
-            each for each in passes["image"] if each is not graph.fuse_image_embedding)
     if fused and len(transformers) < len(passes):
         choice = choice._replace(
             reason=f"{choice.reason}; TensorRT's own for the image encoder, a ResNet")
     for name in transformers if fused else ():
+        left = {graph.fuse_image_embedding} if dims.is_siglip else set()  # without a class token
         if (size := getattr(dims, f"{name}_head_dim")) != HEAD_DIM:
-            passes[name] = tuple(each for each in passes[name] if each is not graph.fuse_attention)
+            left.add(graph.fuse_attention)
             choice = choice._replace(reason=f"{choice.reason}; TensorRT's own attention for the "
                                             f"{name} encoder, whose heads have {size} columns")
+        passes[name] = tuple(each for each in passes[name] if each not in left)
     builder = {each: getattr(options, each)
                for each in ("batch", "precision", "optimization_level", "timing_cache")}
     return Plan(backend, choice, kernels.version() if fused else None, passes, builder)
@@ -127,7 +126,7 @@ def compile_with(options: Options, progress: Progress) -> Artifact:
         }
         if plan.kernels_version is not None:
             manifest["versions"]["cublaslt"] = linear.version_text()
-        for name in checkpoint.model.family.files:
+        for name in checkpoint.model.family.tokenizer:
             if (path := checkpoint.model.folder / name).is_file():
                 shutil.copy(path, writing.folder)
         artifact = writing.write_manifest(**manifest, verification=None)

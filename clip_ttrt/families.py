@@ -6,7 +6,8 @@ import functools
 import importlib.util
 import json
 import re
-from dataclasses import dataclass, field, replace
+from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Mapping, Optional
@@ -53,33 +54,50 @@ class Model:
         raise UserError(f"{self.name} comes with no {' or '.join(known) or 'weights'}; "
                         "give --weights FILE or random")
 
-    def original(self) -> Optional[nn.Module]:
-        """The family's own model, without weights; None where its package is not installed."""
+    def blank(self) -> nn.Module:
+        """A model with the tensors that a checkpoint has, and its package's initialisation."""
+        from clip_ttrt.encoders import Blank
+
+        return openai_model(self) if self.family is FAMILIES["openai"] else Blank(self.dimensions)
+
+    def original(self) -> nn.Module:
+        """The family's own model, without weights; where its package is not installed, ours."""
+        from clip_ttrt.encoders import DIFFERENTIABLE, Blank
+
         with torch.device("meta"):  # its initialisation takes seconds
+            if importlib.util.find_spec(self.family.package) is None:
+                return Blank(self.dimensions, DIFFERENTIABLE)
             return self.family.original(self)
 
     def encoder(self, name: str, state_dict: StateDict, *called: SimpleNamespace) -> nn.Module:
         """Our encoder, image or text, fp32, in evaluation mode."""
-        return self.family.encoder(self, name, state_dict, *called)
+        from clip_ttrt.encoders import ENCODERS
+
+        return ENCODERS[name](state_dict, *called, dims=self.dimensions)
 
     def tokenizer(self) -> Callable[..., Tensor]:
         """A function of texts and `truncate=False` -> tokens int32 [N, context_length], which
         raises RuntimeError for a text that is longer."""
-        return self.family.tokenizer(self)
+        length = self.dimensions.context_length
+        if self.family.tokenizer:
+            from clip_ttrt import tokenizers
+
+            return tokenizers.read(self.folder, length)
+        return lambda texts, truncate=False: (
+            deprecations.clip().tokenize(texts, length, truncate).int())
 
     def transform(self) -> Callable[[Any], Tensor]:
-        """From a PIL image of any mode to float32 [3, R, R]: OpenAI's own, or as open_clip's."""
-        side, facts = self.dimensions.image_resolution, self.preprocess
-        if facts == OPENAI_PREPROCESS:
-            return deprecations.clip()._transform(side)
+        """From a PIL image of any mode to float32 [3, R, R], of OpenAI's steps or open_clip's."""
         from torchvision import transforms
 
+        side, facts = self.dimensions.image_resolution, self.preprocess
         filter = transforms.InterpolationMode(facts["filter"])
         sizes = {"crop": [transforms.Resize(side, filter), transforms.CenterCrop(side)],
                  "squash": [transforms.Resize((side, side), filter)],
                  "pad": [functools.partial(shrink, side, filter), transforms.CenterCrop(side)]}
-        return transforms.Compose([*sizes[facts["fit"]], to_rgb, transforms.ToTensor(),
-                                   transforms.Normalize(facts["mean"], facts["std"])])
+        return transforms.Compose([
+            *sizes[facts["fit"]], deprecations.clip()._convert_image_to_rgb,
+            transforms.ToTensor(), transforms.Normalize(facts["mean"], facts["std"])])
 
 
 def shrink(side: int, filter: Any, picture: Any) -> Any:
@@ -88,10 +106,6 @@ def shrink(side: int, filter: Any, picture: Any) -> Any:
 
     ratio = max(picture.size) / side
     return resize(picture, [max(1, round(each / ratio)) for each in picture.size[::-1]], filter)
-
-
-def to_rgb(picture: Any) -> Any:
-    return picture.convert("RGB")
 
 
 def find(name: str) -> Model:
@@ -113,9 +127,11 @@ def find(name: str) -> Model:
     if family not in FAMILIES:
         raise unknown(name, "model_type", family)
     try:
-        return FAMILIES[family].read(name, config, folder)
+        model = FAMILIES[family].read(name, config, folder)
     except (KeyError, TypeError, AttributeError) as problem:
         raise UserError(f"the config of {name} is damaged: {problem!r}") from problem
+    model.tokenizer()  # whose files may be missing
+    return model
 
 
 def packaged_config(name: str) -> dict[str, Any]:
@@ -136,11 +152,15 @@ def hub(name: str, patterns: tuple[str, ...]) -> Path:
 
         return Path(snapshot_download(name.removeprefix(HUB), allow_patterns=list(patterns)))
     except Exception as problem:  # of many libraries
-        remedy = ("pip install huggingface_hub, or" if isinstance(problem, ImportError) else
-                  "download it elsewhere, and")
         reason = str(problem).strip().partition("\n")[0]
-        raise UserError(f"{name} cannot be downloaded ({reason}); {remedy} give its folder"
-                        ) from problem
+        raise UserError(f"{name} cannot be downloaded ({reason}); pip install huggingface_hub, or "
+                        "download it elsewhere and give its folder") from problem
+
+
+def renamed(name: str, parts: Mapping[str, str]) -> str:
+    """A tensor's name with parts of it, of whole words, in another's naming."""
+    words = "|".join(map(re.escape, parts))
+    return re.sub(rf"\b({words})\b", lambda part: parts[part[0]], name)
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -156,20 +176,36 @@ def unknown(name: str, setting: str, value: Any) -> UserError:
     return UserError(f"{name} is not supported: its {setting} is {value!r}, {why}")
 
 
+def filled(name: str, part: str, given: dict[str, Any], known: dict[str, Any],
+           ignored: str = "") -> dict[str, Any]:
+    """A part of a config, with what it leaves out.  known: the default of a number, or the values
+    served, the default first; ignored: a pattern of other settings, which else must be off.
+    Raises UserError for what is neither."""
+    for key, value in given.items():
+        served = known.get(key)
+        if not (value in served if isinstance(served, tuple) else
+                isinstance(value, (int, float)) if key in known else
+                not value or re.match(ignored, key)):
+            raise unknown(name, part + key, value)
+    return {key: value[0] if isinstance(value, tuple) else value
+            for key, value in known.items()} | given
+
+
 # OpenCLIP: open_clip_config.json
 
-IMAGE = {"layers": 12, "width": 768, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 16,
-         "image_size": 224}  # where a config leaves them out
-TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12,
-        "mlp_ratio": 4.0}
-KNOWN = {"vision_cfg.pool_type": ("tok", "avg"), "text_cfg.pool_type": ("argmax",),
-         "vocab_size": (49408,), "pos_embed_type": ("learnable",), "proj_type": ("linear",),
+TOWER = {"layers": 12, "mlp_ratio": 4.0,
          "act_kwargs": (None, {}, {"approximate": "none"}, {"approximate": "tanh"})}
-# Of training, or read elsewhere, or of a part that is not there.  All others must be false.
-IGNORED = re.compile(
-    "(embed_dim|vision_cfg|text_cfg|quick_gelu|custom_text|patch_dropout|pad_id|eos_id|mean|std|size"
-    "|mode|interpolation|resize_mode|(init|output|nonscalar|attn_pooler|timm|hf)_.*)$")
+IMAGE = TOWER | {"width": 768, "head_width": 64, "patch_size": 16, "image_size": 224,
+                 "pool_type": ("tok", "avg"), "pos_embed_type": ("learnable",)}
+TEXT = TOWER | {"context_length": 77, "vocab_size": (49408,), "width": 512, "heads": 8,
+                "pool_type": ("argmax",), "proj_type": ("linear",)}
+FITS = {"shortest": "crop", None: "crop", "squash": "squash", "longest": "pad"}
+PICTURES = {"interpolation": ("bicubic", "bilinear", "random", None), "resize_mode": (*FITS,)}
+# Of training, or read elsewhere, or of a part that is not there.
+IGNORED = ("(embed_dim|vision_cfg|text_cfg|quick_gelu|custom_text|patch_dropout|pad_id|eos_id|mean"
+           "|std|size|mode|(init|output|nonscalar|attn_pooler)_.*|(timm|hf)_(?!.*name).*)$")
 REFUSED = {  # which people will meet -> why
+    "model_type": "where clip and siglip are known, of fixed sizes",
     "multimodal_cfg": "as of CoCa, whose texts end in a class token with a mask of its own",
     "timm_model_name": "an image tower of timm's, as of NaFlex, MobileCLIP and SigLIP (of which "
                        "transformers' folders are known)",
@@ -177,36 +213,30 @@ REFUSED = {  # which people will meet -> why
     "hf_tokenizer_name": "another tokenizer than OpenAI's",
     "layers": "a ResNet's; OpenAI's are known, by their own names",
 }
-FITS = {"shortest": "crop", "squash": "squash", "longest": "pad"}  # open_clip's -> ours
 
 
 def read_open_clip(name: str, whole: dict[str, Any], folder: Optional[Path] = None) -> Model:
-    config, pictures = whole.get("model_cfg", whole), whole.get("preprocess_cfg", {})
-    image, text = {**IMAGE, **config["vision_cfg"]}, {**TEXT, **config["text_cfg"]}
-    parts = {"": config, "vision_cfg.": image, "text_cfg.": text, "preprocess_cfg.": pictures}
-    for part, key, value in [(part, *each) for part in parts for each in parts[part].items()]:
-        known = KNOWN.get(part + key) or KNOWN.get(key)
-        if not (value in known if known else
-                isinstance(value, (int, float)) if key in {**IMAGE, **TEXT} else
-                not value or key not in REFUSED and IGNORED.match(key)):
-            raise unknown(name, part + key, value)
+    config = filled(name, "", whole.get("model_cfg", whole), {}, IGNORED)
+    image = filled(name, "vision_cfg.", config["vision_cfg"], IMAGE, IGNORED)
+    text = filled(name, "text_cfg.", config["text_cfg"], TEXT, IGNORED)
+    found = filled(name, "preprocess_cfg.", whole.get("preprocess_cfg", {}), PICTURES, IGNORED)
     quick, bias = config.get("quick_gelu", False), config.get("init_logit_bias")
-    gelus = {"quick" if quick else (part.get("act_kwargs") or {}).get("approximate", "none")
-             for part in (image, text)}
-    if len(gelus) > 1:
-        raise unknown(name, "text_cfg.act_kwargs", text.get("act_kwargs"))
+    gelu, of_text = ("quick" if quick else (part["act_kwargs"] or {}).get("approximate", "none")
+                     for part in (image, text))
+    if gelu != of_text:
+        raise unknown(name, "text_cfg.act_kwargs", text["act_kwargs"])
     dims = Dimensions(
         config["embed_dim"], image["image_size"], image["patch_size"], image["width"],
         image["layers"], text["context_length"], text["vocab_size"], text["width"], text["layers"],
         image_head_dim=image["head_width"], text_head_dim=text["width"] // text["heads"],
         image_mlp=int(image["width"] * image["mlp_ratio"]),
-        text_mlp=int(text["width"] * text["mlp_ratio"]), gelu=gelus.pop(),
-        image_pooling="mean" if image.get("pool_type") == "avg" else "class",
+        text_mlp=int(text["width"] * text["mlp_ratio"]), gelu=gelu,
+        image_pooling="mean" if image["pool_type"] == "avg" else "class",
         logit_bias=bias is not None, family="open_clip")
     preprocess = {
-        "filter": "bilinear" if pictures.get("interpolation") == "bilinear" else "bicubic",
-        "fit": FITS[pictures.get("resize_mode") or "shortest"],
-        **{key: list(pictures.get(key) or OPENAI_PREPROCESS[key]) for key in ("mean", "std")}}
+        "filter": "bilinear" if found["interpolation"] == "bilinear" else "bicubic",
+        "fit": FITS[found["resize_mode"]],
+        **{key: found.get(key) or OPENAI_PREPROCESS[key] for key in ("mean", "std")}}
     config = {"embed_dim": dims.embed_dim, "vision_cfg": image, "text_cfg": text,
               "quick_gelu": quick, "init_logit_bias": bias}
     return Model(name, dims, preprocess, folder, config)
@@ -218,28 +248,35 @@ def open_clip_names(state_dict: StateDict) -> StateDict:
             for name, value in state_dict.items()}
 
 
-def open_clip_model(model: Model) -> Optional[nn.Module]:
-    if importlib.util.find_spec("open_clip") is None:
-        return None
+def open_clip_model(model: Model) -> nn.Module:
     from open_clip.model import CLIP
 
     return CLIP(**model.config)
 
 
-# CLIP of transformers: config.json
+# CLIP and SigLIP of transformers: config.json
 
-OF_IMAGE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-            "num_attention_heads": 12, "image_size": 224, "patch_size": 32}  # where left out
-OF_TEXT = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
-           "num_attention_heads": 8, "max_position_embeddings": 77, "vocab_size": 49408}
-TO_OPEN_CLIP = {"hidden_size": "width", "num_hidden_layers": "layers",
-                "num_attention_heads": "heads", "max_position_embeddings": "context_length"}
-ACTIVATIONS = {"quick_gelu": None, "gelu": None, "gelu_new": {"approximate": "tanh"},
-               "gelu_pytorch_tanh": {"approximate": "tanh"}}
-UNDERSTOOD = {"hidden_act": (*ACTIVATIONS,), "layer_norm_eps": (1e-5,), "num_channels": (3,),
-              "eos_token_id": (2, 49407)}
-FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+GELUS = {"quick_gelu": "quick", "gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "num_channels": (3,)}
+OF_CLIP = BASE | {"hidden_act": (*GELUS,), "layer_norm_eps": (1e-5,)}
+OF_SIGLIP = BASE | {"hidden_act": ("gelu_pytorch_tanh",), "layer_norm_eps": (1e-6,)}
+CONFIG = {
+    "clip": {
+        "vision_config": OF_CLIP | {"image_size": 224, "patch_size": 32},
+        "text_config": OF_CLIP | {
+            "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8,
+            "max_position_embeddings": 77, "vocab_size": (49408,), "eos_token_id": (2, 49407)}},
+    "siglip": {
+        "vision_config": OF_SIGLIP | {"image_size": 224, "patch_size": 16,
+                                      "vision_use_head": (True,)},
+        "text_config": OF_SIGLIP | {"max_position_embeddings": 64, "vocab_size": 32000}},
+}
+FILTERS = {3: "bicubic", 2: "bilinear"}  # Pillow's numbers
+PROCESSOR = {"resample": (*FILTERS,), "rescale_factor": (1 / 255,),
+             **dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), (True,))}
 RENAMED = {  # parts of tensors' names -> OpenAI's
+    "text_model.head.weight": "text_projection", "text_model.head.bias": "text_projection_bias",
     "vision_model.": "visual.", "text_model.": "", "embeddings.": "",
     "encoder.layers": "transformer.resblocks", "self_attn": "attn", "layer_norm1": "ln_1",
     "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
@@ -247,132 +284,93 @@ RENAMED = {  # parts of tensors' names -> OpenAI's
     "pre_layrnorm": "ln_pre", "post_layernorm": "ln_post", "final_layer_norm": "ln_final",
     "visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection",
 }
+TURNED = "visual.proj", "text_projection"  # multiply from the right
 
 
-def read_clip(name: str, config: dict[str, Any], folder: Path) -> Model:
-    """As open_clip's config of the same model."""
-    towers, acts = [], []
-    for part, defaults in ("vision_config", OF_IMAGE), ("text_config", OF_TEXT):
-        theirs = {"hidden_act": "quick_gelu", **defaults, **config.get(part, {}),
-                  **(config.get(f"{part}_dict") or {})}  # of older files, where it counts
-        acts.append(theirs["hidden_act"])
-        for key, known in UNDERSTOOD.items():
-            if theirs.get(key, known[0]) not in known or acts[-1] != acts[0]:
-                raise unknown(name, f"{part}.{key}", theirs[key])
-        towers.append({TO_OPEN_CLIP.get(key, key): theirs[key] for key in defaults})
-        inner = towers[-1].pop("intermediate_size") + 0.5  # of what is rounded down
-        towers[-1] |= {"mlp_ratio": inner / theirs["hidden_size"],
-                       "act_kwargs": ACTIVATIONS[acts[0]]}
-    image, text = towers
-    image["head_width"] = image["width"] // image.pop("heads")
-    ours = {"embed_dim": config.get("projection_dim", 512), "vision_cfg": image, "text_cfg": text,
-            "quick_gelu": acts[0] == "quick_gelu"}
-    pictures = transformers_preprocess(name, folder, image["image_size"])
-    model = read_open_clip(name, {"model_cfg": ours, "preprocess_cfg": pictures}, folder)
-    return replace(model, dimensions=replace(model.dimensions, family="clip"))
+def read_transformers(name: str, config: dict[str, Any], folder: Path) -> Model:
+    family = config["model_type"]
+    image, text = (
+        filled(name, f"{part}.", (config.get(part) or {}) | (config.get(f"{part}_dict") or {}),
+               known)  # _dict: of older files, where it counts
+        for part, known in CONFIG[family].items())
+    is_siglip = family == "siglip"
+    embed_dim = image["hidden_size"] if is_siglip else config.get("projection_dim", 512)
+    if image["hidden_act"] != text["hidden_act"]:
+        raise unknown(name, "text_config.hidden_act", text["hidden_act"])
+    if is_siglip and (wide := text.get("projection_size") or text["hidden_size"]) != embed_dim:
+        raise unknown(name, "text_config.projection_size", wide)
+    dims = Dimensions(
+        embed_dim, image["image_size"], image["patch_size"], image["hidden_size"],
+        image["num_hidden_layers"], text["max_position_embeddings"], text["vocab_size"],
+        text["hidden_size"], text["num_hidden_layers"],
+        image_head_dim=image["hidden_size"] // image["num_attention_heads"],
+        text_head_dim=text["hidden_size"] // text["num_attention_heads"],
+        image_mlp=image["intermediate_size"], text_mlp=text["intermediate_size"],
+        gelu=GELUS[image["hidden_act"]], image_pooling="probe" if is_siglip else "class",
+        logit_bias=is_siglip, family=family)
+    return Model(name, dims, read_processor(name, folder, dims), folder, config)
 
 
-def transformers_preprocess(name: str, folder: Path, side: int) -> dict[str, Any]:
-    """As open_clip has it, of an image processor's config; OpenAI's where there is none."""
-    found = (load_json(folder / "preprocessor_config.json")
+def read_processor(name: str, folder: Path, dims: Dimensions) -> dict[str, Any]:
+    """Arguments of `resize.Preprocess` by an image processor's config, or its class's defaults."""
+    given = (load_json(folder / "preprocessor_config.json")
              or load_json(folder / "processor_config.json").get("image_processor", {}))
-    square, size, crop = {"height": side, "width": side}, found.get("size"), found.get("crop_size")
-    cropped = size in (None, side, {"shortest_edge": side}) and crop in (None, side, square)
-    if size != square and not (cropped and found.get("do_center_crop", True)):
+    found, side = filled(name, "preprocessor's ", given, PROCESSOR), dims.image_resolution
+    square, half = {"height": side, "width": side}, [0.5, 0.5, 0.5]
+    size, crops, default = ((square, False, {"mean": half, "std": half}) if dims.is_siglip else
+                            (side, True, OPENAI_PREPROCESS))
+    size, crop = found.get("size") or size, found.get("crop_size")
+    cropped = size in (side, {"shortest_edge": side}) and crop in (None, side, square)
+    if size != square and not (cropped and found.get("do_center_crop", crops)):
         raise unknown(name, "preprocessor's size", [size, crop])
-    if (resample := found.get("resample", 3)) not in FILTERS:
-        raise unknown(name, "preprocessor's resample", resample)
-    return {"mean": found.get("image_mean"), "std": found.get("image_std"),
-            "interpolation": FILTERS[resample],
-            "resize_mode": "squash" if size == square else "shortest"}
+    return {"filter": FILTERS[found["resample"]], "fit": "squash" if size == square else "crop",
+            **{each: found.get(f"image_{each}") or default[each] for each in ("mean", "std")}}
 
 
-def clip_names(state_dict: StateDict) -> StateDict:
+def openai_part(name: str) -> tuple[str, Optional[int]]:
+    """OpenAI's name of a tensor of transformers', and which third of that tensor it is."""
+    name = renamed(name, RENAMED)
+    third = re.search(r"\.([qkv])_proj\.", name)
+    return (name.replace(third[0], ".in_proj_"), "qkv".index(third[1])) if third else (name, None)
+
+
+def transformers_names(state_dict: StateDict) -> StateDict:
     """With query, key and value in one, and projections from the right."""
-    from clip_ttrt.encoders import openai_name
-
-    found = {openai_name(name, RENAMED): value for name, value in state_dict.items()}
-    for name in [name for name in found if ".q_proj." in name]:
-        parts = [name.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
-        if found.keys() >= {*parts}:
-            joined = torch.cat([found.pop(part) for part in parts])
-            found[name.replace(".q_proj.", ".in_proj_")] = joined
-    return {name: value.T if name in ("visual.proj", "text_projection") else value
-            for name, value in found.items()}
+    found = defaultdict(dict)
+    for name, value in state_dict.items():
+        name, third = openai_part(name)
+        found[name][third] = value.T if name in TURNED else value
+    return {name: parts[None] if None in parts else torch.cat([parts[i] for i in sorted(parts)])
+            for name, parts in found.items()}
 
 
-# SigLIP of transformers: config.json
+def to_transformers_names(own: nn.Module, state_dict: dict[str, Tensor], *_: Any) -> None:
+    """The inverse, in place, for transformers' own model."""
+    ours = {**state_dict}
+    state_dict.clear()
+    for name, like in own.state_dict().items():
+        known, third = openai_part(name)
+        value = ours[known].T if known in TURNED else ours[known]
+        value = value if third is None else value.chunk(3)[third]
+        state_dict[name] = value.reshape(like.shape)  # of scalars, some have [1]
 
 
-def read_siglip(name: str, config: dict[str, Any], folder: Path) -> Model:
-    from clip_ttrt import siglip
-
-    dims = siglip.dimensions_from(config)
-    found = (load_json(folder / "preprocessor_config.json")
-             or load_json(folder / "processor_config.json").get("image_processor", {}))
-    model = Model(name, dims, siglip.preprocess_from(found, dims.image_resolution), folder, config)
-    model.tokenizer()  # whose files may be missing
-    return model
-
-
-def siglip_encoder(model: Model, name: str, state_dict: StateDict, *called: SimpleNamespace
-                   ) -> nn.Module:
-    from clip_ttrt import siglip
-
-    return siglip.ENCODERS[name](state_dict, *called, dims=model.dimensions)
-
-
-def siglip_blank(model: Model) -> nn.Module:
-    from clip_ttrt import siglip
-
-    return siglip.Blank(model.dimensions)
-
-
-def siglip_model(model: Model) -> Optional[nn.Module]:
+def transformers_model(model: Model) -> nn.Module:
     """transformers' own, with an interface as `clip` has it."""
-    if importlib.util.find_spec("transformers") is None:
-        return None
-    from transformers import SiglipConfig, SiglipModel
+    from transformers import AutoConfig, AutoModel
 
-    own = SiglipModel(SiglipConfig(**model.config))
-    for name in ("logit_scale", "logit_bias"):
-        setattr(own, name, nn.Parameter(torch.empty(())))
-    own.encode_image = lambda images: own.get_image_features(images).pooler_output
-    own.encode_text = lambda tokens: own.get_text_features(tokens).pooler_output
+    def encode(kind: str, x: Tensor) -> Tensor:
+        found = getattr(own, f"get_{kind}_features")(x)
+        return getattr(found, "pooler_output", found)  # as of transformers 5
 
-    def number(module: nn.Module, _: Any) -> None:  # positions, which no state dict has
-        for part in (module.vision_model.embeddings, module.text_model.embeddings):
-            count = len(part.position_embedding.weight)
-            part.position_ids = torch.arange(count, device=part.position_ids.device)[None]
-
-    own.register_load_state_dict_post_hook(number)
+    own = AutoModel.from_config(AutoConfig.for_model(**model.config)).float()
+    for kind in ("image", "text"):
+        setattr(own, f"encode_{kind}", functools.partial(encode, kind))
+    own.register_load_state_dict_pre_hook(to_transformers_names)
     return own
 
 
-def siglip_tokenizer(model: Model) -> Callable[..., Tensor]:
-    from clip_ttrt import tokenizers
-
-    return tokenizers.read(model.folder, model.dimensions.context_length)
-
-
 # The table
-
-
-class Blank(nn.Module):
-    """Our own encoders as one model, with PyTorch's initialisation; state_dict: OpenAI's naming."""
-
-    def __init__(self, model: Model):
-        from clip_ttrt import encoders
-
-        super().__init__()
-        dims = model.dimensions
-        self.image, self.text = encoders.ImageEncoder(dims), encoders.TextEncoder(dims)
-        scalars = {"logit_scale": torch.tensor(2.6593), "logit_bias": torch.tensor(-10.0)}
-        self.scalars = nn.ParameterDict([*scalars.items()][:1 + dims.logit_bias])
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {**self.image.in_openai_naming(), **self.text.in_openai_naming(),
-                **self.scalars.state_dict()}
 
 
 def openai_model(model: Model) -> nn.Module:
@@ -386,39 +384,26 @@ def openai_model(model: Model) -> nn.Module:
                 dims.text_heads, dims.text_layers)
 
 
-def openai_encoder(model: Model, name: str, state_dict: StateDict, *called: SimpleNamespace
-                   ) -> nn.Module:
-    from clip_ttrt.encoders import ENCODERS
-
-    return ENCODERS[name](state_dict, *called, dims=model.dimensions)
-
-
-def openai_tokenizer(model: Model) -> Callable[..., Tensor]:
-    length = model.dimensions.context_length
-    return lambda texts, truncate=False: deprecations.clip().tokenize(texts, length, truncate).int()
-
-
 @dataclass(frozen=True)
 class Family:
-    """A row of the table, where what is left out is OpenCLIP's."""
+    """A row of the table."""
 
-    read: Optional[Callable[[str, dict, Path], Model]]  # a name, its config and folder
-    names: Callable[[StateDict], StateDict] = dict  # its names of tensors -> those of `blank`
+    package: str  # which has `original`, and need not be installed
+    original: Callable[[Model], nn.Module]
+    read: Optional[Callable[[str, dict, Path], Model]] = None  # a name, its config and folder
+    names: Callable[[StateDict], StateDict] = dict  # its names of tensors -> OpenAI's
     weights: tuple[str, ...] = ()  # files in a folder, the best first
-    blank: Callable[[Model], nn.Module] = Blank  # with the tensors that a checkpoint has
-    original: Callable[[Model], Optional[nn.Module]] = open_clip_model  # None: not installed
-    encoder: Callable[..., nn.Module] = openai_encoder
-    tokenizer: Callable[[Model], Callable[..., Tensor]] = openai_tokenizer
-    files: tuple[str, ...] = ()  # of the tokenizer, of which an artifact gets copies
+    tokenizer: tuple[str, ...] = ()  # files, of which an artifact gets copies; (): OpenAI's
 
 
-OF_TRANSFORMERS = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+OF_TRANSFORMERS = (
+    "transformers", transformers_model, read_transformers, transformers_names,
+    ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"))
 FAMILIES = {  # those of transformers under the model_type of their config.json
-    "openai": Family(None, blank=openai_model, original=openai_model),
-    "open_clip": Family(read_open_clip, open_clip_names, (
+    "openai": Family("clip", openai_model),
+    "open_clip": Family("open_clip", open_clip_model, read_open_clip, open_clip_names, (
         "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
         "open_clip_pytorch_model.bin")),
-    "clip": Family(read_clip, clip_names, OF_TRANSFORMERS),
-    "siglip": Family(read_siglip, dict, OF_TRANSFORMERS, siglip_blank, siglip_model, siglip_encoder,
-                     siglip_tokenizer, ("tokenizer_config.json", "spiece.model", "tokenizer.json")),
+    "clip": Family(*OF_TRANSFORMERS),
+    "siglip": Family(*OF_TRANSFORMERS, ("tokenizer_config.json", "spiece.model", "tokenizer.json")),
 }

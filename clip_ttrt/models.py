@@ -27,7 +27,8 @@ class Dimensions:
     image_mlp: int = 0  # width inside a block's MLP; 0: four times the encoder's
     text_mlp: int = 0
     gelu: str = "quick"  # of the MLPs, as `ops.gelu` approximates it
-    image_pooling: str = "class"  # token; or mean: of the patches, behind the last norm
+    image_pooling: str = "class"  # token; mean: of the patches, behind the last norm; or probe:
+    # SigLIP's, whose encoders differ in more
     logit_bias: bool = False  # whether the model has one
     family: str = "openai"  # of `families.FAMILIES`
 
@@ -43,6 +44,10 @@ class Dimensions:
         return isinstance(self.image_layers, tuple)
 
     @property
+    def is_siglip(self) -> bool:
+        return self.image_pooling == "probe"
+
+    @property
     def image_heads(self) -> int:
         return self.image_width * (RESNET_STRIDE if self.is_resnet else 1) // self.image_head_dim
 
@@ -52,7 +57,8 @@ class Dimensions:
 
     @property
     def image_tokens(self) -> int:
-        return (self.image_resolution // self.patch_size) ** 2 + 1  # and the class token or mean
+        """Whole patches, and a class token or mean."""
+        return (self.image_resolution // self.patch_size) ** 2 + (not self.is_siglip)
 
 
 MODELS = {
@@ -67,13 +73,6 @@ MODELS = {
     "RN50x16": Dimensions(768, 384, RESNET_STRIDE, 96, (6, 8, 18, 8), 77, 49408, 768, 12),
     "RN50x64": Dimensions(1024, 448, RESNET_STRIDE, 128, (3, 15, 36, 10), 77, 49408, 1024, 12),
 }
-
-
-def dimensions_of(name: str) -> Dimensions:
-    """The dimensions of a model in the table; UserError, which lists the names, for any other."""
-    if name in MODELS:
-        return MODELS[name]
-    raise UserError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
 
 
 def dimensions_from(state_dict) -> Dimensions:

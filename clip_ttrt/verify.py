@@ -155,10 +155,9 @@ def compare(artifact: Artifact, checkpoint: Checkpoint, inputs: Optional[tuple] 
             found[name] = errors(*features[name])
             batches[name] = {str(size): errors(encode(x[:size]), reference[:size])["cos_min"]
                              for size in sizes}
-    original = checkpoint.model.original()
+    package = type(checkpoint.model.original()).__module__.partition(".")[0]
     report = {"inputs": about, "weights": checkpoint.origin.describe(),
-              "reference": type(original or model).__module__.partition(".")[0],  # clip_ttrt: ours
-              "errors": found, "batches": batches}
+              "reference": package, "errors": found, "batches": batches}
     if len(artifact.encoders) == 2:
         scale = checkpoint.state_dict["logit_scale"].exp().item()
         compiled, reference = (

@@ -9,3 +9,6 @@ OF_88 = Dimensions(64, 64, 16, 176, 2, 8, 100, 128, 2, 88, image_mlp=768, text_m
                    gelu="none", image_pooling="mean", family="open_clip")
 OF_104 = Dimensions(64, 64, 16, 208, 2, 8, 100, 160, 2, 104, 80, image_mlp=1024, text_mlp=640,
                     gelu="tanh", image_pooling="mean", logit_bias=True, family="open_clip")
+# SigLIP's, with heads as of SO400M.
+OF_SIGLIP = Dimensions(144, 64, 14, 144, 2, 8, 100, 128, 2, 72, gelu="tanh", image_pooling="probe",
+                       logit_bias=True, family="siglip")

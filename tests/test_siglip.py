@@ -2,6 +2,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import clip_ttrt
-from clip_ttrt import graph, ops, pictures, siglip, tokenizers, trt
-from clip_ttrt.encoders import DIFFERENTIABLE, INFERENCE
+from clip_ttrt import families, graph, ops, pictures, tokenizers, trt
+from clip_ttrt.checkpoint import load_checkpoint, original_with_weights
+from clip_ttrt.encoders import DIFFERENTIABLE, ENCODERS, INFERENCE
 from clip_ttrt.engine import in_precision
 from clip_ttrt.errors import UserError
 from clip_ttrt.guard import trace
@@ -66,15 +68,27 @@ def original(request):
     return config, model.state_dict(), inputs, expected
 
 
+def dimensions_from(config):
+    return families.read_transformers("small", config, Path("nowhere")).dimensions
+
+
+def preprocess_from(folder, written):
+    (folder / "preprocessor_config.json").write_text(json.dumps(written))
+    config = config_of(64)
+    config["vision_config"]["image_size"] = 56
+    return families.read_transformers("small", config, folder).preprocess
+
+
 def build(encoder, config, state_dict, called=INFERENCE):
-    return siglip.ENCODERS[encoder](state_dict, called, siglip.dimensions_from(config))
+    return ENCODERS[encoder](
+        families.transformers_names(state_dict), called, dimensions_from(config))
 
 
 def relative_error(actual, expected):
     return ((actual - expected).abs().amax(dim=1) / expected.norm(dim=1)).max().item()
 
 
-@pytest.mark.parametrize("encoder", siglip.ENCODERS)
+@pytest.mark.parametrize("encoder", ENCODERS)
 def test_features_equal_the_original_model_s(original, encoder):
     config, state_dict, inputs, expected = original
     x, expected = inputs[encoder], expected[encoder]
@@ -120,10 +134,29 @@ def test_files_of_save_pretrained_are_read_without_transformers(original, tmp_pa
     written = json.loads((tmp_path / "config.json").read_text())
     tensors = load_file(tmp_path / "model.safetensors")
     assert {"logit_scale", "logit_bias"} < tensors.keys()
-    assert siglip.dimensions_from(written) == siglip.dimensions_from(config)
-    for encoder in siglip.ENCODERS:
+    assert dimensions_from(written) == dimensions_from(config)
+    for encoder in ENCODERS:
         actual = build(encoder, written, tensors)(inputs[encoder])
         assert relative_error(actual, expected[encoder]) < TOLERANCE
+
+
+def test_random_weights_are_the_same_in_the_original_model(monkeypatch):
+    model = families.read_transformers("small", config_of(72), Path("nowhere"))
+    monkeypatch.setattr(families, "find", lambda name: model)
+    checkpoint = load_checkpoint("small", "random")
+    assert all(tensor.all() for tensor in checkpoint.state_dict.values())
+    original = original_with_weights(checkpoint, "cpu")
+    assert isinstance(original, transformers.SiglipModel)
+    x = {"image": torch.randn(3, 3, 60, 60), "text": torch.randint(0, 100, (3, 16))}
+    for name, rows in x.items():
+        expected = getattr(original, f"encode_{name}")(rows)
+        actual = model.encoder(name, checkpoint.state_dict)(rows)
+        assert relative_error(actual, expected) < TOLERANCE
+    assert original.logit_bias == checkpoint.state_dict["logit_bias"] != 0
+    monkeypatch.setitem(sys.modules, "transformers", None)  # where it is not installed: ours
+    ours = original_with_weights(checkpoint, "cpu")
+    assert relative_error(ours.encode_image(x["image"]), original.encode_image(x["image"])) < (
+        TOLERANCE)
 
 
 SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
@@ -148,10 +181,10 @@ PUBLISHED = {  # as their config.json have it
 def test_a_published_model_s_config_and_tensors_fit_its_encoders(name):
     config = {"model_type": "siglip", **PUBLISHED[name]}
     whole = transformers.SiglipConfig(**PUBLISHED[name])
-    assert siglip.dimensions_from(config) == siglip.dimensions_from(whole.to_dict())
+    assert dimensions_from(config) == dimensions_from(whole.to_dict())
     with torch.device("meta"):
         state_dict = transformers.SiglipModel(whole).state_dict()
-        image, text = (build(encoder, config, state_dict) for encoder in siglip.ENCODERS)
+        image, text = (build(encoder, config, state_dict) for encoder in ENCODERS)
     used = sum(value.numel() for one in (image, text) for value in one.parameters())
     head = state_dict["vision_model.head.attention.in_proj_bias"].numel() // 3
     left = 2 * head ** 2 + 4 * head - whole.vision_config.num_attention_heads * head
@@ -159,25 +192,26 @@ def test_a_published_model_s_config_and_tensors_fit_its_encoders(name):
 
 
 @pytest.mark.parametrize("part, setting, words", [
-    ("", {"model_type": "siglip2"}, "model_type 'siglip2' .* 'siglip'"),
-    ("", {"model_type": None}, "model_type None"),
-    ("vision_config", {"vision_use_head": False}, "vision_use_head False .* True"),
-    ("vision_config", {"hidden_act": "gelu"}, "hidden_act 'gelu' .* 'gelu_pytorch_tanh'"),
-    ("text_config", {"hidden_act": "quick_gelu"}, "hidden_act"),
-    ("text_config", {"layer_norm_eps": 1e-5}, "layer_norm_eps 1e-05 .* 1e-06"),
-    ("vision_config", {"num_channels": 1}, "num_channels 1 .* 3"),
-    ("text_config", {"projection_size": 512}, "projection_size 512 .* 128"),
-    ("text_config", {"projection_size": None}, "projection_size 192 .* 128"),
+    ("", {"model_type": "siglip2"}, "model_type is 'siglip2', where clip and siglip are known, of"),
+    ("", {"model_type": None}, "model_type is None"),
+    ("vision_config", {"vision_use_head": False}, "vision_config.vision_use_head is False"),
+    ("vision_config", {"hidden_act": "gelu"}, "vision_config.hidden_act is 'gelu'"),
+    ("text_config", {"hidden_act": "quick_gelu"}, "text_config.hidden_act is 'quick_gelu'"),
+    ("text_config", {"layer_norm_eps": 1e-5}, "text_config.layer_norm_eps is 1e-05"),
+    ("vision_config", {"num_channels": 1}, "vision_config.num_channels is 1"),
+    ("text_config", {"projection_size": 512}, "text_config.projection_size is 512"),
+    ("text_config", {"projection_size": None}, "text_config.projection_size is 192"),
 ])
-def test_what_is_not_served_is_refused_in_a_sentence(part, setting, words):
+def test_what_is_not_served_is_refused_in_a_sentence(part, setting, words, tmp_path):
     config = config_of(64)
     (config[part] if part else config).update(setting)
-    with pytest.raises(UserError, match=words) as caught:
-        siglip.dimensions_from(config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"{tmp_path} is not supported: its {words}") as caught:
+        families.find(str(tmp_path))
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("encoder", siglip.ENCODERS)
+@pytest.mark.parametrize("encoder", ENCODERS)
 def test_an_encoder_becomes_one_graph_for_any_batch(original, encoder):
     config, state_dict, inputs, expected = original
     x, expected = inputs[encoder], expected[encoder]
@@ -185,7 +219,7 @@ def test_an_encoder_becomes_one_graph_for_any_batch(original, encoder):
     graph.run(module, [graph.lower])
     called = {node.target for node in module.graph.nodes if node.op == "call_function"}
     assert called <= set(ops.REFERENCES) and (ops.attention_probe in called) is (encoder == "image")
-    dims = siglip.dimensions_from(config)
+    dims = dimensions_from(config)
     heads_fit = dims.text_head_dim == HEAD_DIM
     passes = [each for each in graph.FUSE[encoder] if each is not graph.fuse_image_embedding
               and (heads_fit or each is not graph.fuse_attention)]
@@ -201,7 +235,7 @@ def test_an_encoder_becomes_one_graph_for_any_batch(original, encoder):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision, bound", [("fp32", 1e-4), ("fp16", 1e-2)])
-@pytest.mark.parametrize("encoder", siglip.ENCODERS)
+@pytest.mark.parametrize("encoder", ENCODERS)
 def test_an_engine_s_features_equal_the_original_model_s(original, encoder, precision, bound):
     config, state_dict, inputs, expected = original
     x = inputs[encoder]
@@ -228,8 +262,7 @@ def test_a_folder_is_compiled_verified_and_loaded(vocabulary, head_dim, resample
     with pytest.raises(UserError, match="tokenizer_config.json"):
         clip_ttrt.compile(**options)
     tokenizer = tokenizers.read(request.getfixturevalue(vocabulary), 16)
-    for path in tokenizer.files:
-        shutil.copy(path, folder)
+    shutil.copytree(request.getfixturevalue(vocabulary), folder, dirs_exist_ok=True)
     artifact = clip_ttrt.compile(**options)
     assert artifact.verified
     assert artifact.manifest["verification"]["reference"] == "transformers"
@@ -258,7 +291,7 @@ def test_preprocess_equals_transformers_with_pillow(resample, filter, tmp_path):
         image_std=[0.5] * 3)
     own.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "preprocessor_config.json").read_text())
-    arguments = siglip.preprocess_from(written, 56)
+    arguments = preprocess_from(tmp_path, written)
     assert arguments == {"fit": "squash", "filter": filter, "mean": [0.5] * 3, "std": [0.5] * 3}
     preprocess = Preprocess(56, "cpu", **arguments)
     pictures = [Image.fromarray(noise(*size)) for size in SIZES]
@@ -269,15 +302,15 @@ def test_preprocess_equals_transformers_with_pillow(resample, filter, tmp_path):
         assert (actual - expected).abs().max() <= 2 ** -23, picture  # a rounding of 1
         levels = (actual - expected) * 127.5
         assert levels.round().eq(0).all()
-    defaults = siglip.preprocess_from({"size": {"height": 56, "width": 56}}, 56)
+    defaults = preprocess_from(tmp_path, {"size": {"height": 56, "width": 56}})
     assert defaults == arguments | {"filter": "bicubic"}
 
 
 @pytest.mark.parametrize("setting, words", [
-    ({"resample": 1}, "resample 1 .* 2 or 3"), ({"do_resize": False}, "do_resize False .* True"),
-    ({"rescale_factor": 1}, "rescale_factor"), ({"size": {"shortest_edge": 56}}, "size .*'height'"),
+    ({"resample": 1}, "resample is 1"), ({"do_resize": False}, "do_resize is False"),
+    ({"rescale_factor": 1}, "rescale_factor"), ({"size": {"shortest_edge": 56}}, "size is"),
     ({"size": {"height": 60, "width": 56}}, "size"),
 ])
-def test_a_preprocess_that_is_not_served_is_refused(setting, words):
-    with pytest.raises(UserError, match=words):
-        siglip.preprocess_from(setting, 56)
+def test_a_preprocess_that_is_not_served_is_refused(setting, words, tmp_path):
+    with pytest.raises(UserError, match=f"its preprocessor's {words}"):
+        preprocess_from(tmp_path, setting)

@@ -161,7 +161,8 @@ def test_a_bottleneck(channels, stride, precision):
 def test_blocks(passes, blocks, width, std, level, tokens, causal, batch):
     """Everything that blocks are fused to, biases included."""
     torch.manual_seed(0)
-    module = nn.Sequential(*(Block(width, width // 64, causal, INFERENCE) for _ in range(blocks)))
+    block = width, width // 64, 4 * width, "quick", causal, INFERENCE
+    module = nn.Sequential(*(Block(*block) for _ in range(blocks)))
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=std if parameter.dim() > 1 else 0.5)
     module.append(nn.LayerNorm(width))  # so that every addition has one behind it

@@ -9,12 +9,11 @@ from torch import nn
 from clip_ttrt import graph, ops, stack, trt
 from clip_ttrt.checkpoint import load_checkpoint
 from clip_ttrt.engine import DTYPES
-from clip_ttrt.encoders import ENCODERS, INFERENCE
+from clip_ttrt.encoders import ENCODERS, INFERENCE, ImageEncoder, PoolingHead, TextEncoder
 from clip_ttrt.guard import lengths_of
 from clip_ttrt.models import MODELS, Dimensions
 from clip_ttrt.options import BatchRange
 from clip_ttrt.resnet import AttentionPool
-from clip_ttrt.siglip import ImageEncoder, PoolingHead, TextEncoder
 import small
 from lowering import DYNAMIC, STATIC, One, construct, encoder_in, lowered
 
@@ -71,7 +70,7 @@ CONVERTED = {
     "average_pool": (of(lambda x: nn.functional.avg_pool2d(x, 2)), (8, 6, 6)),
     "mean_of_patches": (of(ops.mean_of_patches), (5, 64)),
     "attention_pool": (AttentionPool(128, 5, 32, INFERENCE), (128, 2, 2)),
-    "attention_probe": (PoolingHead(144, 2, 200, INFERENCE), (5, 144)),
+    "attention_probe": (PoolingHead(144, 2, 200, INFERENCE).fold(), (5, 144)),
     "extract_whole_patches": (of(lambda x: ops.extract_patches(x, 4)), (3, 18, 18)),
 }
 PLUGINS = {ops.fused_attention, ops.fused_linear, ops.fused_quantized_linear, ops.fused_layer_norm,
@@ -301,6 +300,7 @@ def of_siglip(request):
             nn.init.normal_(value, std=1.5 * value.shape[1] ** -0.5)
         else:
             nn.init.normal_(value, mean=float("norm" in name and "weight" in name), std=0.1)
+    encoder.load(encoder.in_openai_naming())  # which folds
     inputs = (torch.randn(4, 3, 60, 60) if kind is ImageEncoder else
               torch.randint(0, 100, (4, 16), dtype=torch.int32))
     return encoder, inputs, precision
