@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-KEYS = {"Enter": (13, "\r"), "Tab": (9, ""), "Escape": (27, ""), "ArrowRight": (39, ""),
-        "ArrowDown": (40, ""), "/": (191, "/")}
+KEYS = {"Enter": (13, "\r"), "Tab": (9, ""), "Escape": (27, ""), "ArrowLeft": (37, ""),
+        "ArrowRight": (39, ""), "ArrowDown": (40, ""), "/": (191, "/")}
 
 
 class Browser:

@@ -114,7 +114,8 @@ class Library:
                 if len(groups) == top or len(pool) < size:
                     break
                 size *= 8  # one long video can fill a pool
-            deviation, mean = map(float, torch.std_mean(sample, correction=0))
+            mean = float(sample.mean()) if len(sample) else 0.0
+            deviation = float((sample - mean).square().mean().sqrt()) if len(sample) else 0.0
             results = [self.describe(wanted, pool[group], scores[group], mean, deviation or 1,
                                      details) | {"below": 1 - (group[0] + 1) / len(self.items)}
                        for group in groups]
