@@ -90,9 +90,8 @@ class Browser:
         for kind in ("mousePressed", "mouseReleased"):
             self("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
-    def screenshot(self, path):
-        shot = self("Page.captureScreenshot", format="png")
-        path.write_bytes(base64.b64decode(shot["data"]))
+    def screenshot(self):
+        return base64.b64decode(self("Page.captureScreenshot", format="png")["data"])
 
     def close(self):
         os.close(self.write)

@@ -75,7 +75,10 @@ class Server(ThreadingHTTPServer):
                   for weight, some in ((1.0, more), (LESS, less)) for each in some]
         if not terms:
             raise UserError("nothing is asked for; write a text or drop a picture")
-        return self.library.query(terms, min(max(1, top), 500), details=True)
+        found = self.library.query(terms, min(max(1, top), 500) + len(less), details=True)
+        found["results"] = [each for each in found["results"] if not {
+            each["id"], *(one["id"] for one in each["similar"])}.intersection(less)][:top]
+        return found
 
 
 class Handler(BaseHTTPRequestHandler):
