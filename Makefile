@@ -32,8 +32,9 @@ $(ARTIFACT)/manifest.json: $(COMPILE_STAMP) $(KERNELS)
 	-@$(if $(GPU),$(BIN)/python -m clip_ttrt.build_kernels --if-possible)
 	$(BIN)/python -m clip_ttrt.compile --precision fp16 --output $(ARTIFACT) --force
 
+# Two files of tests at a time, each on one core; where a GPU is, all would share it.
 test: $(TEST_STAMP)
-	$(BIN)/python -m pytest
+	$(if $(GPU),,OMP_NUM_THREADS=1) $(BIN)/python -m pytest $(if $(GPU),,-n 2 --dist loadfile)
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check

@@ -15,10 +15,11 @@ import torch
 from clip_ttrt import deprecations, kernels, stack, trt
 from clip_ttrt.checkpoint import Origin, sha256_of_file
 from clip_ttrt.errors import UserError
+from clip_ttrt.families import Model
 from clip_ttrt.models import Dimensions
 from clip_ttrt.options import BatchRange
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 SCALES = "scales.json"  # of fp8
 
@@ -33,6 +34,8 @@ class Artifact:
     def __post_init__(self):
         facts = self.manifest
         self.dimensions = Dimensions(**facts["dimensions"])
+        self.model = Model(facts["model"], self.dimensions, facts["preprocess"],
+                           folder=self.folder)  # with the tokenizer's files
         self.batch = BatchRange(**facts["batch"])
         self.origin = Origin(**facts["weights"])
         self.encoders = tuple(facts["modules"])
@@ -54,8 +57,9 @@ def read_artifact(folder: Union[str, Path]) -> Artifact:
         if manifest["format"] != FORMAT:
             raise ValueError(f"its format is {manifest['format']!r}, not {FORMAT}")
         _ = [(each["file"], each["sha256"], each["mib"]) for each in manifest["modules"].values()]
-        _ = [manifest[name] for name in ("model", "precision", "logit_scale", "backend", "asked",
-                                         "gpu", "versions", "kernels", "kernels_version")]
+        _ = [manifest[name] for name in (
+            "precision", "logit_scale", "logit_bias", "backend", "asked", "gpu", "versions",
+            "kernels", "kernels_version")]
         return Artifact(path.parent, manifest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise UserError(f"{path} is damaged ({problem!r}); compile again") from problem

@@ -10,21 +10,23 @@ from typing import Mapping, Optional
 import torch
 from safetensors.torch import load_file
 
-from clip_ttrt import demo, deprecations
+from clip_ttrt import demo, deprecations, families
 from clip_ttrt.demo import packing
 from clip_ttrt.errors import UserError
-from clip_ttrt.models import MODELS, Dimensions, dimensions_from, dimensions_of
+from clip_ttrt.families import Model
+from clip_ttrt.models import MODELS, Dimensions, dimensions_from
 
-# In OpenAI's archives; the last is what a ResNet's norms count while they are trained.
-NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "num_batches_tracked")
+# In OpenAI's archives; what a ResNet's norms count while they are trained; in transformers' files.
+NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "num_batches_tracked",
+              "position_ids")
 
 
 @dataclass(frozen=True)
 class Origin:
     """Where weights came from, enough to load the same ones again."""
 
-    kind: str  # demo, openai, random or file
-    sha256: str  # of the file; for random weights of the tensors
+    kind: str  # demo, openai, own (which came with the model), random or file
+    sha256: str  # of the file, of several of all their digests; for random weights of the tensors
     path: Optional[str] = None
     seed: Optional[int] = None
 
@@ -36,51 +38,66 @@ class Origin:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights of one model: fp32 CPU tensors in OpenAI's naming."""
+    """Weights of one model: fp32 CPU tensors in OpenAI's naming, or its family's `blank`'s."""
 
-    dimensions: Dimensions
+    model: Model
     state_dict: Mapping[str, torch.Tensor]
     origin: Origin
+
+    @property
+    def dimensions(self) -> Dimensions:
+        return self.model.dimensions
 
 
 def load_checkpoint(model: str, weights: Optional[str] = None, seed: int = 0,
                     trust: bool = False) -> Checkpoint:
-    """Load weights for a model of the table.
+    """Load weights for a model, by a name as `families.find` knows it.
 
-    weights: `demo`, `openai` (the defaults), `random` (by the seed), or a file: safetensors in
-    OpenAI's naming or one of OpenAI's archives.  trust: any pickle, whose code runs.
+    weights: `demo`, `openai`, `own` (the defaults), `random` (by the seed), or a file: safetensors
+    in the family's naming or one of OpenAI's archives.  trust: any pickle, whose code runs.
     Raises UserError for weights that are missing, broken, another model's, or not trusted.
     """
-    wanted = dimensions_of(model)
-    weights = weights or ("demo" if model == "demo" else "openai")
+    found = families.find(model)
+    wanted, family = found.dimensions, found.family
+    weights = weights or (
+        "demo" if model == "demo" else "openai" if wanted.family == "openai" else "own")
     if weights == "demo":
         tensors, sha256 = _read(demo.WEIGHTS, trust)
         state_dict = packing.unpack(tensors, MODELS["demo"].vocab_size)
         origin = Origin("demo", sha256)
     elif weights == "random":
-        state_dict, origin = _random(wanted, seed)
+        state_dict, origin = _random(found, seed)
     else:
-        path = _download(model) if weights == "openai" else Path(weights)
-        state_dict, sha256 = _read(path, trust)
-        origin = (Origin("openai", sha256) if weights == "openai" else
-                  Origin("file", sha256, path=str(path.resolve())))
+        paths = ([_download(model)] if weights == "openai" else
+                 found.weights() if weights == "own" else [Path(weights)])
+        parts, digests = zip(*(_read(path, trust) for path in paths))
+        state_dict = family.names({name: part[name] for part in parts for name in part})
+        sha256 = digests[0] if len(digests) == 1 else (
+            hashlib.sha256("".join(digests).encode()).hexdigest())
+        origin = (Origin(weights, sha256) if weights in ("openai", "own") else
+                  Origin("file", sha256, path=str(paths[0].resolve())))
     state_dict = {name: tensor.detach().float().cpu() for name, tensor in state_dict.items()
                   if not name.endswith(NO_WEIGHTS)}
+    for name in {"logit_scale", "logit_bias"} & {*state_dict}:
+        state_dict[name] = state_dict[name].reshape(())  # some have it as [1]
     with torch.device("meta"):
-        expected = original_model(wanted).state_dict()
+        expected = family.blank(found).state_dict()
     theirs, ours = ({f"{name} {list(tensor.shape)}" for name, tensor in tensors.items()
                      if not name.endswith(NO_WEIGHTS)}
                     for tensors in (state_dict, expected))
     what = f"these weights ({origin.path or origin.kind})"
     if theirs != ours:
-        found, missing, unknown = dimensions_from(state_dict), ours - theirs, theirs - ours
-        known = next((name for name, row in MODELS.items() if row == found), "no known model")
-        raise UserError(f"{what} are not a whole {model}: they have the dimensions of {known}, "
+        missing, unknown, known = ours - theirs, theirs - ours, ""
+        if wanted.family == "openai":
+            of = dimensions_from(state_dict)
+            known = next((name for name, row in MODELS.items() if row == of), "no known model")
+            known = f"they have the dimensions of {known}, "
+        raise UserError(f"{what} are not a whole {model}: {known}"
                         f"{len(missing)} missing ({', '.join(sorted(missing)[:3])}) and "
                         f"{len(unknown)} unknown tensors ({', '.join(sorted(unknown)[:3])})")
     if broken := [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]:
         raise UserError(f"{what} are not finite: {', '.join(broken[:3])}")
-    return Checkpoint(wanted, state_dict, origin)
+    return Checkpoint(found, state_dict, origin)
 
 
 def reload_checkpoint(model: str, origin: Origin, weights: Optional[str] = None,
@@ -94,24 +111,22 @@ def reload_checkpoint(model: str, origin: Origin, weights: Optional[str] = None,
     return checkpoint
 
 
-def original_model(dims: Dimensions) -> torch.nn.Module:
-    """The original `clip` package's model of these dimensions, with its own initialisation."""
-    deprecations.clip()
-    from clip.model import CLIP
-
-    return CLIP(dims.embed_dim, dims.image_resolution, dims.image_layers, dims.image_width,
-                dims.patch_size, dims.context_length, dims.vocab_size, dims.text_width,
-                dims.text_heads, dims.text_layers)
-
-
 def original_with_weights(checkpoint: Checkpoint, device: str) -> torch.nn.Module:
-    """The original model with a checkpoint's weights in fp32, for inference on a device."""
-    with torch.device("meta"):  # its initialisation takes seconds
-        model = original_model(checkpoint.dimensions)
+    """The family's own model with a checkpoint's weights in fp32, for inference on a device; where
+    there is none, our encoders in plain PyTorch with its interface."""
+    if (model := checkpoint.model.original()) is None:
+        from clip_ttrt.encoders import DIFFERENTIABLE
+
+        model = torch.nn.Module()
+        for name in ("image", "text"):
+            encoder = checkpoint.model.encoder(name, checkpoint.state_dict, DIFFERENTIABLE)
+            model.add_module(f"encode_{name}", encoder.to(device))
+        return model.eval()
     model.to_empty(device=device).load_state_dict(checkpoint.state_dict)
-    mask = model.build_attention_mask()  # no parameter: on the CPU, where the original leaves it
-    for block in model.transformer.resblocks:
-        block.attn_mask = mask
+    size = (checkpoint.dimensions.context_length,) * 2
+    for module in model.modules():
+        if getattr(module, "attn_mask", None) is not None:  # which is no weight
+            module.attn_mask = torch.full(size, float("-inf"), device=device).triu(1)
     return model.eval().requires_grad_(False)
 
 
@@ -133,14 +148,14 @@ def _download(model: str) -> Path:
                         ) from problem
 
 
-def _random(dims: Dimensions, seed: int) -> tuple[dict, Origin]:
+def _random(model: Model, seed: int) -> tuple[dict, Origin]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = original_model(dims)
-        _draw(model, dims)
-    state_dict, digest = model.state_dict(), hashlib.sha256()
+        blank = model.family.blank(model)
+        _draw(blank, model.dimensions)
+    state_dict, digest = blank.requires_grad_(False).state_dict(), hashlib.sha256()
     for tensor in state_dict.values():
-        digest.update(tensor.numpy())
+        digest.update(tensor.contiguous().numpy())
     return state_dict, Origin("random", digest.hexdigest(), seed=seed)
 
 
@@ -157,8 +172,10 @@ def _draw(model: torch.nn.Module, dims: Dimensions) -> None:
                 tensor.uniform_(0.5, 1.5)
             elif name == "running_var":
                 tensor.uniform_(0.5, 2)
-            elif name == "running_mean" or name.endswith("bias"):
+            elif name == "running_mean" or name.endswith("bias") and tensor.dim():
                 tensor.normal_(0, 0.1)
+            elif name in ("positions", "class_token"):  # of our encoders, which leave them empty
+                tensor.normal_(0, 0.5)
     if dims.is_resnet:
         for name, module in model.visual.named_modules():
             if isinstance(module, torch.nn.Conv2d):
@@ -171,7 +188,8 @@ def _draw(model: torch.nn.Module, dims: Dimensions) -> None:
 def _read(path: Path, trust: bool) -> tuple[dict, str]:
     """A state dict and its file's SHA-256; the code of a pickle that is trusted runs."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file; --weights takes demo, openai, random or a file")
+        raise UserError(f"{path}: no such file; --weights takes demo, openai, own, random or a file"
+                        )
     sha256, safe = sha256_of_file(path), path.suffix == ".safetensors"
     published = [url.split("/")[-2] for url in deprecations.clip()._MODELS.values()]
     if not safe and not trust and sha256 not in published:
@@ -186,6 +204,8 @@ def _read(path: Path, trust: bool) -> tuple[dict, str]:
         raise UserError(f"{path} cannot be read: {reason}") from problem
     if isinstance(content, torch.nn.Module):
         content = content.state_dict()
+    if isinstance(content, dict):
+        content = content.get("state_dict", content)  # of a training's checkpoint
     if not isinstance(content, dict) or not all(map(torch.is_tensor, content.values())):
         raise UserError(f"{path} holds no state dict of tensors")
     return content, sha256

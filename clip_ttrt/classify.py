@@ -2,7 +2,6 @@
 import sys
 from pathlib import Path
 
-from clip_ttrt import deprecations
 from clip_ttrt.demo import captions
 from clip_ttrt.errors import UserError
 from clip_ttrt.runtime import load
@@ -32,7 +31,7 @@ def classify(folder: Path, image: Path, labels: list[str], force: bool) -> int:
     with Image.open(image) as picture:
         pixels = preprocess(picture)
     try:
-        tokens = deprecations.clip().tokenize(labels)
+        tokens = model.tokenize(labels)
     except RuntimeError as problem:  # over 77 tokens
         raise UserError(str(problem)) from problem
     logits, _ = model(pixels[None], tokens)

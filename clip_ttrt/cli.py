@@ -252,7 +252,7 @@ def run_search_serve(library: str, artifact: Path, port: int) -> int:
 
 def show(report: dict[str, Any]) -> None:
     """Print the report of a verification."""
-    print(f"inputs: {report['inputs']}; {report['weights']}")
+    print(f"inputs: {report['inputs']}; {report['weights']}; reference: {report['reference']}")
     print(" " * 6, *(f"{key:>10}" for key in next(iter(report["errors"].values()))))
     for name, row in report["errors"].items():
         print(f"{name:6}", *(f"{value:10.{7 if key.startswith('cos') else 4}g}"

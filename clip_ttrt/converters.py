@@ -152,8 +152,11 @@ def convert_layer_norm(to, x, scale, shift, epsilon):
     return to.cast(to.named(layer), x.dtype, "back")
 
 
-@converter(ops.quick_gelu)
-def convert_quick_gelu(to, x):
+@converter(ops.gelu)
+def convert_gelu(to, x, approximate):
+    if approximate != "quick":
+        kind = {"none": "GELU_ERF", "tanh": "GELU_TANH"}[approximate]
+        return to.named(to.net.add_activation(x, getattr(trt.ActivationType, kind)))
     scaled = to.elementwise("PROD", x, to.beside(x, ops.QUICK_GELU_SLOPE, "slope"), "scaled")
     sigmoid = to.named(to.net.add_activation(scaled, trt.ActivationType.SIGMOID), "sigmoid")
     return to.elementwise("PROD", x, sigmoid)
@@ -168,19 +171,21 @@ def convert_embedding(to, weight, tokens):
 @converter(ops.attention)
 def convert_attention(to, qkv, heads, causal):
     """TensorRT's own attention where the network has one, else what it fuses."""
-    tokens = qkv.shape[1]
-    split = to.shuffle(qkv, "split", (0, tokens, 3, heads, HEAD_DIM), (2, 0, 3, 1, 4))
+    tokens, width = qkv.shape[1], qkv.shape[2] // 3
+    of_heads = 0, tokens, 3, heads, width // heads
+    split = to.shuffle(qkv, "split", of_heads, (2, 0, 3, 1, 4))
 
     def part(index: int, which: str) -> Any:
         index = to.constant(torch.tensor(index), f"{which}_index", torch.int32)
         return to.named(to.net.add_gather(split, index, 0), which)
 
     query, key, value = map(part, range(3), ("query", "key", "value"))
-    query = to.elementwise("PROD", query, to.beside(query, HEAD_DIM ** -0.5, "scale"), "scaled")
+    scale = to.beside(query, (width // heads) ** -0.5, "scale")
+    query = to.elementwise("PROD", query, scale, "scaled")
     attend = attention_layer if hasattr(to.net, "add_attention") else composed_attention
     attended = attend(to, query, key, value, causal)
     attended = to.shuffle(attended, "heads_last", order=(0, 2, 1, 3))
-    return to.shuffle(attended, shape=(0, tokens, heads * HEAD_DIM))
+    return to.shuffle(attended, shape=(0, tokens, width))
 
 
 def attention_layer(to, query, key, value, causal):
@@ -250,6 +255,15 @@ def convert_pool_end_of_text(to, x, tokens):
     rows = to.net.add_gather(x, to.reduce("MIN", candidates, "position"), 1)
     rows.num_elementwise_dims = 1
     return to.shuffle(to.named(rows, "rows"), shape=(0, x.shape[2]))
+
+
+@converter(ops.mean_of_patches)
+def convert_mean_of_patches(to, x):
+    """A product with one row of weights, summed in fp32."""
+    tokens, wide = x.shape[1], to.cast(x, trt.float32, "fp32")
+    weights = torch.tensor([[0.0] + [1 / (tokens - 1)] * (tokens - 1)])
+    mean = to.product(to.beside(wide, weights, "weights"), wide, "NONE", "mean")
+    return to.shuffle(to.cast(mean, x.dtype, "back"), shape=(0, x.shape[2]))
 
 
 @converter(ops.convolution)
@@ -361,8 +375,8 @@ plugin(ops.fused_linear, kernels.LINEAR, lambda x, weight, bias, table="": {
 plugin(ops.fused_quantized_linear, kernels.LINEAR, lambda x, weight, bias, scale, table="": {
     "table": bytes.fromhex(table) or linear.pack(*weight.shape, bias is not None, scale=scale)},
     torch.half)
-plugin(ops.bias_quick_gelu, kernels.BIAS_QUICK_GELU, lambda x, bias, out_scale=0.0: {
-    "out_scale": out_scale})
+plugin(ops.bias_gelu, kernels.BIAS_GELU, lambda x, bias, approximate, out_scale=0.0: {
+    "approximate": kernels.GELUS.index(approximate), "out_scale": out_scale})
 plugin(ops.fused_layer_norm, kernels.RESIDUAL_LAYER_NORM,
        lambda x, scale, shift, epsilon, out_scale=0.0: {
            "residual": 0, "epsilon": epsilon, "out_scale": out_scale})

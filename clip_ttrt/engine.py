@@ -1,5 +1,6 @@
 """Checkpoint -> encoder -> graph -> engine -> TorchScript module, as one plan decides."""
 import json
+import shutil
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from time import perf_counter
@@ -8,15 +9,14 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import nn
 
-from clip_ttrt import backends, deprecations, graph, kernels, linear, stack, trt, verify
+from clip_ttrt import backends, deprecations, families, graph, kernels, linear, stack, trt, verify
 from clip_ttrt.artifact import SCALES, Artifact, draft
 from clip_ttrt.backends import Backend, Choice
 from clip_ttrt.checkpoint import Checkpoint, load_checkpoint
 from clip_ttrt.contexts import Encoder
-from clip_ttrt.encoders import ENCODERS
 from clip_ttrt.errors import UserError
 from clip_ttrt.guard import Guarded, trace
-from clip_ttrt.models import Dimensions, dimensions_of
+from clip_ttrt.models import HEAD_DIM, Dimensions
 from clip_ttrt.options import BatchRange, Options
 from clip_ttrt.progress import Progress
 from clip_ttrt.quantize import Quantizer
@@ -38,7 +38,8 @@ class Plan(NamedTuple):
 def plan_for(options: Options) -> Plan:
     """The plan of a compile here.  Raises UserError for what cannot be had."""
     backend = backends.choose(options.backend, options.precision)
-    resnet = ("image",) if dimensions_of(options.model).is_resnet else ()  # which fuses nothing
+    dims = families.find(options.model).dimensions
+    resnet = ("image",) if dims.is_resnet else ()  # which fuses nothing
     transformers = {*options.encoders} - {*resnet}
     choice = backends.choose_kernels(
         options.kernels, backend, options.precision, bool(transformers))
@@ -51,6 +52,11 @@ def plan_for(options: Options) -> Plan:
     if fused and len(transformers) < len(passes):
         choice = choice._replace(
             reason=f"{choice.reason}; TensorRT's own for the image encoder, a ResNet")
+    for name in transformers if fused else ():
+        if (size := getattr(dims, f"{name}_head_dim")) != HEAD_DIM:
+            passes[name] = tuple(each for each in passes[name] if each is not graph.fuse_attention)
+            choice = choice._replace(reason=f"{choice.reason}; TensorRT's own attention for the "
+                                            f"{name} encoder, whose heads have {size} columns")
     builder = {each: getattr(options, each)
                for each in ("batch", "precision", "optimization_level", "timing_cache")}
     return Plan(backend, choice, kernels.version() if fused else None, passes, builder)
@@ -97,8 +103,10 @@ def compile_with(options: Options, progress: Progress) -> Artifact:
         manifest = {
             "model": options.model,
             "dimensions": asdict(checkpoint.dimensions),
+            "preprocess": checkpoint.model.preprocess,
             "weights": asdict(checkpoint.origin),
             "logit_scale": checkpoint.state_dict["logit_scale"].item(),
+            "logit_bias": float(checkpoint.state_dict.get("logit_bias", 0)),
             "precision": options.precision,
             "computes_in": backend.computes_in,
             "batch": asdict(options.batch),
@@ -115,6 +123,8 @@ def compile_with(options: Options, progress: Progress) -> Artifact:
         }
         if plan.kernels_version is not None:
             manifest["versions"]["cublaslt"] = linear.version_text()
+        for name in checkpoint.model.family.files:
+            shutil.copy(checkpoint.model.folder / name, writing.folder)
         artifact = writing.write_manifest(**manifest, verification=None)
         if options.verify:
             with progress.stage("verify against the original model in fp32"):
@@ -129,7 +139,8 @@ def build_encoder(name: str, checkpoint: Checkpoint, batch: BatchRange, plan: Pl
     """The TorchScript module to save of one encoder, and facts about it for the manifest."""
     as_engine = plan.builder is not None
     device = "cpu" if as_engine else plan.backend.device
-    encoder = in_precision(ENCODERS[name](checkpoint.state_dict), plan.backend.computes_in)
+    encoder = in_precision(
+        checkpoint.model.encoder(name, checkpoint.state_dict), plan.backend.computes_in)
     example = example_input(name, checkpoint.dimensions).to(device)
     with progress.stage(f"export the {name} encoder"):
         module = graph.capture(encoder.to(device), example)

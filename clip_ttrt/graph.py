@@ -16,12 +16,13 @@ from torch import fx, nn
 from torch.export import Dim, export
 
 from clip_ttrt import linear, ops
+from clip_ttrt.models import HEAD_DIM
 from clip_ttrt.options import LARGEST_BATCH, BatchRange
 
 aten = torch.ops.aten
 Pass = Callable[[fx.GraphModule], Iterator[fx.Node]]
 MOVES = (ops.select_token, ops.pool_end_of_text, ops.split_tokens)  # rows, and computes nothing
-QUANTIZE = (ops.fused_layer_norm, ops.residual_layer_norm, ops.bias_quick_gelu,
+QUANTIZE = (ops.fused_layer_norm, ops.residual_layer_norm, ops.bias_gelu,
             ops.fused_attention, ops.embed_image)  # with an out_scale
 
 
@@ -179,7 +180,8 @@ def fuse_attention(module: fx.GraphModule) -> Iterator[fx.Node]:
     for node in calls(module, ops.attention):
         projection, heads, causal = node.args
         outputs = list(readers(node))
-        if not (gives_bias(projection) and all(map(is_biased_linear, outputs))):
+        if not (gives_bias(projection) and all(map(is_biased_linear, outputs))
+                and node.meta["val"].shape[-1] == heads * HEAD_DIM):
             continue
         query, _, value = parameter(module, without_bias(projection)).chunk(3)
         for output in outputs:
@@ -192,12 +194,12 @@ def fuse_attention(module: fx.GraphModule) -> Iterator[fx.Node]:
         yield node
 
 
-def fuse_bias_quick_gelu(module: fx.GraphModule) -> Iterator[fx.Node]:
-    """linear with bias, then quick_gelu: linear without bias, then bias_quick_gelu."""
-    for node in calls(module, ops.quick_gelu):
-        x = node.args[0]
+def fuse_bias_gelu(module: fx.GraphModule) -> Iterator[fx.Node]:
+    """linear with bias, then gelu: linear without bias, then bias_gelu."""
+    for node in calls(module, ops.gelu):
+        x, approximate = node.args
         if gives_bias(x):
-            node.target, node.args = ops.bias_quick_gelu, (x, without_bias(x))
+            node.target, node.args = ops.bias_gelu, (x, without_bias(x), approximate)
             yield node
 
 
@@ -263,7 +265,7 @@ def fuse_rest(module: fx.GraphModule) -> Iterator[fx.Node]:
 
 
 # Encoder -> its fusing passes, in order, where it is a transformer.
-BLOCKS: tuple[Pass, ...] = (fuse_attention, fuse_bias_quick_gelu, fuse_residual_layer_norm)
+BLOCKS: tuple[Pass, ...] = (fuse_attention, fuse_bias_gelu, fuse_residual_layer_norm)
 FUSE = {"image": (*BLOCKS, fuse_image_embedding, fuse_rest), "text": (*BLOCKS, fuse_rest)}
 
 
@@ -305,6 +307,8 @@ def fuse_quantization(module: fx.GraphModule) -> Iterator[fx.Node]:
             x = x.args[0]
         # Of two results the second is the layer norm, the first a sum that stays fp16.
         source = x.args[0] if (x.target, *x.args[1:]) == (operator.getitem, 1) else x
+        if source.target is ops.attention:  # TensorRT's, behind which a layer quantises
+            continue
         if source.target not in QUANTIZE or list(readers(x)) != [layer]:
             raise GraphError(f"{source} cannot quantise for {list(readers(x))}")
         source.args += (x_scale,)

@@ -26,9 +26,10 @@ from clip_ttrt.errors import UserError
 PACKAGE = Path(__file__).parent
 BUILD_IT = "build it with `python -m clip_ttrt.build_kernels`"
 # As kernels/*/*_plugin.cpp register them, all under the library's version.
-ATTENTION, LINEAR, BIAS_QUICK_GELU = "ClipAttention", "ClipLinear", "ClipBiasQuickGelu"
+ATTENTION, LINEAR, BIAS_GELU = "ClipAttention", "ClipLinear", "ClipBiasGelu"
 RESIDUAL_LAYER_NORM, EXTRACT_PATCHES = "ClipResidualLayerNorm", "ClipExtractPatches"
 EMBED_IMAGE = "ClipEmbedImage"
+GELUS = "quick", "tanh", "none"  # elementwise.h numbers them
 
 ABOUT = re.compile(  # kernels/library.cpp
     rb"clip_ttrt kernels: version=([0-9a-f]{12}) architectures=([0-9a ]*) tensorrt=(\d+);"
@@ -47,7 +48,7 @@ def struct(pointers: str, int64: str, int32: str = "", float32: str = "") -> typ
 
 PARAMS = {  # launcher clip_*_launch -> its struct
     "attention": struct("qkv out query_bias", "batch", "heads tokens causal variant", "out_scale"),
-    "bias_quick_gelu": struct("in bias out", "rows", "width", "out_scale"),
+    "bias_gelu": struct("in bias out", "rows", "width approximate", "out_scale"),
     "residual_layer_norm": struct(
         "x delta bias scale shift sum_out out", "rows", "width", "epsilon out_scale"
     ),

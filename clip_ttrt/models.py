@@ -4,13 +4,14 @@ from typing import Union
 
 from clip_ttrt.errors import UserError
 
-HEAD_DIM = 64  # of every CLIP transformer, image or text, and of a ResNet's attention pooling
+HEAD_DIM = 64  # of OpenAI's transformers, image or text, and of a ResNet's attention pooling
 RESNET_STRIDE = 32  # pixels for one token of a ResNet's pooling
 
 
 @dataclass(frozen=True)
 class Dimensions:
-    """Sizes of one CLIP model with a vision transformer or a ResNet, as in OpenAI's checkpoints."""
+    """Sizes of one CLIP model with a vision transformer or a ResNet, and what else its encoders
+    are built by.  What has a default is as in OpenAI's models."""
 
     embed_dim: int
     image_resolution: int  # pixels, height and width
@@ -21,10 +22,21 @@ class Dimensions:
     vocab_size: int
     text_width: int
     text_layers: int
+    image_head_dim: int = HEAD_DIM
+    text_head_dim: int = HEAD_DIM
+    image_mlp: int = 0  # width inside a block's MLP; 0: four times the encoder's
+    text_mlp: int = 0
+    gelu: str = "quick"  # of the MLPs, as `ops.gelu` approximates it
+    image_pooling: str = "class"  # token; or mean: of the patches, behind the last norm
+    logit_bias: bool = False  # whether the model has one
+    family: str = "openai"  # of `families.FAMILIES`
 
     def __post_init__(self):
         if isinstance(self.image_layers, list):  # as JSON has it
             object.__setattr__(self, "image_layers", tuple(self.image_layers))
+        for encoder in ("image", "text"):
+            width = getattr(self, f"{encoder}_mlp") or 4 * getattr(self, f"{encoder}_width")
+            object.__setattr__(self, f"{encoder}_mlp", width)
 
     @property
     def is_resnet(self) -> bool:
@@ -32,11 +44,11 @@ class Dimensions:
 
     @property
     def image_heads(self) -> int:
-        return self.image_width * (RESNET_STRIDE if self.is_resnet else 1) // HEAD_DIM
+        return self.image_width * (RESNET_STRIDE if self.is_resnet else 1) // self.image_head_dim
 
     @property
     def text_heads(self) -> int:
-        return self.text_width // HEAD_DIM
+        return self.text_width // self.text_head_dim
 
     @property
     def image_tokens(self) -> int:

@@ -1,7 +1,7 @@
 """Operations of our own, `torch.ops.clip_ttrt.*`: places that a backend implements as one piece.
 
 TensorRT does it through a converter (`converters.py`), in its own layers or as a plugin,
-TorchScript through the reference, which is differentiable PyTorch.  Encoders call the first eight
+TorchScript through the reference, which is differentiable PyTorch.  Encoders call the first nine
 and `cast`; `graph.py` maps PyTorch's operations to the next ones, and puts the fused ones in the
 place of several where the plugins serve.
 
@@ -45,22 +45,25 @@ def to_e4m3(x: Tensor, scale: Optional[float]) -> Tensor:
 
 
 def attention_reference(qkv: Tensor, heads: int, causal: bool) -> Tensor:
-    """Multi-head self-attention on packed projections, with head dimension 64.
+    """Multi-head self-attention on packed projections, with head dimension D.
 
-    qkv: [B, T, 3·W] with W = heads·64, the query, key and value blocks one after the other, as
+    qkv: [B, T, 3·W] with W = heads·D, the query, key and value blocks one after the other, as
     one linear layer writes them.  Returns [B, T, W] in qkv's dtype.  Scores are scaled by
-    1/sqrt(64); `causal` lets token t see tokens 0..t only.
+    1/sqrt(D); `causal` lets token t see tokens 0..t only.
     """
-    batch, tokens = qkv.shape[0], qkv.shape[1]
-    split = qkv.reshape(batch, tokens, 3, heads, HEAD_DIM).permute(2, 0, 3, 1, 4)
-    query, key, value = split.unbind(0)
+    query, key, value = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     attended = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
-    return attended.transpose(1, 2).reshape(batch, tokens, heads * HEAD_DIM)
+    return attended.transpose(1, 2).flatten(2)
 
 
-def quick_gelu_reference(x: Tensor) -> Tensor:
-    """OpenAI's approximation of GELU, x·sigmoid(1.702·x), elementwise: [..., N] -> [..., N]."""
-    return x * torch.sigmoid(QUICK_GELU_SLOPE * x)
+def gelu_reference(x: Tensor, approximate: str) -> Tensor:
+    """GELU, elementwise: [..., N] -> [..., N].
+
+    approximate: `quick`, OpenAI's x·sigmoid(1.702·x), or as of PyTorch's `gelu`, `tanh` or `none`.
+    """
+    if approximate == "quick":
+        return x * torch.sigmoid(QUICK_GELU_SLOPE * x)
+    return F.gelu(x, approximate=approximate)
 
 
 def extract_patches_reference(images: Tensor, size: int) -> Tensor:
@@ -100,6 +103,11 @@ def mask_unknown_reference(features: Tensor, tokens: Tensor, clamped: Tensor) ->
     """Features, NaN in rows where clamping changed a token: [B, E], two int [B, T] -> [B, E]."""
     unknown = (tokens != clamped).any(dim=1, keepdim=True)
     return features.masked_fill(unknown, float("nan"))
+
+
+def mean_of_patches_reference(x: Tensor) -> Tensor:
+    """The mean of all tokens but the first, which is the class token's: [B, T, W] -> [B, W]."""
+    return x[:, 1:].mean(1)
 
 
 def attention_pool_reference(
@@ -213,9 +221,10 @@ def fused_quantized_linear_reference(
     return (product if bias is None else product + bias).half()
 
 
-def bias_quick_gelu_reference(x: Tensor, bias: Tensor, out_scale: Optional[float] = None) -> Tensor:
-    """y·sigmoid(1.702·y) of y = x + bias: [..., N] and [N] -> [..., N]."""
-    return to_e4m3(quick_gelu_reference(x + bias), out_scale)
+def bias_gelu_reference(x: Tensor, bias: Tensor, approximate: str,
+                        out_scale: Optional[float] = None) -> Tensor:
+    """`gelu` of x + bias: [..., N] and [N] -> [..., N]."""
+    return to_e4m3(gelu_reference(x + bias, approximate), out_scale)
 
 
 def residual_layer_norm_reference(
@@ -255,7 +264,7 @@ def split_tokens_reference(x: Tensor, tokens: int) -> Tensor:
 
 def _attention_fake(qkv, heads, causal, query_bias=None, out_scale=None):
     """Of shapes alone: PyTorch would look at a batch to choose its attention, and so fix it."""
-    shape = qkv.shape[0], qkv.shape[1], heads * HEAD_DIM
+    shape = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     return qkv.new_empty(shape, dtype=E4M3 if out_scale else qkv.dtype)
 
 
@@ -267,12 +276,13 @@ def _attention_cuda(qkv, heads, causal):
 
 attention = _op(attention_reference, _attention_fake)
 _library.impl("attention", _attention_cuda, "CUDA")
-quick_gelu = _op(quick_gelu_reference)
+gelu = _op(gelu_reference)
 extract_patches = _op(extract_patches_reference)
 prepend_class_token = _op(prepend_class_token_reference)
 pool_end_of_text = _op(pool_end_of_text_reference)
 clamp_tokens = _op(clamp_tokens_reference)
 mask_unknown = _op(mask_unknown_reference)
+mean_of_patches = _op(mean_of_patches_reference)
 attention_pool = _op(attention_pool_reference)
 cast = _op(cast_reference)
 linear = _op(linear_reference)
@@ -288,7 +298,7 @@ fused_attention = _op(fused_attention_reference, _attention_fake)
 fused_linear = _op(fused_linear_reference)
 fused_quantized_linear = _op(fused_quantized_linear_reference)
 fused_layer_norm = _op(layer_norm_reference, name="fused_layer_norm")
-bias_quick_gelu = _op(bias_quick_gelu_reference)
+bias_gelu = _op(bias_gelu_reference)
 residual_layer_norm = _op(residual_layer_norm_reference)
 extract_patch_rows = _op(extract_patch_rows_reference)
 embed_image = _op(embed_image_reference)

@@ -1,10 +1,12 @@
 """What `compile`, `embed` and `probe` are asked for: frozen dataclasses, which argparse follows."""
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Optional, Sequence, Union
 
+from clip_ttrt import families
 from clip_ttrt.errors import UserError
-from clip_ttrt.models import MODELS, dimensions_of
+from clip_ttrt.models import MODELS
 
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "fp8")
 BACKENDS = ("auto", "tensorrt", "rtx", "torchscript")
@@ -60,9 +62,10 @@ def check_choices(options: Any) -> None:
 class Options:
     """Everything that `compile` can be told.  Raises UserError for a value outside its choices."""
 
-    model: str = option("demo", "NAME", ", ".join(MODELS))
-    weights: Optional[str] = option(None, "demo|openai|random|FILE",
-                                    "default: demo for the demo model, openai for OpenAI's")
+    model: str = option("demo", "NAME", f"{', '.join(MODELS)}, open_clip:NAME, hf-hub:ORG/NAME, or "
+                                        "a folder of open_clip's or transformers' layout")
+    weights: Optional[str] = option(None, "demo|openai|own|random|FILE", "default: demo for the "
+                                    "demo model, openai for OpenAI's, own for those with their own")
     precision: str = option("fp16", PRECISIONS)
     calibrate: Union[None, str, Path, Sequence] = option(
         None, "FOLDER|LIST|captions.txt", "of fp8: at least 512 pictures and as many captions")
@@ -82,7 +85,9 @@ class Options:
     seed: int = option(0, "N", "for --weights random")
 
     def __post_init__(self):
-        dims = dimensions_of(self.model)
+        dims = families.find(self.model).dimensions
+        if self.model not in MODELS and Path(self.model).is_dir():
+            object.__setattr__(self, "model", str(Path(self.model).resolve()))
         object.__setattr__(self, "batch", BatchRange.parse(self.batch))
         check_choices(self)
         if self.optimization_level not in range(6):
@@ -108,7 +113,8 @@ class Options:
     @property
     def folder(self) -> Path:
         """The artifact's folder."""
-        name = f"{self.model.replace('/', '-')}-{self.precision}"
+        name = Path(self.model).name if Path(self.model).is_absolute() else self.model
+        name = f"{re.sub('[/:]', '-', name.removeprefix(families.HUB))}-{self.precision}"
         return Path("artifacts", name) if self.output is None else Path(self.output)
 
 

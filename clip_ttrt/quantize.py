@@ -6,15 +6,16 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, fx
 
-from clip_ttrt import deprecations, graph, ops, verify
+from clip_ttrt import graph, ops, verify
 from clip_ttrt.checkpoint import Checkpoint
 from clip_ttrt.demo import captions, scenes
 from clip_ttrt.errors import UserError
+from clip_ttrt.families import Model
 from clip_ttrt.options import Options
 
 KINDS = {"image": "pictures", "text": "captions"}
@@ -33,14 +34,15 @@ def is_captions(path: str) -> bool:
     return "://" not in first and not os.path.isfile(os.path.join(os.path.dirname(path), first))
 
 
-def read(paths: Sequence[str], encoder: str, side: int, device: str) -> tuple[list, list]:
-    """Images float32 [3, side, side] or captions in files: to calibrate with, and for the gate.
+def read(paths: Sequence[str], encoder: str, model: Model, device: str) -> tuple[list, list]:
+    """Images float32 [3, R, R] or captions in files: to calibrate with, and for the gate.
 
     Raises UserError for fewer than LEAST that differ."""
     from clip_ttrt.pipeline import decode, resize, sources  # which bring torchvision
 
     text, rows = encoder == "text", {}
-    decoder, preprocess = decode.Decoder("exact", side, device), resize.Preprocess(side, device)
+    decoder = decode.Decoder("exact", model.transform(), device)
+    preprocess = resize.Preprocess(model.dimensions.image_resolution, device, **model.preprocess)
     chosen = [path for path in paths if is_captions(path) is text]
     shards = sources.plan(chosen, text, BATCH, 1.0, None) if chosen else []
     for shard in shards[::-(-len(shards) * BATCH // MOST) or 1]:
@@ -68,11 +70,9 @@ def own(encoder: str) -> list:
     return [captions.caption(row, i % captions.TEMPLATES) for i, row in codes]
 
 
-def as_input(rows: Sequence) -> Tensor:
-    """Images as float32 [N, 3, R, R]; captions as int32 [N, 77], cut where they are too long."""
-    if isinstance(rows[0], Tensor):
-        return torch.stack([*rows])
-    return deprecations.clip().tokenize(rows, truncate=True).int()
+def as_input(rows: Sequence, tokenize: Callable) -> Tensor:
+    """Images as float32 [N, 3, R, R]; captions as int32 [N, T], cut where they are too long."""
+    return torch.stack([*rows]) if isinstance(rows[0], Tensor) else tokenize(rows, truncate=True)
 
 
 class Simulation(fx.Interpreter):
@@ -109,19 +109,22 @@ class Quantizer:
     Raises UserError for too little data, or a file of scales of something else."""
 
     def __init__(self, options: Options, kernels: str, checkpoint: Checkpoint, device: str):
-        self.device, side, names = device, checkpoint.dimensions.image_resolution, options.encoders
+        self.device, model, names = device, checkpoint.model, options.encoders
+        self.tokenize = model.tokenizer()
         self.found = {"kernels": kernels, "weights": checkpoint.origin.sha256, "encoders": {}}
         self.known = known_scales(options, self.found) if options.scales else {}
-        images, lines, labels, about = verify.inputs_for(options.model, side)
+        images, lines, labels, about = verify.inputs_for(
+            options.model, model.dimensions.image_resolution, model.transform())
         if options.calibrate:
-            parts = {name: read(options.calibrate, name, side, device) for name in names}
+            parts = {name: read(options.calibrate, name, model, device) for name in names}
             self.data, held = ({name: part[i] for name, part in parts.items()} for i in (0, 1))
             images, lines, labels = held.get("image", images), held.get("text", lines), None
             about = f"held back: {', '.join(f'{len(held[name])} {KINDS[name]}' for name in names)}"
         else:
             self.data = {name: own(name) for name in names if not self.known}
-        self.inputs = as_input(images), lines, labels, about
-        self.rows = {name: as_input(self.inputs[name == "text"]) for name in names}
+        self.inputs = torch.stack([*images]), lines, labels, about
+        self.rows = {
+            name: as_input(self.inputs[name == "text"], self.tokenize) for name in names}
         self.references = verify.reference_features(checkpoint, self.rows, device)
 
     def passes(self, encoder: str, planned: Sequence[graph.Pass]) -> tuple[graph.Pass, ...]:
@@ -139,7 +142,7 @@ class Quantizer:
         does not hold without the worst alone.  Raises UserError where none is left."""
         rows, reference, run = self.rows[encoder], self.references[encoder], Simulation(module)
         if not (about := self.known.get(encoder)):
-            data = as_input(self.data[encoder])
+            data = as_input(self.data[encoder], self.tokenize)
             run.features(data, {})
             about = {"calibrated_with": len(data), "kept_fp16": {},
                      "sha256": hashlib.sha256(data.numpy()).hexdigest(),

@@ -9,7 +9,6 @@ from typing import Any, Callable, Iterable, Optional, Sequence, Union
 import torch
 from torch import Tensor, nn
 
-from clip_ttrt import deprecations
 from clip_ttrt.artifact import Artifact, check_runs_here, load_modules, read_artifact
 from clip_ttrt.contexts import Encoder, memory_errors
 from clip_ttrt.errors import UserError
@@ -23,7 +22,8 @@ def load(folder: Union[str, Path], device: Optional[str] = None, force: bool = F
     force: load although verification failed.  cuda_graphs: replay CUDA graphs on a GPU, captured
     at the first use of a batch size or by `model.warmup`.  contexts: the number of calls that may
     run on a GPU at once, each with weights of its own.
-    Returns the model and OpenAI's transform from a PIL image to float32 [3, R, R].
+    Returns the model and its transform from a PIL image to float32 [3, R, R]: of OpenAI's models
+    OpenAI's.
     Raises UserError where the folder is no artifact, was altered, failed its verification or
     cannot run here, where the GPU's memory runs out, and for contexts below 1.
     """
@@ -41,7 +41,7 @@ def load(folder: Union[str, Path], device: Optional[str] = None, force: bool = F
     with torch.cuda.device(index):  # on which the runtime places an engine; -1: the current one
         check_runs_here(artifact, device)
         model = CompiledCLIP(artifact, cuda_graphs, contexts)
-    return model, deprecations.clip()._transform(artifact.dimensions.image_resolution)
+    return model, artifact.model.transform()
 
 
 class CompiledCLIP(nn.Module):
@@ -66,6 +66,7 @@ class CompiledCLIP(nn.Module):
         self.visual = SimpleNamespace(input_resolution=side, output_dim=dims.embed_dim)
         scale = torch.tensor(artifact.manifest["logit_scale"], device=artifact.device)
         self.logit_scale, self.device = nn.Parameter(scale, requires_grad=False), scale.device
+        self.logit_bias = artifact.manifest["logit_bias"]  # 0 where the model has none
         examples = {"image": scale.new_empty(0, 3, side, side),
                     "text": scale.new_empty(0, dims.context_length, dtype=torch.int32)}
         with memory_errors(f"loading {artifact.folder}"):
@@ -81,20 +82,30 @@ class CompiledCLIP(nn.Module):
         self._loaded = {"weights": weights, "contexts": max(0, taken - weights)}
         self.eval()
 
-    @cached_property
-    def _decoder(self):
+    def decoder(self, mode: str, threads: Optional[int] = None):
+        """A decoder of pictures in a mode for what `resize` does with them."""
         from clip_ttrt.pipeline.decode import Decoder
 
-        return Decoder("exact", self.visual.input_resolution, self.device)
+        return Decoder(mode, self.artifact.model.transform(), self.device, threads)
+
+    _decoder = cached_property(lambda self: self.decoder("exact"))
 
     @cached_property
-    def _resize(self):
+    def resize(self):
+        """Preprocess pixels, uint8 [H, W, C] each, as the model has it."""
         from clip_ttrt.pipeline.resize import Preprocess
 
-        return Preprocess(self.visual.input_resolution, self.device)
+        facts = self.artifact.model.preprocess
+        return Preprocess(self.visual.input_resolution, self.device, **facts)
+
+    @cached_property
+    def tokenize(self) -> Callable[..., Tensor]:
+        """The model's tokenizer: texts and `truncate=False` -> int32 [N, context_length].  Raises
+        RuntimeError for a text that is longer, unless it is to be cut."""
+        return self.artifact.model.tokenizer()
 
     def preprocess(self, pictures: Sequence[Any]) -> Tensor:
-        """The batch form of OpenAI's transform, and equal to it: pictures of any sizes
+        """The batch form of the model's transform, and equal to it: pictures of any sizes
         -> float32 [B, 3, R, R] on the model's device.
 
         pictures: paths, bytes of files, PIL images of any mode, and uint8 tensors in any memory:
@@ -120,7 +131,7 @@ class CompiledCLIP(nn.Module):
             if isinstance(decoded, Exception):
                 raise ValueError(f"picture {start + i}: {decoded}") from decoded
             pictures[i] = decoded.pixels
-        return self._resize(pictures)
+        return self.resize(pictures)
 
     def encode_image(self, images: Union[Tensor, Sequence[Any]]) -> Tensor:
         """Images [B, 3, R, R], any floating dtype -> features float32 [B, embed_dim].
@@ -158,7 +169,7 @@ class CompiledCLIP(nn.Module):
         """Scaled cosine similarities float32: logits [images, texts], and their transpose."""
         image = nn.functional.normalize(self.encode_image(images), dim=-1)
         text = nn.functional.normalize(self.encode_text(tokens), dim=-1)
-        logits = self.logit_scale.exp() * image @ text.t()
+        logits = self.logit_scale.exp() * image @ text.t() + self.logit_bias
         return logits, logits.t()
 
     def warmup(self, batches: Optional[Iterable[int]] = None) -> None:

@@ -2,12 +2,12 @@
 import sys
 from contextlib import contextmanager
 from random import Random
-from typing import Any, Optional, Sequence
+from typing import Any, Callable, Optional, Sequence
 
 import torch
 from torch.nn.functional import cosine_similarity, interpolate, normalize
 
-from clip_ttrt import deprecations, pictures
+from clip_ttrt import pictures
 from clip_ttrt.artifact import Artifact
 from clip_ttrt.checkpoint import Checkpoint, original_with_weights
 from clip_ttrt.contexts import memory_errors
@@ -38,7 +38,8 @@ def errors(actual: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
     return figures
 
 
-def inputs_for(model: str, resolution: int) -> tuple[torch.Tensor, list[str], torch.Tensor, str]:
+def inputs_for(model: str, resolution: int, preprocess: Optional[Callable] = None
+               ) -> tuple[torch.Tensor, list[str], torch.Tensor, str]:
     """Held-out scenes for the demo model, eight photographs for the others: images float32
     [N, 3, R, R], captions, the index of each image's caption [N], and a description."""
     if model == "demo":
@@ -46,7 +47,7 @@ def inputs_for(model: str, resolution: int) -> tuple[torch.Tensor, list[str], to
         images, lines = scenes.to_input(drawn), scenes.held_out_classes()
         about = f"{len(images)} scenes of {len(lines)} combinations held out from training"
     else:
-        images, lines = pictures.load(resolution)
+        images, lines = pictures.load(resolution, preprocess)
         labels, about = torch.arange(len(images)), f"{len(images)} pictures and their captions"
     return images, lines, labels, about
 
@@ -124,12 +125,13 @@ def compare(artifact: Artifact, checkpoint: Checkpoint, inputs: Optional[tuple] 
     Raises UserError where the GPU's memory runs out.
     """
     sizes, side = batches_to_probe(artifact), artifact.dimensions.image_resolution
-    images, lines, labels, about = inputs or inputs_for(artifact.manifest["model"], side)
+    images, lines, labels, about = inputs or inputs_for(
+        artifact.manifest["model"], side, artifact.model.transform())
     most, counts = max(sizes, default=0), {"image": len(images), "text": len(lines)}
     in_fp8 = artifact.manifest["computes_in"] == "fp8"
     fill_images, fill_lines = (repeated, repeated) if in_fp8 else (more_images, more_lines)
     rows = {"image": fill_images(images, most),
-            "text": deprecations.clip().tokenize(fill_lines(lines, most), truncate=True)}
+            "text": artifact.model.tokenizer()(fill_lines(lines, most), truncate=True)}
     features, found, batches = {}, {}, {}
     with memory_errors("verifying"), torch.no_grad():
         rows = {name: rows[name] for name in artifact.encoders}
@@ -142,8 +144,10 @@ def compare(artifact: Artifact, checkpoint: Checkpoint, inputs: Optional[tuple] 
             found[name] = errors(*features[name])
             batches[name] = {str(size): errors(encode(x[:size]), reference[:size])["cos_min"]
                              for size in sizes}
-    report = {"inputs": about, "weights": checkpoint.origin.describe(), "errors": found,
-              "batches": batches}
+    original = checkpoint.model.original()
+    report = {"inputs": about, "weights": checkpoint.origin.describe(),
+              "reference": type(original or model).__module__.partition(".")[0],  # clip_ttrt: ours
+              "errors": found, "batches": batches}
     if len(features) == 2:
         scale = checkpoint.state_dict["logit_scale"].exp().item()
         compiled, reference = (

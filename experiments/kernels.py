@@ -200,20 +200,21 @@ def residual_layer_norm(at: Place) -> Iterator[Case]:
         )  # fmt: skip
 
 
-def quick_gelu(at: Place) -> Iterator[Case]:
+def gelu(at: Place) -> Iterator[Case]:
     width = 4 * at.width
 
     def ours(out_scale, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         out = empty(x, out_scale)
         fields = {"in": x, "bias": bias, "out": out, "rows": at.rows, "width": width}
-        kernels.launch("bias_quick_gelu", at.device, **fields, out_scale=out_scale or 0)
+        kernels.launch("bias_gelu", at.device, **fields, out_scale=out_scale or 0)
         return out
 
     for name, out_scale in OUT_SCALES.items():
         yield Case(
             f"{at.rows} x {width}", at.rows * width * (at.dtype.itemsize + at.bytes_of(out_scale)),
             lambda: (at.randn(at.rows, width), at.constants(width)),
-            lambda x, bias, s=out_scale: ops.bias_quick_gelu_reference(x, bias.to(x.dtype), s),
+            lambda x, bias, s=out_scale: ops.bias_gelu_reference(
+                x, bias.to(x.dtype), "quick", s),
             lambda s=out_scale: partial(ours, s), name=name,
         )  # fmt: skip
 
@@ -343,7 +344,7 @@ OPS = {
     "preprocess": preprocess,
     "layer_norm": layer_norm,
     "residual_layer_norm": residual_layer_norm,
-    "quick_gelu": quick_gelu,
+    "gelu": gelu,
     "patches": patches,
     "embed_image": embed_image,
     "embed_text": embed_text,

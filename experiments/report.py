@@ -1,8 +1,11 @@
-"""Figure and table of results/speed.csv: python -m experiments.report [--csv FILE] [--gpu NAME]
+"""Figure and table of results/speed.csv.
+
+    python -m experiments.report [--csv FILE] [--gpu NAME] [--commit ID]
 
 Draws FILE.png, milliseconds as called over the batch, a panel for each model and encoder, and
-prints the README's table in Markdown.  Both are of one run: of the named GPU, else the last row's,
-and of the commit and day of its last row.  Of what was measured more than once the last row counts.
+prints the README's table in Markdown.  Both are of one run: of the GPU, commit and day of the last
+row, or of the last of a named GPU or commit.  Of what was measured more than once the last row
+counts.
 """
 import argparse
 import sys
@@ -25,14 +28,18 @@ STYLES = {
 PANEL = ("model", "encoder", "precision")
 
 
-def latest(rows: Sequence[Mapping[str, str]], gpu: str | None) -> list[Mapping[str, str]]:
+def latest(
+    rows: Sequence[Mapping[str, str]], gpu: str | None, commit: str | None = None
+) -> list[Mapping[str, str]]:
     """The rows of the run to report, as this module's docstring says.
 
     Raises ValueError where there is none.
     """
-    rows = [row for row in rows if gpu is None or row["gpu"] == gpu]
+    rows = [row for row in rows if row["gpu"] == (gpu or row["gpu"])
+            and row["commit"] == (commit or row["commit"])]  # fmt: skip
     if not rows:
-        raise ValueError(f"no rows of {gpu or 'any GPU'}; python -m experiments.sweep writes some")
+        wanted = commit or gpu or "any GPU"
+        raise ValueError(f"no rows of {wanted}; python -m experiments.sweep writes some")
     last = {name: rows[-1][name] for name in ("gpu", "commit", "date")}
     together = [row for row in rows if all(row[name] == last[name] for name in last)]
     return list({tuple(row[name] for name in KEY): row for row in together}.values())
@@ -123,9 +130,9 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def draw(path: Path, gpu: str | None = None) -> Path:
+def draw(path: Path, gpu: str | None = None, commit: str | None = None) -> Path:
     """Draw a CSV into the PNG beside it, and return that.  Raises ValueError without rows."""
-    figure = plot(latest(read_rows(path), gpu))
+    figure = plot(latest(read_rows(path), gpu, commit))
     target = path.with_suffix(".png")
     figure.savefig(target, dpi=150)
     return target
@@ -137,10 +144,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--csv", type=Path, default=Path("results/speed.csv"))
     parser.add_argument("--gpu", metavar="NAME", help="as in the file; default: the last row's")
+    parser.add_argument("--commit", metavar="ID", help="likewise")
     options = parser.parse_args(arguments)
     try:
-        print(draw(options.csv, options.gpu))
-        print(table(latest(read_rows(options.csv), options.gpu)))
+        print(draw(options.csv, options.gpu, options.commit))
+        print(table(latest(read_rows(options.csv), options.gpu, options.commit)))
     except (ImportError, ValueError) as problem:
         parser.error(f"{options.csv}: {problem}")
     return 0

@@ -156,13 +156,8 @@ class DemoClip(nn.Module):
     def packed(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Tensors of the weights' file, where `ids` are the token ids of the embedding's rows."""
         out = {"logit_scale": self.logit_scale}
-        ours_to_openai = {self.image: encoders.IMAGE_NAMES, self.text: encoders.TEXT_NAMES}
-        for encoder, names in ours_to_openai.items():
-            values = encoder.state_dict()
-            values["projection.weight"] = values["projection.weight"].T
-            out |= {encoders.openai_name(ours, names): value for ours, value in values.items()}
-        convolution = (3, self.dims.patch_size, self.dims.patch_size)
-        out["visual.conv1.weight"] = out["visual.conv1.weight"].unflatten(1, convolution)
+        for encoder in (self.image, self.text):
+            out |= encoder.in_openai_naming()
         return packing.pack(out, ids)
 
 

@@ -4,9 +4,8 @@ import importlib
 import torch
 from torch import nn
 
-from clip_ttrt import graph, trt
+from clip_ttrt import families, graph, trt
 from clip_ttrt.checkpoint import load_checkpoint
-from clip_ttrt.encoders import ENCODERS
 from clip_ttrt.engine import example_input, in_precision
 from clip_ttrt.models import MODELS
 from clip_ttrt.options import BatchRange
@@ -37,7 +36,7 @@ def lowered(module, example, *passes):
 def encoder_in(model, encoder, precision, *passes, state_dict=None):
     """An encoder with random weights, its example, and its lowered graph after passes."""
     state_dict = state_dict or load_checkpoint(model, "random").state_dict
-    plain = in_precision(ENCODERS[encoder](state_dict), precision)
+    plain = in_precision(families.find(model).encoder(encoder, state_dict), precision)
     example = example_input(encoder, MODELS[model])
     return plain, example, lowered(plain, example, *passes)
 

@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 
 from clip_ttrt import pictures
 from clip_ttrt.checkpoint import (
-    load_checkpoint, original_model, original_with_weights, reload_checkpoint, sha256_of_file)
+    load_checkpoint, original_with_weights, reload_checkpoint, sha256_of_file)
 from clip_ttrt.errors import UserError
+from clip_ttrt.families import Model, find, openai_model
 from clip_ttrt.models import MODELS, dimensions_from
 from clip_ttrt.verify import COSINE_BOUND
 from small import RESNET, VIT
@@ -86,7 +87,7 @@ def test_a_mistake_in_any_one_tensor_of_random_weights_shows(dims, monkeypatch, 
 def test_a_state_dict_tells_its_model_s_dimensions():
     for name, dims in MODELS.items():
         with torch.device("meta"):
-            assert dimensions_from(original_model(dims).state_dict()) == dims, name
+            assert dimensions_from(openai_model(Model(name, dims)).state_dict()) == dims, name
 
 
 def test_openai_published_all_models_but_the_embedded_one():
@@ -158,7 +159,7 @@ def test_a_pickle_is_read_where_it_is_trusted_and_else_not_even_opened(tmp_path,
 
 @pytest.mark.filterwarnings("error:'torch.load' received")
 def test_one_of_openais_archives_is_recognised_by_its_digest(tmp_path, state_dict, monkeypatch):
-    archive, model = tmp_path / "ViT-demo.pt", original_model(MODELS["demo"])
+    archive, model = tmp_path / "ViT-demo.pt", openai_model(find("demo"))
     model.load_state_dict(state_dict)
     inputs = torch.zeros(1, 3, 112, 112), torch.zeros(1, 77, dtype=torch.long)
     torch.jit.save(torch.jit.trace(model, inputs, check_trace=False), str(archive))

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from clip_ttrt import pictures
-from clip_ttrt.checkpoint import load_checkpoint, original_model, original_with_weights
+from clip_ttrt.checkpoint import load_checkpoint, original_with_weights
 from clip_ttrt.encoders import image_encoder, text_encoder
+from clip_ttrt.families import find, openai_model
 from clip_ttrt.models import MODELS, dimensions_from
 from clip_ttrt.verify import COSINE_BOUND
 from small import RESNET
@@ -30,7 +31,7 @@ def test_features_equal_the_original_model(name):
     weights = load_checkpoint(name, "random" if name != "demo" else "demo").state_dict
     dims = dimensions_from(weights)
     assert dims == MODELS[name]
-    original = original_model(dims).eval()
+    original = openai_model(find(name)).eval()
     original.load_state_dict(weights)  # a ResNet's are without its counts of batches
     images = pictures.load(dims.image_resolution)[0][2:3]
     images = torch.cat([images, torch.randn_like(images)])

@@ -43,11 +43,11 @@ def test_every_block_is_fused_and_features_stay_the_same_for_any_batch(encoder, 
     expected = plain(rows)
     assert torch.allclose(module(rows), expected, atol=1e-6)
     assert torch.allclose(module(rows[:1]), expected[:1], atol=1e-5)
-    counts = {"fuse_attention": blocks, "fuse_bias_quick_gelu": blocks,
+    counts = {"fuse_attention": blocks, "fuse_bias_gelu": blocks,
               "fuse_residual_layer_norm": 2 * blocks, "fuse_rest": 4 * blocks + 2}
     counts |= {"fuse_image_embedding": 1} if encoder == "image" else {}
     assert graph.run(module, graph.FUSE[encoder]) == counts
-    assert not targets(module) & {ops.linear, ops.layer_norm, ops.attention, ops.quick_gelu}
+    assert not targets(module) & {ops.linear, ops.layer_norm, ops.attention, ops.gelu}
     assert not any(node.args[2] for node in graph.calls(module, ops.fused_linear))
     assert (module(rows) - expected).abs().max() < 1e-5 * expected.abs().max()
     graph.run(module, [graph.inline_references])
@@ -202,8 +202,8 @@ class Apart(nn.Module):
     (Apart((64, 192), (64, 64), lambda x, second: second(y := ops.attention(x, 1, False)) + y),
      64, graph.fuse_attention, 0),
     # Something else reads the activation's input, too.
-    (Apart((8, 8), (8, 8), lambda x, second: second(ops.quick_gelu(x) + x)),
-     8, graph.fuse_bias_quick_gelu, 0),
+    (Apart((8, 8), (8, 8), lambda x, second: second(ops.gelu(x, "quick") + x)),
+     8, graph.fuse_bias_gelu, 0),
     # Sizes that the library has no linear layer for, and then one that it has, with its bias.
     (Apart((8, 12), (12, 16), lambda x, second: second(x)), 8, graph.fuse_rest, 1),
 ], ids=["attention", "activation", "sizes"])

@@ -75,11 +75,16 @@ def test_attention_pool_is_attention_of_one_query_over_all_projected_tokens(side
     assert (ops.attention_pool(x.bfloat16(), *low) - expected).abs().max() < 0.05
 
 
-def test_quick_gelu_and_that_with_a_bias():
+def test_gelu_and_that_with_a_bias():
     x, bias = 4 * torch.randn(3, 7, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
     expected = x / (1 + (-1.702 * x).exp())
-    assert torch.allclose(ops.quick_gelu(x), expected, atol=1e-14)
-    assert torch.allclose(ops.bias_quick_gelu(x - bias, bias), expected, atol=1e-13)
+    assert torch.allclose(ops.gelu(x, "quick"), expected, atol=1e-14)
+    assert torch.allclose(ops.bias_gelu(x - bias, bias, "quick"), expected, atol=1e-13)
+    exact = x / 2 * (1 + torch.erf(x / 2 ** 0.5))
+    assert torch.allclose(ops.gelu(x, "none"), exact, atol=1e-14)
+    by_tanh = x / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x ** 3)))
+    assert torch.allclose(ops.bias_gelu(x - bias, bias, "tanh"), by_tanh, atol=1e-13)
+    assert 1e-5 < (by_tanh - exact).abs().max() < 1e-3 < (expected - exact).abs().max()
 
 
 def test_what_pytorch_s_operations_are_mapped_to():

@@ -23,6 +23,7 @@ from outliers import EVERYWHERE, plant
 each_encoder = pytest.mark.parametrize("encoder", ENCODERS)
 each_form = pytest.mark.parametrize("fused", [True, False], ids=["fused", "tensorrt"])
 MODEL = load_checkpoint("demo")
+SMALL = replace(MODEL.model, dimensions=replace(MODEL.dimensions, image_resolution=32))
 
 
 def table():
@@ -78,7 +79,7 @@ def test_quantised_layers_are_products_of_the_table_s_values(biased):
 QKV, ROWS, WIDE = torch.randn(2, 5, 384), torch.randn(10, 128), torch.randn(128)
 PRODUCERS = {
     "attention": (ops.fused_attention, (QKV, 2, True, WIDE)),
-    "bias_quick_gelu": (ops.bias_quick_gelu, (ROWS, WIDE)),
+    "bias_gelu": (ops.bias_gelu, (ROWS, WIDE, "tanh")),
     "layer_norm": (ops.fused_layer_norm, (ROWS, WIDE, WIDE, 1e-5)),
     "residual_layer_norm": (ops.residual_layer_norm, (ROWS, ROWS, WIDE, WIDE, WIDE, 1e-5)),
     "embed_image": (ops.embed_image, (ROWS[:8], WIDE, ROWS[:5], *2 * (WIDE, WIDE, 1e-5))),
@@ -267,12 +268,12 @@ def test_one_in_four_is_held_back_by_the_hash_of_its_content(files, monkeypatch)
     held = [hashlib.sha256(content).digest()[0] % 4 == 0 for content in contents]
     assert 8 < sum(held) < 25
     for given in (["pictures"], ["list.txt", "captions.txt"]):
-        parts = quantize.read([str(files / name) for name in given], "image", 32, "cpu")
+        parts = quantize.read([str(files / name) for name in given], "image", SMALL, "cpu")
         for part, wanted in zip(parts, (False, True)):
             expected = [preprocess(Image.open(path)) for path, is_held in zip(pictures, held)
                         if is_held is wanted]
             assert torch.equal(torch.stack(part), torch.stack(expected))
-    calibration, gate = quantize.read([str(files / "captions.txt")], "text", 32, "cpu")
+    calibration, gate = quantize.read([str(files / "captions.txt")], "text", SMALL, "cpu")
     assert sorted(calibration + gate) == sorted({f"caption {i}" for i in range(50)})
     assert all(hashlib.sha256(line.encode()).digest()[0] % 4 == 0 for line in gate) and gate
 
@@ -282,17 +283,17 @@ def test_too_few_of_a_kind_is_a_sentence(files, monkeypatch):
     monkeypatch.setattr(quantize, "LEAST", 61)
     with pytest.raises(UserError, match="pictures, .*captions.txt: 60 different pictures can be "
                                         "read, .* at least 61; give --calibrate more"):
-        quantize.read(both, "image", 32, "cpu")
+        quantize.read(both, "image", SMALL, "cpu")
     with pytest.raises(UserError, match=": 50 different captions"):
-        quantize.read(both, "text", 32, "cpu")
+        quantize.read(both, "text", SMALL, "cpu")
     with pytest.raises(UserError, match=": 0 different captions"):
-        quantize.read(both[:1], "text", 32, "cpu")
+        quantize.read(both[:1], "text", SMALL, "cpu")
 
 
 def test_many_files_are_read_in_parts_spread_over_all(files, monkeypatch):
     for name, value in (("LEAST", 1), ("BATCH", 5), ("MOST", 20)):
         monkeypatch.setattr(quantize, name, value)
-    calibration, gate = quantize.read([str(files / "captions.txt")], "text", 32, "cpu")
+    calibration, gate = quantize.read([str(files / "captions.txt")], "text", SMALL, "cpu")
     assert sorted({int(line.split()[1]) // 5 for line in calibration + gate}) == [0, 2, 4, 8]
 
 
@@ -325,7 +326,7 @@ def passes(found, simulation, scales):
 def all_layers(found, encoder, state_dict):
     """A simulation, and the scales of all layers."""
     simulation = quantize.Simulation(lowered(encoder, "fp32", True, state_dict)[2])
-    simulation.features(quantize.as_input(found.data[encoder]), {})
+    simulation.features(quantize.as_input(found.data[encoder], found.tokenize), {})
     scales = {name: size / 448 for name, size in simulation.largest.items()}
     return simulation, scales
 
@@ -361,7 +362,7 @@ def test_the_embedded_model_passes_and_its_scales_serve_again(fused, tmp_path):
 def test_no_value_of_the_calibration_is_saturated():
     found = quantizer(encoder="text")
     simulation, scales = all_layers(found, "text", MODEL.state_dict)
-    rows = quantize.as_input(found.data["text"])
+    rows = quantize.as_input(found.data["text"], found.tokenize)
     for name, scale in scales.items():  # one at a time: what comes before it is as in calibration
         simulation.features(rows, {name: scale})
         assert sum(simulation.saturated) == 0

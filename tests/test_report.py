@@ -57,6 +57,14 @@ def test_the_command_draws_beside_the_file_and_prints_the_table(tmp_path, capsys
     assert "no rows of no GPU" in capsys.readouterr().err
 
 
+def test_the_run_of_a_commit_that_is_not_the_last():
+    earlier, last = rows(factor=3.0), [row | {"commit": "d"} for row in rows()]
+    assert report.latest([*earlier, *last], None) == last
+    assert report.latest([*earlier, *last], None, "c") == earlier
+    with pytest.raises(ValueError, match="no rows of e"):
+        report.latest(last, "GPU", "e")
+
+
 def artifact(precision):
     cosines = {f"blocks.{block}.{layer}.weight": 1 - 1e-4 * (1 + block)
                for block in range(3) for layer in fp8.COLOURS}  # fmt: skip

@@ -4,6 +4,7 @@ Pictures from scikit-image (see README.md in this folder), captions from OpenAI'
 "Interacting with CLIP" (https://github.com/openai/CLIP, `notebooks/`).
 """
 from pathlib import Path
+from typing import Callable, Optional
 
 import torch
 
@@ -23,10 +24,12 @@ CAPTIONS = {
 }
 
 
-def load(resolution: int) -> tuple[torch.Tensor, list[str]]:
-    """The pictures through OpenAI's preprocessing, float32 [8, 3, R, R], and their captions."""
+def load(resolution: int, preprocess: Optional[Callable] = None
+         ) -> tuple[torch.Tensor, list[str]]:
+    """The pictures through preprocessing, by default OpenAI's, float32 [8, 3, R, R], and their
+    captions."""
     from PIL import Image
 
-    preprocess = deprecations.clip()._transform(resolution)
+    preprocess = preprocess or deprecations.clip()._transform(resolution)
     images = [preprocess(Image.open(FOLDER / f"{name}.jpg")) for name in CAPTIONS]
     return torch.stack(images), [f"This is {caption}" for caption in CAPTIONS.values()]

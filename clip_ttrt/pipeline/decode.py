@@ -164,16 +164,18 @@ class Decoder:
     """Batches of files to pixels, by any number of threads at once.
 
     mode: auto (the GPU's engines where they are, then the CPU), exact and cpu (equal to Pillow's
-    pixels), gpu (the engines must be there), pillow (Pillow resizes too).  resolution: R, in
-    pixels.  device: where the engines are.  threads: of the CPU, all cores by default.
+    pixels), gpu (the engines must be there), pillow (Pillow resizes too).  transform: from a PIL
+    image to float32 [3, R, R], or R for clip's.  device: where the engines are.  threads: of the
+    CPU, all cores by default.
     Raises UserError for an unknown mode, and in mode gpu where something is missing."""
 
-    def __init__(self, mode: str, resolution: int, device: Union[str, torch.device] = "cpu",
-                 threads: Optional[int] = None):
+    def __init__(self, mode: str, transform: Union[int, Callable],
+                 device: Union[str, torch.device] = "cpu", threads: Optional[int] = None):
         if mode not in DECODE:
             raise UserError(f"unknown decode mode {mode!r}; choose one of {', '.join(DECODE)}")
-        steps = deprecations.clip()._transform(resolution).transforms[:-2]  # -> RGB, R x R
-        self.transform = torchvision.transforms.Compose(steps)
+        if isinstance(transform, int):
+            transform = deprecations.clip()._transform(transform)
+        self.transform = torchvision.transforms.Compose(transform.transforms[:-2])  # -> RGB, R x R
         self.mode, self.threads = mode, threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(self.threads, "decode")
         self._lock, self._counts, self._gaps = threading.Lock(), Counter(), set()

@@ -122,5 +122,5 @@ def identity(model: Artifact, shards: Sequence, options: EmbedOptions) -> dict[s
             "input list": inputs, "rows": sum(map(len, shards)), **stack.versions()}
     if not options.text:
         run |= {"decode": options.decode, "Pillow": PIL.__version__, "order": pillow_order(),
-                "preprocess": f"bicubic, crop, {model.dimensions.image_resolution}"}
+                "preprocess": {**model.model.preprocess, "R": model.dimensions.image_resolution}}
     return run

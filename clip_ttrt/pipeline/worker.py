@@ -13,10 +13,8 @@ from typing import Any, Callable, Iterator, Optional
 import torch
 from torch import Tensor, nn
 
-from clip_ttrt import deprecations, kernels
-from clip_ttrt.pipeline.decode import Decoder
+from clip_ttrt import kernels
 from clip_ttrt.pipeline.output import Output, to_parquet
-from clip_ttrt.pipeline.resize import Preprocess
 from clip_ttrt.pipeline.sources import Record, Rows
 from clip_ttrt.runtime import load
 
@@ -50,9 +48,9 @@ class Worker:
         self.load = self.load_texts if options.text else self.load_pictures
         if not options.text:
             pillow = options.decode == "auto" and not self.on_gpu  # its resize is fast there
-            mode, side = "pillow" if pillow else options.decode, self.model.visual.input_resolution
-            self.decoder = Decoder(mode, side, self.model.device, options.threads)
-            self.preprocess = Preprocess(side, self.model.device)
+            mode = "pillow" if pillow else options.decode
+            self.decoder = self.model.decoder(mode, options.threads)
+            self.preprocess = self.model.resize
         to_parquet([{"": ""}])  # arrow's imports take their time, and not that of the first shard
         self.pools = [ThreadPoolExecutor(n, initializer=self.own_stream) for n in (LOADERS, 1)]
         self.progress: Callable[[int], Any] = lambda images: None
@@ -153,9 +151,8 @@ class Worker:
         records = timed(seconds, "read", read, rows, span, killers)
         texts = ["" if each.error else each.data for each in records]
         texts += [""] * (self.size_for(len(span)) - len(span))
-        tokens = timed(seconds, "tokenize", deprecations.clip().tokenize, texts,
-                       self.model.context_length, True)
-        return Batch(tokens.int(), records, seconds=seconds)
+        tokens = timed(seconds, "tokenize", self.model.tokenize, texts, True)
+        return Batch(tokens, records, seconds=seconds)
 
     def features(self, inputs: Tensor, ready: Optional[torch.cuda.Event]) -> Tensor:
         """float32 [size, E] on the device, in the order of the current stream."""

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clip_ttrt import deprecations
 from clip_ttrt.artifact import MANIFEST
 from clip_ttrt.checkpoint import sha256_of_file
 from clip_ttrt.demo.captions import unknown_words
@@ -138,7 +137,7 @@ class Library:
         items = [each for _, each in terms if isinstance(each, tuple)]
         try:
             found = {
-                str: iter(texts and self.model.encode_text(deprecations.clip().tokenize(texts))),
+                str: iter(texts and self.model.encode_text(self.model.tokenize(texts))),
                 tuple: iter(self.features(self.rows.new_tensor(
                     [self.store.item(*each)[3] for each in items]))),
                 None: iter(pictures and self.model.encode_image(pictures))}

@@ -1,10 +1,10 @@
-// Bias and QuickGELU, and residual addition and layer norm, between CLIP's matrix products.
+// Bias and GELU, and residual addition and layer norm, between CLIP's matrix products.
 // Interface: elementwise.h.
 //
 // Both move bytes and compute little, so all that counts is how many loads are in flight and how
 // few instructions stand around them. Every access is 16 bytes (8 halves: a vector), or 8 where
 // E4M3 is written.
-//   quick_gelu_kernel  a thread keeps to one vector of columns and takes one or two rows of it.
+//   gelu_kernel        a thread keeps to one vector of columns and takes one or two rows of it.
 //   layer_norm_kernel  a row stays in the registers of a block's warps: one read, mean, then
 //                      centred variance, one write.
 // How each choice was reached: NOTES.md.
@@ -16,11 +16,15 @@ namespace {
 using namespace rows;
 
 // ---------------------------------------------------------------------------------------------
-// Bias and QuickGELU
+// Bias and GELU
 
 constexpr int kGeluThreads = 128;
-// sigmoid(1.702 y) = 1 / (1 + 2^(kGeluSlope y))
-constexpr float kGeluSlope = -1.702f * 1.4426950408889634f;
+// sigmoid(1.702 y) = 1 / (1 + 2^(kQuickSlope y))
+constexpr float kQuickSlope = -1.702f * 1.4426950408889634f;
+// (1 + tanh(u)) / 2 = sigmoid(2 u) = 1 / (1 + 2^(kTanhSlope y (1 + kTanhCubic y^2)))
+constexpr float kTanhSlope = -2 * 0.7978845608028654f * 1.4426950408889634f;
+constexpr float kTanhCubic = 0.044715f;
+constexpr float kInverseRoot = 0.7071067811865476f;
 
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
@@ -34,13 +38,22 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
   return y;
 }
 
+// GELU(y) / y. Far below zero the power is infinite and its reciprocal zero, as the limit is.
+template <int kApproximate>
+__device__ __forceinline__ float gate(float y) {
+  if constexpr (kApproximate == kClipGeluNone) return 0.5f * (1 + erff(kInverseRoot * y));
+  const float slope =
+      kApproximate == kClipGeluQuick ? kQuickSlope : kTanhSlope * (1 + kTanhCubic * y * y);
+  return reciprocal_fast(1.0f + exp2_fast(slope * y));
+}
+
 // A block takes kRows * (kGeluThreads >> column_bits) rows by (1 << column_bits) vectors of
 // columns.
-template <int kRows, class Stored>
+template <int kApproximate, int kRows, class Stored>
 __global__ void __launch_bounds__(kGeluThreads)
-    quick_gelu_kernel(const uint4* __restrict__ in, const float4* __restrict__ bias,
-                      Stored* __restrict__ out, int64_t rows, int vectors, int column_bits,
-                      float inverse_scale) {
+    gelu_kernel(const uint4* __restrict__ in, const float4* __restrict__ bias,
+                Stored* __restrict__ out, int64_t rows, int vectors, int column_bits,
+                float inverse_scale) {
   const int column = (blockIdx.x << column_bits) + (threadIdx.x & ((1 << column_bits) - 1));
   if (column >= vectors) return;
   const int step = kGeluThreads >> column_bits;
@@ -61,15 +74,14 @@ __global__ void __launch_bounds__(kGeluThreads)
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       y[i] += shift[i];
-      // Far below zero the power is infinite and its reciprocal zero, as the sigmoid's limit is.
-      y[i] *= reciprocal_fast(1.0f + exp2_fast(kGeluSlope * y[i]));
+      y[i] *= gate<kApproximate>(y[i]);
     }
     out[offset + int64_t(r * step) * vectors] = pack_as<Stored>(y, inverse_scale);
   }
 }
 
-template <int kRows>
-cudaError_t launch_quick_gelu(const ClipBiasQuickGeluParams& params, cudaStream_t stream) {
+template <int kApproximate, int kRows>
+cudaError_t launch_gelu(const ClipBiasGeluParams& params, cudaStream_t stream) {
   const int vectors = params.width / kVector;
   // The widest chunk of columns that divides the width, so that no thread idles at CLIP's widths.
   int column_bits = 7;
@@ -78,7 +90,7 @@ cudaError_t launch_quick_gelu(const ClipBiasQuickGeluParams& params, cudaStream_
   const int64_t block_rows = kRows * (kGeluThreads >> column_bits);
   return with_output(params.out, params.out_scale, [&](auto* out) {
     using Stored = std::remove_pointer_t<decltype(out)>;
-    return launch(quick_gelu_kernel<kRows, Stored>,
+    return launch(gelu_kernel<kApproximate, kRows, Stored>,
                   grid(ceil_div(vectors, 1 << column_bits), ceil_div(params.rows, block_rows)),
                   kGeluThreads, stream, static_cast<const uint4*>(params.in),
                   static_cast<const float4*>(params.bias), out, params.rows, vectors, column_bits,
@@ -165,18 +177,17 @@ cudaError_t launch_layer_norm(const ClipResidualLayerNormParams& params, cudaStr
 
 }  // namespace
 
-extern "C" int32_t clip_bias_quick_gelu_params_size(void) {
-  return sizeof(ClipBiasQuickGeluParams);
-}
+extern "C" int32_t clip_bias_gelu_params_size(void) { return sizeof(ClipBiasGeluParams); }
 
 extern "C" int32_t clip_residual_layer_norm_params_size(void) {
   return sizeof(ClipResidualLayerNormParams);
 }
 
-extern "C" cudaError_t clip_bias_quick_gelu_launch(const ClipBiasQuickGeluParams* params,
-                                                   cudaStream_t stream) {
+extern "C" cudaError_t clip_bias_gelu_launch(const ClipBiasGeluParams* params,
+                                             cudaStream_t stream) {
   if (params == nullptr || params->rows < 0 || params->rows > kClipElementwiseMaxRows ||
-      !width_ok(params->width, kClipQuickGeluMaxWidth) || !e4m3::valid_scale(params->out_scale))
+      !width_ok(params->width, kClipGeluMaxWidth) || !e4m3::valid_scale(params->out_scale) ||
+      params->approximate < kClipGeluQuick || params->approximate > kClipGeluNone)
     return cudaErrorInvalidValue;
   if (params->rows == 0) return cudaSuccess;
   if (!usable(params->in) || !aligned(params->bias) || !usable(params->out))
@@ -187,7 +198,17 @@ extern "C" cudaError_t clip_bias_quick_gelu_launch(const ClipBiasQuickGeluParams
   // Two rows to a thread once there are several blocks for every multiprocessor.
   const bool many =
       params->rows * (params->width / kVector) >= int64_t(sm_count) * 64 * kGeluThreads;
-  return many ? launch_quick_gelu<2>(*params, stream) : launch_quick_gelu<1>(*params, stream);
+  const auto launch_kind = [&](auto kind) {
+    return many ? launch_gelu<kind(), 2>(*params, stream) : launch_gelu<kind(), 1>(*params, stream);
+  };
+  switch (params->approximate) {
+    case kClipGeluQuick:
+      return launch_kind(std::integral_constant<int, kClipGeluQuick>());
+    case kClipGeluTanh:
+      return launch_kind(std::integral_constant<int, kClipGeluTanh>());
+    default:
+      return launch_kind(std::integral_constant<int, kClipGeluNone>());
+  }
 }
 
 extern "C" cudaError_t clip_residual_layer_norm_launch(const ClipResidualLayerNormParams* params,

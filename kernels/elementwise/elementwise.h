@@ -22,7 +22,7 @@ extern "C" {
 
 enum {
   kClipElementwiseWidthStep = 8,  // widths are multiples of it
-  kClipQuickGeluMaxWidth = 65536,
+  kClipGeluMaxWidth = 65536,
   kClipLayerNormMaxWidth = 8192,
   kClipElementwiseMaxRows = 2147483647,
   kClipMaxResolution = 4096,
@@ -31,17 +31,25 @@ enum {
 
 // Plain data, also filled through ctypes (clip_ttrt/kernels.py): keep the two alike.
 
-// [rows, width] and [width]: out = y sigmoid(1.702 y) with y = in + bias
-typedef struct ClipBiasQuickGeluParams {
+// What GELU(y) is, as fields named `approximate` have it.
+enum {
+  kClipGeluQuick = 0,  // y sigmoid(1.702 y)
+  kClipGeluTanh = 1,   // y / 2 (1 + tanh(sqrt(2 / pi) (y + 0.044715 y^3)))
+  kClipGeluNone = 2,   // y / 2 (1 + erf(y / sqrt(2)))
+};
+
+// [rows, width] and [width]: out = GELU(in + bias)
+typedef struct ClipBiasGeluParams {
   const void* in;
   const void* bias;  // or NULL
   void* out;
   int64_t rows;   // 0 .. kClipElementwiseMaxRows
-  int32_t width;  // 8 .. kClipQuickGeluMaxWidth
+  int32_t width;  // 8 .. kClipGeluMaxWidth
+  int32_t approximate;
   float out_scale;
-} ClipBiasQuickGeluParams;
+} ClipBiasGeluParams;
 
-cudaError_t clip_bias_quick_gelu_launch(const ClipBiasQuickGeluParams* params, cudaStream_t stream);
+cudaError_t clip_bias_gelu_launch(const ClipBiasGeluParams* params, cudaStream_t stream);
 
 // [rows, width] and [width]: sum_out = s, rounded to fp16, with s = x + delta + bias
 // out = (s - mean(s)) / sqrt(variance(s) + epsilon) * scale + shift, of the rounded s: what sum_out
@@ -104,7 +112,7 @@ typedef struct ClipEmbedImageParams {
 cudaError_t clip_embed_image_launch(const ClipEmbedImageParams* params, cudaStream_t stream);
 
 // sizeof the structs: lets a caller in another language check that its copies agree.
-int32_t clip_bias_quick_gelu_params_size(void);
+int32_t clip_bias_gelu_params_size(void);
 int32_t clip_residual_layer_norm_params_size(void);
 int32_t clip_extract_patches_params_size(void);
 int32_t clip_embed_image_params_size(void);

@@ -2,7 +2,7 @@
 // elements, in any shape; x has rank 2 or more. out_scale is float32: 0 where an output is fp16,
 // else the output marked with a * is E4M3, divided by out_scale, as plugin.h says.
 //
-//   ClipBiasQuickGelu         out_scale
+//   ClipBiasGelu         out_scale
 //     in    x fp16 [.., width], bias fp32, width
 //     out   * fp16, x's shape: y sigmoid(1.702 y) with y = x + bias
 //   ClipResidualLayerNorm     residual int32, 0 or 1; epsilon float32; out_scale
@@ -35,17 +35,21 @@ constexpr char kWrongConstant[] = "a constant does not have one element for each
 bool positive(float x) { return std::isfinite(x) && x > 0; }
 
 struct GeluData {
+  int32_t approximate;
   float out_scale;
 };
 
 class Gelu final : public Plugin<Gelu, GeluData> {
  public:
   using Plugin::Plugin;
-  static constexpr char kName[] = "ClipBiasQuickGelu";
-  static constexpr std::tuple kFields{Field{"out_scale", &Data::out_scale}};
+  static constexpr char kName[] = "ClipBiasGelu";
+  static constexpr std::tuple kFields{Field{"approximate", &Data::approximate},
+                                      Field{"out_scale", &Data::out_scale}};
 
   static const char* complete(Data& data) {
-    return e4m3::valid_scale(data.out_scale) ? nullptr : kWrongOutScale;
+    if (!e4m3::valid_scale(data.out_scale)) return kWrongOutScale;
+    const bool valid = data.approximate >= kClipGeluQuick && data.approximate <= kClipGeluNone;
+    return valid ? nullptr : "approximate must be 0, 1 or 2";
   }
   int32_t inputs() const { return 2; }
   int32_t outputs() const { return 1; }
@@ -59,10 +63,14 @@ class Gelu final : public Plugin<Gelu, GeluData> {
   }
 
   int32_t launch(const Call& call) const {
-    const ClipBiasQuickGeluParams params = {
-        call.x[0],      call.x[1], call.y[0], rows_of(call.in[0]), narrow(width_of(call.in[0])),
-        data_.out_scale};
-    return clip_bias_quick_gelu_launch(&params, call.stream);
+    const ClipBiasGeluParams params = {call.x[0],
+                                       call.x[1],
+                                       call.y[0],
+                                       rows_of(call.in[0]),
+                                       narrow(width_of(call.in[0])),
+                                       data_.approximate,
+                                       data_.out_scale};
+    return clip_bias_gelu_launch(&params, call.stream);
   }
 };
 

@@ -46,12 +46,12 @@ bool finish(cudaError_t status, const char* what, int64_t rows, int width) {
 }
 
 // out_scale: 0, or that of an output in E4M3.
-bool gelu(int64_t rows, int width, bool bias, float out_scale) {
-  ClipBiasQuickGeluParams p = {};
+bool gelu(int64_t rows, int width, int approximate, bool bias, float out_scale) {
+  ClipBiasGeluParams p = {};
   p.in = zeros(rows * width * 2), p.out = output(rows * width * bytes_of(out_scale)),
   p.bias = bias ? zeros(width * 4) : nullptr;
-  p.rows = rows, p.width = width, p.out_scale = out_scale;
-  return finish(clip_bias_quick_gelu_launch(&p, nullptr), "quick_gelu", rows, width);
+  p.rows = rows, p.width = width, p.approximate = approximate, p.out_scale = out_scale;
+  return finish(clip_bias_gelu_launch(&p, nullptr), "gelu", rows, width);
 }
 
 bool layer_norm(int64_t rows, int width, bool residual, float out_scale) {
@@ -102,10 +102,11 @@ int main() {
     for (int width : {8, 64, 72, 192, 264, 512, 520, 768, 1000, 1024, 1032, 2056, 4104, 8192})
       for (int rows : {1, 5, 50, 1601})
         for (bool with : {false, true}) {
-          ok = gelu(rows, width, with, out_scale) && ok;
+          for (int approximate : {0, 1, 2})
+            ok = gelu(rows, width, approximate, with, out_scale) && ok;
           ok = layer_norm(rows, width, with, out_scale) && ok;
         }
-    ok = gelu(8224, 4096, true, out_scale) && ok;
+    ok = gelu(8224, 4096, 0, true, out_scale) && ok;
     for (int width : {8, 264, 512, 768, 1000, 1024, 4104})
       for (int batch : {2, 3, 33}) ok = embed(batch, batch == 2 ? 2 : 50, width, out_scale) && ok;
   }

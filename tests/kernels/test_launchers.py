@@ -83,7 +83,7 @@ def test_what_is_declared_of_cublaslt_is_what_its_header_says():
 
 POINTER, UNALIGNED, NAN = 4096, 4104, float("nan")
 VALID = {  # beside the pointers
-    "bias_quick_gelu": {"rows": 3, "width": 64, "out_scale": 0.0},
+    "bias_gelu": {"rows": 3, "width": 64, "approximate": 1, "out_scale": 0.0},
     "residual_layer_norm": {"rows": 3, "width": 64, "epsilon": 1e-5, "out_scale": 0.0},
     "extract_patches": {"batch": 1, "resolution": 224, "patch_size": 32, "half": 0},
     "embed_image": {"batch": 1, "tokens": 50, "width": 64, "epsilon_pre": 1e-5, "epsilon_1": 1e-5,
@@ -92,7 +92,7 @@ VALID = {  # beside the pointers
     "linear_tune": {"rows": 3, "inputs": 64, "outputs": 64, "weights": 1, "quantized": 0,
                     "fast_accumulation": 1, "milliseconds": 1.0},
 }
-NULLABLE = {("bias_quick_gelu", "bias"), ("linear_tune", "bias"), *(
+NULLABLE = {("bias_gelu", "bias"), ("linear_tune", "bias"), *(
     ("residual_layer_norm", name) for name in ("delta", "bias", "sum_out"))}
 WRONG = {  # beside -1, which no field may have
     "rows": [2**31], "batch": [2**31, 2**62], "width": [0, -8, 4, 100, 65544],
@@ -100,6 +100,7 @@ WRONG = {  # beside -1, which no field may have
     "resolution": [0, -32, 223, 8192], "tokens": [0, 1], "patch_size": [0, -2, 7, 30, 448],
     "half": [2], "inputs": [6], "outputs": [12], "weights": [0], "milliseconds": [NAN],
     "quantized": [2], "fast_accumulation": [2], "out_scale": [NAN, float("inf"), 1e-40],
+    "approximate": [3],
 }  # fmt: skip
 
 

@@ -188,13 +188,18 @@ def test_attention_of_large_batches(sizes):
 # Rows
 
 
-def quick_gelu(x, bias=None, out_scale=0.0):
+def gelu(x, bias=None, out_scale=0.0, approximate="quick"):
     y = x.double() if bias is None else x.double() + bias.double()
-    exact = ops.quick_gelu_reference(y)
-    # The exponent, up to 1.702 log2(e) |y|, is rounded to fp32 before the power is taken.
-    exact, allowed = stored(exact, exact.abs() * (4 + 4 * y.abs()) * 2.0**-23, out_scale)
-    check("bias_quick_gelu", {"out": x.shape}, lambda out: [(out, exact, allowed)],
-          **{"in": x}, bias=bias, rows=x.shape[0], width=x.shape[1], out_scale=out_scale)
+    exact = ops.gelu_reference(y, approximate)
+    if approximate == "none":  # 1 + erf is rounded to fp32, however little is left of it
+        allowed = y.abs() * 4 * 2.0**-23
+    else:  # the exponent is rounded to fp32 before the power is taken
+        exponent = y.abs() if approximate == "quick" else y.abs() * (1 + 0.05 * y.square())
+        allowed = exact.abs() * (4 + 4 * exponent) * 2.0**-23
+    exact, allowed = stored(exact, allowed, out_scale)
+    check("bias_gelu", {"out": x.shape}, lambda out: [(out, exact, allowed)],
+          **{"in": x}, bias=bias, rows=x.shape[0], width=x.shape[1],
+          approximate=kernels.GELUS.index(approximate), out_scale=out_scale)
 
 
 def norms(width):
@@ -258,8 +263,9 @@ def test_rows_of_every_width(width):
     for rows, scale in itertools.product((1, 2, 3, 5, 7, 33, 50, 1601), (0.1, 1.0, 8.0)):
         x, delta = randn(2, rows, width, scale=scale).half()
         bias = randn(width, scale=scale)
-        quick_gelu(x, bias)
-        quick_gelu(x)
+        for approximate in kernels.GELUS:
+            gelu(x, bias, approximate=approximate)
+        gelu(x)
         layer_norm(x)
         layer_norm(x, delta, bias)
     for batch, tokens, scale in itertools.product((1, 3, 33), (2, 5, 50), (0.1, 1.0, 8.0)):
@@ -271,7 +277,8 @@ def test_rows_of_every_width(width):
 def test_rows_of_every_width_in_e4m3(width):
     for rows, out_scale in itertools.product((1, 5, 50, 1601), OUT_SCALES):
         x, delta = randn(2, rows, width).half()
-        quick_gelu(x, randn(width), out_scale)
+        for approximate in kernels.GELUS:
+            gelu(x, randn(width), out_scale, approximate)
         layer_norm(x, out_scale=out_scale)
         layer_norm(x, delta, randn(width), out_scale)
     for (batch, tokens), out_scale in itertools.product([(3, 5), (33, 50), (160, 50)], OUT_SCALES):
@@ -290,7 +297,7 @@ def test_patches(size, resolution, dtype):
 
 @on_gpu
 def test_more_rows_than_a_grid_has_in_y():
-    quick_gelu(randn(140_000, 1024).half(), randn(1024))
+    gelu(randn(140_000, 1024).half(), randn(1024))
     layer_norm(randn(300_000, 64).half())
     layer_norm(*randn(2, 66_000, 1032).half(), randn(1032))
     patches(randn(66_000, 3, 16, 16), 8)
@@ -298,27 +305,29 @@ def test_more_rows_than_a_grid_has_in_y():
 
 
 @on_gpu
-def test_quick_gelu_of_every_half():
-    """Infinities and NaNs as in PyTorch."""
+@pytest.mark.parametrize("approximate", kernels.GELUS)
+def test_gelu_of_every_half(approximate):
+    """NaNs as in PyTorch, and infinity."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32, device=DEVICE).short()
     x = every.view(torch.half).view(1024, 64)
-    quick_gelu(torch.where(x.isfinite(), x, 0))
-    out = torch.empty_like(x)
-    kernels.launch("bias_quick_gelu", x.device, **{"in": x}, out=out, rows=1024, width=64)
-    expected = (x.float() * torch.sigmoid(1.702 * x.float())).half()
+    gelu(torch.where(x.isfinite(), x, 0), approximate=approximate)
+    out, kind = torch.empty_like(x), kernels.GELUS.index(approximate)
+    kernels.launch("bias_gelu", x.device, **{"in": x}, out=out, rows=1024, width=64,
+                   approximate=kind)
+    expected = ops.gelu_reference(x.double(), approximate)
     assert torch.equal(out.isnan(), expected.isnan())
     assert torch.equal(out[x == torch.inf], x[x == torch.inf])
 
 
 @on_fp8_gpu
 @pytest.mark.parametrize("out_scale", OUT_SCALES)
-def test_quick_gelu_of_every_half_in_e4m3(out_scale):
+def test_gelu_of_every_half_in_e4m3(out_scale):
     """What is beyond 448 is 448, infinity too, and NaN is NaN."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32, device=DEVICE).short()
     x = every.view(torch.half).view(1024, 64)
-    quick_gelu(torch.where(x.isfinite(), x, 0), out_scale=out_scale)
+    gelu(torch.where(x.isfinite(), x, 0), out_scale=out_scale)
     out, sizes = torch.empty_like(x, dtype=E4M3), {"rows": 1024, "width": 64}
-    kernels.launch("bias_quick_gelu", x.device, **{"in": x}, out=out, out_scale=out_scale, **sizes)
+    kernels.launch("bias_gelu", x.device, **{"in": x}, out=out, out_scale=out_scale, **sizes)
     exact, out = x.float() * torch.sigmoid(1.702 * x.float()) / out_scale, out.float()
     assert torch.equal(out.isnan(), exact.isnan()) and (out[exact > LARGEST] == LARGEST).all()
 
@@ -354,7 +363,7 @@ def test_older_gpus_refuse_e4m3():
     with pytest.raises(RuntimeError, match="CUDA error 801"):
         kernels.attention(qkv, 1, False, out_scale=0.1)
     with pytest.raises(RuntimeError, match="CUDA error 801"):
-        kernels.launch("bias_quick_gelu", x.device, **{"in": x}, out=x.to(E4M3), **sizes)
+        kernels.launch("bias_gelu", x.device, **{"in": x}, out=x.to(E4M3), **sizes)
 
 
 @on_gpu

@@ -12,7 +12,7 @@ import torch
 
 from clip_ttrt import kernels, linear, stack
 from clip_ttrt.kernels import (
-    ATTENTION, BIAS_QUICK_GELU, EMBED_IMAGE, EXTRACT_PATCHES, LINEAR, RESIDUAL_LAYER_NORM,
+    ATTENTION, BIAS_GELU, EMBED_IMAGE, EXTRACT_PATCHES, LINEAR, RESIDUAL_LAYER_NORM,
 )
 
 pytestmark = [pytest.mark.gpu, needs.ampere]
@@ -21,7 +21,7 @@ W = 768
 TABLE = linear.pack(64, 128, False)
 FIELDS = {  # of each plugin: an int32, a float32, or bytes
     ATTENTION: {"heads": 12, "tokens": 77, "causal": 1, "query_bias": 1, "out_scale": 0.0},
-    BIAS_QUICK_GELU: {"out_scale": 0.0},
+    BIAS_GELU: {"out_scale": 0.0},
     RESIDUAL_LAYER_NORM: {"residual": 1, "epsilon": 1e-5, "out_scale": 0.0},
     EXTRACT_PATCHES: {"patch_size": 14},
     EMBED_IMAGE: {"tokens": 50, "epsilon_pre": 1e-5, "epsilon_1": 1e-6, "out_scale": 0.0},
@@ -84,7 +84,7 @@ FORMS = [
          {**_ATTENTION, "query_bias": "x1", "batch": 2, "causal": 1}),
     Form(ATTENTION, {"query_bias": 0, "causal": 0}, 1, [(3, 77, 3 * W)], (3, 77, W),
          {**_ATTENTION, "batch": 3}),
-    Form(BIAS_QUICK_GELU, {}, 1, [(2, 50, 3072), (1, 3072)], (2, 50, 3072), _GELU),
+    Form(BIAS_GELU, {}, 1, [(2, 50, 3072), (1, 3072)], (2, 50, 3072), _GELU),
     Form(RESIDUAL_LAYER_NORM, {}, 2, [(100, W), (100, W), (W,), (W,), (W,)], (100, W), _SUM),
     Form(RESIDUAL_LAYER_NORM, {"residual": 0}, 1, [(2, 50, W), (W,), (1, W)], (2, 50, W), _NORM),
     Form(EXTRACT_PATCHES, {}, 1, [(8, 3, 224, 224)], (8 * 256, 588), {**_PATCHES, "half": 1}),
@@ -97,7 +97,7 @@ FORMS = [
     # In E4M3
     Form(ATTENTION, {"out_scale": 0.002}, 1, [(154, 3 * W), (W,)], (154, W),
          {**_ATTENTION, "query_bias": "x1", "batch": 2, "causal": 1}, ("y0",)),
-    Form(BIAS_QUICK_GELU, {"out_scale": 0.02}, 1, [(2, 50, 3072), (1, 3072)], (2, 50, 3072), _GELU,
+    Form(BIAS_GELU, {"out_scale": 0.02}, 1, [(2, 50, 3072), (1, 3072)], (2, 50, 3072), _GELU,
          ("y0",)),
     Form(RESIDUAL_LAYER_NORM, {"out_scale": 0.01}, 2, [(100, W), (100, W), (W,), (W,), (W,)],
          (100, W), _SUM, ("y1",)),
@@ -373,7 +373,7 @@ def test_a_chain_of_plugins_hands_e4m3_on(trt):
     at = layer(reshape.get_output(0), 0)
     at = layer(plugin(ATTENTION, at, heads=heads, tokens=tokens, causal=0, query_bias=0,
                       out_scale=step), 1)  # fmt: skip
-    at = layer(plugin(BIAS_QUICK_GELU, at, bias, out_scale=step), 2, bias.half())
+    at = layer(plugin(BIAS_GELU, at, bias, out_scale=step), 2, bias.half())
     at.name = "y0"
     network.mark_output(at)
     plan = trt.first_builder.build_serialized_network(
@@ -394,7 +394,7 @@ def test_a_chain_of_plugins_hands_e4m3_on(trt):
     y = launched("residual_layer_norm", x=x, scale=norms[0], shift=norms[1], epsilon=1e-5)
     y = linear.linear(y, weights[0], scale=scale)
     y = linear.linear(kernels.attention(y, heads, False, out_scale=step), weights[1], scale=scale)
-    y = launched("bias_quick_gelu", **{"in": y}, bias=bias)
+    y = launched("bias_gelu", **{"in": y}, bias=bias, approximate=1)
     y = linear.linear(y, weights[2], bias.half(), scale=scale)
     torch.cuda.synchronize()
     assert y.isfinite().all() and same([out], [y.view_as(out)])

@@ -18,7 +18,10 @@ from lowering import DYNAMIC, STATIC, One, construct, encoder_in, lowered
 
 MOST_LAYERS = {"demo": 240, "ViT-B/32": 480, "ViT-B/16": 480, "ViT-L/14": 840,
                "ViT-L/14@336px": 840,  # constants not counted; seen: 196, 364, 364, 700, 700,
-               "small": 100, "RN50": 190, "RN50x4": 280}  # 81, 158, 228
+               "small": 100, "RN50": 190, "RN50x4": 280,  # 81, 158, 228
+               "small-80": 130, "small-88": 130, "small-104": 130}
+SMALL = {"small": small.RESNET, "small-80": small.OF_80, "small-88": small.OF_88,
+         "small-104": small.OF_104}
 
 
 def of(function):
@@ -38,13 +41,16 @@ CONVERTED = {
     "linear_on_rows": (nn.Linear(64, 32), (64,)),
     "layer_norm": (NORM, (5, 64)),
     "layer_norm_on_rows": (NORM, (64,)),
-    "quick_gelu": (of(ops.quick_gelu), (5, 64)),
-    "add": (of(lambda x: x + ops.quick_gelu(x)), (5, 64)),
+    "quick_gelu": (of(lambda x: ops.gelu(x, "quick")), (5, 64)),
+    "gelu": (of(lambda x: ops.gelu(x, "none")), (5, 64)),
+    "gelu_by_tanh": (of(lambda x: ops.gelu(x, "tanh")), (5, 64)),
+    "add": (of(lambda x: x + ops.gelu(x, "quick")), (5, 64)),
     "add_a_parameter": (One(lambda x, value: x + value, 5, 64), (5, 64)),
     "embedding": (nn.Embedding(100, 64), (7,)),
     "select_token": (of(lambda x: x.select(1, 2)), (5, 64)),
     "attention": (of(lambda x: ops.attention(x, 2, False)), (5, 384)),
     "causal_attention": (of(lambda x: ops.attention(x, 2, True)), (5, 384)),
+    "attention_of_wide_heads": (of(lambda x: ops.attention(x, 2, False)), (5, 480)),
     "composed_attention": (of(lambda x: ops.attention(x, 2, False)), (5, 384)),
     "composed_causal_attention": (of(lambda x: ops.attention(x, 2, True)), (5, 384)),
     "extract_patches": (of(lambda x: ops.extract_patches(x, 4)), (3, 16, 16)),
@@ -59,10 +65,11 @@ CONVERTED = {
     "convolution_of_points": (nn.Conv2d(8, 16, 1), (8, 6, 6)),
     "relu": (of(nn.functional.relu), (8, 6, 6)),
     "average_pool": (of(lambda x: nn.functional.avg_pool2d(x, 2)), (8, 6, 6)),
+    "mean_of_patches": (of(ops.mean_of_patches), (5, 64)),
     "attention_pool": (AttentionPool(128, 5, 32, INFERENCE), (128, 2, 2)),
 }
 PLUGINS = {ops.fused_attention, ops.fused_linear, ops.fused_quantized_linear, ops.fused_layer_norm,
-           ops.bias_quick_gelu, ops.residual_layer_norm, ops.extract_patch_rows, ops.embed_image}
+           ops.bias_gelu, ops.residual_layer_norm, ops.extract_patch_rows, ops.embed_image}
 
 
 def module_and_example(name, precision):
@@ -162,7 +169,7 @@ def test_a_converter_alone(name, precision, batch, monkeypatch):
     assert tuple(output.shape) == (4 if batch.static else -1, *expected.shape[1:])
     assert converters.TORCH_TYPES[output.dtype] == expected.dtype
     as_one = any("ATTENTION" in kind for kind, _, _ in layers(interpreter))
-    assert as_one is (name in ("attention", "causal_attention"))
+    assert as_one is (name in ("attention", "causal_attention", "attention_of_wide_heads"))
     assert plan(interpreter)
 
 
@@ -177,12 +184,16 @@ def test_every_operation_that_is_no_plugin_is_built_above():
 ENCODERS_BUILT = [(model, encoder) for model, dims in MODELS.items() if not dims.is_resnet
                   for encoder in ENCODERS]  # a ResNet's text encoder is like theirs
 ENCODERS_BUILT += [("small", "image"), ("RN50", "image"),
+                   *((model, encoder) for model in ("small-80", "small-104")
+                     for encoder in ENCODERS),
+                   pytest.param("small-88", "image", marks=pytest.mark.slow),
                    pytest.param("RN50x4", "image", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("model, encoder", ENCODERS_BUILT)
 def test_a_whole_encoder_is_one_network_and_its_plan_builds(model, encoder, monkeypatch):
-    monkeypatch.setitem(MODELS, "small", small.RESNET)
+    for name, dims in SMALL.items():
+        monkeypatch.setitem(MODELS, name, dims)
     plain, example, module = encoder_in(model, encoder, "fp16")
     weights = sum(value.numel() * value.element_size() for value in plain.parameters())
     interpreter, build = construct(module, example, BatchRange(1, 32, 256), "fp16")
