@@ -101,7 +101,8 @@ def parser() -> argparse.ArgumentParser:
                 "often, or one a scene (default: as before, at first 1)")
             add("--decode", default="auto", choices=DECODE, help="as embed's")
             for option, help in (
-                    ("approximate", "build an approximate index, and measure its recall"),
+                    ("approximate", "build an approximate index, for some millions of items "
+                     "and more, and measure its recall"),
                     ("retry-bad", "try again what is in quarantine"),
                     ("reindex", "encode all anew, with another artifact if it is one")):
                 add(f"--{option}", action="store_true", help=help)
@@ -113,8 +114,7 @@ def parser() -> argparse.ArgumentParser:
             add("--top", type=int, default=20, metavar="N", help="files (default %(default)s)")
             add("--fold", type=float, default=0.97, metavar="COSINE", help="of near-duplicates, "
                 "which are one result (default %(default)s)")
-            add("--approximate", action=argparse.BooleanOptionalAction, help="use the approximate "
-                "index (default: from 4 million items on)")
+            add("--exact", action="store_true", help="leave an approximate index aside")
             add("--json", dest="as_json", action="store_true", help="for programs")
 
     add = command("info", run_info, "tell what this machine has and what a compile would use")

@@ -10,30 +10,27 @@ from clip_ttrt.search.store import Store
 
 FILE = "usearch.index"
 QUERIES, BEST = 200, 10  # of the recall: items that are asked for, and how many of the best
-
-
-def searcher(index, items: np.ndarray) -> Callable[[Tensor, int], Tensor]:
-    """A function of a query [E] and a number: about so many of the best items, int64 [n]."""
-    places = np.zeros(items["row"].max(initial=-1) + 1, np.int64)
-    places[items["row"]] = np.arange(len(items))
-    return lambda wanted, count: torch.from_numpy(
-        places[index.search(wanted.cpu().numpy(), count).keys.astype(np.int64)]).to(wanted.device)
-
-
-def open_index(store: Store, items: np.ndarray) -> Optional[Callable[[Tensor, int], Tensor]]:
-    """The library's, None where there is none of these items, or no usearch."""
-    if store.get("approximate") == stamp(items):
-        try:
-            from usearch.index import Index
-        except ImportError:
-            return None
-        return searcher(Index.restore(str(store.folder / FILE), view=True), items)
-    return None
+Search = Callable[[Tensor, int], Tensor]  # a query [E], a number -> about the best items, int64 [n]
 
 
 def stamp(items: np.ndarray) -> list[int]:
     """What differs for other items: no file has the number of another, ever."""
     return [len(items), int(items["file"].sum()), int(items["row"].sum())]
+
+
+def find(store: Store, items: np.ndarray) -> Optional[Search]:
+    """The search of a library's index, None where it has none of these items, or no usearch."""
+    try:
+        from usearch.index import Index
+    except ImportError:
+        return None
+    if store.get("approximate") != stamp(items):
+        return None
+    index = Index.restore(str(store.folder / FILE), view=True)
+    places = np.zeros(items["row"].max(initial=-1) + 1, np.int64)
+    places[items["row"]] = np.arange(len(items))
+    return lambda wanted, count: torch.from_numpy(
+        places[index.search(wanted.cpu().numpy(), count).keys.astype(np.int64)]).to(wanted.device)
 
 
 def build(library) -> float:
@@ -48,7 +45,7 @@ def build(library) -> float:
         index.add(rows.cpu().numpy().astype(np.uint64), library.features(rows).cpu().numpy())
     index.save(str(library.store.folder / FILE))
     library.store.put(approximate=stamp(library.items))
-    search, random = searcher(index, library.items), torch.Generator().manual_seed(0)
+    search, random = find(library.store, library.items), torch.Generator().manual_seed(0)
     asked = torch.randperm(len(library.items), generator=random)[:QUERIES].to(library.rows.device)
     found = [(set(library.scan(wanted, BEST)[0].tolist()), set(search(wanted, BEST).tolist()))
              for wanted in library.features(library.rows[asked])]

@@ -4,6 +4,7 @@ import time
 from fractions import Fraction
 from itertools import chain, count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Iterator, Optional, Sequence, Union
 
 import numpy as np
@@ -21,6 +22,7 @@ from clip_ttrt.search.store import DATABASE, Store
 PICTURES = sources.PICTURES - {""}  # without an extension there is much in folders
 GRID = Fraction(1, 4)  # seconds between the frames of which `scenes` keeps some
 CHANGE = 0.08  # of the range of levels: the mean difference of 32 x 32 pixels in a new scene
+ON_CPU = 32  # pictures of a batch, beyond which a CPU gains nothing
 COMMIT = 2.0  # seconds of work that a kill costs, about
 TRIES = 3  # that ended with the process, after which an item is given up
 
@@ -153,19 +155,6 @@ def scenes(items: list) -> Iterator[list]:
         yield item
 
 
-class Results:
-    """What a worker writes to: it keeps the features of one shard."""
-
-    def start(self, number: int) -> None:
-        """Tries are counted in the library."""
-
-    def crashed(self, number: int) -> set[int]:
-        return set()
-
-    def write(self, number: int, features: np.ndarray, metadata: list, bad: list, _: dict) -> None:
-        self.features, self.bad = features, {each["row"]: each["error"] for each in bad}
-
-
 def encode(store: Store, artifact: Artifact, decode: str) -> tuple[int, float]:
     """Give all items that wait a row, some at a time; returns their number, and seconds."""
     if not store.waiting(1):
@@ -173,11 +162,13 @@ def encode(store: Store, artifact: Artifact, decode: str) -> tuple[int, float]:
     tqdm = sources.library("tqdm").tqdm
     from clip_ttrt.pipeline.worker import KILLED, Worker  # which needs the extra embed
 
-    batch, results, done = min(LARGEST_EMBED_BATCH, artifact.batch.maximum), Results(), 0
-    taken, size = set(store.items()["row"].tolist()), batch
+    most = LARGEST_EMBED_BATCH if artifact.device == "cuda" else ON_CPU
+    batch = max(artifact.batch.minimum, min(most, artifact.batch.maximum))
+    taken, size, done, written = set(store.items()["row"].tolist()), batch, 0, []
     free = (row for row in count() if row not in taken)
-    worker = Worker(artifact.folder, results, EmbedOptions(batch=batch, decode=decode),
-                    artifact.device)
+    out = SimpleNamespace(start=lambda number: None, crashed=lambda number: set(),
+                          write=lambda *shard: written.append(shard))
+    worker = Worker(artifact.folder, out, EmbedOptions(batch=batch, decode=decode), artifact.device)
     begun = time.perf_counter()
     with tqdm(unit=" items", dynamic_ncols=True, leave=False) as bar:
         while items := store.waiting(size):
@@ -185,16 +176,15 @@ def encode(store: Store, artifact: Artifact, decode: str) -> tuple[int, float]:
             if tries == TRIES:
                 store.add(items, np.empty((0, 0)), {0: KILLED}, free)
                 continue
-            with store.db:
-                store.set("tries", [(tries + 1, *item[:2]) for item in items])
+            store.set("tries", [(tries + 1, *item[:2]) for item in items])
             try:
                 worker.embed(0, sources.Rows([place(*item) for item in items]))()
             except BaseException:  # but no kill
-                with store.db:
-                    store.set("tries", [(tries, *item[:2]) for item in items])
+                store.set("tries", [(tries, *item[:2]) for item in items])
                 raise
-            store.add(items, results.features, results.bad, free)
-            done += len(results.features)
+            _, features, _, bad, _ = written.pop()
+            store.add(items, features, {each["row"]: each["error"] for each in bad}, free)
+            done += len(features)
             bar.update(len(items))
             if time.perf_counter() - start < COMMIT / 2:
                 size = min(2 * size, 16 * batch)

@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from pathlib import Path
-from typing import Any, Optional, Sequence, Union
+from typing import Any, Sequence, Union
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from clip_ttrt.search.store import SHARD, Store
 POOL = 1000  # best items of the scan in float16, which are compared anew in float32
 FOLD = 0.97  # cosine from which on two pictures are near-duplicates
 BINS, POINTS = 40, 120  # of the histogram; of a video's strip at most
-MANY, SAMPLE = 4_000_000, 20_000  # items from which on an approximate index serves, and a sample
+SAMPLE = 20_000  # items whose scores stand for all, where an approximate index serves
 TERM = re.compile(r'\s*(?:([+-])\s+)?(?:(\d+(?:\.\d*)?|\.\d+)\s*\*\s*)?'
                   r'(?:"([^"]+)"|((?!"|[+-](?:\s|$))\S.*?))(?=\s+[+-](?:\s|$)|\s*$)', re.DOTALL)
 Operand = Union[str, Path, bytes, tuple[int, int], Any]  # text, picture, (file, number), PIL image
@@ -84,15 +84,15 @@ class Library:
         paths = [self.store.shard(number, self.width) for number in range(shards)]
         self.shards = [torch.from_numpy(np.load(path, mmap_mode="c")).to(device) for path in paths]
         self.rows = torch.from_numpy(self.items["row"].copy()).to(device)
-        self.approximate = usearch.open_index(self.store, self.items)
+        self.approximate = usearch.find(self.store, self.items)
 
     def query(self, query: Union[str, Terms], top: int = 20, fold: float = FOLD,
-              details: bool = False, approximate: Optional[bool] = None) -> dict[str, Any]:
+              details: bool = False, exact: bool = False) -> dict[str, Any]:
         """The files most similar to a query, a video by its best frame.
 
         query: as `parse` takes it, or (weight, operand) pairs.  fold: cosine from which on a file
-        is `similar` to one before it; above 1 none is.  approximate: use such an index; by default
-        from MANY items on.  details: strips of videos and a histogram, too.  Returns at most top
+        is `similar` to one before it; above 1 none is.  exact: leave an approximate index of the
+        library aside.  details: strips of videos and a histogram, too.  Returns at most top
         `results`: score (cosine), z (standard deviations above the mean of all items), below (share
         of items that are less similar), and of videos segments, in seconds: frames above half of
         the way from that mean to the best one.  Raises UserError for a query that cannot be."""
@@ -102,11 +102,7 @@ class Library:
             terms = parse(query) if isinstance(query, str) else query
             wanted, size = self.encode(terms), max(POOL, 2 * top)
             encoded = time.perf_counter()
-            if approximate and not self.approximate:
-                raise UserError("the library has no approximate index of what it holds now; "
-                                "search index --approximate builds one")
-            use = len(self.items) >= MANY if approximate is None else approximate
-            use = self.approximate if use else None
+            use = None if exact else self.approximate
             while True:
                 pool, sample = self.scan(wanted, size, use)
                 pool, scores, groups = self.rank(wanted, pool, top, fold)

@@ -122,13 +122,15 @@ class Store:
                     file.write(feature.tobytes())
                 file.flush()
                 os.fsync(file.fileno())
-        with self.db:
-            self.set("row", [(row, *item) for row, item in zip(rows, good)])
-            self.set("reason", [(reason, *items[place][:2]) for place, reason in bad.items()])
+        self.set("row", [(row, *item) for row, item in zip(rows, good)],
+                 "reason", [(reason, *items[place][:2]) for place, reason in bad.items()])
 
-    def set(self, column: str, values: Sequence[tuple]) -> None:
-        """(value, file, number) of items."""
-        self.db.executemany(f"UPDATE items SET {column} = ? WHERE file = ? AND number = ?", values)
+    def set(self, *changes: Any) -> None:
+        """Of items, at once: columns, each followed by (value, file, number) of some."""
+        with self.db:
+            for column, values in zip(changes[::2], changes[1::2]):
+                self.db.executemany(
+                    f"UPDATE items SET {column} = ? WHERE file = ? AND number = ?", values)
 
     def shard(self, number: int, width: int) -> Path:
         """A shard's file, made where it is missing."""
