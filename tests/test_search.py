@@ -252,7 +252,7 @@ def test_what_kills_its_process_is_tried_alone_and_given_up(
     assert index(tmp_path / "l", retry_bad=True)["encoded"] == 1
 
 
-def test_an_interrupted_run_blames_nothing(world, demo_artifact, tmp_path, monkeypatch):
+def test_a_run_that_is_stopped_blames_no_picture(world, demo_artifact, tmp_path, monkeypatch):
     from clip_ttrt.pipeline.worker import Worker
 
     def interrupted(*_):
@@ -263,6 +263,10 @@ def test_an_interrupted_run_blames_nothing(world, demo_artifact, tmp_path, monke
         patch.setattr(Worker, "embed", interrupted)
         with pytest.raises(KeyboardInterrupt):
             index(tmp_path / "l", [tmp_path], demo_artifact.folder)
+        patch.undo()
+        patch.setattr(store.Store, "shard", lambda *_: tmp_path / "no" / "space")
+        with pytest.raises(OSError):
+            index(tmp_path / "l")
     assert store.Store(tmp_path / "l").waiting(9)[0][2] == 0
     assert index(tmp_path / "l")["encoded"] == 1
 
@@ -277,7 +281,10 @@ def test_a_library_is_one_artifacts_and_one_processs(world, demo_artifact, tmp_p
         index(tmp_path / "l", artifact=tmp_path / "other")
     with pytest.raises(UserError, match="features of another artifact than"):
         Library(tmp_path / "l", tmp_path / "other")
+    asked = Library(tmp_path / "l")
     assert index(tmp_path / "l", artifact=tmp_path / "other", reindex=True)["encoded"] == 1
+    with pytest.raises(UserError, match="features of another artifact than"):
+        asked.query("a ring")
     assert Library(tmp_path / "l").query("a ring")["artifact"] == str(tmp_path / "other")
     with store.Store(tmp_path / "l").locked(), pytest.raises(UserError, match="another process"):
         index(tmp_path / "l")
@@ -310,7 +317,7 @@ class Made(Library):
         manifest = {"model": "made", "precision": "fp32"}
         self.model = SimpleNamespace(device=torch.device("cpu"), artifact=SimpleNamespace(
             folder=Path("made"), manifest=manifest, origin=SimpleNamespace(kind="made")))
-        self.lock, self.version = library.threading.RLock(), None
+        self.lock, self.version, self.identity = library.threading.RLock(), None, None
 
     def encode(self, terms):
         [(_, vector)] = terms

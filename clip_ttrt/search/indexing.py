@@ -179,11 +179,11 @@ def encode(store: Store, artifact: Artifact, decode: str) -> tuple[int, float]:
             store.set("tries", [(tries + 1, *item[:2]) for item in items])
             try:
                 worker.embed(0, sources.Rows([place(*item) for item in items]))()
+                _, features, _, bad, _ = written.pop()
+                store.add(items, features, {each["row"]: each["error"] for each in bad}, free)
             except BaseException:  # but no kill
                 store.set("tries", [(tries, *item[:2]) for item in items])
                 raise
-            _, features, _, bad, _ = written.pop()
-            store.add(items, features, {each["row"]: each["error"] for each in bad}, free)
             done += len(features)
             bar.update(len(items))
             if time.perf_counter() - start < COMMIT / 2:

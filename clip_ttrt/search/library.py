@@ -68,9 +68,7 @@ class Library:
         self.store = Store(folder)
         artifact = Path(artifact or self.store.get("artifact") or "")
         self.model, _ = load(artifact)
-        if sha256_of_file(artifact / MANIFEST) != self.store.get("identity"):
-            raise UserError(f"{folder} has features of another artifact than {artifact}; "
-                            "--artifact names the right one, index --reindex encodes anew")
+        self.identity = sha256_of_file(artifact / MANIFEST)
         self.lock, self.version = threading.RLock(), None
         self.refresh()
 
@@ -79,6 +77,9 @@ class Library:
         [version] = self.store.db.execute("PRAGMA data_version").fetchone()
         if version == self.version:
             return
+        if self.store.get("identity") != self.identity:
+            raise UserError(f"{self.store.folder} has features of another artifact than "
+                            f"{self.model.artifact.folder}; --artifact names the right one")
         self.version, self.width, self.items = version, self.store.get("width"), self.store.items()
         device, shards = self.model.device, -(-(self.items["row"].max(initial=-1) + 1) // SHARD)
         paths = [self.store.shard(number, self.width) for number in range(shards)]

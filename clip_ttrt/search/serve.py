@@ -56,13 +56,16 @@ class Server(ThreadingHTTPServer):
             return self.library.store.item(file, number)
 
     def make_thumbnail(self, file: int, number: int) -> bytes:
-        path, pts, start, _ = self.item(file, number)
-        if pts is None:
-            picture = Image.open(path)
-            picture.draft("RGB", (2 * SIDE, 2 * SIDE))
-        else:
-            picture = Image.fromarray(Playback.__wrapped__(path).at(pts, start))
-        picture, data = ImageOps.exif_transpose(picture).convert("RGB"), io.BytesIO()
+        (path, pts, start, _), data = self.item(file, number), io.BytesIO()
+        try:
+            if pts is None:
+                picture = Image.open(path)
+                picture.draft("RGB", (2 * SIDE, 2 * SIDE))
+            else:
+                picture = Image.fromarray(Playback.__wrapped__(path).at(pts, start))
+            picture = ImageOps.exif_transpose(picture).convert("RGB")
+        except Exception as problem:  # of decoders, which share no type
+            raise OSError(str(problem)) from problem
         picture.thumbnail((SIDE, SIDE))
         picture.save(data, "JPEG", quality=85)
         return data.getvalue()
@@ -102,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         except OSError:
             self.refuse(404, "there is no such thing, or it cannot be read")
-        except (ValueError, TypeError, AttributeError) as problem:
+        except (ValueError, TypeError, AttributeError, OverflowError) as problem:
             self.refuse(400, str(problem))
 
     def get(self) -> None:
