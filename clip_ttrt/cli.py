@@ -156,14 +156,20 @@ def run_compile(**options: Any) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def sigterm_as_ctrl_c():
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run_embed(artifact: Path, inputs: list[str], output: str, **options: Any) -> int:
     from clip_ttrt.pipeline.embed import embed  # which brings torchvision
 
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    try:
+    with sigterm_as_ctrl_c():
         summary = embed(artifact, inputs, output, **options)
-    finally:
-        signal.signal(signal.SIGTERM, before)
     print(json.dumps(summary, indent=2))
     return 3 if summary["bad_share"] > options["max_bad"] else 0
 
@@ -212,13 +218,11 @@ def probe_lines(each: dict[str, Any]) -> list[str]:
 def run_search_index(**options: Any) -> int:
     from clip_ttrt.search import index  # which brings torchvision
 
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        print(json.dumps(index(**options), indent=2))
+        with sigterm_as_ctrl_c():
+            print(json.dumps(index(**options), indent=2))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on") from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -29,8 +29,6 @@ from experiments.embed import SOURCES, write_pictures
 from experiments.record import append_row, provenance
 from experiments.timing import percentile, wall_times_ms
 
-WIDTH = 512
-
 
 def write_video(path: Path, frames: int) -> None:
     """A window that moves over a picture, and jumps every ten seconds."""
@@ -51,18 +49,15 @@ def decoded(path: Path) -> Iterable[av.VideoFrame]:
         yield from container.decode(video=0)
 
 
-def queries(rows: int, device: str) -> Iterable[tuple]:
-    """Names of ways to search, and a call of each."""
-    library, unit = object.__new__(Library), torch.nn.functional.normalize
-    library.shards = [unit(torch.randn(SHARD, WIDTH)).half().to(device)
+def made(rows: int, device: torch.device) -> Library:
+    """A library of random features, in memory."""
+    library = object.__new__(Library)
+    library.width = 512
+    library.shards = [torch.nn.functional.normalize(torch.randn(SHARD, 512)).half().to(device)
                       for _ in range(-(-rows // SHARD))]
     library.items, library.rows = np.zeros(rows, ITEM), torch.arange(rows, device=device)
-    library.items["file"], library.items["row"] = np.arange(rows)[None].repeat(2, 0)
-    library.width = WIDTH
-    features, wanted = library.features(library.rows).cpu().numpy(), unit(torch.randn(WIDTH), dim=0)
-    yield "numpy", "cpu", lambda: np.argsort(-(features @ wanted.numpy()))[:20]
-    wanted = wanted.to(device)
-    yield "ours", device, lambda: library.rank(wanted, library.scan(wanted, 1000)[0], 20, 0.97)
+    library.items["file"] = library.items["row"] = np.arange(rows)
+    return library
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,13 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--out", type=Path, default=Path("results/search.csv"))
     options = parser.parse_args(arguments)
     model, preprocess = clip_ttrt.load(options.artifact)
-    about, on = model.artifact.manifest, model.device.type
+    about = model.artifact.manifest
 
-    def record(task: str, how: str, device: str, size: int, ms: float) -> None:
+    def record(task: str, how: str, size: int, ms: float) -> None:
         append_row(options.out, {
             "task": task, "how": how, "model": "" if task == "query" else about["model"],
-            "size": size, "device": device, "cores": len(os.sched_getaffinity(0)),
-            "ms": f"{ms:.4g}", "per_s": "" if task == "query" else f"{size / ms * 1e3:.4g}",
+            "size": size, "cores": len(os.sched_getaffinity(0)), "ms": f"{ms:.4g}",
+            "device": "cpu" if how in ("numpy", "decode") else model.device.type,
+            "per_s": "" if task == "query" else f"{size / ms * 1e3:.4g}",
             **provenance(about["versions"])})  # fmt: skip
 
     def one_by_one(pictures: Iterable[Image.Image]) -> None:
@@ -89,19 +85,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             model.encode_image(preprocess(picture)[None]).cpu()
 
     for size in options.sizes:
-        for how, device, call in queries(size, on):
-            times = wall_times_ms(call, 20, 3, on)
-            record("query", how, device, size, percentile(times, 0.5))
+        library = made(size, model.device)
+        features = library.features(library.rows).cpu().numpy()
+        wanted, vector = library.features(library.rows[:1])[0], features[0]
+        for how, call in (
+                ("numpy", lambda: np.argsort(-(features @ vector))[:20]),
+                ("ours", lambda: library.rank(wanted, library.scan(wanted, 1000)[0], 20, 0.97))):
+            record("query", how, size, percentile(wall_times_ms(call, 20, 3, about["device"]), 0.5))
     with tempfile.TemporaryDirectory() as folder:
-        pictures, videos, count = Path(folder, "p"), Path(folder, "v"), options.pictures
+        pictures, videos = Path(folder, "pictures"), Path(folder, "videos")
         (pictures / "0").mkdir(parents=True), videos.mkdir()
-        write_pictures(pictures, "500x375", range(count), 1)
+        write_pictures(pictures, "500x375", range(options.pictures), 1)
         video, frames = videos / "a.mp4", int(options.minutes * 1800)
         write_video(video, frames)
         for task, how, size, call in (
-                ("pictures", "one by one", count,
+                ("pictures", "one by one", options.pictures,
                  lambda: one_by_one(map(Image.open, pictures.rglob("*.jpg")))),
-                ("pictures", "ours", count,
+                ("pictures", "ours", options.pictures,
                  lambda: index(Path(folder, "a"), [pictures], options.artifact)),
                 ("video", "decode", frames, lambda: sum(1 for _ in decoded(video))),
                 ("video", "one by one", frames, lambda: one_by_one(
@@ -110,8 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                  lambda: index(Path(folder, "b"), [videos], options.artifact))):
             begun = time.perf_counter()
             call()
-            spent = (time.perf_counter() - begun) * 1e3
-            record(task, how, "cpu" if how == "decode" else on, size, spent)
+            record(task, how, size, (time.perf_counter() - begun) * 1e3)
     return 0
 
 

@@ -95,14 +95,11 @@ def adopt(store: Store, artifact: Artifact, reindex: bool) -> None:
 
 def scan(store: Store, given: Sequence[str], every: str, retry_bad: bool) -> int:
     """Note what is new, changed or gone in the folders; returns the number of files that left."""
-    db = store.db
-    with db:
-        db.executemany("INSERT OR IGNORE INTO folders VALUES (?)", [(os.fsencode(each),)
-                                                                    for each in given])
-        if retry_bad:
-            db.execute("UPDATE files SET mtime = NULL WHERE path IN (SELECT path FROM quarantine)")
-    folders = given or [os.fsdecode(path) for path, in db.execute("SELECT path FROM folders")]
-    folders = [folder for folder in folders if os.path.isdir(folder)]  # of a lost disk all stays
+    db, known = store.db, store.get("folders") or []
+    store.put(folders=[*dict.fromkeys([*known, *given])])
+    if retry_bad:
+        db.execute("UPDATE files SET mtime = NULL WHERE path IN (SELECT path FROM quarantine)")
+    folders = list(filter(os.path.isdir, given or known))  # of a lost disk all stays
     beneath = tuple(os.fsencode(os.path.join(folder, "")) for folder in folders)
     known = {path: facts for path, *facts in db.execute(
         "SELECT path, size, mtime, every, id FROM files") if path.startswith(beneath)}

@@ -150,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.sendfile(file, begin, end - begin)
 
     def refuse(self, status: int, sentence: str) -> None:
-        self.close_connection = True  # the rest of the request was not read
+        self.close_connection = True  # what is left of the request was not read
         self.reply(status, "application/json", json.dumps({"error": sentence}).encode())
 
     def reply(self, status: int, kind: str, data: bytes, more: dict[str, str] = {}) -> None:

@@ -1,6 +1,6 @@
 """A library on disk: what is in it in SQLite, and features in shards that are memory-mapped.
 
-    library.db           folders, files, items (a picture, or a frame of a video), quarantine
+    library.db           files, their items (a picture, or frames of a video), quarantine
     features_00000.npy   float16 [131072, E], of length 1; sparse, a row of at most one item
     usearch.index        an approximate index, where one was built
 
@@ -25,7 +25,6 @@ ITEM = np.dtype([("file", "i8"), ("number", "i8"), ("time", "f8"), ("row", "i8")
 SCHEMA = """
 PRAGMA journal_mode = WAL;
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS folders (path BLOB PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS files (
     id INTEGER PRIMARY KEY AUTOINCREMENT, path BLOB UNIQUE, size INTEGER, mtime INTEGER,
     every TEXT, seconds REAL);  -- of a video: how its frames were chosen, and its length
