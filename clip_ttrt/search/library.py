@@ -97,8 +97,9 @@ class Library:
         `results`: score (cosine), z (standard deviations above the mean of all items), below (share
         of items that are less similar), and of videos segments, in seconds: frames above half of
         the way from that mean to the best one.  Raises UserError for a query that cannot be."""
-        with self.lock, torch.inference_mode():
+        with self.lock, self.store.db, torch.inference_mode():
             begun = time.perf_counter()
+            self.store.db.execute("BEGIN")  # all that follows sees the same commits
             self.refresh()
             terms = parse(query) if isinstance(query, str) else query
             wanted, size = self.encode(terms), max(POOL, 2 * top)
