@@ -15,9 +15,10 @@ from clip_ttrt.errors import UserError, VerificationError
 from clip_ttrt.options import Options
 from clip_ttrt.progress import Progress
 from clip_ttrt.runtime import CompiledCLIP, load
+from clip_ttrt.zeroshot import ZeroShot
 
-__all__ = ["Artifact", "CompiledCLIP", "Options", "UserError", "VerificationError", "compile",
-           "load"]
+__all__ = ["Artifact", "CompiledCLIP", "Options", "UserError", "VerificationError",
+           "ZeroShot", "compile", "load"]
 
 
 def compile(*, progress: Optional[Progress] = None, **options: Any) -> Artifact:

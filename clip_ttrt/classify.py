@@ -1,46 +1,68 @@
-"""python -m clip_ttrt.classify: zero-shot classification of one picture."""
+"""python -m clip_ttrt.classify: zero-shot classification of pictures and frames of any number."""
+import csv
+import json
 import sys
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any, Iterator, Optional, Sequence, Union
 
+from clip_ttrt.artifact import read_artifact
 from clip_ttrt.demo import captions
 from clip_ttrt.errors import UserError
-from clip_ttrt.runtime import load
+from clip_ttrt.labelled import embedded
+from clip_ttrt.zeroshot import Head, Texts, best, read_texts, templates_for, text_features
 
 
-def read_labels(values: list[str]) -> list[str]:
-    """Several texts as they are; one value is a UTF-8 file of lines, of which empty ones drop."""
-    if len(values) > 1:
-        return values
-    try:
-        lines = Path(values[0]).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as problem:
-        raise UserError(f"--labels {values[0]!r} is one text and no file in UTF-8 ({problem}); "
-                        "pass at least two texts, or a file with one in each line") from problem
-    labels = [line.strip() for line in lines if line.strip()]
-    if len(labels) < 2:
-        raise UserError(f"{values[0]} holds {len(labels)} texts; at least two are needed")
-    return labels
+def classify(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], labels: Texts,
+             templates: Optional[Texts] = None, multi: bool = False, top: int = 5,
+             **options: Any) -> Iterator[dict[str, Any]]:
+    """The best labels of pictures and frames, one after the other: what `embed` knows of each and
+    `labels`, dicts of label and score, best first; of a bad one its image_path and `error`.
 
-
-def classify(folder: Path, image: Path, labels: list[str], force: bool) -> int:
-    """Print each label's probability.  Raises UserError, or OSError where there is no picture."""
-    from PIL import Image
-
-    labels = read_labels(labels)
-    model, preprocess = load(folder, force=force, cuda_graphs=False)  # no graph for one call
-    with Image.open(image) as picture:
-        pixels = preprocess(picture)
-    try:
-        tokens = model.tokenize(labels)
-    except RuntimeError as problem:  # over 77 tokens
-        raise UserError(str(problem)) from problem
-    logits, _ = model(pixels[None], tokens)
-    if model.artifact.origin.kind == "demo" and (unknown := captions.unknown_words(labels)):
+    inputs, options: as `embed` has them.  labels, templates, multi: as `ZeroShot` has them.
+    Raises UserError for bad input, and what `embed` raises."""
+    model, labels = read_artifact(artifact), read_texts(labels, "labels")
+    if top < 1:
+        raise UserError(f"bad top {top}: it must be above 0")
+    if model.origin.kind == "demo" and (unknown := captions.unknown_words(labels)):
         print(f"clip_ttrt: the embedded model was never trained on {', '.join(unknown)}: its "
               "answer for labels with these words means nothing", file=sys.stderr)
-    for probability, label in sorted(zip(logits[0].softmax(0).tolist(), labels), reverse=True):
-        print(f"{probability:7.2%}  {label}")
-    return 0
+    text = text_features(model, labels, templates_for(model, templates))
+    head = Head(model, text.to(model.device))
+    for features, rows, bad in embedded(model.folder, inputs, dtype="float32", **options):
+        found = best(head.scores(head(features.to(model.device)), multi), labels,
+                     top) if rows else []
+        good = ({**row, "labels": [{"label": label, "score": score} for label, score in pairs]}
+                for row, pairs in zip(rows, found))
+        reasons = {each.pop("row"): each for each in bad}
+        for row in range(len(rows) + len(bad)):
+            yield reasons[row] if row in reasons else next(good)
+
+
+def run(artifact: Path, inputs: list[str], as_json: bool, as_csv: bool, **options: Any) -> int:
+    """Print a row for each picture; of one alone its labels only.  3: none can be read."""
+    rows, table, read = classify(artifact, inputs, **options), csv.writer(sys.stdout), False
+    first = list(islice(rows, 2))
+    if as_csv:
+        table.writerow(["image_path", "time", "rank", "label", "score", "error"])
+    for row in chain(first, rows):
+        pairs, name = row.get("labels", ()), [row["image_path"], row.get("time")]
+        read = read or bool(pairs)
+        if as_json:
+            print(json.dumps(row, default=str))
+        elif as_csv:
+            table.writerows([*name, rank, each["label"], each["score"], None]
+                            for rank, each in enumerate(pairs, 1))
+            if not pairs:
+                table.writerow([*name, None, None, None, row["error"]])
+        else:
+            alone = len(first) == 1 and pairs
+            heading = name[0] if name[1] is None else f"{name[0]} at {name[1]} s"
+            lines = [] if alone else [heading if pairs else f"{heading}: {row['error']}"]
+            form = "{:7.4f}  {}" if options["multi"] else "{:7.2%}  {}"
+            lines += [form.format(each["score"], each["label"]) for each in pairs]
+            print("\n".join(lines))
+    return 0 if read else 3
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from clip_ttrt import build_kernels, classify, info, verify
 from clip_ttrt.artifact import check_runs_here, read_artifact
 from clip_ttrt.checkpoint import reload_checkpoint
 from clip_ttrt.errors import UserError, VerificationError
-from clip_ttrt.options import DECODE, EmbedOptions, Options, ProbeOptions
+from clip_ttrt.options import DECODE, EmbedOptions, EvaluateOptions, Options, ProbeOptions
 from clip_ttrt.progress import Progress
 
 
@@ -67,12 +67,25 @@ def parser() -> argparse.ArgumentParser:
     add("--weights", metavar="FILE", help="where the weights are, if their file has moved")
     add("--trust-weights", action="store_true", help="read even a pickle, which can run code")
 
-    add = command("classify", classify.classify, "zero-shot classification of one picture")
-    add("folder", type=Path, metavar="DIR", help="the artifact")
-    add("--image", type=Path, required=True, metavar="FILE", help="in any format of Pillow's")
-    add("--labels", nargs="+", required=True, metavar="TEXT|FILE",
-        help="the texts to choose from, or one file that holds a text in each line")
-    add("--force", action="store_true", help="use an artifact that failed its verification")
+    add = command("classify", classify.run, "zero-shot classification of pictures and frames")
+    add("artifact", type=Path, metavar="DIR", help="the artifact")
+    add("inputs", nargs="+", metavar="INPUT", help="as of embed; one picture alone is shortest")
+    add("--labels", nargs="+", required=True, metavar="TEXT|FILE", help="the texts to choose from, "
+        "or one file that holds a text in each line, or imagenet for open_clip's")
+    add("--multi", action="store_true", help="independent scores, not probabilities of one choice")
+    add("--top", type=int, default=5, metavar="N", help="labels to tell (default %(default)s)")
+    add("--json", dest="as_json", action="store_true", help="an object a line, for programs")
+    add("--csv", dest="as_csv", action="store_true", help="a table of a row for each label")
+    add_fields(add, EvaluateOptions, ("templates",))
+    add_fields(add, EmbedOptions, ("every", "column", "batch", "decode", "gpus", "force"))
+
+    add = command("evaluate", run_evaluate, "zero-shot accuracy, or recall of captions, of an "
+                  "artifact and of the original model in fp32 on the same pictures")
+    add("artifact", type=Path, metavar="DIR", help="the artifact")
+    add("--dataset", required=True, metavar="FOLDER|TABLE|NAME", help="a folder with a folder a "
+        "class, a .csv, .parquet or .json of paths and labels or captions, or torchvision's NAME")
+    add_fields(add, EvaluateOptions)
+    add("--json", dest="as_json", action="store_true", help="for programs")
 
     add = command("probe", run_probe, "a linear probe: logistic regression on features, as CLIP's "
                   "paper has it; of several artifacts it compares them")
@@ -124,9 +137,11 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def add_fields(add, options: type) -> None:
-    """An option for each field of a dataclass of options."""
+def add_fields(add, options: type, names: Optional[tuple[str, ...]] = None) -> None:
+    """An option for each field of a dataclass of options, or for those of these names."""
     for each in fields(options):
+        if names and each.name not in names:
+            continue
         default, values = each.default, each.metadata["values"]
         about = each.metadata["help"].replace("%", "%%")
         if isinstance(default, bool):
@@ -138,7 +153,7 @@ def add_fields(add, options: type) -> None:
             about += "" if default is None else " (default %(default)s)"
         if each.name == "ray":
             more |= {"nargs": "?", "const": "auto"}
-        if each.name == "calibrate":
+        if each.name in ("calibrate", "labels", "templates"):
             more |= {"nargs": "+"}
         add(f"--{each.name.replace('_', '-')}", default=default, help=about, **more)
 
@@ -170,6 +185,8 @@ def run_embed(artifact: Path, inputs: list[str], output: str, **options: Any) ->
 
     with sigterm_as_ctrl_c():
         summary = embed(artifact, inputs, output, **options)
+    print(f"clip_ttrt: {output} holds {summary['total_images']:,} features; "
+          f"{summary['total_bad']:,} bad rows", file=sys.stderr)
     print(json.dumps(summary, indent=2))
     return 3 if summary["bad_share"] > options["max_bad"] else 0
 
@@ -183,6 +200,20 @@ def run_verify(folder: Path, figures: Path, weights: Optional[str], trust_weight
     if figures:
         figures.write_text(json.dumps(report, indent=2) + "\n")
     return 0 if report["passed"] else 1
+
+
+def run_evaluate(as_json: bool, **options: Any) -> int:
+    from clip_ttrt.evaluate import evaluate  # which brings embed
+
+    report = evaluate(**options)
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return 0
+    print("{images:,} images ({bad:,} bad), {texts:,} texts".format(**report))
+    for side in ("compiled", "original", "difference"):
+        for name, (share, low, high) in report.get(side, {}).items():
+            print(f"{side:11} {name:18} {share:7.2%}  ({low:.2%} to {high:.2%})")
+    return 0
 
 
 def run_probe(as_json: bool, **options: Any) -> int:

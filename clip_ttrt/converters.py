@@ -1,7 +1,8 @@
 """Converters of our operations: a graph's nodes -> TensorRT layers, registered by the import.
 
 Only ops of our own have one here, so no other model's network changes.  Every converter works with
-a dynamic batch: a reshape writes 0 ("keep") or -1 ("what is left") for it.  Networks are strongly
+a dynamic batch, those of the text encoder with a dynamic length, too: a reshape writes 0 ("keep")
+or -1 ("what is left") for it.  Networks are strongly
 typed: a layer computes in the type of its inputs, and constants take that type, but for layer
 norm, which is put between casts to fp32, and the plugins' fp32 constants.
 """
@@ -16,8 +17,8 @@ from clip_ttrt.models import HEAD_DIM
 
 trt = seam.api()
 
-# Added to a masked score.  exp() of it is exactly zero in every type, and unlike -inf it cannot
-# make a NaN on the way, nor overflow half's range when a score is added.
+# Added to a masked score, once or several times.  exp() of it is exactly zero, and unlike -inf it
+# cannot make a NaN on the way.
 MASKED = -3e4
 
 TORCH_TYPES = {
@@ -82,9 +83,21 @@ class Layers:
         """x in a type of TensorRT's: a layer where it has another."""
         return x if x.dtype == dtype else self.named(self.net.add_cast(x, dtype), suffix)
 
-    def row(self, x: Any, start: tuple, strides: tuple, batch: Any, suffix: str) -> Any:
-        """A slice [B, 1, W] of x, where B is another tensor's batch."""
-        sizes = (1, x.shape[2])
+    def count(self, x: Any, steps: tuple, suffix: str) -> Any:
+        """Numbers of x's type from 0 on, by `steps` along x's axes, of size 1 where a step is 0."""
+        shape, ones = self.net.add_shape(x).get_output(0), steps.count(0)  # the first
+        own = self.net.add_slice(shape, (ones,), (len(steps) - ones,), (1,)).get_output(0)
+        shape = [self.beside(own, torch.ones(ones), f"{suffix}_ones"), own]
+        layer = self.net.add_fill((), trt.FillOperation.LINSPACE, x.dtype)
+        layer.set_input(0, self.named(self.net.add_concatenation(shape), f"{suffix}_shape"))
+        for i, value in enumerate((0, steps), 1):
+            value = self.constant(torch.tensor(value), f"{suffix}_{i}", TORCH_TYPES[x.dtype])
+            layer.set_input(i, value)
+        return self.named(layer, suffix)
+
+    def part(self, x: Any, start: tuple, sizes: tuple, strides: tuple, batch: Any,
+             suffix: str) -> Any:
+        """A slice [B, *sizes] of x, where B is another tensor's batch."""
         layer = self.net.add_slice(x, start, (max(batch.shape[0], 1), *sizes), strides)
         if batch.shape[0] == -1:
             shape = self.net.add_shape(batch).get_output(0)
@@ -93,6 +106,10 @@ class Layers:
             shape = self.net.add_concatenation([first, rest])
             layer.set_input(2, self.named(shape, f"{suffix}_shape"))
         return self.named(layer, suffix)
+
+    def row(self, x: Any, start: tuple, strides: tuple, batch: Any, suffix: str) -> Any:
+        """A slice [B, 1, W]."""
+        return self.part(x, start, (1, x.shape[2]), strides, batch, suffix)
 
 
 def converter(op: Any):
@@ -168,12 +185,16 @@ def convert_embedding(to, weight, tokens):
     return to.named(to.net.add_gather(weight, tokens, 0))
 
 
+@converter(ops.positions_of)
+def convert_positions_of(to, positions, tokens):
+    return convert_embedding(to, positions, to.count(tokens, (0, 1), "places"))
+
+
 @converter(ops.attention)
 def convert_attention(to, qkv, heads, causal):
     """TensorRT's own attention where the network has one, else what it fuses."""
-    tokens, width = qkv.shape[1], qkv.shape[2] // 3
-    of_heads = 0, tokens, 3, heads, width // heads
-    split = to.shuffle(qkv, "split", of_heads, (2, 0, 3, 1, 4))
+    width = qkv.shape[2] // 3
+    split = to.shuffle(qkv, "split", (0, 0, 3, heads, width // heads), (2, 0, 3, 1, 4))
 
     def part(index: int, which: str) -> Any:
         index = to.constant(torch.tensor(index), f"{which}_index", torch.int32)
@@ -185,7 +206,7 @@ def convert_attention(to, qkv, heads, causal):
     attend = attention_layer if hasattr(to.net, "add_attention") else composed_attention
     attended = attend(to, query, key, value, causal)
     attended = to.shuffle(attended, "heads_last", order=(0, 2, 1, 3))
-    return to.shuffle(attended, shape=(0, tokens, width))
+    return to.shuffle(attended, shape=(0, 0, width))
 
 
 def attention_layer(to, query, key, value, causal):
@@ -206,8 +227,9 @@ def composed_attention(to, query, key, value, causal):
                          (("query", query), ("key", key), ("value", value)))
     scores = to.product(query, key, "TRANSPOSE", "scores")
     if causal:
-        mask = torch.full((scores.shape[2],) * 2, MASKED).triu(1)
-        scores = to.elementwise("SUM", scores, to.beside(scores, mask, "mask"), "masked")
+        ahead = to.count(scores, (0, 0, -MASKED, MASKED), "ahead")  # below 0 where a key is
+        mask = to.elementwise("MIN", ahead, to.beside(ahead, 0, "seen"), "mask")
+        scores = to.elementwise("SUM", scores, mask, "masked")
     softmax = to.net.add_softmax(scores)
     softmax.axes = 1 << 3
     attended = to.product(to.named(softmax, "weights"), value, "NONE", "attended")
@@ -218,6 +240,9 @@ def composed_attention(to, query, key, value, causal):
 def convert_extract_patches(to, images, size):
     channels, resolution = images.shape[1:3]
     side = resolution // size
+    if resolution % size:
+        sizes = channels, side * size, side * size
+        images = to.part(images, (0,) * 4, sizes, (1,) * 4, images, "whole")
     shape = (0, channels, side, size, side, size)
     cut = to.shuffle(images, "cut", shape, (0, 2, 4, 1, 3, 5))
     return to.shuffle(cut, shape=(0, side * side, channels * size * size))
@@ -246,11 +271,10 @@ def convert_pool_end_of_text(to, x, tokens):
     The position is the smallest index at which a token equals the row's maximum.  In half, which
     holds no 49407, start and end of text would be equal and the features silently wrong.
     """
-    length = tokens.shape[1]
     highest = to.reduce("MAX", tokens, "highest")
     is_highest = to.elementwise("EQUAL", tokens, highest, "is_highest")
-    index = to.beside(tokens, torch.arange(length), "indices")
-    beyond = to.beside(tokens, torch.full((length,), length), "beyond")
+    index = to.count(tokens, (0, 1), "indices")
+    beyond = to.beside(tokens, torch.iinfo(torch.int32).max, "beyond")
     candidates = to.named(to.net.add_select(is_highest, index, beyond), "candidates")
     rows = to.net.add_gather(x, to.reduce("MIN", candidates, "position"), 1)
     rows.num_elementwise_dims = 1
@@ -306,14 +330,26 @@ def convert_attention_pool(to, x, positions, query_weight, query_bias, key_weigh
     weight = to.beside(query, key_weight.unflatten(0, of_heads), "key_weight")
     sought = to.shuffle(to.product(query, weight, "NONE", "keys"), "sought", order=swapped)
     sought = to.cast(sought, trt.float32, "sought_fp32")
+    return attended(to, sought, tokens, value_weight, x.dtype)
+
+
+@converter(ops.attention_probe)
+def convert_attention_probe(to, x, sought, value_weight):
+    tokens = to.cast(x, trt.float32, "fp32")
+    return attended(to, to.beside(tokens, sought, "sought"), tokens, value_weight, x.dtype)
+
+
+def attended(to, sought, tokens, value_weight, dtype):
+    """The values of what heads seek, as the references' `_attend`."""
+    heads, swapped = sought.shape[1], (1, 0, 2)
     softmax = to.net.add_softmax(to.product(sought, tokens, "TRANSPOSE", "scores"))
     softmax.axes = 1 << 2
-
     pooled = to.product(to.named(softmax, "weights"), tokens, "NONE", "pooled")
-    pooled = to.shuffle(to.cast(pooled, x.dtype, "pooled_back"), "pooled_heads", order=swapped)
-    weight = to.beside(pooled, value_weight.unflatten(0, of_heads), "value_weight")
+    pooled = to.shuffle(to.cast(pooled, dtype, "pooled_back"), "pooled_heads", order=swapped)
+    weight = to.beside(pooled, value_weight.unflatten(0, (heads, -1)), "value_weight")
     values = to.product(pooled, weight, "TRANSPOSE", "values")
-    return to.shuffle(to.shuffle(values, "heads_last", order=swapped), shape=(0, channels))
+    return to.shuffle(to.shuffle(values, "heads_last", order=swapped),
+                      shape=(0, value_weight.shape[0]))
 
 
 @converter(ops.clamp_tokens)
@@ -367,7 +403,7 @@ def plugin(op: Any, plugin: str, fields: Callable[..., dict[str, Any]],
 
 plugin(ops.fused_attention, kernels.ATTENTION,
        lambda qkv, heads, causal, query_bias=None, out_scale=0.0: {
-           "tokens": qkv.shape[1], "heads": heads, "causal": causal,
+           "tokens": max(qkv.shape[1], 0), "heads": heads, "causal": causal,
            "query_bias": query_bias is not None, "out_scale": out_scale})
 # A table says what was measured before the network was built, and the sizes.
 plugin(ops.fused_linear, kernels.LINEAR, lambda x, weight, bias, table="": {

@@ -19,7 +19,8 @@ from clip_ttrt.models import Dimensions, dimensions_from
 
 # What an encoder calls: the ops, for inference, or their differentiable references.
 CALLED = ("attention", "gelu", "extract_patches", "prepend_class_token", "pool_end_of_text",
-          "clamp_tokens", "mask_unknown", "mean_of_patches", "attention_pool", "cast")
+          "clamp_tokens", "positions_of", "mask_unknown", "mean_of_patches", "attention_pool",
+          "attention_probe", "cast")
 INFERENCE = SimpleNamespace(**{name: getattr(ops, name) for name in CALLED})
 DIFFERENTIABLE = SimpleNamespace(**{name: ops.REFERENCES[getattr(ops, name)] for name in CALLED})
 StateDict = Mapping[str, torch.Tensor]
@@ -118,7 +119,7 @@ class TextEncoder(Encoder):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         known = self.called.clamp_tokens(tokens, self.tokens.num_embeddings)
-        x = self.tokens(known) + self.positions[: tokens.shape[1]]
+        x = self.tokens(known) + self.called.positions_of(self.positions, tokens)
         features = self.features(x, lambda rows: self.called.pool_end_of_text(rows, known))
         return self.called.mask_unknown(features, tokens, known)
 

@@ -15,7 +15,7 @@ from clip_ttrt.backends import Backend, Choice
 from clip_ttrt.checkpoint import Checkpoint, load_checkpoint
 from clip_ttrt.contexts import Encoder
 from clip_ttrt.errors import UserError
-from clip_ttrt.guard import Guarded, trace
+from clip_ttrt.guard import Guarded, lengths_of, trace
 from clip_ttrt.models import HEAD_DIM, Dimensions
 from clip_ttrt.options import BatchRange, Options
 from clip_ttrt.progress import Progress
@@ -47,8 +47,12 @@ def plan_for(options: Options) -> Plan:
         passes = (graph.lower, graph.inline_references)
         return Plan(backend, choice, None, dict.fromkeys(options.encoders, passes), None)
     fused = choice.kernels == "fused"  # linear layers are tuned before the network is built
-    passes = {name: (graph.lower, *graph.FUSE[name], graph.tuning(options.batch))
+    passes = {name: (graph.lower, *graph.FUSE[name],
+                     graph.tuning(options.batch, lengths_of(name, dims)))
               if fused and name in transformers else (graph.lower,) for name in options.encoders}
+    if fused and dims.image_pooling == "probe" and "image" in passes:  # no class token
+        passes["image"] = tuple(
+            each for each in passes["image"] if each is not graph.fuse_image_embedding)
     if fused and len(transformers) < len(passes):
         choice = choice._replace(
             reason=f"{choice.reason}; TensorRT's own for the image encoder, a ResNet")
@@ -124,7 +128,8 @@ def compile_with(options: Options, progress: Progress) -> Artifact:
         if plan.kernels_version is not None:
             manifest["versions"]["cublaslt"] = linear.version_text()
         for name in checkpoint.model.family.files:
-            shutil.copy(checkpoint.model.folder / name, writing.folder)
+            if (path := checkpoint.model.folder / name).is_file():
+                shutil.copy(path, writing.folder)
         artifact = writing.write_manifest(**manifest, verification=None)
         if options.verify:
             with progress.stage("verify against the original model in fp32"):
@@ -142,17 +147,19 @@ def build_encoder(name: str, checkpoint: Checkpoint, batch: BatchRange, plan: Pl
     encoder = in_precision(
         checkpoint.model.encoder(name, checkpoint.state_dict), plan.backend.computes_in)
     example = example_input(name, checkpoint.dimensions).to(device)
+    lengths = lengths_of(name, checkpoint.dimensions)
     with progress.stage(f"export the {name} encoder"):
-        module = graph.capture(encoder.to(device), example)
+        module = graph.capture(encoder.to(device), example, lengths[0])
     work = f"build the {name} engine" if as_engine else f"trace the {name} encoder"
     with progress.stage(work) as time:
         passes = quantizer.passes(name, plan.passes[name]) if quantizer else plan.passes[name]
-        facts: dict[str, Any] = {"rewrites": graph.run(module, passes)}
+        facts: dict[str, Any] = {"rewrites": graph.run(module, passes), "lengths": lengths}
         if as_engine:
-            module, about = trt.build(module, example, name=name, **plan.builder)
+            module, about = trt.build(
+                module, example, name=name, shortest=lengths[0], **plan.builder)
             facts |= {"engines": 1, **about}
             example = example[:1].expand(batch.optimal, *example.shape[1:]).contiguous().cuda()
-        module = Guarded(trace(module, example), example, batch).eval()
+        module = Guarded(trace(module, example), example, batch, lengths).eval()
         with deprecations.hidden():
             module = torch.jit.script(module)
     return module, {**facts, "build_seconds": round(time["seconds"], 2)}

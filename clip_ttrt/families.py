@@ -301,6 +301,60 @@ def clip_names(state_dict: StateDict) -> StateDict:
             for name, value in found.items()}
 
 
+# SigLIP of transformers: config.json
+
+
+def read_siglip(name: str, config: dict[str, Any], folder: Path) -> Model:
+    from clip_ttrt import siglip
+
+    dims = siglip.dimensions_from(config)
+    found = (load_json(folder / "preprocessor_config.json")
+             or load_json(folder / "processor_config.json").get("image_processor", {}))
+    model = Model(name, dims, siglip.preprocess_from(found, dims.image_resolution), folder, config)
+    model.tokenizer()  # whose files may be missing
+    return model
+
+
+def siglip_encoder(model: Model, name: str, state_dict: StateDict, *called: SimpleNamespace
+                   ) -> nn.Module:
+    from clip_ttrt import siglip
+
+    return siglip.ENCODERS[name](state_dict, *called, dims=model.dimensions)
+
+
+def siglip_blank(model: Model) -> nn.Module:
+    from clip_ttrt import siglip
+
+    return siglip.Blank(model.dimensions)
+
+
+def siglip_model(model: Model) -> Optional[nn.Module]:
+    """transformers' own, with an interface as `clip` has it."""
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    from transformers import SiglipConfig, SiglipModel
+
+    own = SiglipModel(SiglipConfig(**model.config))
+    for name in ("logit_scale", "logit_bias"):
+        setattr(own, name, nn.Parameter(torch.empty(())))
+    own.encode_image = lambda images: own.get_image_features(images).pooler_output
+    own.encode_text = lambda tokens: own.get_text_features(tokens).pooler_output
+
+    def number(module: nn.Module, _: Any) -> None:  # positions, which no state dict has
+        for part in (module.vision_model.embeddings, module.text_model.embeddings):
+            count = len(part.position_embedding.weight)
+            part.position_ids = torch.arange(count, device=part.position_ids.device)[None]
+
+    own.register_load_state_dict_post_hook(number)
+    return own
+
+
+def siglip_tokenizer(model: Model) -> Callable[..., Tensor]:
+    from clip_ttrt import tokenizers
+
+    return tokenizers.read(model.folder, model.dimensions.context_length)
+
+
 # The table
 
 
@@ -358,11 +412,13 @@ class Family:
     files: tuple[str, ...] = ()  # of the tokenizer, of which an artifact gets copies
 
 
+OF_TRANSFORMERS = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 FAMILIES = {  # those of transformers under the model_type of their config.json
     "openai": Family(None, blank=openai_model, original=openai_model),
     "open_clip": Family(read_open_clip, open_clip_names, (
         "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
         "open_clip_pytorch_model.bin")),
-    "clip": Family(read_clip, clip_names, (
-        "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")),
+    "clip": Family(read_clip, clip_names, OF_TRANSFORMERS),
+    "siglip": Family(read_siglip, dict, OF_TRANSFORMERS, siglip_blank, siglip_model, siglip_encoder,
+                     siglip_tokenizer, ("tokenizer_config.json", "spiece.model", "tokenizer.json")),
 }

@@ -9,7 +9,7 @@ import functools
 import inspect
 import math
 import operator
-from typing import Any, Callable, Iterable, Iterator, Mapping, Optional
+from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequence
 
 import torch
 from torch import fx, nn
@@ -30,16 +30,18 @@ class GraphError(RuntimeError):
     """An encoder cannot become one graph of our operations; the message names the obstacle."""
 
 
-def capture(encoder: nn.Module, example: torch.Tensor) -> fx.GraphModule:
-    """Export an encoder with a dynamic batch.
+def capture(encoder: nn.Module, example: torch.Tensor, shortest: int = 0) -> fx.GraphModule:
+    """Export an encoder with a dynamic batch, and a dynamic length of texts from `shortest` on.
 
     example: one input with batch >= 2, on the device to export for.  Returns a graph module that
     maps one tensor to one tensor.
     """
     [name] = inspect.signature(encoder.forward).parameters
-    batch = Dim("batch", min=1, max=LARGEST_BATCH)
+    sizes, longest = {0: Dim("batch", min=1, max=LARGEST_BATCH)}, example.shape[-1]
+    if 0 < shortest < longest:
+        sizes[1] = Dim("length", min=shortest, max=longest)
     with torch.no_grad():
-        program = export(encoder, (example,), dynamic_shapes={name: {0: batch}})
+        program = export(encoder, (example,), dynamic_shapes={name: sizes})
     exported = program.module(check_guards=False)
     # The exported module wraps its inputs and outputs in trees.
     graph = exported.graph
@@ -317,25 +319,28 @@ def fuse_quantization(module: fx.GraphModule) -> Iterator[fx.Node]:
         yield layer
 
 
-def rows_of_a_sample(layer: fx.Node) -> int:
-    """How many rows a linear layer has in a batch of one."""
+def rows_of_a_sample(layer: fx.Node, length: int) -> int:
+    """How many rows a linear layer has in a batch of one, of a text so long."""
     rows = math.prod(layer.meta["val"].shape[:-1]).node.expr
-    return int(rows.subs(dict.fromkeys(rows.free_symbols, 1)))  # the one symbol is the batch
+    batch = layer.graph.find_nodes(op="placeholder")[0].meta["val"].shape[0].node.expr
+    return int(rows.subs(dict.fromkeys(rows.free_symbols, length) | {batch: 1}))
 
 
-def tuning(batch: BatchRange) -> Pass:
-    """The pass that measures the plugin's linear layers on the current GPU for a batch range."""
+def tuning(batch: BatchRange, lengths: Sequence[int]) -> Pass:
+    """The pass that measures the plugin's linear layers on this GPU, for batches and lengths."""
     batches = linear.measured_batches(batch)
 
     @functools.cache  # one measurement serves all layers of the same sizes
-    def table(rows: int, weight_shape: tuple[int, int], bias: bool, quantized: bool) -> bytes:
-        return linear.tune([rows * size for size in batches], weight_shape, bias, quantized)
+    def table(rows: tuple, weight_shape: tuple[int, int], bias: bool, quantized: bool) -> bytes:
+        rows = sorted({one * size for one in rows for size in batches})
+        return linear.tune(rows, weight_shape, bias, quantized)
 
     def tune(module: fx.GraphModule) -> Iterator[fx.Node]:
         for node in calls(module, ops.fused_linear) + calls(module, ops.fused_quantized_linear):
             _, weight, bias, *scale = node.args
             shape = tuple(parameter(module, weight).shape)
-            found = table(rows_of_a_sample(node), shape, bias is not None, bool(scale))
+            rows = tuple(rows_of_a_sample(node, length) for length in lengths)
+            found = table(rows, shape, bias is not None, bool(scale))
             node.args += (linear.with_scale(found, *(scale or [0.0])).hex(),)
             yield node
 

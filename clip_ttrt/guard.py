@@ -9,22 +9,40 @@ import torch
 from torch import nn
 
 from clip_ttrt import deprecations
+from clip_ttrt.models import Dimensions
 from clip_ttrt.options import BatchRange
+
+SHORT = (16, 32, 48)  # lengths of texts below the full one
+
+
+def cuts_texts(dims: Dimensions) -> bool:
+    """Whether what stands behind a text's pooled row is without effect: attention is causal."""
+    return dims.family != "siglip"
+
+
+def lengths_of(encoder: str, dims: Dimensions) -> List[int]:
+    """The sizes of an input's last axis that an encoder serves, ascending."""
+    full = dims.image_resolution if encoder == "image" else dims.context_length
+    shorter = SHORT if encoder == "text" and cuts_texts(dims) else ()
+    return [*(each for each in shorter if each < full), full]
 
 
 class Guarded(nn.Module):
     """An encoder that accepts just what it was compiled for.
 
-    forward(x): x [B, *shape] with B in the batch range, on the encoder's device; floating point
-    for images and integers for tokens, of any width.  Returns features float32 [B, embed_dim],
-    NaN for a row of tokens with an id outside the vocabulary.
+    forward(x): x [B, *shape] with B in the batch range, texts also shorter, from lengths[0] on, on
+    the encoder's device; floating point for images and integers for tokens, of any width.  Returns
+    features float32 [B, embed_dim], NaN for a row of tokens with an id outside the vocabulary.
     Raises ValueError (from C++: an exception with the same text) for anything else.
     """
 
-    def __init__(self, encoder: torch.jit.ScriptModule, example: torch.Tensor, batch: BatchRange):
+    def __init__(self, encoder: torch.jit.ScriptModule, example: torch.Tensor, batch: BatchRange,
+                 lengths: List[int]):
         super().__init__()
         self.encoder = encoder
         self.shape: List[int] = list(example.shape[1:])
+        self.shortest: int = lengths[0]
+        self.accepts = f"{self.shape}" + (f", from {lengths[0]} on" if len(lengths) > 1 else "")
         self.dtype = example.dtype
         self.floating: bool = example.is_floating_point()
         self.minimum: int = batch.minimum
@@ -32,8 +50,9 @@ class Guarded(nn.Module):
         self.on_cuda: bool = example.is_cuda
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dim() != len(self.shape) + 1 or x.size()[1:] != self.shape:
-            raise ValueError(f"expected an input of shape [batch] + {self.shape}, got {x.size()}")
+        if (x.dim() != len(self.shape) + 1 or x.size()[1:-1] != self.shape[:-1]
+                or not self.shortest <= x.size(-1) <= self.shape[-1]):
+            raise ValueError(f"expected an input of shape [batch] + {self.accepts}, got {x.size()}")
         if x.size(0) < self.minimum or x.size(0) > self.maximum:
             raise ValueError(f"batch {x.size(0)} is outside the compiled range {self.minimum} "
                              f"to {self.maximum}")

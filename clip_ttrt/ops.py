@@ -1,7 +1,7 @@
 """Operations of our own, `torch.ops.clip_ttrt.*`: places that a backend implements as one piece.
 
 TensorRT does it through a converter (`converters.py`), in its own layers or as a plugin,
-TorchScript through the reference, which is differentiable PyTorch.  Encoders call the first nine
+TorchScript through the reference, which is differentiable PyTorch.  Encoders call the first ten
 and `cast`; `graph.py` maps PyTorch's operations to the next ones, and puts the fused ones in the
 place of several where the plugins serve.
 
@@ -67,14 +67,14 @@ def gelu_reference(x: Tensor, approximate: str) -> Tensor:
 
 
 def extract_patches_reference(images: Tensor, size: int) -> Tensor:
-    """Cut images into patches: [B, C, R, R] -> [B, (R/size)², C·size²].
+    """Cut images into whole patches: [B, C, R, R] -> [B, (R/size)², C·size²].
 
     Values are in the order of a convolution's weight: a convolution whose stride is its kernel is
     then one matrix product with that weight.
     """
     # In a trace on a GPU the quotient of two sizes would be a tensor there, and waited for.
-    cut = images.unflatten(3, (-1, size)).unflatten(2, (-1, size))
-    return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    cut = images.unfold(2, size, size).unfold(3, size, size)
+    return cut.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
 
 def prepend_class_token_reference(patches: Tensor, class_token: Tensor) -> Tensor:
@@ -97,6 +97,11 @@ def pool_end_of_text_reference(x: Tensor, tokens: Tensor) -> Tensor:
 def clamp_tokens_reference(tokens: Tensor, vocabulary: int) -> Tensor:
     """Token ids moved into a vocabulary, 0 to vocabulary - 1: int [B, T] -> int [B, T]."""
     return tokens.clamp(0, vocabulary - 1)
+
+
+def positions_of_reference(positions: Tensor, tokens: Tensor) -> Tensor:
+    """The embeddings of texts' places: [L, W] and int [B, T] with T <= L -> [1, T, W]."""
+    return positions[None, :tokens.shape[1]].clone()
 
 
 def mask_unknown_reference(features: Tensor, tokens: Tensor, clamped: Tensor) -> Tensor:
@@ -127,9 +132,24 @@ def attention_pool_reference(
     query = F.linear(tokens[:, 0].to(x.dtype), query_weight, query_bias) * HEAD_DIM ** -0.5
     of_heads = (-1, HEAD_DIM)
     sought = query.unflatten(1, of_heads).transpose(0, 1) @ key_weight.unflatten(0, of_heads)
-    scores = sought.transpose(0, 1).to(wide) @ tokens.transpose(1, 2)
-    pooled = (scores.softmax(-1) @ tokens).to(x.dtype).transpose(0, 1)
-    values = pooled @ value_weight.unflatten(0, of_heads).transpose(1, 2)
+    return _attend(sought.transpose(0, 1).to(wide), tokens, value_weight)
+
+
+def attention_probe_reference(x: Tensor, sought: Tensor, value_weight: Tensor) -> Tensor:
+    """Attention of one query, the same for every sample, over all tokens: [B, T, W] -> [B, W].
+
+    sought: [H, W], each head's query times its keys' weight, scaled.  Biases, dtypes and weights
+    [W, W] are as of `attention_pool`.
+    """
+    wide = torch.promote_types(x.dtype, torch.float)
+    return _attend(sought.to(wide), x.to(wide), value_weight)
+
+
+def _attend(sought: Tensor, tokens: Tensor, value_weight: Tensor) -> Tensor:
+    """Values of what each head seeks, [.., H, W] in fp32, in tokens [B, T, W]: -> [B, W]."""
+    scores = sought @ tokens.transpose(1, 2)
+    pooled = (scores.softmax(-1) @ tokens).to(value_weight.dtype).transpose(0, 1)
+    values = pooled @ value_weight.unflatten(0, (sought.shape[-2], -1)).transpose(1, 2)
     return values.transpose(0, 1).flatten(1)
 
 
@@ -281,9 +301,12 @@ extract_patches = _op(extract_patches_reference)
 prepend_class_token = _op(prepend_class_token_reference)
 pool_end_of_text = _op(pool_end_of_text_reference)
 clamp_tokens = _op(clamp_tokens_reference)
+positions_of = _op(  # of shapes alone: a slice of T rows is another at T = L
+    positions_of_reference, lambda x, tokens: x.new_empty(1, tokens.shape[1], x.shape[1]))
 mask_unknown = _op(mask_unknown_reference)
 mean_of_patches = _op(mean_of_patches_reference)
 attention_pool = _op(attention_pool_reference)
+attention_probe = _op(attention_probe_reference)
 cast = _op(cast_reference)
 linear = _op(linear_reference)
 quantized_linear = _op(quantized_linear_reference)

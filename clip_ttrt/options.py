@@ -1,4 +1,4 @@
-"""What `compile`, `embed` and `probe` are asked for: frozen dataclasses, which argparse follows."""
+"""What commands are asked for: frozen dataclasses, which argparse follows."""
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -170,6 +170,26 @@ class EmbedOptions:
             raise UserError(f"bad --gpus {self.gpus!r}: write all, or of 0 to {count - 1} some "
                             "as 0,1")
         return [f"cuda:{number}" for number in dict.fromkeys(wanted)]
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Everything that `evaluate` can be told."""
+
+    root: Optional[str] = option(None, "DIR", "of torchvision's, or of the pictures of a table")
+    split: str = option("test", "NAME", "of torchvision's: test, val or train")
+    labels: Any = option(None, "TEXT|FILE", "the classes' names, by name or in their order, or "
+                         "imagenet: open_clip's (default: the data set's; of wnids imagenet)")
+    templates: Any = option(None, "TEXT|FILE", "texts with {} for the label, of which features are "
+                            "averaged, or a file, or imagenet (default: some of our own)")
+    original: bool = option(True, help="compare with the original model")
+    weights: Optional[str] = option(None, "FILE", "where the weights are, if their file has moved")
+    trust_weights: bool = option(False, help="read even a pickle, which can run code")
+    column: Optional[str] = option(None, "NAME", "of paths in tables (default: image_path or path)")
+    label: str = option("label", "NAME", "the column of labels in tables")
+    caption: Optional[str] = option(None, "NAME", "of captions (default: caption or text)")
+    gpus: str = option("0", "all|0,1", "to embed by, one process for each")
+    force: bool = option(False, help="use an artifact that failed its verification")
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,8 @@
 `LinearProbe` minimises what scikit-learn's LogisticRegression does, C * sum of cross entropies +
 ||W||^2 / 2, on a GPU where there is one; `probe` does it for artifacts and files.
 """
-import csv
 import json
 import math
-import os
 import sys
 import time
 import warnings
@@ -24,14 +22,14 @@ from torch import Tensor
 from clip_ttrt.artifact import MANIFEST, read_artifact
 from clip_ttrt.checkpoint import sha256_of_file
 from clip_ttrt.errors import UserError
-from clip_ttrt.options import EmbedOptions, ProbeOptions
+from clip_ttrt.labelled import difference, read_table, shards, wilson, with_labels, written
+from clip_ttrt.options import ProbeOptions
 
 NUMBERS = {"cuda": 2**26, "cpu": 2**20}  # of a block of rows: its logits, or its features
 ROUND, HISTORY = 40, 20  # iterations between two preconditioners; steps that L-BFGS remembers
 TARGET = {torch.float32: 1e-5, torch.float64: 1e-11}  # norm of the gradient at which a fit ends
 ENOUGH = {torch.float32: 1e-4, torch.float64: 1e-8}  # and up to which it counts as converged
 PER_DECADE, DECADES = 8, 6  # of the sweep: C from 1e-6 to 1e6
-Z = 1.959964  # of 95 %
 
 
 class LinearProbe:
@@ -233,7 +231,8 @@ def probe(artifacts: Sequence, train: Any, test: Any, **options: Any) -> dict[st
     what `embed` raises."""
     options, report, first = ProbeOptions(**options), [], None
     sources = {"train": train, "val": options.val, "test": test}
-    rows = {part: read_rows(str(source), options) for part, source in sources.items() if source}
+    rows = {part: with_labels(source, read_table(str(source), options), options)
+            for part, source in sources.items() if source}
     classes_of({part: labels for part, (_, labels) in rows.items()}, options)
     for artifact in [read_artifact(each).folder for each in artifacts]:
         name = f"{artifact.name}-{sha256_of_file(artifact / MANIFEST)[:8]}"
@@ -287,30 +286,6 @@ def probe_one(artifact: Path, rows: dict, folder: Path, options: ProbeOptions) -
     return report, right
 
 
-def read_rows(source: str, options: ProbeOptions) -> tuple[list[str], np.ndarray]:
-    """Paths of pictures and their labels."""
-    from clip_ttrt.pipeline.sources import choose, library, list_items, walk
-
-    path, label = os.path.abspath(source), options.label
-    if os.path.isdir(path):
-        names = sorted(each.name for each in os.scandir(path) if each.is_dir())
-        rows = [(file, name) for name in names for file in walk(os.path.join(path, name))]
-    elif path.lower().endswith(".csv"):
-        rows = [(item[0], item[2].get(label)) for item in list_items(path, False, options.column)]
-    elif path.lower().endswith(".parquet"):
-        table = library("pyarrow.parquet").read_table(path)
-        column, home = choose(path, table.column_names, False, options.column), Path(path).parent
-        rows = [(each[column] if "://" in each[column] else str(home / each[column]),
-                 each.get(label)) for each in table.to_pylist()]
-    else:
-        raise UserError(f"{source} is no folder, .csv or .parquet")
-    if not rows:
-        raise UserError(f"{source} holds no picture; a folder has one folder of them for a class")
-    if any(name in (None, "") for _, name in rows):
-        raise UserError(f"{source} has rows without a {label!r}; --label names the column of them")
-    return [path for path, _ in rows], np.array([str(name) for _, name in rows])
-
-
 def classes_of(labels: dict[str, np.ndarray], options: ProbeOptions) -> np.ndarray:
     """Those of train, sorted; UserError where they do not serve."""
     classes, counts = np.unique(labels["train"], return_counts=True)
@@ -328,39 +303,18 @@ def classes_of(labels: dict[str, np.ndarray], options: ProbeOptions) -> np.ndarr
 def features(artifact: Path, part: str, paths: list[str], folder: Path, options: ProbeOptions):
     """Embed pictures into folder/part: float32 [good, E], bool [paths] (good), seconds."""
     from clip_ttrt.pipeline.embed import embed
-    from clip_ttrt.pipeline.sources import library
 
-    folder.mkdir(parents=True, exist_ok=True)
-    listed, out = folder / f"{part}.csv", folder / part
-    with open(listed, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        csv.writer(file).writerows([["image_path"], *([path] for path in paths)])
+    out = folder / part
     more = {name: getattr(options, name) for name in ("gpus", "force", "overwrite")}
-    done = embed(artifact, listed, out, normalize=False, dtype="float32", **more)
-    good = np.ones(len(paths), bool)
-    for bad in out.glob("bad/*.parquet"):
-        rows = library("pyarrow.parquet").read_table(bad)["row"].to_numpy()
-        good[rows + int(bad.stem[4:]) * EmbedOptions.shard_rows] = False
-    found = [np.load(each, mmap_mode="r") for each in sorted(out.glob("img_emb/*.npy"))]
+    done = embed(artifact, shards(paths), out, normalize=False, dtype="float32", **more)
+    found, good = [], []
+    for each, metadata, bad in written(out):
+        good.append(np.ones(len(metadata) + len(bad), bool))
+        good[-1][[row["row"] for row in bad]] = False
+        found += [each] * bool(metadata)
     if not found:
         raise UserError(f"no picture of {part} can be read: {options.output and out / 'bad'}")
-    return torch.from_numpy(np.concatenate(found)), good, done["seconds"]
-
-
-def wilson(hits: np.ndarray) -> list[float]:
-    """A share, and the ends of its 95 % interval by Wilson's score."""
-    n, share = len(hits), float(hits.mean())
-    centre, wide = share + Z * Z / 2 / n, Z * math.sqrt(share * (1 - share) / n + (Z / 2 / n) ** 2)
-    return [share, *((centre + sign * wide) / (1 + Z * Z / n) for sign in (-1, 1))]
-
-
-def difference(first: np.ndarray, second: np.ndarray) -> list[float]:
-    """How much higher the second share of right answers is, and its 95 % interval, of the rows that
-    both have; from discordant pairs, with one more of each (Bonett and Price 2012)."""
-    change = (second - first)[~np.isnan(second - first)]
-    n = len(change) + 2
-    gain, loss = ((change == 1).sum() + 1) / n, ((change == -1).sum() + 1) / n
-    centre, wide = gain - loss, Z * math.sqrt((gain + loss - (gain - loss) ** 2) / n)
-    return [float(change.mean()), float(centre - wide), float(centre + wide)]
+    return torch.cat(found), np.concatenate(good), done["seconds"]
 
 
 def as_array(labels: Any) -> np.ndarray:

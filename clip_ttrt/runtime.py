@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_ttrt.artifact import Artifact, check_runs_here, load_modules, read_artifact
-from clip_ttrt.contexts import Encoder, memory_errors
+from clip_ttrt.contexts import Encoder, memory_errors, no_head
 from clip_ttrt.errors import UserError
 
 
@@ -75,7 +75,8 @@ class CompiledCLIP(nn.Module):
             # Not registered as submodules: engines cannot follow .to(), .half() or .float().
             self._encoders = {
                 name: Encoder([modules[name] for modules in copies], artifact.batch,
-                              dims.embed_dim, examples[name], cuda_graphs)
+                              dims.embed_dim, examples[name], cuda_graphs,
+                              artifact.manifest["modules"][name].get("lengths", ()))
                 for name in artifact.encoders}
             taken = (free - torch.cuda.mem_get_info()[0]) / 2**20 if on_gpu else 0
         weights = sum(each["mib"] for each in artifact.manifest["modules"].values()) * len(copies)
@@ -139,21 +140,26 @@ class CompiledCLIP(nn.Module):
         images: or a list of pictures, as `preprocess` takes them.
         Raises ValueError for other inputs, UserError where the GPU's memory runs out.
         """
+        return self._encode_image(images, no_head)
+
+    def _encode_image(self, images: Union[Tensor, Sequence[Any]], head: Callable) -> Tensor:
         side = self.visual.input_resolution
         if isinstance(images, (list, tuple)):
             most = self.artifact.batch.maximum  # no more pictures are decoded at once
             return torch.cat([
-                self._encode("image", self._preprocess(list(images[i:i + most]), i))
+                self._encode("image", self._preprocess(list(images[i:i + most]), i), head=head)
                 for i in range(0, max(len(images), 1), most)])
         if not (isinstance(images, Tensor) and images.is_floating_point()
                 and images.shape[1:] == (3, side, side)):
             raise _unexpected(images, f"images [batch, 3, {side}, {side}] of a floating-point dtype"
                                       ", as `preprocess` returns them")
-        return self._encode("image", images)
+        return self._encode("image", images, head=head)
 
-    def encode_text(self, tokens: Tensor) -> Tensor:
+    def encode_text(self, tokens: Tensor, length: Optional[int] = None) -> Tensor:
         """Tokens [B, T], int32 or int64, T <= context_length -> features float32 [B, embed_dim].
 
+        A batch takes the time of its longest text.  length: of GPU tokens, at which nobody can look
+        without waiting, those of the longest with start and end (default T); the rest is not read.
         Raises ValueError for other inputs and for CPU tokens outside the vocabulary; a row of GPU
         tokens outside it gets features of NaN.  UserError where the GPU's memory runs out.
         """
@@ -161,9 +167,11 @@ class CompiledCLIP(nn.Module):
                 and tokens.ndim == 2 and 1 <= tokens.shape[1] <= self.context_length):
             raise _unexpected(tokens, "tokens [batch, T] of int32 or int64, with "
                                       f"1 <= T <= {self.context_length}")
+        if length is not None and not 1 <= length <= self.context_length:
+            raise ValueError(f"length={length}: a text has 1 to {self.context_length} tokens")
         if tokens.is_cpu and not ((tokens >= 0) & (tokens < self.vocab_size)).all():
             raise ValueError(f"tokens lie outside the vocabulary, 0 to {self.vocab_size - 1}")
-        return self._encode("text", tokens)
+        return self._encode("text", tokens, length)
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled cosine similarities float32: logits [images, texts], and their transpose."""
@@ -173,7 +181,7 @@ class CompiledCLIP(nn.Module):
         return logits, logits.t()
 
     def warmup(self, batches: Optional[Iterable[int]] = None) -> None:
-        """Call every context with batches of these sizes, which captures their graphs, and wait.
+        """Call every context with these batches, texts at each length, to capture graphs, and wait.
 
         batches: by default the compiled minimum, optimum and maximum.  Raises ValueError for a
         size below 1, UserError where the GPU's memory runs out.
@@ -191,10 +199,13 @@ class CompiledCLIP(nn.Module):
         of the GPU beyond them) and of `graphs` (what their captures took)."""
         graphs = sum(graph.bytes for encoder in self._encoders.values()
                      for context in encoder.contexts
-                     for graph in list(context.graphs.values()) if graph)
+                     for lengths in (context.graphs, *context.headed.values())
+                     for graphs in lengths.values()
+                     for graph in list(graphs.values()) if graph)
         return {**self._loaded, "graphs": graphs / 2**20}
 
-    def _encode(self, encoder: str, x: Tensor) -> Tensor:
+    def _encode(self, encoder: str, x: Tensor, length: Optional[int] = None,
+                head: Callable = no_head) -> Tensor:
         if encoder not in self._encoders:
             raise ValueError(f"{self.artifact.folder} holds no {encoder} encoder; "
                              f"compile with --encoder {encoder} or both")
@@ -202,7 +213,7 @@ class CompiledCLIP(nn.Module):
             raise ValueError(f"the batch is on {x.device}, and the model is on {self.device}; "
                              f"move it with .to({str(self.device)!r})")
         with memory_errors(f"encoding a batch of {x.shape[0]}"):
-            return self._encoders[encoder](x)
+            return self._encoders[encoder](x, length, head)
 
 
 def _channels_last(pixels: Tensor) -> Tensor:

@@ -198,22 +198,26 @@ def converting(precision: str, optimization_level: int, timing_cache: str
             table.compilation_settings, table.disallowed_targets = before, disallowed
 
 
-def input_of(example: torch.Tensor, batch: BatchRange) -> Any:
-    """The specification of an engine's one input."""
-    sizes = {"shape": batch.optimal} if batch.static else {
-        "min_shape": batch.minimum, "opt_shape": batch.optimal, "max_shape": batch.maximum}
-    shapes = {name: (size, *example.shape[1:]) for name, size in sizes.items()}
+def input_of(example: torch.Tensor, batch: BatchRange, shortest: int = 0) -> Any:
+    """The specification of an engine's one input; as `build`."""
+    *others, longest = example.shape[1:]
+    shapes = {"min_shape": (batch.minimum, *others, shortest or longest),
+              "opt_shape": (batch.optimal, *others, longest),
+              "max_shape": (batch.maximum, *others, longest)}
+    if shapes["min_shape"] == shapes["max_shape"]:
+        shapes = {"shape": shapes["opt_shape"]}
     return _torch_tensorrt("Input")(**shapes, dtype=example.dtype)
 
 
 def build(graph: fx.GraphModule, example: torch.Tensor, batch: BatchRange, precision: str,
-          optimization_level: int = 3, timing_cache: Optional[str] = None, name: str = ""
-          ) -> tuple[torch.nn.Module, dict[str, Any]]:
+          optimization_level: int = 3, timing_cache: Optional[str] = None, name: str = "",
+          shortest: int = 0) -> tuple[torch.nn.Module, dict[str, Any]]:
     """Build one engine of a lowered graph on the current GPU.
 
     example: one input of any batch, whose other dimensions and dtype (float32 or int32) the engine
     takes.  batch: static or a range.  precision: decides on TF32 only; types are the graph's.
     timing_cache: a file, `none`, or by default one for this GPU and TensorRT in the user's cache.
+    shortest: the least last dimension, where that is a range; it is tuned for the example's.
     Returns the module that runs it, one CUDA tensor -> features, and the manifest's facts.
     Raises UserError where the GPU's memory does not suffice, EngineError for all else that
     TensorRT refuses, in its words.
@@ -222,7 +226,7 @@ def build(graph: fx.GraphModule, example: torch.Tensor, batch: BatchRange, preci
     convert_module = _torch_tensorrt("dynamo.conversion._conversion.convert_module")
     with (timing_cache_draft(path) as draft,
           converting(precision, optimization_level, str(draft)) as (build, settings)):
-        module = convert_module(graph, [input_of(example, batch)], settings, name)
+        module = convert_module(graph, [input_of(example, batch, shortest)], settings, name)
     torch.cuda.empty_cache()
     return module, {
         "engine_mib": round(len(module.serialized_engine) / 2**20, 2),

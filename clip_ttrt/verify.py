@@ -84,6 +84,12 @@ def repeated(rows: Sequence, count: int) -> Any:
     return torch.stack(several) if isinstance(rows, torch.Tensor) else several
 
 
+def shortened(tokens: torch.Tensor, length: int) -> torch.Tensor:
+    """Texts int [N, T] that end within so many tokens: longer ones are cut, and end with them."""
+    last = torch.where(tokens.argmax(1) < length, tokens[:, length - 1], tokens.amax(1))
+    return torch.cat([tokens[:, :length - 1], last[:, None], 0 * tokens[:, length:]], dim=1)
+
+
 @contextmanager
 def exact_fp32():
     """No TF32 in PyTorch's own kernels, so that the fp32 reference is one."""
@@ -100,7 +106,8 @@ def reference_features(checkpoint: Checkpoint, rows: dict, device: str) -> dict[
     """Features of the original model in fp32, float32 [rows, embed_dim], on the CPU."""
     model = original_with_weights(checkpoint, device)
     with torch.no_grad(), exact_fp32():
-        return {name: torch.cat([getattr(model, f"encode_{name}")(part.to(device)).cpu()
+        images = {"image": model.encode_image}  # the others are texts
+        return {name: torch.cat([images.get(name, model.encode_text)(part.to(device)).cpu()
                                  for part in inputs.split(REFERENCE_BATCH)])
                 for name, inputs in rows.items()}
 
@@ -133,13 +140,17 @@ def compare(artifact: Artifact, checkpoint: Checkpoint, inputs: Optional[tuple] 
     rows = {"image": fill_images(images, most),
             "text": artifact.model.tokenizer()(fill_lines(lines, most), truncate=True)}
     features, found, batches = {}, {}, {}
+    lengths = artifact.manifest["modules"].get("text", {}).get("lengths", [])
+    short = {f"text{length}": length for length in lengths[:-1]}
     with memory_errors("verifying"), torch.no_grad():
         rows = {name: rows[name] for name in artifact.encoders}
+        for name, length in short.items():
+            rows[name] = shortened(rows["text"][:most or REFERENCE_BATCH], length)
         references = reference_features(checkpoint, rows, artifact.device)
         model = CompiledCLIP(artifact)
         for name, reference in references.items():
-            encode, count = getattr(model, f"encode_{name}"), counts[name]
-            x = rows[name].to(model.device)
+            encode = model.encode_image if name == "image" else model.encode_text
+            count, x = counts.get(name), rows[name][..., :short.get(name)].to(model.device)
             features[name] = encode(x[:count]).cpu(), reference[:count]
             found[name] = errors(*features[name])
             batches[name] = {str(size): errors(encode(x[:size]), reference[:size])["cos_min"]
@@ -148,7 +159,7 @@ def compare(artifact: Artifact, checkpoint: Checkpoint, inputs: Optional[tuple] 
     report = {"inputs": about, "weights": checkpoint.origin.describe(),
               "reference": type(original or model).__module__.partition(".")[0],  # clip_ttrt: ours
               "errors": found, "batches": batches}
-    if len(features) == 2:
+    if len(artifact.encoders) == 2:
         scale = checkpoint.state_dict["logit_scale"].exp().item()
         compiled, reference = (
             scale * normalize(image.double(), dim=-1) @ normalize(text.double(), dim=-1).t()
@@ -167,7 +178,7 @@ def failures(artifact: Artifact, checkpoint: Checkpoint, report: dict[str, Any])
     """What lies outside the bounds, a sentence each.  A NaN is outside every bound."""
     precision = artifact.manifest["computes_in"]  # whatever was asked
     bound, found = COSINE_BOUND[precision], []
-    for name in artifact.encoders:
+    for name in report["batches"]:
         cosines = {"": report["errors"][name]["cos_min"]}
         cosines |= {f" at batch {size}": each for size, each in report["batches"][name].items()}
         wrong = [f"{each:.7f}{where}" for where, each in cosines.items() if not each >= bound]

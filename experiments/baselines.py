@@ -2,8 +2,9 @@
 
 All have the same weights, in the precision that is asked for, and inputs that lie on the GPU in
 that precision: `example`.  `plain` is the encoder as the original lays it out, of PyTorch's layers
-and scaled_dot_product_attention; `rearranged` is clip_ttrt's own encoder with no op of ours, which
-cuts patches for a matrix product and pools before the last block's output projection.
+and scaled_dot_product_attention, and for other families their own model; `rearranged` is
+clip_ttrt's own encoder with no op of ours, which cuts patches for a matrix product and pools before
+the last block's output projection.
 """
 import tempfile
 import warnings
@@ -13,9 +14,9 @@ from pathlib import Path
 import torch
 
 from clip_ttrt.checkpoint import load_checkpoint, original_with_weights
-from clip_ttrt.encoders import DIFFERENTIABLE, ENCODERS
+from clip_ttrt.encoders import DIFFERENTIABLE
 from clip_ttrt.errors import UserError
-from clip_ttrt.models import dimensions_of
+from clip_ttrt.families import find
 
 DTYPES = {
     "fp32": torch.float32,
@@ -33,19 +34,23 @@ def weights_of(model: str) -> str:
     return "demo" if model == "demo" else "random"
 
 
-def example(model: str, encoder: str, batch: int, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """Random rows, each another: images [B, 3, R, R], or tokens int32 [B, T] of many lengths."""
-    dims, generator = dimensions_of(model), torch.Generator().manual_seed(0)
+def example(
+    model: str, encoder: str, batch: int, dtype: torch.dtype, device: str, length: int = 0
+) -> torch.Tensor:
+    """Random rows, each another: images [B, 3, R, R], or tokens int32 [B, T] of many lengths, with
+    T = length, above 8, or by default the full length."""
+    dims, generator = find(model).dimensions, torch.Generator().manual_seed(0)
     if encoder == "image":
         side = dims.image_resolution
         images = torch.randn(batch, 3, side, side, generator=generator)
         return images.to(device, dtype)
-    length = dims.context_length
-    tokens = torch.randint(1, START, (batch, length), generator=generator, dtype=torch.int32)
+    length = length or dims.context_length
+    start, end = min(START, dims.vocab_size - 2), min(END, dims.vocab_size - 1)
+    tokens = torch.randint(1, start, (batch, length), generator=generator, dtype=torch.int32)
     ends, place = 8 + 29 * torch.arange(batch) % (length - 8), torch.arange(length)
     tokens[place > ends[:, None]] = 0
-    tokens[place == ends[:, None]] = END
-    tokens[:, 0] = START
+    tokens[place == ends[:, None]] = end
+    tokens[:, 0] = start
     return tokens.to(device)
 
 
@@ -85,11 +90,23 @@ class PlainTextEncoder(torch.nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         encoder = self.encoder
-        x = encoder.tokens(tokens) + encoder.positions
+        x = encoder.tokens(tokens) + encoder.positions[:tokens.shape[1]]
         for block in encoder.blocks:
             x = block(x)
         rows = torch.arange(x.shape[0], device=x.device)
         return encoder.projection(encoder.norm_post(x)[rows, tokens.argmax(dim=-1)])
+
+
+class Own(torch.nn.Module):
+    """An encoder of a family's own model."""
+
+    def __init__(self, model: torch.nn.Module, encoder: str):
+        super().__init__()
+        self.model, self.encoder = model, encoder
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        model = self.model
+        return model.encode_image(x) if self.encoder == "image" else model.encode_text(x)
 
 
 class ScaledLinear(torch.nn.Module):
@@ -149,17 +166,23 @@ def in_fp8(module: torch.nn.Module, x: torch.Tensor) -> None:
 def rearranged(model: str, encoder: str, precision: str, device: str) -> torch.nn.Module:
     """Our encoder, without an op of ours; fp8: its blocks' linear layers are torch._scaled_mm."""
     allow_tf32(precision)
-    state_dict = load_checkpoint(model, weights_of(model)).state_dict
-    module = ENCODERS[encoder](state_dict, DIFFERENTIABLE).to(device, DTYPES[precision])
+    checkpoint = load_checkpoint(model, weights_of(model))
+    module = checkpoint.model.encoder(encoder, checkpoint.state_dict, DIFFERENTIABLE)
+    module = module.to(device, DTYPES[precision])
     if precision == "fp8":
         in_fp8(module, example(model, encoder, 64, torch.half, device))
     return module
 
 
 def plain(model: str, encoder: str, precision: str, device: str) -> torch.nn.Module:
-    """The encoder as the original lays it out, of a ResNet's images the original's."""
-    if encoder == "image" and dimensions_of(model).is_resnet:
-        return original(model, "fp32", device).visual.to(DTYPES[precision])
+    """The encoder as the original lays it out; of a ResNet's images and other families their own.
+
+    Raises UserError for fp8 of those."""
+    dims = find(model).dimensions
+    if dims.family != "openai" or encoder == "image" and dims.is_resnet:
+        if precision == "fp8":
+            raise UserError(f"{model}'s own encoder is not measured in fp8; choose fp16")
+        return Own(original(model, "fp32", device).to(DTYPES[precision]), encoder)
     layout = PlainImageEncoder if encoder == "image" else PlainTextEncoder
     return layout(rearranged(model, encoder, precision, device)).to(device)
 
@@ -171,14 +194,17 @@ def compiled(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def original(model: str, precision: str, device: str) -> torch.nn.Module:
-    """OpenAI's model, as `clip.load` gives it: fp32, or fp16 by its own means.
+    """OpenAI's model, as `clip.load` gives it: fp32, or fp16 by its own means; and other families'.
 
-    Raises UserError for bf16, which it has not.
+    Raises UserError for bf16, which OpenAI's has not.
     """
+    checkpoint = load_checkpoint(model, weights_of(model))
+    if checkpoint.dimensions.family != "openai":
+        return original_with_weights(checkpoint, device).to(DTYPES[precision])
     if precision == "bf16":
         raise UserError("the original model has no bf16; its precisions are fp32, tf32 and fp16")
     allow_tf32(precision)
-    module = original_with_weights(load_checkpoint(model, weights_of(model)), device)
+    module = original_with_weights(checkpoint, device)
     if precision == "fp16":
         from clip.model import convert_weights
 

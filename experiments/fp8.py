@@ -16,7 +16,8 @@ from clip_ttrt.errors import UserError
 from experiments.record import append_row, provenance, read_rows
 
 COLOURS = {"qkv": "#0072B2", "out": "#E69F00", "up": "#009E73", "down": "#CC79A7"}
-RUN = ("model", "encoder", "batch", "backend", "kernels", "how", "gpu", "commit", "date")
+RUN = ("model", "encoder", "batch", "backend", "kernels", "how", "gpu", "commit", "date",
+       "tokens")
 
 
 def rows_of(artifact: Artifact) -> Iterator[dict[str, Any]]:

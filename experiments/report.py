@@ -25,7 +25,7 @@ STYLES = {
     "clip": ("#999999", "*"),
     "onnxruntime": ("#CC79A7", "D"),
 }
-PANEL = ("model", "encoder", "precision")
+PANEL = ("model", "encoder", "precision", "tokens")
 
 
 def latest(
@@ -91,7 +91,7 @@ def plot(rows: Sequence[Mapping[str, str]]) -> Any:
         panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         panel.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
         panel.tick_params(labelsize=7, which="both")
-        panel.set_title(" ".join(title), fontsize=9)
+        panel.set_title(" ".join(title).strip(), fontsize=9)
         panel.set_xlabel("batch", fontsize=8)
     for panel in axes[:, 0]:
         panel.set_ylabel("milliseconds, as called", fontsize=8)
@@ -120,13 +120,14 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
     columns = {name: key for name, key in columns.items() if key in measured}
     lines = [f"| encoder, batch | {' | '.join(columns)} | of torch.compile |",
              "|---" * (len(columns) + 2) + "|"]  # fmt: skip
-    for (model, encoder, _, batch), part in groups(rows, *PANEL, "batch").items():
+    for (model, encoder, _, tokens, batch), part in groups(rows, *PANEL, "batch").items():
         found = {(row["backend"], row["kernels"], row["how"]): row["median_ms"] for row in part}
         ms = {name: float(found[key]) for name, key in columns.items() if key in found}
         cells = [f"{ms[name]:.3f}" if name in ms else "" for name in columns]
         both = "clip_ttrt" in ms and "torch.compile" in ms
         cells.append(f"{ms['clip_ttrt'] / ms['torch.compile']:.2f}" if both else "")
-        lines.append(f"| {model} {encoder}, {batch} | {' | '.join(cells)} |")
+        name = f"{model} {encoder} {tokens}".strip()
+        lines.append(f"| {name}, {batch} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -27,6 +27,9 @@ them a cast:
            of its parts
     call queued, graph queued    the share of one in 20 of them back to back
 
+The column `tokens` is the length of texts, if not the full one; `resolution` an image's side in
+pixels; `build_s` an artifact's seconds; `memory_mib` all that is in use on the GPU at the end.
+
 Each backend of a model and encoder runs in a process of its own, started again behind a batch that
 ends it.  Rows are written as they come; what fails is a line on standard error, and the rest goes
 on.  Artifacts are compiled into --artifacts, verified, and reused.  With --resume rows that the
@@ -52,7 +55,7 @@ import torch
 import clip_ttrt
 from clip_ttrt.artifact import load_modules, read_artifact
 from clip_ttrt.errors import UserError
-from clip_ttrt.models import dimensions_of
+from clip_ttrt.families import find
 from clip_ttrt.options import BACKENDS, KERNELS, PRECISIONS, BatchRange
 from clip_ttrt.pictures import CAPTIONS
 from clip_ttrt.verify import more_lines
@@ -64,7 +67,7 @@ from experiments.record import (
 )  # fmt: skip
 from experiments.timing import graphed, percentile, wall_times_ms
 
-KEY = ("model", "encoder", "batch", "precision", "backend", "kernels", "how")
+KEY = ("model", "encoder", "batch", "precision", "backend", "kernels", "how", "tokens")
 MEASURED = ("clip_ttrt", *PEERS, "floor")
 HOWS = ("call", "graph", "call queued", "graph queued")
 QUEUED = 20
@@ -86,6 +89,7 @@ class Job:
     repeats: int
     kernels: str = ""
     artifact: str = ""  # the folder, for clip_ttrt
+    tokens: int = 0  # of texts; 0: the full length
 
     def __str__(self) -> str:
         return f"{self.model} {self.encoder} {self.precision} {self.backend} {self.kernels}".strip()
@@ -93,7 +97,7 @@ class Job:
     def key(self, batch: int, how: str) -> tuple[str, ...]:
         """The columns KEY of a row."""
         about = (self.model, self.encoder, str(batch), self.precision)
-        return (*about, self.backend, self.kernels, how)
+        return (*about, self.backend, self.kernels, how, str(self.tokens or ""))
 
 
 def calls_of(job: Job) -> dict[str, Callable]:
@@ -109,10 +113,11 @@ def calls_of(job: Job) -> dict[str, Callable]:
 def measure(job: Job, batch: int, how: str, run: Callable | None) -> list[float]:
     """Milliseconds of single calls; of the floor its sum alone."""
     if job.backend == "floor":
-        dims = dimensions_of(job.model)
+        dims = find(job.model).dimensions
+        dims = replace(dims, context_length=job.tokens or dims.context_length)
         return [floor_ms(dims, job.encoder, batch, job.precision, job.device)["sum"]]
     dtype = torch.float if job.artifact else DTYPES[job.precision]
-    x = example(job.model, job.encoder, batch, dtype, job.device)
+    x = example(job.model, job.encoder, batch, dtype, job.device, job.tokens)
     call = graphed(lambda: run(x)) if "graph" in how else lambda: run(x)
     queued, repeats = (QUEUED, job.repeats // 10) if "queued" in how else (1, job.repeats)
     return wall_times_ms(call, repeats, max(3, repeats // 5), job.device, queued)
@@ -121,7 +126,8 @@ def measure(job: Job, batch: int, how: str, run: Callable | None) -> list[float]
 def rows_of(job: Job) -> Iterator[list[dict[str, Any]]]:
     """The CSV rows of each batch of a job; what fails goes to standard error."""
     calls = calls_of(job) if job.backend != "floor" else dict.fromkeys(job.hows)
-    versions = read_artifact(job.artifact).manifest["versions"] if job.artifact else None
+    manifest = read_artifact(job.artifact).manifest if job.artifact else ""
+    side = find(job.model).dimensions.image_resolution if job.encoder == "image" else ""
     for batch in job.batches:
         rows = []
         try:
@@ -130,11 +136,15 @@ def rows_of(job: Job) -> Iterator[list[dict[str, Any]]]:
             for how, run in calls.items():
                 with torch.no_grad():
                     times = measure(job, batch, how, run)
+                free, total = torch.cuda.mem_get_info() if job.device == "cuda" else (0, 0)
                 rows.append({
                     **dict(zip(KEY, job.key(batch, how), strict=True)),
+                    "resolution": str(side),
                     "median_ms": f"{percentile(times, 0.5):.4f}",
                     "p90_ms": f"{percentile(times, 0.9):.4f}",
-                    **provenance(versions),
+                    "build_s": manifest and str(manifest["modules"][job.encoder]["build_seconds"]),
+                    "memory_mib": str((total - free) >> 20 or ""),
+                    **provenance(manifest["versions"] if manifest else None),
                 })  # fmt: skip
         except Exception as problem:  # noqa: BLE001 (out of memory, say: the rest goes on)
             print(f"{job}, batch {batch}: {in_a_line(problem)}", file=sys.stderr, flush=True)
@@ -232,14 +242,14 @@ def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
                     artifact=str(artifact.folder),
                     batches=[engine.optimal] if engine.static else served,
                 )  # fmt: skip
-                yield from (replace(ours, encoder=encoder) for encoder in options.encoders)
+                yield from (replace(ours, **part) for part in options.parts)
             continue
-        yield from (replace(job, encoder=encoder) for encoder in options.encoders)
+        yield from (replace(job, **part) for part in options.parts)
 
 
 def ratios(rows: Sequence[Mapping[str, Any]]) -> str:
     """A table of clip_ttrt's calls and graphs and their ratio to torch.compile's calls."""
-    cell = ("model", "encoder", "batch", "precision")
+    cell = ("model", "encoder", "batch", "tokens", "precision")
     peers = {
         (*(row[name] for name in cell), "queued" in row["how"]): float(row["median_ms"])
         for row in rows if row["backend"] == "torch.compile"
@@ -251,7 +261,7 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> str:
             ours, peer = float(row["median_ms"]), peers[place]
             name = f"{row['backend']} {row['kernels']}".strip()
             times = (f"{ours:.3f}", f"{peer:.3f}", f"{ours / peer:.3f}")
-            cells = (" ".join((*place[:-1], row["how"])), name, *times)
+            cells = (" ".join(filter(None, (*place[:-1], row["how"]))), name, *times)
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -267,6 +277,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--models", nargs="+", default=["ViT-B/32", "ViT-L/14"] if gpu else ["demo"])
     add("--encoders", nargs="+", choices=("image", "text"), default=["image", "text"])
     add("--batches", nargs="+", type=int, default=[1, 8, 32, 128] if gpu else [1, 8])
+    add("--tokens", nargs="+", type=int, default=[0], metavar="N",
+        help="lengths of texts; 0: the full one")  # fmt: skip
     add("--precision", choices=PRECISIONS, default="fp16" if gpu else "fp32")
     add("--backends", nargs="+", choices=MEASURED, metavar="NAME", help=", ".join(MEASURED),
         default=peers if gpu else ["clip_ttrt", "eager", "clip"])  # fmt: skip
@@ -285,11 +297,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("results/speed.csv"))
     add("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    options.parts = [{"encoder": encoder, "tokens": tokens} for encoder in options.encoders
+                     for tokens in (options.tokens if encoder == "text" else [0])]  # fmt: skip
     try:
         for batch in [*options.static, *([] if options.range == "none" else [options.range])]:
             BatchRange.parse(batch)
         for model in options.models:
-            dimensions_of(model)
+            find(model)
     except UserError as problem:
         parser.error(str(problem))
     return options

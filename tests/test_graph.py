@@ -70,7 +70,7 @@ def test_layers_of_the_same_sizes_are_measured_once_and_get_their_table(
     plain, _, module = encoder_in(
         "demo", encoder, "fp16", *graph.FUSE[encoder], state_dict=state_dict)
     layers = 4 * len(plain.blocks) + (2 if encoder == "image" else 1)
-    assert graph.run(module, [graph.tuning(BatchRange(1, 4, 8))]) == {"tune": layers}
+    assert graph.run(module, [graph.tuning(BatchRange(1, 4, 8), (77,))]) == {"tune": layers}
     # All tokens, or the patches without the class token, until the last block chooses one row
     # before its output projection.
     block, tokens = plain.blocks[0], plain.positions.shape[0]

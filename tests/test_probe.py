@@ -290,6 +290,6 @@ def test_bad_input_is_one_sentence(
 def test_folders_without_classes_are_refused(demo_artifact, tmp_path):
     (tmp_path / "a.png").touch()
     for source, sentence in ((tmp_path, "holds no picture; a folder has one folder of them"),
-                             (tmp_path / "a.png", "a.png is no folder, .csv or .parquet")):
+                             (tmp_path / "a.png", "a.png is no folder, .csv, .parquet or .json")):
         with pytest.raises(clip_ttrt.UserError, match=sentence):
             probe.probe([demo_artifact.folder], source, source)

@@ -199,7 +199,7 @@ def test_quantised_layers_are_measured_as_such_and_keep_their_scale(monkeypatch)
     monkeypatch.setattr(linear, "tune", tune)
     _, _, module = lowered("text", "fp16", True)
     graph.run(module, [graph.quantizing(dict.fromkeys(layers_of(module), 0.05)),
-                       graph.fuse_quantization, graph.tuning(BatchRange(1, 4, 8))])
+                       graph.fuse_quantization, graph.tuning(BatchRange(1, 4, 8), (77,))])
     assert {(77, (384, 128), True), (1, (128, 512), True), (1, (256, 128), False)} <= asked
     assert len(asked) == 4 + 3 + 1
     for node in graph.calls(module, ops.fused_quantized_linear):

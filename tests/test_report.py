@@ -23,7 +23,8 @@ TIMES = {
 def rows(gpu="GPU", factor=1.0):
     def row(encoder, batch, key):
         ms = f"{factor * TIMES[key] * int(batch):.4f}"
-        values = ("ViT-B/32", encoder, batch, "fp16", *key, ms, "", gpu, "2.11", "", "10", "c", "d")
+        values = ("ViT-B/32", encoder, batch, "fp16", *key, "", ms, "", gpu, "2.11", "", "10", "c",
+                  "d")  # fmt: skip
         return dict(zip((*KEY, "median_ms", "p90_ms", *PROVENANCE), values, strict=True))
 
     return [row(*each) for each in itertools.product(ENCODERS, ("1", "8"), TIMES)]

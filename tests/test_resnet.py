@@ -36,13 +36,13 @@ def test_a_resnet_is_compiled_verified_and_loaded(artifact):
         assert verify.errors(features, expected)["rel_max"] < 1e-5
 
 
-def test_a_resnet_classifies_and_embeds(artifact, tmp_path, capsys):
+def test_a_resnet_classifies_and_embeds(artifact, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     picture = pictures.FOLDER / "coffee.jpg"
-    assert main(["classify", str(artifact.folder), "--image", str(picture),
-                 "--labels", "a cup", "a cat"]) == 0
+    assert main(["classify", str(artifact.folder), str(picture), "--labels", "a cup", "a cat"]) == 0
     assert "a cup" in capsys.readouterr().out
-    assert main(["embed", str(artifact.folder), str(picture), "--output", str(tmp_path)]) == 0
-    [path] = tmp_path.glob("img_emb/*.npy")
+    assert main(["embed", str(artifact.folder), str(picture), "--output", str(tmp_path / "o")]) == 0
+    [path] = tmp_path.glob("o/img_emb/*.npy")
     model, _ = clip_ttrt.load(artifact.folder)
     expected = torch.nn.functional.normalize(model.encode_image([picture]))
     assert np.abs(np.load(path) - expected.numpy()).max() < 1e-3

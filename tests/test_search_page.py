@@ -173,6 +173,16 @@ def page(world, browser):
     assert not thrown, thrown
 
 
+def test_without_chromium_the_page_is_not_tested_and_in_ci_that_fails(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CLIP_TTRT_BROWSER", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no chromium"):
+        Browser(tmp_path)
+    monkeypatch.setenv("CLIP_TTRT_BROWSER", "required")
+    with pytest.raises(pytest.fail.Exception, match="no chromium"):
+        Browser(tmp_path)
+
+
 NAMES = "[...document.querySelectorAll('.card .name')].map((each) => each.textContent)"
 
 

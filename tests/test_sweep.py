@@ -12,8 +12,8 @@ from experiments import baselines, floor, kernels, sweep
 from experiments.record import provenance, read_rows
 
 COLUMNS = (
-    "model,encoder,batch,precision,backend,kernels,how,median_ms,p90_ms,"
-    "gpu,torch,torch_tensorrt,tensorrt,commit,date"
+    "model,encoder,batch,precision,backend,kernels,how,tokens,resolution,median_ms,p90_ms,"
+    "build_s,memory_mib,gpu,torch,torch_tensorrt,tensorrt,commit,date"
 )
 ENCODERS = pytest.mark.parametrize("encoder", ["image", "text"])
 JOB = sweep.Job("demo", "text", "bf16", "eager", [1, 2], "cpu", ["call"], repeats=3)
@@ -22,7 +22,8 @@ JOB = sweep.Job("demo", "text", "bf16", "eager", [1, 2], "cpu", ["call"], repeat
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its rows are those of a CPU")
 def test_the_embedded_model_on_a_cpu(tmp_path, capfd):
     out = tmp_path / "speed.csv"
-    options = ["--encoders", "text", "--batches", "1", "4", "--repeats", "5", "--out", str(out)]
+    options = ["--encoders", "text", "--batches", "1", "4", "--repeats", "5", "--out", str(out),
+               "--tokens", "16"]  # fmt: skip
     ours = ["--backends", "clip_ttrt", "eager", "--range", "1:4:4", "--backend", "torchscript"]
     assert sweep.main([*options, *ours, "--artifacts", str(tmp_path / "artifacts")]) == 0
     assert out.read_text().splitlines()[0] == COLUMNS
@@ -33,10 +34,21 @@ def test_the_embedded_model_on_a_cpu(tmp_path, capfd):
     for row in rows:
         assert 0 < float(row["median_ms"]) <= float(row["p90_ms"])
         assert (row["how"], row["kernels"]) == ("call", "") and here.items() <= row.items()
+        assert (row["tokens"], row["resolution"], row["memory_mib"]) == ("16", "", "")
+        assert bool(row["build_s"]) is (row["backend"] != "eager")
     plot = tmp_path / "speed.png"
     assert plot.is_file() and plot.stat().st_size > 10_000 or "no plot" in capfd.readouterr().err
     assert sweep.main([*options, "--backends", "eager", "--resume"]) == 0
     assert read_rows(out) == rows
+
+
+def test_texts_have_a_job_for_each_length_and_images_one():
+    options = sweep.parse(["--tokens", "0", "16", "--backends", "eager", "--batches", "3"])
+    jobs = list(sweep.jobs_of(options))
+    assert [(job.encoder, job.tokens) for job in jobs] == [("image", 0), ("text", 0), ("text", 16)]
+    assert [job.key(3, "call")[-1] for job in jobs] == ["", "", "16"]
+    tokens = baselines.example("demo", "text", 3, torch.float32, "cpu", 16)
+    assert tokens.shape == (3, 16) and (tokens.amax(1) == baselines.END).all()
 
 
 @pytest.mark.parametrize("option", [["--range", "8:4:1"], ["--static", "0"], ["--models", "no"]])
@@ -127,7 +139,7 @@ def test_kernels_have_rows_on_a_cpu(tmp_path, capsys):
     options = ["--device", "cpu", "--models", "demo", "--out", str(out)]
     assert kernels.main([*options, "--batches", "2"]) == 0
     measured = "op,model,encoder,batch,shape,dtype,backend,median_us,p90_us,gb_per_s,tflop_per_s"
-    assert out.read_text().splitlines()[0] == f"{measured},{COLUMNS.partition('p90_ms,')[2]}"
+    assert out.read_text().splitlines()[0] == f"{measured},{COLUMNS.partition('memory_mib,')[2]}"
     rows = read_rows(out)
     assert {row["op"].split()[0] for row in rows} == set(kernels.OPS)
     for row in rows:
@@ -137,7 +149,8 @@ def test_kernels_have_rows_on_a_cpu(tmp_path, capsys):
 
 
 def test_ratios_are_to_the_call_of_torch_compile_in_the_same_cell():
-    cell = {"model": "demo", "encoder": "text", "precision": "fp16", "kernels": "fused"}
+    cell = {"model": "demo", "encoder": "text", "precision": "fp16", "kernels": "fused",
+            "tokens": ""}  # fmt: skip
     rows = [
         {**cell, "batch": batch, "backend": backend, "how": how, "median_ms": ms}
         for batch, backend, how, ms in (

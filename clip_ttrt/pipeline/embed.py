@@ -21,7 +21,7 @@ from clip_ttrt.options import LARGEST_EMBED_BATCH, EmbedOptions
 from clip_ttrt.pipeline import drive, ray
 from clip_ttrt.pipeline.output import Output, to_json
 from clip_ttrt.pipeline.resize import pillow_order
-from clip_ttrt.pipeline.sources import plan
+from clip_ttrt.pipeline.sources import Rows, plan
 from clip_ttrt.pipeline.worker import Worker
 
 
@@ -30,7 +30,7 @@ class Progress:
 
     def __init__(self, rows: int):
         self.rows, self.ready_at, self.stages, self.decode = 0, None, Counter(), {}
-        self.bar = tqdm(total=rows, unit=" images", dynamic_ncols=True, leave=False,
+        self.bar = tqdm(total=rows, unit=" images", dynamic_ncols=True, leave=False, delay=1,
                         mininterval=0.5 if sys.stderr.isatty() else 10)
 
     def ready(self) -> None:
@@ -56,12 +56,13 @@ class Progress:
         tqdm.write(f"clip_ttrt: {line}", file=self.bar.fp)
 
 
-def embed(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], output: Union[str, Path],
-          *, devices: Optional[Sequence[str]] = None, **options: Any) -> dict[str, Any]:
+def embed(artifact: Union[str, Path], inputs: Union[str, Sequence], output: Union[str, Path], *,
+          devices: Optional[Sequence[str]] = None, worker: Any = Worker, **options: Any) -> dict:
     """Embed pictures, frames of videos or texts into OUTPUT, and go on where a run was stopped.
 
-    inputs: folders, globs, lists, archives, tables or videos, local or URLs that fsspec knows.
-    devices: `cpu` or `cuda:N`, a process each (default: by `gpus`).  options: of `EmbedOptions`.
+    inputs: folders, globs, lists, archives, tables or videos, local or URLs that fsspec knows, or
+    `Rows`, a shard each.  devices: `cpu` or `cuda:N`, a process each (default: by `gpus`).
+    worker: what a process makes of an artifact.  options: of `EmbedOptions`.
     OUTPUT gets img_emb/img_emb_N.npy or text_emb/text_emb_N.npy, [rows, embed_dim] of `dtype`,
     metadata/metadata_N.parquet with a row for each, bad/ with what cannot be read, and why.
     With more than one process, or a GPU, a script needs `if __name__ == "__main__":` around it.
@@ -81,8 +82,8 @@ def embed(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], output:
     options = replace(options, threads=options.threads or max(1, cores // len(devices)),
                       batch=min(options.batch or LARGEST_EMBED_BATCH, model.batch.maximum))
     inputs = [inputs] if isinstance(inputs, (str, Path)) else inputs
-    shards = plan(list(map(str, inputs)), options.text, options.shard_rows, options.every,
-                  options.column)
+    shards = inputs if any(isinstance(each, Rows) for each in inputs) else plan(
+        list(map(str, inputs)), options.text, options.shard_rows, options.every, options.column)
     out = Output(output, kind, len(shards))
     out.begin(identity(model, shards, options), options.overwrite)
     if options.retry_bad:
@@ -90,7 +91,7 @@ def embed(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], output:
     todo = sorted(options.of_this_job(len(shards)).difference(out.done()))
     progress = Progress(sum(len(shards[number]) for number in todo))
     execute = partial((ray if options.ray else drive).execute, devices=devices, progress=progress,
-                      make_worker=partial(Worker, model.folder, out, options))
+                      make_worker=partial(worker, model.folder, out, options))
     try:
         with progress.bar:
             drive.run(shards, todo, execute, out, progress)
@@ -110,7 +111,6 @@ def embed(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], output:
                "images_per_s": images / max(end - ready, 1e-3), "devices": list(devices),
                "stages": progress.stages, "decode": progress.decode}
     out.put("summary.json", to_json(summary))
-    progress.say(f"{output} holds {total_images:,} features; {total_bad:,} bad rows")
     return summary
 
 

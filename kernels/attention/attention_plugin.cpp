@@ -1,13 +1,14 @@
 // The TensorRT plugin around clip_attention_launch (attention.h).
 //
-//   ClipAttention     int32 heads, tokens, causal (0 or 1), query_bias (0 or 1); float32 out_scale
+//   ClipAttention     int32 heads, tokens (0: as the shape says), causal (0 or 1), query_bias (0 or
+//   1); float32 out_scale
 //     in    qkv fp16 [batch * tokens, 3 * heads * 64] or [batch, tokens, 3 * heads * 64];
 //           with query_bias 1 a bias fp32 [heads * 64], which is added to q
 //     out   fp16, qkv's shape with heads * 64 as its last dimension; with an out_scale above 0 it
 //           is E4M3, divided by out_scale, as plugin.h says
 //
 // Rank 2 is what matrix products give and take without a copy; the number of tokens, which the
-// shape then does not show, is a field.
+// shape then does not show, is a field. With 0 in it qkv has rank 3, and launches differ in tokens.
 
 #include "../plugin.h"
 #include "attention.h"
@@ -32,10 +33,10 @@ class Attention final : public Plugin<Attention, AttentionData> {
   static const char* complete(Data& data) {
     if (!e4m3::valid_scale(data.out_scale)) return kWrongOutScale;
     const bool valid = data.heads >= 1 && data.heads <= kClipAttentionMaxHeads &&
-                       data.tokens >= 1 && data.tokens <= kClipAttentionMaxTokens &&
+                       data.tokens >= 0 && data.tokens <= kClipAttentionMaxTokens &&
                        (data.causal | 1) == 1 && (data.query_bias | 1) == 1;
     return valid ? nullptr
-                 : "heads must be 1 to 40, tokens 1 to 1024, causal and query_bias 0 or 1";
+                 : "heads must be 1 to 40, tokens 0 to 1024, causal and query_bias 0 or 1";
   }
 
   int32_t inputs() const { return 1 + data_.query_bias; }
@@ -44,8 +45,9 @@ class Attention final : public Plugin<Attention, AttentionData> {
 
   const char* wrong_shapes(const Dims* in) const {
     const bool flat = in[0].nbDims == 2;
-    if ((!flat && (in[0].nbDims != 3 || !agrees(in[0].d[1], data_.tokens))) ||
-        !agrees(width_of(in[0]), 3 * width()))
+    const bool any = data_.tokens == 0;
+    const bool fits = flat ? !any : in[0].nbDims == 3 && (any || agrees(in[0].d[1], data_.tokens));
+    if (!fits || !agrees(width_of(in[0]), 3 * width()))
       return "qkv is neither [batch * tokens, 3 * heads * 64] nor [batch, tokens, 3 * heads * 64] "
              "for the heads and tokens that it was built with";
     if (flat && !multiple(in[0].d[0], data_.tokens))
@@ -62,10 +64,12 @@ class Attention final : public Plugin<Attention, AttentionData> {
 
   int32_t launch(const Call& call) const {
     const Dims& qkv = call.in[0];
-    const int64_t batch = qkv.nbDims == 2 ? qkv.d[0] / data_.tokens : qkv.d[0];
+    const bool flat = qkv.nbDims == 2;
+    const int32_t tokens = flat ? data_.tokens : narrow(qkv.d[1]);
+    const int64_t batch = flat ? qkv.d[0] / tokens : qkv.d[0];
     const void* query_bias = data_.query_bias != 0 ? call.x[1] : nullptr;
     const ClipAttentionParams params = {call.x[0],    call.y[0],     query_bias,
-                                        batch,        data_.heads,   data_.tokens,
+                                        batch,        data_.heads,   tokens,
                                         data_.causal, /*variant=*/0, data_.out_scale};
     return batch == 0 ? 0 : clip_attention_launch(&params, call.stream);
   }

@@ -2,13 +2,16 @@
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 
 import clip_ttrt
+import needs
 from clip_ttrt import contexts
-from experiments.timing import graphed
+from clip_ttrt.verify import COSINE_BOUND
+from experiments.timing import graphed, percentile, wall_times_ms
 
 pytestmark = pytest.mark.gpu
 
@@ -48,13 +51,23 @@ def context_of(model, encoder):
     return context
 
 
+def graphs_of(model, encoder):
+    """Batch size -> graph, of images or of texts at their full length."""
+    return context_of(model, encoder).graphs[112 if encoder == "image" else 77]
+
+
+def close(features, expected):
+    """Within the bound of a cosine in fp16, as batches of another length are."""
+    return torch.cosine_similarity(features, expected).min() >= COSINE_BOUND["fp16"]
+
+
 @ENCODERS
 def test_graphs_of_one_context_stay_right(model, plain, encoder):
     call, expected = encode(model, encoder), encode(plain, encoder)
-    graphs = context_of(model, encoder).graphs
+    graphs = graphs_of(model, encoder)
     for size in (8, 4, 2):
         call(rows(encoder, size))
-    assert list(graphs) == [8, 4, 2] and not context_of(plain, encoder).graphs
+    assert list(graphs) == [8, 4, 2] and not graphs_of(plain, encoder)
     order = random.Random(0)
     for step in range(60):
         x = rows(encoder, order.choice((8, 4, 2)), seed=step)
@@ -77,14 +90,14 @@ def test_results_are_the_caller_s_own(model, plain, encoder):
 @ENCODERS
 def test_few_graphs_are_kept_and_other_sizes_padded(model, plain, encoder, monkeypatch):
     monkeypatch.setattr(contexts, "MOST_GRAPHS", 3)
-    context = context_of(model, encoder)
+    captured = graphs_of(model, encoder)
     seen = ((2, 2, [2]), (3, 3, [2, 3]), (4, 4, [2, 3, 4]), (2, 2, [3, 4, 2]),
             (8, 8, [4, 2, 8]), (5, 8, [4, 2, 8]), (3, 4, [2, 8, 4]))
     for count, size, graphs in seen:
         x = rows(encoder, size, seed=count)
         expected = encode(plain, encoder)(x)[:count]
         assert torch.equal(encode(model, encoder)(x[:count]), expected)
-        assert list(context.graphs) == graphs
+        assert list(captured) == graphs
 
 
 def forms(encoder, x):
@@ -117,8 +130,11 @@ def test_inputs_of_any_type_layout_and_place(model, plain, encoder):
         for each in (model, plain):
             features = encode(each, encoder)(x)
             assert features.is_cuda and not features.requires_grad
-            assert torch.equal(features, expected)
-    assert list(context_of(model, encoder).graphs) == [3]
+            as_long = encoder == "image" or x.is_cuda and x.shape[1] == 77
+            assert (torch.equal if as_long else close)(features, expected)
+    lengths = {length for length, each in context_of(model, encoder).graphs.items() if each}
+    assert lengths == ({112} if encoder == "image" else {16, 32, 77})
+    assert list(graphs_of(model, encoder)) == [3]
 
 
 @ENCODERS
@@ -232,7 +248,9 @@ def test_two_contexts_serve_two_streams_and_warm_up(demo_engines, plain):
     model.warmup()  # 2, 4 and 8
     assert 0 < one < model.memory()["graphs"]
     for encoder in model._encoders.values():
-        assert [sorted(context.graphs) for context in encoder.contexts] == [[2, 4, 8]] * 2
+        sizes = [sorted(graphs) for context in encoder.contexts
+                 for graphs in context.graphs.values()]
+        assert sizes == [[2, 4, 8]] * 2 * len(encoder.lengths)
 
 
 def test_a_failed_capture_is_done_without_and_leaves_all_as_it_was(model, plain):
@@ -250,8 +268,79 @@ def test_a_failed_capture_is_done_without_and_leaves_all_as_it_was(model, plain)
     for _ in range(2):
         assert torch.equal(model.encode_image(x), plain.encode_image(x))
     assert captures == [4] and model.memory()["graphs"] == 0
-    assert context.graphs == {4: None} and torch.cuda.current_stream() == before
+    graphs = graphs_of(model, "image")
+    assert graphs == {4: None} and torch.cuda.current_stream() == before
     context.module = module
     two = rows("image", 2)
     assert torch.equal(model.encode_image(two), plain.encode_image(two))
-    assert context.graphs[2] is not None
+    assert graphs[2] is not None
+
+
+@pytest.fixture(scope="module", params=["tensorrt", pytest.param("fused", marks=needs.fused)])
+def short(request, tmp_path_factory):
+    """A model of each kind of kernels, for the batches of the default range's like."""
+    artifact = clip_ttrt.compile(batch="1:32:128", backend="tensorrt", kernels=request.param,
+                                 encoder="text", output=tmp_path_factory.mktemp("short") / "a")
+    return clip_ttrt.load(artifact.folder)[0]
+
+
+@pytest.mark.parametrize("length", [9, 16, 17, 32, 48, 50])
+@pytest.mark.parametrize("count", [1, 5, 32, 200])
+def test_texts_at_their_own_length_have_the_full_length_s_features(short, count, length):
+    """Tokens on the CPU, on the GPU with the length that is told, and with columns cut."""
+    tokens = rows("text", count)
+    tokens[:, length - 1:] = 0
+    tokens[0, :length - 1] = torch.arange(1, length, device="cuda")
+    tokens[0, length - 1] = END_OF_TEXT
+    expected, graphs = short.encode_text(tokens), context_of(short, "text").graphs
+    served = min(each for each in graphs if each >= length)
+    for features in (short.encode_text(tokens.cpu()), short.encode_text(tokens, length=length),
+                     short.encode_text(tokens[:, :length].long())):
+        assert close(features, expected)
+    assert graphs[served] and graphs[77]
+    unknown = tokens.clone()
+    unknown[0, 3], unknown[0, 70] = 49408, 49408  # the second is behind what is read
+    assert short.encode_text(unknown, length=length)[0].isnan().all()
+    unknown[0, 3] = 5
+    assert not short.encode_text(unknown, length=length).isnan().any()
+
+
+def test_a_length_that_is_told_costs_no_wait(short):
+    tokens = rows("text", 4)
+    short.encode_text(tokens, length=16)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda._sleep(int(5e8))  # a quarter of a second
+        short.encode_text(tokens, length=16)
+        waited = torch.cuda.current_stream().query()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not waited
+
+
+def test_a_caller_captures_texts_of_several_lengths(short):
+    """The first run of a shape cannot be captured, so it is run beside the capture."""
+    tokens, held = rows("text", 4), {}
+    for length in (16, 48, 77):
+        call = partial(short.encode_text, tokens, length=length)
+        replay = graphed(lambda: held.update(features=call()))
+        tokens.copy_(rows("text", 4, seed=length))
+        replay()
+        assert close(held["features"], short.encode_text(tokens))
+
+
+@needs.fused
+def test_prompts_of_16_tokens_take_a_third_of_the_full_length_s_time(tmp_path):
+    """ViT-B/32 as called, one call at a time, at batch 128."""
+    artifact = clip_ttrt.compile(
+        model="ViT-B/32", weights="random", batch="1:32:128", backend="tensorrt", kernels="fused",
+        encoder="text", output=tmp_path / "a")
+    model, _ = clip_ttrt.load(artifact.folder)
+    tokens, milliseconds = rows("text", 128), {}
+    for length in (77, 16, 77, 16):
+        times = wall_times_ms(
+            lambda length=length: model.encode_text(tokens, length=length), 200, 40, "cuda")
+        milliseconds[length] = percentile(times, 0.5)
+    print(f"{milliseconds[16]:.4f} ms of {milliseconds[77]:.4f}")
+    assert milliseconds[16] <= 0.34 * milliseconds[77], milliseconds

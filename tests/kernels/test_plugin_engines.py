@@ -107,6 +107,9 @@ FORMS = [
          (100, W), _EMBED, ("y1",)),
     Form(LINEAR, {"table": linear.pack(64, 128, True, scale=0.1)}, 3,
          [(2, 5, 128), (64, 128), (64,)], (2, 5, 64), _LINEAR, ("x0", "x1")),
+    # Of any number of tokens
+    Form(ATTENTION, {"tokens": 0}, 1, [(3, 77, 3 * W), (W,)], (3, 77, W),
+         {**_ATTENTION, "query_bias": "x1", "batch": 3, "causal": 1}),
 ]  # fmt: skip
 WRONG_SHAPES = {  # of a form: (input, its wrong shape)
     0: [(0, (3 * W,)), (0, (2, 77, 1, 3 * W)), (0, (2, 76, 3 * W)), (0, (155, 3 * W)), (1, (1, W))],
@@ -116,6 +119,7 @@ WRONG_SHAPES = {  # of a form: (input, its wrong shape)
     7: [(0, (2, 49, W)), (0, (99, W)), (2, (49, W)), (6, (767,))],
     8: [(0, (128,)), (0, (5, 127)), (1, (64, 127))], 9: [(2, (63,))],
     15: [(0, (2, 5, 256)), (1, (64, 256))],  # of full width
+    16: [(0, (231, 3 * W)), (0, (3, 77, 2 * W))],
 }  # fmt: skip
 _NO_TABLES = [TABLE[:at] + struct.pack("<i", value) + TABLE[at + 4 :] for at, value in (
     (0, 0), (0, 6), (4, 12), (4, 65544), (8, 2), (8, -1), (12, 1), (12, -1))]
@@ -123,7 +127,7 @@ _E4M3 = linear.pack(64, 128, False, scale=1.0)
 _NO_TABLES += [struct.pack("<i", 136) + _E4M3[4:], *(
     linear.with_scale(_E4M3, scale) for scale in (-1.0, float("nan"), float("inf"), 1e-40))]
 UNUSABLE = {
-    "heads": [0, 41], "tokens": [0], "causal": [2, -1], "query_bias": [2, -1],
+    "heads": [0, 41], "tokens": [-1], "causal": [2, -1], "query_bias": [2, -1],
     "residual": [2, -1], "epsilon": [0.0, -1.0, float("nan"), float("inf")], "epsilon_pre": [0.0],
     "epsilon_1": [float("nan")], "out_scale": [-1.0, float("nan"), float("inf"), 1e-40],
     "patch_size": [0, 15, -2, 4098],

@@ -10,9 +10,11 @@ from clip_ttrt import graph, ops, stack, trt
 from clip_ttrt.checkpoint import load_checkpoint
 from clip_ttrt.engine import DTYPES
 from clip_ttrt.encoders import ENCODERS, INFERENCE
-from clip_ttrt.models import MODELS
+from clip_ttrt.guard import lengths_of
+from clip_ttrt.models import MODELS, Dimensions
 from clip_ttrt.options import BatchRange
 from clip_ttrt.resnet import AttentionPool
+from clip_ttrt.siglip import ImageEncoder, PoolingHead, TextEncoder
 import small
 from lowering import DYNAMIC, STATIC, One, construct, encoder_in, lowered
 
@@ -46,6 +48,8 @@ CONVERTED = {
     "gelu_by_tanh": (of(lambda x: ops.gelu(x, "tanh")), (5, 64)),
     "add": (of(lambda x: x + ops.gelu(x, "quick")), (5, 64)),
     "add_a_parameter": (One(lambda x, value: x + value, 5, 64), (5, 64)),
+    "positions_of": (
+        One(lambda x, value: ops.embedding(value, x) + ops.positions_of(value, x), 100, 64), (7,)),
     "embedding": (nn.Embedding(100, 64), (7,)),
     "select_token": (of(lambda x: x.select(1, 2)), (5, 64)),
     "attention": (of(lambda x: ops.attention(x, 2, False)), (5, 384)),
@@ -67,6 +71,8 @@ CONVERTED = {
     "average_pool": (of(lambda x: nn.functional.avg_pool2d(x, 2)), (8, 6, 6)),
     "mean_of_patches": (of(ops.mean_of_patches), (5, 64)),
     "attention_pool": (AttentionPool(128, 5, 32, INFERENCE), (128, 2, 2)),
+    "attention_probe": (PoolingHead(144, 2, 200, INFERENCE), (5, 144)),
+    "extract_whole_patches": (of(lambda x: ops.extract_patches(x, 4)), (3, 18, 18)),
 }
 PLUGINS = {ops.fused_attention, ops.fused_linear, ops.fused_quantized_linear, ops.fused_layer_norm,
            ops.bias_gelu, ops.residual_layer_norm, ops.extract_patch_rows, ops.embed_image}
@@ -173,6 +179,31 @@ def test_a_converter_alone(name, precision, batch, monkeypatch):
     assert plan(interpreter)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [STATIC, DYNAMIC], ids=str)
+def test_a_text_encoder_s_one_network_is_right_at_every_length(batch, monkeypatch):
+    """Layer by layer in PyTorch, which no engine's kernels are; with the attention of TensorRT
+    before 10.14, which is of layers."""
+    trt.api()
+    from clip_ttrt import converters
+    from evaluated import evaluate
+
+    monkeypatch.setattr(converters, "attention_layer", converters.composed_attention)
+    plain, example, module = encoder_in("demo", "text", "fp32")
+    interpreter, build = construct(module, example, batch, "fp32", 16)
+    network, tokens = interpreter.ctx.net, torch.randint(1, 49406, (4, 77), dtype=torch.int32)
+    for row, length in zip(tokens, (4, 9, 15, 16), strict=True):
+        row[length - 1], row[length:] = 49407, 0
+    tokens[1, 2] = 49408
+    assert tuple(network.get_input(0).shape) == (4 if batch.static else -1, -1)
+    assert plan(interpreter) and build.warnings == []
+    expected = plain(tokens)
+    for length in (16, 31, 77):
+        found = evaluate(network, tokens[:, :length])
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+        assert found.isnan().any(1).tolist() == [False, True, False, False]
+
+
 def test_every_operation_that_is_no_plugin_is_built_above():
     built = set()
     for name in CONVERTED:
@@ -196,10 +227,12 @@ def test_a_whole_encoder_is_one_network_and_its_plan_builds(model, encoder, monk
         monkeypatch.setitem(MODELS, name, dims)
     plain, example, module = encoder_in(model, encoder, "fp16")
     weights = sum(value.numel() * value.element_size() for value in plain.parameters())
-    interpreter, build = construct(module, example, BatchRange(1, 32, 256), "fp16")
+    shortest = lengths_of(encoder, MODELS[model])[0]
+    interpreter, build = construct(module, example, BatchRange(1, 32, 256), "fp16", shortest)
     network = interpreter.ctx.net
     assert network.num_inputs == network.num_outputs == 1
-    assert tuple(network.get_input(0).shape) == (-1, *example.shape[1:])
+    any_size = (-1, -1) if shortest < example.shape[-1] else (-1, *example.shape[1:])
+    assert tuple(network.get_input(0).shape) == any_size
     assert tuple(network.get_output(0).shape) == (-1, MODELS[model].embed_dim)
     assert 0 < build.layers <= MOST_LAYERS[model]
     assert build.warnings == []
@@ -250,3 +283,55 @@ def test_a_layer_that_tensorrt_refuses_is_told_in_its_words():
     module.value = nn.Parameter(torch.zeros(4), requires_grad=False)
     with pytest.raises(trt.EngineError, match="not build the engine: .*(?i:broadcast|dimension)"):
         plan(construct(module, torch.zeros(2, 5), STATIC, "fp32")[0])
+
+
+SIGLIP = Dimensions(144, 60, 14, 144, 2, 16, 100, 128, 2, image_head_dim=72, image_mlp=200,
+                    text_mlp=136, gelu="tanh", image_pooling="probe", family="siglip")
+
+
+@pytest.fixture(params=["image-fp32", "image-fp16", "text-fp32", "text-fp16"])
+def of_siglip(request):
+    """An encoder with random weights, inputs of it, and a precision."""
+    name, _, precision = request.param.partition("-")
+    kind = {"image": ImageEncoder, "text": TextEncoder}[name]
+    torch.manual_seed(0)
+    encoder = kind(SIGLIP, INFERENCE).requires_grad_(False)
+    for name, value in encoder.named_parameters():
+        if value.dim() > 1:
+            nn.init.normal_(value, std=1.5 * value.shape[1] ** -0.5)
+        else:
+            nn.init.normal_(value, mean=float("norm" in name and "weight" in name), std=0.1)
+    inputs = (torch.randn(4, 3, 60, 60) if kind is ImageEncoder else
+              torch.randint(0, 100, (4, 16), dtype=torch.int32))
+    return encoder, inputs, precision
+
+
+def test_siglip_s_encoder_is_one_network_and_its_plan_builds(of_siglip):
+    """Heads of 72 and 64, and pixels beyond whole patches."""
+    encoder, inputs, precision = of_siglip
+    dtype = DTYPES[precision]
+    weights = sum(value.numel() for value in encoder.parameters()) * dtype.itemsize
+    module = lowered(encoder.to(dtype), inputs[:2])
+    interpreter, build = construct(module, inputs[:2], BatchRange(1, 32, 256), precision)
+    output = interpreter.ctx.net.get_output(0)
+    assert tuple(output.shape) == (-1, 144) and output.dtype == trt.api().float32
+    assert 0 < build.layers <= 110 and build.warnings == []
+    assert sum("ATTENTION" in type_ for type_, _, _ in layers(interpreter)) >= 2
+    assert len(plan(interpreter)) > 0.9 * weights
+
+
+@pytest.mark.parametrize("batch", [STATIC, DYNAMIC], ids=str)
+def test_siglip_s_network_computes_what_its_encoder_does(of_siglip, batch, monkeypatch):
+    """Its layers, with attention in plain ones, against the encoder in fp64."""
+    trt.api()
+    from clip_ttrt import converters
+    from evaluated import evaluate
+
+    monkeypatch.setattr(converters, "attention_layer", converters.composed_attention)
+    encoder, inputs, precision = of_siglip
+    module = lowered(encoder.to(DTYPES[precision]), inputs[:2])
+    interpreter, build = construct(module, inputs[:2], batch, precision)  # whose constants it has
+    actual, expected = evaluate(interpreter.ctx.net, inputs), encoder.double()(inputs)
+    error = (actual - expected).norm(dim=1) / expected.norm(dim=1)
+    assert error.max() < (1e-5 if precision == "fp32" else 1e-2)
+    assert (expected[0] - expected[1]).norm() > 0.1 * expected[0].norm()

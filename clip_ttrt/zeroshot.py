@@ -1,0 +1,147 @@
+"""Zero-shot classification: features of pictures times those of texts, one for each label."""
+import hashlib
+import json
+import math
+import os
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Callable, Optional, Sequence, Union
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from clip_ttrt import kernels
+from clip_ttrt.artifact import Artifact
+from clip_ttrt.errors import UserError
+from clip_ttrt.runtime import CompiledCLIP, load
+
+TEMPLATES = ("{}", "a photo of a {}.", "a photo of the {}.", "a picture of a {}.",
+             "a close-up of a {}.", "a blurry photo of a {}.", "a drawing of a {}.")
+Texts = Union[str, Path, Sequence[str]]
+
+
+class ZeroShot:
+    """Labels behind a model's image encoder: pictures -> a score for each label.
+
+    model: of `clip_ttrt.load`.  labels: texts, or a file of lines.  templates: texts with {} in the
+    label's place, or a file of them (default: `TEMPLATES`; the embedded model's labels as they
+    are).  Of both `imagenet` is open_clip's.  multi: independent scores, as of `Head.scores`.
+    On a GPU the product with the labels' features, which stay there, is in the encoder's graph.
+    Raises UserError for a template without {} and for texts that are too long."""
+
+    def __init__(self, model: CompiledCLIP, labels: Texts, templates: Optional[Texts] = None,
+                 multi: bool = False):
+        self.model, self.labels, self.multi = model, read_texts(labels, "labels"), multi
+        templates = templates_for(model.artifact, templates)
+        text = text_features(model.artifact, self.labels, templates, model)
+        self.head = Head(model.artifact, text.to(model.device))
+
+    def logits(self, images: Union[Tensor, Sequence[Any]]) -> Tensor:
+        """Images as `encode_image` takes them -> scaled similarities float32 [B, labels]."""
+        return self.model._encode_image(images, self.head)
+
+    def __call__(self, images: Union[Tensor, Sequence[Any]]) -> Tensor:
+        """Images -> probabilities or, with multi, scores float32 [B, labels]."""
+        return self.head.scores(self.logits(images), self.multi)
+
+    def top(self, images: Union[Tensor, Sequence[Any]], k: int = 5) -> list:
+        """Images -> of each its k best pairs of label and score, best first."""
+        return best(self(images), self.labels, k)
+
+
+class Head:
+    """Features [B, E] -> logits [B, labels], by one matrix product.  text: [labels, E]."""
+
+    def __init__(self, artifact: Artifact, text: Tensor):
+        self.scale = math.exp(artifact.manifest["logit_scale"])
+        self.logit_bias = artifact.manifest["logit_bias"]  # 0 where the model has none
+        self.bias = text.new_tensor([self.logit_bias])
+        self.weight = (self.scale * text).T.contiguous()
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return torch.addmm(self.bias, normalize(features, dim=-1), self.weight)
+
+    def scores(self, logits: Tensor, multi: bool) -> Tensor:
+        """Softmax or, with multi, the sigmoid of a model trained with a logit bias, to which that
+        is a label's probability, and else the cosine similarity."""
+        if not multi:
+            return logits.softmax(-1)
+        return logits.sigmoid() if self.logit_bias else logits / self.scale
+
+
+def best(scores: Tensor, labels: Sequence[str], k: int) -> list[list[tuple[str, float]]]:
+    """The k best pairs of label and score of each row, best first."""
+    values, places = scores.topk(min(k, len(labels)))
+    return [[(labels[place], value) for place, value in zip(*row)]
+            for row in zip(places.tolist(), values.tolist())]
+
+
+def text_features(artifact: Artifact, texts: list[str], templates: list[str],
+                  model: Optional[CompiledCLIP] = None, truncate: bool = False) -> Tensor:
+    """`average` of an artifact, from the user's cache or by the model, loaded if not given."""
+    if "text" not in artifact.encoders:
+        raise UserError(f"{artifact.folder} holds no text encoder; compile with --encoder both")
+    modules = [each["sha256"] for each in artifact.manifest["modules"].values()]
+    key = json.dumps([modules, texts, templates, truncate]).encode()
+    path = kernels.cache().with_name("zeroshot") / f"{hashlib.sha256(key).hexdigest()}.npy"
+    with suppress(OSError, ValueError, EOFError):  # there is none, or it is damaged
+        found = torch.from_numpy(np.load(path))
+        if found.shape == (len(texts), artifact.dimensions.embed_dim):
+            return found
+    model = model or load(artifact.folder, cuda_graphs=False, force=True)[0]
+    found = average(artifact, model.encode_text, texts, templates, truncate)
+    with suppress(OSError):  # the cache cannot be written
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=path.parent) as folder:
+            np.save(Path(folder, path.name), found.numpy())
+            os.replace(Path(folder, path.name), path)
+    return found
+
+
+def average(artifact: Artifact, encode: Callable[[Tensor], Tensor], texts: list[str],
+            templates: list[str], truncate: bool) -> Tensor:
+    """A text encoder's features, float32 [texts, E] of length 1 on the CPU, each the mean over
+    templates.  Raises UserError for texts that are too long, unless they are to be truncated."""
+    lines = [each.replace("{}", text) for text in texts for each in templates]
+    try:
+        tokens = artifact.model.tokenizer()(lines, truncate=truncate)
+    except RuntimeError as problem:
+        raise UserError(str(problem)) from problem
+    found = normalize(encode(tokens), dim=-1).unflatten(0, (len(texts), len(templates)))
+    return normalize(found.mean(1), dim=-1).cpu()
+
+
+def templates_for(artifact: Artifact, values: Optional[Texts]) -> list[str]:
+    """The default is ours; labels of the embedded model, which knows few words, are phrases."""
+    default = ["{}"] if artifact.origin.kind == "demo" else list(TEMPLATES)
+    return read_texts(values, "templates") if values else default
+
+
+def read_texts(values: Texts, option: str) -> list[str]:
+    """Labels or templates: several texts, or one with {}, as they are; `imagenet`: open_clip's; a
+    UTF-8 file of lines, of which empty ones drop.  Raises UserError for what does not serve."""
+    values = [str(values)] if isinstance(values, (str, Path)) else list(values)
+    if values == ["imagenet"]:
+        try:
+            from open_clip.zero_shot_metadata import (
+                IMAGENET_CLASSNAMES as names, OPENAI_IMAGENET_TEMPLATES as templates)
+        except ImportError as problem:
+            raise UserError(f"--{option} imagenet is open_clip's, which is missing; give a file, "
+                            "or pip install open_clip_torch") from problem
+        values = list(names) if option == "labels" else [each("{}") for each in templates]
+    elif len(values) == 1 and "{}" not in values[0]:
+        name = values[0]
+        try:
+            lines = Path(name).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as problem:
+            raise UserError(f"--{option} {name!r} is one text and no file in UTF-8 ({problem}); "
+                            "pass at least two texts, or a file with one in each line") from problem
+        values = [line.strip() for line in lines if line.strip()]
+        if len(values) < 2 and option == "labels":
+            raise UserError(f"{name} holds {len(values)} texts; at least two are needed")
+    if option == "templates" and (wrong := [each for each in values if "{}" not in each]):
+        raise UserError(f"template {wrong[0]!r} has no {{}}, where the label belongs")
+    return values
