@@ -16,7 +16,7 @@ from PIL import Image
 from searching import CAPTIONS, EVIL, TWIN, VIDEOS, pixels
 
 from clip_ttrt import UserError, cli
-from clip_ttrt.search import Library
+from clip_ttrt.search import Library, index
 from clip_ttrt.search.serve import LARGEST, Server
 
 pytest.importorskip("av", reason="needs the extra embed")
@@ -75,6 +75,19 @@ def test_ranges_of_a_file(world, asked, part):
     if not whole:
         begin = data.index(body) if len(body) > 1 else 0
         assert headers["Content-Range"] == f"bytes {begin}-{begin + len(body) - 1}/{len(data)}"
+
+
+def test_a_file_that_has_changed_since(world, demo_artifact, tmp_path):
+    (tmp_path / "0.png").write_bytes((world.files / "0.png").read_bytes())
+    index(tmp_path / "l", [tmp_path], demo_artifact.folder)
+    with Server(Library(tmp_path / "l"), 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        here = SimpleNamespace(server=server)
+        (tmp_path / "0.png").write_bytes(b"")
+        assert [ask(here, path)[0] for path in ("/file/1", "/thumbnail/1-0")] == [200, 404]
+        (tmp_path / "0.png").unlink()
+        assert ask(here, "/file/1")[0] == 404
+        server.shutdown()
 
 
 def test_it_answers_this_machine_only_and_no_other_sites(world):

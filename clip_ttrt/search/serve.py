@@ -146,8 +146,8 @@ class Handler(BaseHTTPRequestHandler):
                     return self.reply(416, kind, b"", {"Content-Range": f"bytes */{size}"})
                 more["Content-Range"] = f"bytes {begin}-{end - 1}/{size}"
             self.start(206 if len(more) > 1 else 200, kind, end - begin, more)
-            file.seek(begin)
-            self.connection.sendfile(file, begin, end - begin)
+            if end > begin:
+                self.connection.sendfile(file, begin, end - begin)
 
     def refuse(self, status: int, sentence: str) -> None:
         self.close_connection = True  # what is left of the request was not read
