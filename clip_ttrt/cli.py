@@ -4,6 +4,7 @@ Exit codes: 0; 1 for a failed verification; 2 for bad input, which is one senten
 rows were bad than `embed` may take.
 """
 import argparse
+import contextlib
 import json
 import signal
 import sys
@@ -18,7 +19,7 @@ from clip_ttrt import build_kernels, classify, info, verify
 from clip_ttrt.artifact import check_runs_here, read_artifact
 from clip_ttrt.checkpoint import reload_checkpoint
 from clip_ttrt.errors import UserError, VerificationError
-from clip_ttrt.options import EmbedOptions, EvaluateOptions, Options, ProbeOptions
+from clip_ttrt.options import DECODE, EmbedOptions, EvaluateOptions, Options, ProbeOptions
 from clip_ttrt.progress import Progress
 
 
@@ -45,8 +46,8 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser("clip-ttrt", description="CLIP, compiled with Torch-TensorRT.")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name, run, about):
-        added = commands.add_parser(name, help=about, description=about)
+    def command(name, run, about, among=commands):
+        added = among.add_parser(name, help=about, description=about)
         added.set_defaults(run=run)
         return added.add_argument
 
@@ -95,6 +96,40 @@ def parser() -> argparse.ArgumentParser:
     add_fields(add, ProbeOptions)
     add("--json", dest="as_json", action="store_true", help="for programs")
 
+    about = "find pictures, and moments of videos, by texts and pictures"
+    searches = commands.add_parser("search", help=about, description=about).add_subparsers(
+        metavar="index|query|serve", required=True)
+    for name, run, about in (
+            ("index", run_search_index, "bring a library up to date with folders"),
+            ("query", run_search_query, "the files most similar to a query"),
+            ("serve", run_search_serve, "a page for browsers on this machine")):
+        add = command(name, run, about, searches)
+        add("library", metavar="LIBRARY", help="its folder")
+        add("--artifact", type=Path, metavar="DIR", help="of a new library, which keeps to it; or "
+            "where that one is by now")
+        if name == "index":
+            add("folders", nargs="*", metavar="FOLDER", help="of pictures and videos (default: "
+                "those of the library)")
+            add("--every", metavar="SECONDS|scenes", help="the frames of a video: one every so "
+                "often, or one a scene (default: as before, at first 1)")
+            add("--decode", default="auto", choices=DECODE, help="as embed's")
+            for option, help in (
+                    ("approximate", "build an approximate index, for some millions of items "
+                     "and more, and measure its recall"),
+                    ("retry-bad", "try again what is in quarantine"),
+                    ("reindex", "encode all anew, with another artifact if it is one")):
+                add(f"--{option}", action="store_true", help=help)
+        elif name == "serve":
+            add("--port", type=int, default=8080, help="default %(default)s; 0: a free one")
+        else:
+            add("query", metavar="QUERY", help="a text, a picture, or a sum of some: "
+                "'cat + 0.5*\"black - white\" - dog.jpg'")
+            add("--top", type=int, default=20, metavar="N", help="files (default %(default)s)")
+            add("--fold", type=float, default=0.97, metavar="COSINE", help="of near-duplicates, "
+                "which are one result (default %(default)s)")
+            add("--exact", action="store_true", help="leave an approximate index aside")
+            add("--json", dest="as_json", action="store_true", help="for programs")
+
     add = command("info", run_info, "tell what this machine has and what a compile would use")
     add("--json", dest="as_json", action="store_true", help="for programs")
 
@@ -136,14 +171,20 @@ def run_compile(**options: Any) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def sigterm_as_ctrl_c():
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run_embed(artifact: Path, inputs: list[str], output: str, **options: Any) -> int:
     from clip_ttrt.pipeline.embed import embed  # which brings torchvision
 
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    try:
+    with sigterm_as_ctrl_c():
         summary = embed(artifact, inputs, output, **options)
-    finally:
-        signal.signal(signal.SIGTERM, before)
     print(f"clip_ttrt: {output} holds {summary['total_images']:,} features; "
           f"{summary['total_bad']:,} bad rows", file=sys.stderr)
     print(json.dumps(summary, indent=2))
@@ -203,6 +244,45 @@ def probe_lines(each: dict[str, Any]) -> list[str]:
     return [*lines, f"{'per class':12} {each['per_class']:.2%}",
             f"{each['classes']} classes, {', '.join(parts)}; {each['iterations']} iterations; "
             f"{each['seconds_to_embed']:.1f} s to embed, {each['seconds_to_fit']:.1f} s to fit"]
+
+
+def run_search_index(**options: Any) -> int:
+    from clip_ttrt.search import index  # which brings torchvision
+
+    try:
+        with sigterm_as_ctrl_c():
+            print(json.dumps(index(**options), indent=2))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; the same command goes on") from None
+    return 0
+
+
+def run_search_query(library: str, artifact: Path, as_json: bool, **options: Any) -> int:
+    from clip_ttrt.search import Library
+
+    found = Library(library, artifact).query(**options)
+    if found["unknown"]:
+        print(f"clip_ttrt: the embedded model knows no {', '.join(found['unknown'])}: what it "
+              "finds by these words means nothing", file=sys.stderr)
+    for each in [] if as_json else found["results"]:
+        parts = [f"{part['start']:.6g}-{part['end']:.6g} s" for part in each.get("segments", ())]
+        parts += [f"+{len(each['similar'])} alike"] if each["similar"] else []
+        path = each["path"].encode(errors="backslashreplace").decode()
+        print(f"{each['score']:7.4f} {each['z']:+6.2f} sd  {path}  {', '.join(parts)}".rstrip())
+    if as_json:
+        print(json.dumps(found, indent=2))
+    return 0
+
+
+def run_search_serve(library: str, artifact: Path, port: int) -> int:
+    from clip_ttrt.search import Library
+    from clip_ttrt.search.serve import Server
+
+    with Server(Library(library, artifact), port) as server:
+        print(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
+    return 0
 
 
 def show(report: dict[str, Any]) -> None:

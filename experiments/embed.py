@@ -59,10 +59,10 @@ def jpeg(kind: str, seed: int) -> bytes:
     return file.getvalue()
 
 
-def write_pictures(folder: Path, kind: str, numbers: Sequence[int]) -> None:
+def write_pictures(folder: Path, kind: str, numbers: Sequence[int], names: int = NAMES) -> None:
     for number in numbers:
         data = jpeg(kind, number)
-        for copy in range(NAMES):
+        for copy in range(names):
             path = folder / f"{copy}" / f"{number:06d}.jpg"
             if copy == 0:
                 path.write_bytes(data)

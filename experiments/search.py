@@ -1,0 +1,118 @@
+"""Searching beside what a user has now, a row a measurement: results/search.csv.
+
+    python -m experiments.search --artifact DIR --sizes 100000 1000000 --minutes 60
+
+query     of so many made features of width 512.  ours: the scan and the ranking of `Library`;
+          numpy: a product with them in float32 and argsort, as clifs has it
+pictures  of 500 x 375.  ours: `search index`, from its start; one by one: Pillow, preprocess and
+          encode, as clifs does it
+video     1080p, H.264, 30 frames a second of which one is encoded; per_s counts all.  ours and one
+          by one as above; decode: PyAV in threads, and nothing else
+"""
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from PIL import Image
+
+import clip_ttrt
+from clip_ttrt.search import Library, index
+from clip_ttrt.search.store import ITEM, SHARD
+from experiments.embed import SOURCES, write_pictures
+from experiments.record import append_row, provenance
+from experiments.timing import percentile, wall_times_ms
+
+
+def write_video(path: Path, frames: int) -> None:
+    """A window that moves over a picture, and jumps every ten seconds."""
+    picture = np.asarray(Image.open(SOURCES[0]).convert("RGB").resize((2600, 1700)))
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30, options={"preset": "veryfast"})
+        stream.width, stream.height, stream.pix_fmt = 1920, 1080, "yuv420p"
+        for scene, step in (divmod(number, 300) for number in range(frames)):
+            y, x = scene * 97 % 300 + step, scene * 61 % 350 + step
+            shown = np.ascontiguousarray(picture[y:y + 1080, x:x + 1920])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(shown)))
+        container.mux(stream.encode(None))
+
+
+def decoded(path: Path) -> Iterable[av.VideoFrame]:
+    with av.open(str(path)) as container:
+        container.streams.video[0].thread_type = "AUTO"
+        yield from container.decode(video=0)
+
+
+def made(rows: int, device: torch.device) -> Library:
+    """A library of random features, in memory."""
+    library = object.__new__(Library)
+    library.width = 512
+    library.shards = [torch.nn.functional.normalize(torch.randn(SHARD, 512)).half().to(device)
+                      for _ in range(-(-rows // SHARD))]
+    library.items, library.rows = np.zeros(rows, ITEM), torch.arange(rows, device=device)
+    library.items["file"] = library.items["row"] = np.arange(rows)
+    return library
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--artifact", type=Path, required=True, metavar="DIR")
+    add("--sizes", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
+    add("--pictures", type=int, default=2000)
+    add("--minutes", type=float, default=60)
+    add("--out", type=Path, default=Path("results/search.csv"))
+    options = parser.parse_args(arguments)
+    model, preprocess = clip_ttrt.load(options.artifact)
+    about = model.artifact.manifest
+
+    def record(task: str, how: str, size: int, ms: float) -> None:
+        append_row(options.out, {
+            "task": task, "how": how, "model": "" if task == "query" else about["model"],
+            "size": size, "cores": len(os.sched_getaffinity(0)), "ms": f"{ms:.4g}",
+            "device": "cpu" if how in ("numpy", "decode") else model.device.type,
+            "per_s": "" if task == "query" else f"{size / ms * 1e3:.4g}",
+            **provenance(about["versions"])})  # fmt: skip
+
+    def one_by_one(pictures: Iterable[Image.Image]) -> None:
+        for picture in pictures:
+            model.encode_image(preprocess(picture)[None]).cpu()
+
+    for size in options.sizes:
+        library = made(size, model.device)
+        features = library.features(library.rows).cpu().numpy()
+        wanted, vector = library.features(library.rows[:1])[0], features[0]
+        for how, call in (
+                ("numpy", lambda: np.argsort(-(features @ vector))[:20]),
+                ("ours", lambda: library.rank(wanted, library.scan(wanted, 1000)[0], 20, 0.97))):
+            record("query", how, size, percentile(wall_times_ms(call, 20, 3, about["device"]), 0.5))
+    with tempfile.TemporaryDirectory() as folder:
+        pictures, videos = Path(folder, "pictures"), Path(folder, "videos")
+        (pictures / "0").mkdir(parents=True), videos.mkdir()
+        write_pictures(pictures, "500x375", range(options.pictures), 1)
+        video, frames = videos / "a.mp4", int(options.minutes * 1800)
+        write_video(video, frames)
+        for task, how, size, call in (
+                ("pictures", "one by one", options.pictures,
+                 lambda: one_by_one(map(Image.open, pictures.rglob("*.jpg")))),
+                ("pictures", "ours", options.pictures,
+                 lambda: index(Path(folder, "a"), [pictures], options.artifact)),
+                ("video", "decode", frames, lambda: sum(1 for _ in decoded(video))),
+                ("video", "one by one", frames, lambda: one_by_one(
+                    each.to_image() for n, each in enumerate(decoded(video)) if n % 30 == 0)),
+                ("video", "ours", frames,
+                 lambda: index(Path(folder, "b"), [videos], options.artifact))):
+            begun = time.perf_counter()
+            call()
+            record(task, how, size, (time.perf_counter() - begun) * 1e3)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
