@@ -189,9 +189,8 @@ def test_processes_end_with_their_parent(stop, tmp_path):
     """With processes as they are, spawned by a script of a user's."""
     script, log, deadline = tmp_path / "script.py", tmp_path / "log", time.time() + 60
     script.write_text(SCRIPT)
-    parent = subprocess.Popen([sys.executable, script, tmp_path],
-                              env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    parent = subprocess.Popen(["env", "--default-signal=INT", sys.executable, script, tmp_path],
+                              env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     while not (log.exists() and log.read_text().count("\n") == 2):
         assert parent.poll() is None and time.time() < deadline
         time.sleep(0.05)
