@@ -3,9 +3,10 @@ import csv
 import json
 import math
 import os
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Iterable, Iterator, Optional
+from typing import Any, Callable, Iterable, Iterator, Optional
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ def with_labels(source: str, rows: list, options: Any) -> tuple[list[str], np.nd
 def read_table(source: str, options: Any) -> list[tuple[str, dict[str, Any]]]:
     """Paths of pictures and what is known of each: of a folder with a folder a class `label`, of a
     .csv, .parquet or .json (a list of objects) a row.  Paths start at options.root or the table."""
-    from clip_ttrt.pipeline.sources import choose, library, walk
+    from clip_ttrt.pipeline.sources import choose, walk
 
     path, ending = os.path.abspath(source), source.lower().rpartition(".")[2]
     if os.path.isdir(path):
@@ -38,7 +39,7 @@ def read_table(source: str, options: Any) -> list[tuple[str, dict[str, Any]]]:
                 for name in names for file in walk(os.path.join(path, name))]
     try:
         if ending == "parquet":
-            rows = library("pyarrow.parquet").read_table(path).to_pylist()
+            rows = from_parquet(Path(path))
         elif ending in ("csv", "json"):
             with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
                 rows = list(csv.DictReader(file, restkey="", restval="") if ending == "csv" else
@@ -69,21 +70,41 @@ def embedded(*inputs: Any, **options: Any) -> Iterator[tuple[torch.Tensor, list,
 
     with TemporaryDirectory() as out:
         try:
-            embed(*inputs, out, **options)
+            embed(*inputs, partial(passing, out), **options)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("interrupted; nothing of it is kept") from None
-        yield from written(out)
+        yield from written(out, lambda table: json.loads(table.read_bytes()))
 
 
-def written(out: Any) -> Iterator[tuple[torch.Tensor, list[dict], list[dict]]]:
-    """Of each shard that `embed` wrote: features [good, E], or [0] of none, the metadata of their
-    rows, and the bad rows."""
+def passing(*about: Any) -> Any:
+    """An output whose tables are JSON, which takes no package to write and read."""
+    from clip_ttrt.pipeline.output import Output
+
+    out = Output(*about)
+    out.table = as_json
+    return out
+
+
+def as_json(rows: list[dict[str, Any]]) -> bytes:
+    """Of a file's name a byte that UTF-8 cannot hold, e9 say, becomes \\udce9, as in Parquet."""
+    return json.dumps([{key: value.encode("utf-8", "backslashreplace").decode()
+                        if isinstance(value, str) else value for key, value in row.items()}
+                       for row in rows], default=str).encode()
+
+
+def from_parquet(path: Path) -> list[dict[str, Any]]:
     from clip_ttrt.pipeline.sources import library
 
+    return library("pyarrow.parquet").read_table(path).to_pylist()
+
+
+def written(out: Any, read: Callable[[Path], list] = from_parquet
+            ) -> Iterator[tuple[torch.Tensor, list[dict], list[dict]]]:
+    """Of each shard that `embed` wrote: features [good, E], or [0] of none, the metadata of their
+    rows, and the bad rows."""
     for done in sorted(Path(out).glob("done/*.json")):
         tables = (Path(out, kind, f"{kind}_{done.stem}.parquet") for kind in ("metadata", "bad"))
-        metadata, bad = (library("pyarrow.parquet").read_table(each).to_pylist()
-                         if each.exists() else [] for each in tables)
+        metadata, bad = (read(each) if each.exists() else [] for each in tables)
         features = np.load(Path(out, "img_emb", f"img_emb_{done.stem}.npy"), mmap_mode="c"
                            ) if metadata else np.empty(0, np.float32)
         yield torch.from_numpy(features), metadata, bad

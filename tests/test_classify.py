@@ -3,6 +3,8 @@ import csv
 import gc
 import io
 import json
+import os
+import sys
 import threading
 from collections import OrderedDict
 from types import SimpleNamespace
@@ -193,6 +195,20 @@ def test_one_picture_is_a_list_of_labels(demo_artifact, pictures, expected):
     assert len(classified(demo_artifact, pictures / "03.png").splitlines()) == 5
     text = classified(demo_artifact, pictures / "03b.jpg", code=3)
     assert text.startswith(f"{pictures / '03b.jpg'}: UnidentifiedImageError")
+
+
+def test_pictures_take_no_package_of_an_extra_and_any_name(
+        demo_artifact, pictures, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    (tmp_path / "in").mkdir()
+    name = os.fsencode(tmp_path) + b"/in/\xe9\xf0\x9f\x92\xa9.png"
+    with open(name, "wb") as file:
+        file.write((pictures / "03.png").read_bytes())
+    folder = tmp_path / "in"
+    [row] = map(json.loads, classified(demo_artifact, folder, "--json", "--top=1").splitlines())
+    assert row["image_path"] == f"{folder}/\\udce9\U0001f4a9.png"
+    assert row["labels"][0]["label"] == LABELS[3]
 
 
 def test_frames_of_a_video_have_times(demo_artifact, tmp_path):

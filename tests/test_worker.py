@@ -17,6 +17,7 @@ OPTIONS = SimpleNamespace(text=False, decode="cpu", batch=4, dtype="float32", no
 
 class Output:
     """Keeps what is written."""
+    table = list
 
     def __init__(self, killers=()):
         self.killers, self.started, self.written = set(killers), [], {}

@@ -84,7 +84,7 @@ def embed(artifact: Union[str, Path], inputs: Union[str, Sequence], output: Unio
     inputs = [inputs] if isinstance(inputs, (str, Path)) else inputs
     shards = inputs if any(isinstance(each, Rows) for each in inputs) else plan(
         list(map(str, inputs)), options.text, options.shard_rows, options.every, options.column)
-    out = Output(output, kind, len(shards))
+    out = (output if callable(output) else partial(Output, output))(kind, len(shards))
     out.begin(identity(model, shards, options), options.overwrite)
     if options.retry_bad:
         out.retry()

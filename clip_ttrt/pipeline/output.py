@@ -22,8 +22,34 @@ from clip_ttrt.errors import UserError
 from clip_ttrt.pipeline.sources import file_system, library
 
 
+def to_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def to_parquet(rows: list[dict[str, Any]]) -> bytes:
+    """A table of all keys in the order in which they first occur; what a row lacks is null."""
+    names = list(dict.fromkeys(chain.from_iterable(rows)))
+    columns, buffer = [column([row.get(name) for row in rows]) for name in names], io.BytesIO()
+    table = library("pyarrow").table(columns, column(names).to_pylist())
+    library("pyarrow.parquet").write_table(table, buffer, row_group_size=len(rows))
+    return buffer.getvalue()
+
+
+def column(values: list) -> Any:
+    """Values as arrow's type of them or, if they are nothing or nothing alike, as strings; of a
+    file's name a byte that UTF-8 cannot hold, e9 say, becomes \\udce9."""
+    arrow = library("pyarrow")
+    try:
+        found = arrow.array(values)
+    except (ValueError, TypeError, OverflowError):
+        found = arrow.array([None if each is None else str(each).encode(
+            "utf-8", "backslashreplace").decode() for each in values])
+    return found.cast(arrow.string()) if found.type == arrow.null() else found
+
+
 class Output:
     """A run's folder, local or an fsspec URL.  kind: image or text.  shards: their number."""
+    table = staticmethod(to_parquet)  # rows as the bytes of a file
 
     def __init__(self, root: Any, kind: str, shards: int):
         self.root, self.kind, self.shards = str(root), kind, shards
@@ -58,8 +84,8 @@ class Output:
         np.save(npy := io.BytesIO(), np.ascontiguousarray(features))
         # Of no rows there is neither: embedding-reader leaves out an empty .npy, not its .parquet.
         files = {f"{emb}/{emb}_{number}.npy": npy.getvalue() if metadata else b"",
-                 f"metadata/metadata_{number}.parquet": to_parquet(metadata) if metadata else b"",
-                 f"bad/bad_{number}.parquet": to_parquet(bad) if bad else b""}
+                 f"metadata/metadata_{number}.parquet": self.table(metadata) if metadata else b"",
+                 f"bad/bad_{number}.parquet": self.table(bad) if bad else b""}
         facts = {}
         for name, data in files.items():
             self.remove(name)  # of an earlier attempt
@@ -120,28 +146,3 @@ class Output:
         self.system.pipe_file(partial if self.local else path, data)
         if self.local:
             os.replace(partial, path)
-
-
-def to_json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()
-
-
-def to_parquet(rows: list[dict[str, Any]]) -> bytes:
-    """A table of all keys in the order in which they first occur; what a row lacks is null."""
-    names = list(dict.fromkeys(chain.from_iterable(rows)))
-    columns, buffer = [column([row.get(name) for row in rows]) for name in names], io.BytesIO()
-    table = library("pyarrow").table(columns, column(names).to_pylist())
-    library("pyarrow.parquet").write_table(table, buffer, row_group_size=len(rows))
-    return buffer.getvalue()
-
-
-def column(values: list) -> Any:
-    """Values as arrow's type of them or, if they are nothing or nothing alike, as strings; of a
-    file's name a byte that UTF-8 cannot hold, e9 say, becomes \\udce9."""
-    arrow = library("pyarrow")
-    try:
-        found = arrow.array(values)
-    except (ValueError, TypeError, OverflowError):
-        found = arrow.array([None if each is None else str(each).encode(
-            "utf-8", "backslashreplace").decode() for each in values])
-    return found.cast(arrow.string()) if found.type == arrow.null() else found

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_ttrt import kernels
-from clip_ttrt.pipeline.output import Output, to_parquet
+from clip_ttrt.pipeline.output import Output
 from clip_ttrt.pipeline.sources import Record, Rows
 from clip_ttrt.runtime import load
 
@@ -51,7 +51,7 @@ class Worker:
             mode = "pillow" if pillow else options.decode
             self.decoder = self.model.decoder(mode, options.threads)
             self.preprocess = self.model.resize
-        to_parquet([{"": ""}])  # arrow's imports take their time, and not that of the first shard
+        out.table([{"": ""}])  # arrow's imports take their time, and not that of the first shard
         self.pools = [ThreadPoolExecutor(n, initializer=self.own_stream) for n in (LOADERS, 1)]
         self.progress: Callable[[int], Any] = lambda images: None
         if self.on_gpu and not options.text:  # what a process does for the first time takes longer

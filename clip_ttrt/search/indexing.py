@@ -157,13 +157,13 @@ def encode(store: Store, artifact: Artifact, decode: str) -> tuple[int, float]:
     if not store.waiting(1):
         return 0, 0.0
     tqdm = sources.library("tqdm").tqdm
-    from clip_ttrt.pipeline.worker import KILLED, Worker  # which needs the extra embed
+    from clip_ttrt.pipeline.worker import KILLED, Worker
 
     most = LARGEST_EMBED_BATCH if artifact.device == "cuda" else ON_CPU
     batch = max(artifact.batch.minimum, min(most, artifact.batch.maximum))
     taken, size, done, written = set(store.items()["row"].tolist()), batch, 0, []
     free = (row for row in count() if row not in taken)
-    out = SimpleNamespace(start=lambda number: None, crashed=lambda number: set(),
+    out = SimpleNamespace(start=lambda number: None, crashed=lambda number: set(), table=list,
                           write=lambda *shard: written.append(shard))
     worker = Worker(artifact.folder, out, EmbedOptions(batch=batch, decode=decode), artifact.device)
     begun = time.perf_counter()
