@@ -19,7 +19,7 @@ from clip_ttrt import build_kernels, classify, info, verify
 from clip_ttrt.artifact import check_runs_here, read_artifact
 from clip_ttrt.checkpoint import reload_checkpoint
 from clip_ttrt.errors import UserError, VerificationError
-from clip_ttrt.options import DECODE, EmbedOptions, EvaluateOptions, Options, ProbeOptions
+from clip_ttrt.options import EmbedOptions, EvaluateOptions, Options, ProbeOptions
 from clip_ttrt.progress import Progress
 
 
@@ -99,36 +99,30 @@ def parser() -> argparse.ArgumentParser:
     about = "find pictures, and moments of videos, by texts and pictures"
     searches = commands.add_parser("search", help=about, description=about).add_subparsers(
         metavar="index|query|serve", required=True)
-    for name, run, about in (
-            ("index", run_search_index, "bring a library up to date with folders"),
-            ("query", run_search_query, "the files most similar to a query"),
-            ("serve", run_search_serve, "a page for browsers on this machine")):
+
+    def search(name, run, about):
         add = command(name, run, about, searches)
         add("library", metavar="LIBRARY", help="its folder")
         add("--artifact", type=Path, metavar="DIR", help="of a new library, which keeps to it; or "
             "where that one is by now")
-        if name == "index":
-            add("folders", nargs="*", metavar="FOLDER", help="of pictures and videos (default: "
-                "those of the library)")
-            add("--every", metavar="SECONDS|scenes", help="the frames of a video: one every so "
-                "often, or one a scene (default: as before, at first 1)")
-            add("--decode", default="auto", choices=DECODE, help="as embed's")
-            for option, help in (
-                    ("approximate", "build an approximate index, for some millions of items "
-                     "and more, and measure its recall"),
-                    ("retry-bad", "try again what is in quarantine"),
-                    ("reindex", "encode all anew, with another artifact if it is one")):
-                add(f"--{option}", action="store_true", help=help)
-        elif name == "serve":
-            add("--port", type=int, default=8080, help="default %(default)s; 0: a free one")
-        else:
-            add("query", metavar="QUERY", help="a text, a picture, or a sum of some: "
-                "'cat + 0.5*\"black - white\" - dog.jpg'")
-            add("--top", type=int, default=20, metavar="N", help="files (default %(default)s)")
-            add("--fold", type=float, default=0.97, metavar="COSINE", help="of near-duplicates, "
-                "which are one result (default %(default)s)")
-            add("--exact", action="store_true", help="leave an approximate index aside")
-            add("--json", dest="as_json", action="store_true", help="for programs")
+        return add
+
+    add = search("index", run_search_index, "bring a library up to date with folders")
+    add("folders", nargs="+", metavar="FOLDER", help="of pictures and videos")
+    add_fields(add, EmbedOptions, ("every", "decode", "gpus"))
+    for name, help in (("scenes", "of a new video one frame a scene, not one every so often"),
+                       ("approximate", "build an approximate index, for some millions of items and "
+                        "more, and measure its recall; the next run drops it"),
+                       ("retry-bad", "try again what is in quarantine"),
+                       ("reindex", "encode all anew, with another artifact if it is one")):
+        add(f"--{name}", action="store_true", help=help)
+    add = search("query", run_search_query, "the files most similar to a query")
+    add("query", metavar="QUERY", help="a text, a picture, or a sum of some: "
+        "'cat + 0.5*\"black - white\" - dog.jpg'")
+    add("--top", type=int, default=20, metavar="N", help="files (default %(default)s)")
+    add("--json", dest="as_json", action="store_true", help="for programs")
+    add = search("serve", run_search_serve, "a page for browsers on this machine")
+    add("--port", type=int, default=8080, help="default %(default)s; 0: a free one")
 
     add = command("info", run_info, "tell what this machine has and what a compile would use")
     add("--json", dest="as_json", action="store_true", help="for programs")
@@ -249,11 +243,8 @@ def probe_lines(each: dict[str, Any]) -> list[str]:
 def run_search_index(**options: Any) -> int:
     from clip_ttrt.search import index  # which brings torchvision
 
-    try:
-        with sigterm_as_ctrl_c():
-            print(json.dumps(index(**options), indent=2))
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; the same command goes on") from None
+    with sigterm_as_ctrl_c():
+        print(json.dumps(index(**options), indent=2))
     return 0
 
 
@@ -278,10 +269,9 @@ def run_search_serve(library: str, artifact: Path, port: int) -> int:
     from clip_ttrt.search import Library
     from clip_ttrt.search.serve import Server
 
-    with Server(Library(library, artifact), port) as server:
-        print(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            server.serve_forever()
+    server = Server(Library(library, artifact), port)
+    print(f"http://127.0.0.1:{server.port}/ (Ctrl-C ends it)", flush=True)
+    server.run()
     return 0
 
 

@@ -13,7 +13,6 @@ import argparse
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -52,11 +51,11 @@ def decoded(path: Path) -> Iterable[av.VideoFrame]:
 def made(rows: int, device: torch.device) -> Library:
     """A library of random features, in memory."""
     library = object.__new__(Library)
-    library.width = 512
+    library.width, library.rows = 512, torch.arange(rows, device=device)
     library.shards = [torch.nn.functional.normalize(torch.randn(SHARD, 512)).half().to(device)
                       for _ in range(-(-rows // SHARD))]
-    library.items, library.rows = np.zeros(rows, ITEM), torch.arange(rows, device=device)
-    library.items["file"] = library.items["row"] = np.arange(rows)
+    library.items = np.zeros(rows, ITEM)
+    library.items["file"] = library.items["id"] = np.arange(rows)
     return library
 
 
@@ -72,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model, preprocess = clip_ttrt.load(options.artifact)
     about = model.artifact.manifest
 
-    def record(task: str, how: str, size: int, ms: float) -> None:
+    def measure(task: str, how: str, size: int, call, repeats: int = 1, warm_up: int = 0) -> None:
+        ms = percentile(wall_times_ms(call, repeats, warm_up, about["device"]), 0.5)
         append_row(options.out, {
             "task": task, "how": how, "model": "" if task == "query" else about["model"],
             "size": size, "cores": len(os.sched_getaffinity(0)), "ms": f"{ms:.4g}",
@@ -87,30 +87,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for size in options.sizes:
         library = made(size, model.device)
         features = library.features(library.rows).cpu().numpy()
-        wanted, vector = library.features(library.rows[:1])[0], features[0]
-        for how, call in (
-                ("numpy", lambda: np.argsort(-(features @ vector))[:20]),
-                ("ours", lambda: library.rank(wanted, library.scan(wanted, 1000)[0], 20, 0.97))):
-            record("query", how, size, percentile(wall_times_ms(call, 20, 3, about["device"]), 0.5))
+        wanted = library.features(library.rows[:1])[0]
+        measure("query", "numpy", size, lambda: np.argsort(-(features @ features[0]))[:20], 20, 3)
+        measure("query", "ours", size, lambda: library.rank(
+            wanted, library.scan(wanted, 1000)[0], 20, 0.97), 20, 3)
     with tempfile.TemporaryDirectory() as folder:
         pictures, videos = Path(folder, "pictures"), Path(folder, "videos")
         (pictures / "0").mkdir(parents=True), videos.mkdir()
         write_pictures(pictures, "500x375", range(options.pictures), 1)
         video, frames = videos / "a.mp4", int(options.minutes * 1800)
         write_video(video, frames)
-        for task, how, size, call in (
-                ("pictures", "one by one", options.pictures,
-                 lambda: one_by_one(map(Image.open, pictures.rglob("*.jpg")))),
-                ("pictures", "ours", options.pictures,
-                 lambda: index(Path(folder, "a"), [pictures], options.artifact)),
-                ("video", "decode", frames, lambda: sum(1 for _ in decoded(video))),
-                ("video", "one by one", frames, lambda: one_by_one(
-                    each.to_image() for n, each in enumerate(decoded(video)) if n % 30 == 0)),
-                ("video", "ours", frames,
-                 lambda: index(Path(folder, "b"), [videos], options.artifact))):
-            begun = time.perf_counter()
-            call()
-            record(task, how, size, (time.perf_counter() - begun) * 1e3)
+        measure("pictures", "one by one", options.pictures,
+                lambda: one_by_one(map(Image.open, pictures.rglob("*.jpg"))))
+        measure("pictures", "ours", options.pictures,
+                lambda: index(Path(folder, "a"), [pictures], options.artifact))
+        measure("video", "decode", frames, lambda: sum(1 for _ in decoded(video)))
+        measure("video", "one by one", frames, lambda: one_by_one(
+            each.to_image() for n, each in enumerate(decoded(video)) if n % 30 == 0))
+        measure("video", "ours", frames,
+                lambda: index(Path(folder, "b"), [videos], options.artifact))
     return 0
 
 
