@@ -30,8 +30,8 @@ def classify(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], labe
     text = text_features(model, labels, templates_for(model, templates))
     head = Head(model, text.to(model.device))
     for features, rows, bad in embedded(model.folder, inputs, dtype="float32", **options):
-        found = best(head.scores(head(features.to(model.device)), multi), labels,
-                     top) if rows else []
+        found = head.scores(head(features.to(model.device)), multi)
+        found = best(found, labels, top)
         good = ({**row, "labels": [{"label": label, "score": score} for label, score in pairs]}
                 for row, pairs in zip(rows, found))
         reasons = {each.pop("row"): each for each in bad}
@@ -46,7 +46,8 @@ def run(artifact: Path, inputs: list[str], as_json: bool, as_csv: bool, **option
     if as_csv:
         table.writerow(["image_path", "time", "rank", "label", "score", "error"])
     for row in chain(first, rows):
-        pairs, name = row.get("labels", ()), [row["image_path"], row.get("time")]
+        path = row["image_path"].encode(errors="backslashreplace").decode()
+        pairs, name = row.get("labels", ()), [path, row.get("time")]
         read = read or bool(pairs)
         if as_json:
             print(json.dumps(row, default=str))

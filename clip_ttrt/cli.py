@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
                   "artifact and of the original model in fp32 on the same pictures")
     add("artifact", type=Path, metavar="DIR", help="the artifact")
     add("--dataset", required=True, metavar="FOLDER|TABLE|NAME", help="a folder with a folder a "
-        "class, a .csv, .parquet or .json of paths and labels or captions, or torchvision's NAME")
+        "class, a table of paths and labels or captions, or with --root torchvision's NAME")
     add_fields(add, EvaluateOptions)
     add("--json", dest="as_json", action="store_true", help="for programs")
 
@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     add("artifacts", nargs="+", type=Path, metavar="DIR", help="the artifacts")
     for part in ("train", "test"):
         add(f"--{part}", required=True, metavar="FOLDER|TABLE",
-            help="a folder with a folder a class, or a .csv or .parquet of paths and labels")
+            help="a folder with a folder a class, or a table with a column of labels")
     add_fields(add, ProbeOptions)
     add("--json", dest="as_json", action="store_true", help="for programs")
 
@@ -213,31 +213,19 @@ def run_evaluate(as_json: bool, **options: Any) -> int:
 def run_probe(as_json: bool, **options: Any) -> int:
     from clip_ttrt.probe import probe  # which brings embed
 
-    kept = "the same command goes on" if options["output"] else "--output would keep the features"
-    try:
-        report = probe(**options)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; {kept}") from None
-    for each in report["artifacts"]:
-        if each["warning"]:
-            print(f"clip_ttrt: {each['artifact']}: {each['warning']}", file=sys.stderr)
-        if not as_json:
-            print("\n  ".join([f"{each['artifact']}: C = {each['c']:.3g}", *probe_lines(each)]))
+    report = probe(**options)
+    for each in [] if as_json else report["artifacts"]:
+        print("{artifact}: C = {c:.3g}, {classes} classes, {iterations} iterations{doubt}; "
+              "{seconds_to_embed:.1f} s to embed, {seconds_to_fit:.1f} s to fit".format(
+                  doubt="" if each["converged"] else ", which were too few", **each))
+        for part in ("train", "test"):
+            print("  {part}: {images:,} images ({bad:,} bad)".format(part=part, **each[part]))
+        for name in ("top-1", "top-5", "difference"):
+            if name in each:
+                print(f"  {name:11}", "{:7.2%}  ({:.2%} to {:.2%})".format(*each[name]))
     if as_json:
         print(json.dumps(report, indent=2))
     return 0
-
-
-def probe_lines(each: dict[str, Any]) -> list[str]:
-    """What people want to know of a probe."""
-    shares = {"top-1": each["top1"], "top-5": each["top5"], "to the first": each.get("difference")}
-    lines = [f"{name:12} {found[0]:.2%}  ({found[1]:.2%} to {found[2]:.2%})"
-             for name, found in shares.items() if found]
-    parts = [f"{each[part]['images']:,} of {part} ({each[part]['bad']} bad)"
-             for part in ("train", "val", "test") if part in each]
-    return [*lines, f"{'per class':12} {each['per_class']:.2%}",
-            f"{each['classes']} classes, {', '.join(parts)}; {each['iterations']} iterations; "
-            f"{each['seconds_to_embed']:.1f} s to embed, {each['seconds_to_fit']:.1f} s to fit"]
 
 
 def run_search_index(**options: Any) -> int:

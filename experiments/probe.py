@@ -4,12 +4,11 @@
 
 Made data: standard normal centres of classes times --apart, and standard normal noise, both
 stretched by axes from 1 to 1/100 as features are, from a seed; a tenth as many rows are the test.
-`ours` is `clip_ttrt.probe.LinearProbe` on the GPU, where there is one, to its own tolerance;
-scikit-learn's lbfgs runs on the CPU in float64 to its default one, much coarser, where it is
-installed and the size is within --limit.  Features lie where the fit is before its time begins.
+`ours` is `clip_ttrt.probe.fit` on the GPU, where there is one, to its own tolerance; scikit-learn's
+lbfgs runs on the CPU in float64 to its default one, much coarser, where --limit allows the size.
+Features lie where the fit is before its time begins.
 """
 import argparse
-import importlib.util
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from clip_ttrt.probe import LinearProbe
+from clip_ttrt.probe import fit
 from experiments.record import append_row, provenance
 
 
@@ -40,29 +39,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--limit", type=float, default=1e9, help="largest rows * width * classes of scikit-learn")
     add("--out", type=Path, default=Path("results/probe.csv"))
     options = parser.parse_args(arguments)
-    installed, device = importlib.util.find_spec("sklearn"), LinearProbe().device
-    for size in options.sizes:
-        rows, width, classes = map(int, size.split("x"))
-        x, y = made(rows + rows // 10, width, classes, options.apart, device)
-        probes = {dtype: LinearProbe(options.c, dtype) for dtype in options.dtypes}
-        fits = [(dtype, probe, probe.place(x), y) for dtype, probe in probes.items()]
-        if installed and rows * width * classes <= options.limit:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def record(how: str, dtype: str, on: str, seconds: float, iterations: int, norm: str, hits):
+        append_row(options.out, {
+            "rows": rows, "width": width, "classes": classes, "c": options.c, "dtype": dtype,
+            "how": how, "device": on, "seconds": f"{seconds:.3f}", "iterations": iterations,
+            "gradient_norm": norm, "top1": f"{hits.mean():.4f}", **provenance()})  # fmt: skip
+
+    for rows, width, classes in (map(int, size.split("x")) for size in options.sizes):
+        features, y = made(rows + rows // 10, width, classes, options.apart, device)
+        for dtype in options.dtypes:
+            x, begun = features.to(getattr(torch, dtype)), time.perf_counter()
+            model = fit(x[:rows], y[:rows], options.c)
+            seconds, hits = time.perf_counter() - begun, model.top(x[rows:])[:, 0] == y[rows:]
+            record("ours", dtype, device, seconds, model.iterations, f"{model.gradient_norm:.1e}",
+                   hits.double())
+        if rows * width * classes <= options.limit:
             from sklearn.linear_model import LogisticRegression
 
-            theirs = LogisticRegression(C=options.c, max_iter=1000)
-            fits.append(("scikit-learn", theirs, x.double().cpu().numpy(), y.cpu().numpy()))
-        for name, model, features, labels in fits:
-            ours, begun = name != "scikit-learn", time.perf_counter()
-            model.fit(features[:rows], labels[:rows])
-            seconds = time.perf_counter() - begun
-            dtype, on = (name, device.type) if ours else ("float64", "cpu")
-            append_row(options.out, {
-                "rows": rows, "width": width, "classes": classes, "c": options.c, "dtype": dtype,
-                "how": "ours" if ours else name, "device": on, "seconds": f"{seconds:.3f}",
-                "iterations": model.iterations if ours else max(model.n_iter_),
-                "gradient_norm": f"{model.gradient_norm:.1e}" if ours else "",
-                "top1": f"{model.score(features[rows:], labels[rows:]):.4f}", **provenance(),
-            })  # fmt: skip
+            x, y = features.double().cpu().numpy(), y.cpu().numpy()
+            begun = time.perf_counter()
+            theirs = LogisticRegression(C=options.c, max_iter=1000).fit(x[:rows], y[:rows])
+            record("scikit-learn", "float64", "cpu", time.perf_counter() - begun,
+                   max(theirs.n_iter_), "", theirs.predict(x[rows:]) == y[rows:])
     return 0
 
 

@@ -207,8 +207,10 @@ def test_pictures_take_no_package_of_an_extra_and_any_name(
         file.write((pictures / "03.png").read_bytes())
     folder = tmp_path / "in"
     [row] = map(json.loads, classified(demo_artifact, folder, "--json", "--top=1").splitlines())
-    assert row["image_path"] == f"{folder}/\\udce9\U0001f4a9.png"
-    assert row["labels"][0]["label"] == LABELS[3]
+    assert os.fsencode(row["image_path"]) == name and row["labels"][0]["label"] == LABELS[3]
+    for option in ("--csv", "--top=1"):  # in a form that every terminal takes
+        table = classified(demo_artifact, folder, folder, option)
+        assert f"{folder}/\\udce9\U0001f4a9.png" in table
 
 
 def test_frames_of_a_video_have_times(demo_artifact, tmp_path):
