@@ -1,8 +1,7 @@
-"""python -m clip_ttrt.classify: zero-shot classification of pictures and frames of any number."""
+"""Zero-shot classification of pictures and frames of any number."""
 import csv
 import json
 import sys
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Iterator, Optional, Sequence, Union
 
@@ -40,32 +39,23 @@ def classify(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], labe
 
 
 def run(artifact: Path, inputs: list[str], as_json: bool, as_csv: bool, **options: Any) -> int:
-    """Print a row for each picture; of one alone its labels only.  3: none can be read."""
-    rows, table, read = classify(artifact, inputs, **options), csv.writer(sys.stdout), False
-    first = list(islice(rows, 2))
+    """Print a row for each picture.  3: none can be read."""
+    table, read = csv.writer(sys.stdout), False
     if as_csv:
         table.writerow(["image_path", "time", "rank", "label", "score", "error"])
-    for row in chain(first, rows):
+    for row in classify(artifact, inputs, **options):
         path = row["image_path"].encode(errors="backslashreplace").decode()
-        pairs, name = row.get("labels", ()), [path, row.get("time")]
+        pairs, time = row.get("labels", ()), row.get("time")
         read = read or bool(pairs)
         if as_json:
             print(json.dumps(row, default=str))
         elif as_csv:
-            table.writerows([*name, rank, each["label"], each["score"], None]
+            table.writerows([path, time, rank, each["label"], each["score"], None]
                             for rank, each in enumerate(pairs, 1))
             if not pairs:
-                table.writerow([*name, None, None, None, row["error"]])
+                table.writerow([path, time, None, None, None, row["error"]])
         else:
-            alone = len(first) == 1 and pairs
-            heading = name[0] if name[1] is None else f"{name[0]} at {name[1]} s"
-            lines = [] if alone else [heading if pairs else f"{heading}: {row['error']}"]
-            form = "{:7.4f}  {}" if options["multi"] else "{:7.2%}  {}"
-            lines += [form.format(each["score"], each["label"]) for each in pairs]
-            print("\n".join(lines))
+            form = "{score:7.4f}  {label}" if options["multi"] else "{score:7.2%}  {label}"
+            lines = [form.format(**each) for each in pairs] or [row["error"]]
+            print(path if time is None else f"{path} at {time} s", *lines, sep="\n")
     return 0 if read else 3
-
-
-if __name__ == "__main__":
-    from clip_ttrt.cli import main
-    sys.exit(main(["classify", *sys.argv[1:]]))

@@ -1,4 +1,4 @@
-"""The command line: `clip-ttrt COMMAND ...`, which is also `python -m clip_ttrt.COMMAND ...`.
+"""The command line: `clip-ttrt COMMAND ...`, which is also `python -m clip_ttrt COMMAND ...`.
 
 Exit codes: 0; 1 for a failed verification; 2 for bad input, which is one sentence; 3 where more
 rows were bad than `embed` may take.
@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
 
     add = command("classify", classify.run, "zero-shot classification of pictures and frames")
     add("artifact", type=Path, metavar="DIR", help="the artifact")
-    add("inputs", nargs="+", metavar="INPUT", help="as of embed; one picture alone is shortest")
+    add("inputs", nargs="+", metavar="INPUT", help="as of embed")
     add("--labels", nargs="+", required=True, metavar="TEXT|FILE", help="the texts to choose from, "
         "or one file that holds a text in each line, or imagenet for open_clip's")
     add("--multi", action="store_true", help="independent scores, not probabilities of one choice")

@@ -1,8 +1,7 @@
-"""python -m clip_ttrt.evaluate: accuracy of an artifact and of the original model in fp32."""
+"""Accuracy of an artifact and of the original model in fp32."""
 import inspect
 import json
 import re
-import sys
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
@@ -51,14 +50,9 @@ class TorchvisionRows(Rows):
     def read(self, start: int, stop: int) -> list[Record]:
         records = []
         for *which, row in json.loads(self.packed)[start:stop]:
-            key = f"{which[0]}:{row}"
-            try:
-                picture, label = torchvision_set(*which)[row]
-                facts, data = {"image_path": key, "label": int(label)}, np.asarray(
-                    picture.convert("RGB"))
-                records.append(Record(key, data, facts, None))
-            except Exception as problem:  # of Pillow's, which share no type
-                records.append(Record(key, None, {}, reason(problem)))
+            picture, label = torchvision_set(*which)[row]
+            facts = {"image_path": f"{which[0]}:{row}", "label": int(label)}
+            records.append(Record("", np.asarray(picture.convert("RGB")), facts, None))
         return records
 
 
@@ -122,7 +116,12 @@ def read_dataset(source: str, options: EvaluateOptions) -> tuple[list, list[str]
     """Shards whose metadata has a label, and texts: of classes, to which labels are indices, or
     captions, to whose owners [texts] they are equal."""
     if options.root:
-        return read_torchvision((source, options.root, options.split), options)
+        which = source, options.root, options.split
+        data = torchvision_set(*which)
+        names = [each if isinstance(each, str) else each[0]
+                 for each in getattr(data, "classes", ())]
+        rows = [[*which, row] for row in range(len(data))]
+        return shards(rows, TorchvisionRows), read_texts(options.labels or names, "labels"), None
     rows, captions = read_rows(source, options), {}
     if options.label in rows[0][2]:
         names = labels_of(source, rows, options)
@@ -157,15 +156,6 @@ def match(classes: list[str], options: EvaluateOptions) -> tuple[list[str], dict
     return labels, {each: labels.index(name) for each, name in zip(classes, names)}
 
 
-def read_torchvision(which: tuple, options: EvaluateOptions) -> tuple[list, list[str], None]:
-    data = torchvision_set(*which)
-    names = [each if isinstance(each, str) else each[0] for each in getattr(data, "classes", ())]
-    if not (options.labels or names):
-        raise UserError(f"torchvision's {which[0]} does not name its classes; give --labels")
-    rows = [[*which, row] for row in range(len(data))]
-    return shards(rows, TorchvisionRows), read_texts(options.labels or names, "labels"), None
-
-
 @lru_cache(1)
 def torchvision_set(name: str, root: str, split: str) -> Any:
     """One of torchvision's data sets, of which nothing is downloaded."""
@@ -179,8 +169,3 @@ def torchvision_set(name: str, root: str, split: str) -> Any:
     except (RuntimeError, ValueError, OSError, ImportError) as problem:
         raise UserError(f"torchvision's {name} ({split}) is not in {root}, and nothing is "
                         f"downloaded: {reason(problem).split('. You can use')[0]}") from problem
-
-
-if __name__ == "__main__":
-    from clip_ttrt.cli import main
-    sys.exit(main(["evaluate", *sys.argv[1:]]))

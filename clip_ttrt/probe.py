@@ -1,4 +1,4 @@
-"""The linear probe of CLIP's paper: logistic regression on features, `python -m clip_ttrt.probe`.
+"""The linear probe of CLIP's paper: logistic regression on features.
 
 `fit` minimises what scikit-learn's LogisticRegression does, C * sum of cross entropies +
 ||W||^2 / 2, where the features are, on a GPU or not; `probe` does it for artifacts and files.
@@ -12,7 +12,7 @@ from typing import Any, Optional, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from clip_ttrt.artifact import Artifact, read_artifact
 from clip_ttrt.errors import UserError
@@ -57,14 +57,19 @@ def fit(x: Tensor, y: Tensor, c: float = 0.316, start: Optional[LinearProbe] = N
         raise UserError("there is one class only; a probe needs at least two")
     # Two rows that differ by w have half of its square norm: scikit-learn's penalty is twice.
     objective = Objective(x, y, classes, (2 if classes == 2 else 1) / (c * len(x)))
-    at, iterations, taken = objective.enter(start), 0, ROUND
+    mean, axes, at = objective.mean, objective.axes, x.new_zeros(classes, x.shape[1] + 1)
+    if start:
+        at = torch.cat([start.weight @ axes, (start.bias + start.weight @ mean)[:, None]], 1)
+    iterations, taken = 0, ROUND
     while taken == ROUND:
         at, taken, norm = objective.descend(at, min(ROUND, max_iter - iterations), "strong_wolfe")
         iterations += taken
     # Near the minimum values are too coarse for a line search, and gradients are not.
     last, taken, lower = objective.descend(at, min(ROUND, max_iter - iterations), None)
     at, norm = (last, lower) if lower < norm else (at, norm)
-    return LinearProbe(c, *objective.leave(at), iterations + taken, norm)
+    weight = (at[:, :-1] - at[:, :-1].mean(0)) @ axes.T
+    bias = at[:, -1] - weight @ mean
+    return LinearProbe(c, weight, bias - bias.mean(), iterations + taken, norm)
 
 
 class Objective:
@@ -73,42 +78,29 @@ class Objective:
 
     def __init__(self, x: Tensor, y: Tensor, classes: int, decay: float):
         self.mean, self.classes, self.decay, rows = x.mean(0), classes, decay, rows_of(x, classes)
-        centred = x - self.mean
+        centred, self.count = x - self.mean, len(x)
         covariance = sum(block.T @ block for block in centred.split(rows)) / len(x)
         values, axes = torch.linalg.eigh(covariance.double())
-        self.axes, self.y = axes.to(x), y
-        self.values = torch.cat([values.clamp_min(0), values.new_ones(1)]).to(x)
-        self.blocks = [*zip((centred @ self.axes).split(rows), y.split(rows))]
-
-    def enter(self, start: Optional[LinearProbe]) -> Tensor:
-        if start is None:
-            prior = self.y.bincount(minlength=self.classes).clamp_min(1).to(self.mean).log()
-            return torch.cat([self.axes.new_zeros(self.classes, len(self.axes)), prior[:, None]], 1)
-        bias = start.bias + start.weight @ self.mean
-        return torch.cat([start.weight @ self.axes, bias[:, None]], 1)
-
-    def leave(self, at: Tensor) -> tuple[Tensor, Tensor]:
-        weight = (at[:, :-1] - at[:, :-1].mean(0)) @ self.axes.T
-        bias = at[:, -1] - weight @ self.mean
-        return weight, bias - bias.mean()
+        self.axes, self.values = axes.to(x), pad(values.clamp_min(0), (0, 1), value=1).to(x)
+        self.blocks = [*zip(pad(centred @ self.axes, (0, 1), value=1).split(rows), y.split(rows))]
 
     def __call__(self, at: Tensor) -> tuple[float, Tensor]:
         """The objective and its gradient.  In float32 its sum is still float64, or line searches
         would end too early."""
         at = at.detach().requires_grad_()
-        losses = (cross_entropy(logits(at, block), y, reduction="none").double().sum() / len(self.y)
-                  for block, y in self.blocks)
         total = self.decay / 2 * at[:, :-1].double().square().sum()
         total.backward()
-        for loss in losses:
+        for block, y in self.blocks:
+            losses = cross_entropy(block @ at.T, y, reduction="none")
+            loss = losses.double().sum() / self.count
             loss.backward()
             total = total.detach() + loss.detach()
         return float(total), at.grad
 
     def scale(self, at: Tensor) -> Tensor:
         """Units of coordinates [E + 1] in which the Hessian is about the identity."""
-        spread = sum((1 - logits(at, block).softmax(1).square().sum(1)).clamp_min(0).sum()
-                     for block, _ in self.blocks) / len(self.y) / (self.classes - 1)
+        spread = sum((1 - (block @ at.T).softmax(1).square().sum(1)).clamp_min(0).sum()
+                     for block, _ in self.blocks) / self.count / (self.classes - 1)
         return (self.values * spread + self.decay).rsqrt()
 
     def descend(self, at: Tensor, steps: int, search: Optional[str]) -> tuple[Tensor, int, float]:
@@ -118,9 +110,9 @@ class Objective:
         of length 1: in its units the gradient's is 1, and the first step is the identity's."""
         scale, target = self.scale(at), TARGET[at.dtype]
         gradient = self(at)[1] * scale
-        unit = float(gradient.abs().sum())
         if (norm := float(gradient.norm())) <= target or steps < 1:
             return at, 0, norm
+        unit = float(gradient.abs().sum())
         moved = at / scale / unit
 
         def evaluate() -> float:
@@ -136,10 +128,6 @@ class Objective:
         evaluate()
         taken, norm = optimizer.state[moved]["n_iter"], float(moved.grad.norm()) * unit
         return moved * scale * unit, taken, norm
-
-
-def logits(at: Tensor, block: Tensor) -> Tensor:
-    return torch.addmm(at[:, -1], block, at[:, :-1].T)
 
 
 def rows_of(x: Tensor, classes: int) -> int:
@@ -217,8 +205,3 @@ def probe_one(artifact: Artifact, parts: dict, classes: int, options: ProbeOptio
                "seconds_to_embed": embedded - begun,
                "seconds_to_fit": time.perf_counter() - embedded}
     return report, dict(zip(paths, hits[:, 0]))
-
-
-if __name__ == "__main__":
-    from clip_ttrt.cli import main
-    sys.exit(main(["probe", *sys.argv[1:]]))

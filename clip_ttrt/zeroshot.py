@@ -5,7 +5,6 @@ import math
 import os
 from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Callable, Optional, Sequence, Union
 
 import numpy as np
@@ -88,16 +87,14 @@ def text_features(artifact: Artifact, texts: list[str], templates: list[str],
     key = json.dumps([modules, texts, templates, truncate]).encode()
     path = kernels.cache().with_name("zeroshot") / f"{hashlib.sha256(key).hexdigest()}.npy"
     with suppress(OSError, ValueError, EOFError):  # there is none, or it is damaged
-        found = torch.from_numpy(np.load(path))
-        if found.shape == (len(texts), artifact.dimensions.embed_dim):
-            return found
+        return torch.from_numpy(np.load(path))
     model = model or load(artifact.folder, cuda_graphs=False, force=True)[0]
     found = average(artifact, model.encode_text, texts, templates, truncate)
     with suppress(OSError):  # the cache cannot be written
         path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=path.parent) as folder:
-            np.save(Path(folder, path.name), found.numpy())
-            os.replace(Path(folder, path.name), path)
+        draft = path.with_suffix(f".{os.getpid()}.npy")
+        np.save(draft, found.numpy())
+        os.replace(draft, path)
     return found
 
 
@@ -124,7 +121,8 @@ def read_texts(values: Texts, option: str) -> list[str]:
     """Labels or templates: several texts, or one with {}, as they are; `imagenet`: open_clip's; a
     UTF-8 file of lines, of which empty ones drop.  Raises UserError for what does not serve."""
     values = [str(values)] if isinstance(values, (str, Path)) else list(values)
-    if values == ["imagenet"]:
+    name = values[0] if len(values) == 1 and "{}" not in values[0] else None
+    if name == "imagenet":
         try:
             from open_clip.zero_shot_metadata import (
                 IMAGENET_CLASSNAMES as names, OPENAI_IMAGENET_TEMPLATES as templates)
@@ -132,16 +130,15 @@ def read_texts(values: Texts, option: str) -> list[str]:
             raise UserError(f"--{option} imagenet is open_clip's, which is missing; give a file, "
                             "or pip install open_clip_torch") from problem
         values = list(names) if option == "labels" else [each("{}") for each in templates]
-    elif len(values) == 1 and "{}" not in values[0]:
-        name = values[0]
+    elif name:
         try:
             lines = Path(name).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as problem:
             raise UserError(f"--{option} {name!r} is one text and no file in UTF-8 ({problem}); "
                             "pass at least two texts, or a file with one in each line") from problem
         values = [line.strip() for line in lines if line.strip()]
-        if len(values) < 2 and option == "labels":
-            raise UserError(f"{name} holds {len(values)} texts; at least two are needed")
+    if option == "labels" and len(values) < 2:
+        raise UserError(f"{name or 'this data set'} has {len(values)} labels; give at least two")
     if option == "templates" and (wrong := [each for each in values if "{}" not in each]):
         raise UserError(f"template {wrong[0]!r} has no {{}}, where the label belongs")
     return values

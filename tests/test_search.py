@@ -253,7 +253,7 @@ def test_a_disk_that_is_full_leaves_the_library_as_it_was(
         assert Library(tmp_path / "l").query(CAPTIONS[int(name[0])])["results"][0]["score"] > 0.2
 
 
-def test_a_library_is_one_artifacts_and_one_processs(world, demo_artifact, tmp_path):
+def test_a_library_is_one_artifacts(world, demo_artifact, tmp_path):
     shutil.copy(world.files / "0.png", tmp_path)
     shutil.copytree(demo_artifact.folder, tmp_path / "other")
     manifest = tmp_path / "other" / "manifest.json"
@@ -268,8 +268,6 @@ def test_a_library_is_one_artifacts_and_one_processs(world, demo_artifact, tmp_p
     with pytest.raises(UserError, match="features of another artifact than"):
         asked.query("a ring")
     assert Library(tmp_path / "l").query("a ring")["artifact"] == str(tmp_path / "other")
-    with store.Store(tmp_path / "l").locked(), pytest.raises(UserError, match="another process"):
-        index(tmp_path / "l", [tmp_path])
 
 
 def test_scenes_are_one_frame_each(demo_artifact, tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """Folders to a library: what is new or has changed is encoded, by `embed`."""
+import fcntl
 import json
 import os
-import time
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -14,9 +14,9 @@ from PIL import Image
 from clip_ttrt.artifact import MANIFEST, Artifact, read_artifact
 from clip_ttrt.checkpoint import sha256_of_file
 from clip_ttrt.errors import UserError
+from clip_ttrt.labelled import Passing
 from clip_ttrt.options import EmbedOptions
 from clip_ttrt.pipeline import sources
-from clip_ttrt.pipeline.output import Output, to_json
 from clip_ttrt.search import approximate as usearch
 from clip_ttrt.search.library import Library
 from clip_ttrt.search.store import Store
@@ -44,15 +44,14 @@ class Scenes(sources.Rows):
         return records
 
 
-class IntoLibrary(Output):
-    """Shards, once they are embedded, to a library.  root: of what this run has done."""
-    table = staticmethod(list)
+class IntoLibrary(Passing):
+    """Shards, once they are embedded, to a library."""
 
-    def __init__(self, library: Union[str, Path], shards: list[sources.Rows], *about: Any):
+    def __init__(self, store: Path, shards: list[sources.Rows], *about: Any):
         super().__init__(*about)
-        self.library, self.rows = library, shards
+        self.library, self.rows = store, shards
 
-    def write(self, shard: int, features: np.ndarray, metadata: list, bad: list, about: dict):
+    def keep(self, shard: int, features: np.ndarray, metadata: list, bad: list) -> None:
         reasons, items = {each["row"]: each["error"] for each in bad}, []
         for row, (_, _, facts, _, *place) in enumerate(json.loads(self.rows[shard].packed)):
             pts, start = place[2:] or (None, None)
@@ -61,8 +60,6 @@ class IntoLibrary(Output):
         every[[row not in reasons for row in range(len(items))]] = features
         kept = [row for row, item in enumerate(items) if item[-1] != SAME]
         Store(self.library).add([items[row] for row in kept], every[kept])
-        about = {**about, "rows": len(features), "bad": len(bad), "files": {}}
-        self.put(f"done/{self.number(shard)}.json", to_json(about))
 
 
 def index(library: Union[str, Path], folders: Sequence[Union[str, Path]],
@@ -76,36 +73,30 @@ def index(library: Union[str, Path], folders: Sequence[Union[str, Path]],
     drops.  retry_bad: take files in quarantine as changed.  reindex: encode all anew, with another
     artifact if it is one.  options: `every`, `decode`, `gpus` and more of `EmbedOptions`.
     Returns counts: files, items (pictures and frames), encoded, removed (files); quarantine, a
-    list; seconds, encoded_per_s, and recall of an approximate index.  Raises UserError for bad
-    input, and what `embed` raises: the same call then goes on.  On a GPU a script needs
-    `if __name__ == "__main__":` around it."""
+    list; and recall of an approximate index.  Raises UserError for bad input, and what `embed`
+    raises: the same call then goes on.  On a GPU a script needs `if __name__ == "__main__":`."""
     from clip_ttrt.pipeline.embed import embed  # which brings tqdm
 
-    begun, every = time.perf_counter(), EmbedOptions(**options).every
-    folders = [os.path.abspath(each) for each in folders]
+    every, folders = EmbedOptions(**options).every, [os.path.abspath(each) for each in folders]
     for folder in folders:
         if not os.path.isdir(folder):
             raise UserError(f"{folder} is no folder; name folders of pictures and videos")
     artifact = read_artifact(artifact or Store(library).get("artifact") or "")
-    store = Store(library, create=True)
-    with store.locked():
+    store, done, recall = Store(library, create=True), {}, {}
+    with open(store.folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another run is waited for
         adopt(store, artifact, reindex)
-        if retry_bad:
-            store.db.execute("DELETE FROM files WHERE id IN (SELECT file FROM items WHERE reason "
-                             "IS NOT NULL)")
-        removed, done, recall = scan(store, folders), {}, {}
+        removed = scan(store, folders, retry_bad)
         shards = plan(store, GRID if scenes else every, Scenes if scenes else sources.Rows)
         if shards:
             with TemporaryDirectory() as run:
-                done = embed(artifact.folder, shards, partial(IntoLibrary, library, shards, run),
-                             **options)
+                into = partial(IntoLibrary, store.folder, shards, run)
+                done = embed(artifact.folder, shards, into, **options)
         if approximate:
             recall = {"recall": usearch.build(Library(library, artifact.folder))}
-    files, items = (store.db.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0]
-                    for table in ("files", "items WHERE reason IS NULL"))
-    return {"files": files, "items": items, "encoded": done.get("images", 0), "removed": removed,
-            **recall, "quarantine": store.quarantine(), "seconds": time.perf_counter() - begun,
-            "encoded_per_s": done.get("images_per_s", 0)}
+    [files] = store.db.execute("SELECT COUNT(*) FROM files").fetchone()
+    return {"files": files, "items": len(store.items()), "encoded": done.get("images", 0),
+            "removed": removed, **recall, "quarantine": store.quarantine()}
 
 
 def adopt(store: Store, artifact: Artifact, reindex: bool) -> None:
@@ -115,8 +106,8 @@ def adopt(store: Store, artifact: Artifact, reindex: bool) -> None:
         raise UserError(f"{store.folder} has features of another artifact, {store.get('artifact')},"
                         f" which cannot be compared with those of {artifact.folder}; --reindex "
                         "encodes all anew")
-    usearch.path(store).unlink(missing_ok=True)
-    if reindex:
+    (store.folder / usearch.FILE).unlink(missing_ok=True)
+    if reindex or not len(found):
         with store.db:
             store.db.execute("DELETE FROM files")
             store.db.execute("DELETE FROM sqlite_sequence")
@@ -126,8 +117,11 @@ def adopt(store: Store, artifact: Artifact, reindex: bool) -> None:
               artifact=str(artifact.folder.absolute()))
 
 
-def scan(store: Store, folders: Sequence[str]) -> int:
+def scan(store: Store, folders: Sequence[str], retry_bad: bool) -> int:
     """Note what is new, changed or gone in the folders; returns the number of files that left."""
+    if retry_bad:
+        store.db.execute("DELETE FROM files WHERE id IN (SELECT file FROM items WHERE reason IS "
+                         "NOT NULL)")
     beneath, found = tuple(os.fsencode(os.path.join(folder, "")) for folder in folders), set()
     for path in chain.from_iterable(map(sources.walk, folders)):
         if ending(path) in ENDINGS:
@@ -152,7 +146,10 @@ def plan(store: Store, every: float, kind: type) -> list[sources.Rows]:
         if ending(path) in sources.PICTURES:
             pictures.append(sources.file_item(path, {"file": file}, path))
             continue
-        items = list(sources.read_items(path, ending(path), False, every, None))
+        try:
+            items = list(sources.read_items(path, ending(path), False, every, None))
+        except sources.library("av").FFmpegError as problem:
+            items = [[path, None, {}, sources.reason(problem)]]
         for item in items:
             item[2]["file"] = file
         store.db.execute("UPDATE files SET seconds = ? WHERE id = ?", (len(items) * every, file))

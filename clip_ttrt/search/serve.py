@@ -5,12 +5,9 @@
     GET /thumbnail/ITEM    a JPEG of an item
     GET /file/FILE         an indexed file, by its number, whole or ranges of it"""
 import base64
-import hashlib
 import io
-import re
 import socket
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +24,17 @@ try:
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.requests import Request
-    from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
+    from starlette.responses import FileResponse, JSONResponse, Response
     from starlette.routing import Route
 except ImportError as problem:
     raise UserError(f"{problem.name} is missing; pip install 'clip_ttrt[search]' brings it"
                     ) from problem
 
-PAGE = Path(__file__).with_name("page.html").read_bytes()
-SCRIPT = hashlib.sha256(re.search(b"<script>(.*)</script>", PAGE, re.DOTALL)[1]).digest()
-HEADERS = {
-    "Content-Security-Policy":
-        "default-src 'none'; connect-src 'self'; img-src 'self' blob: data:; media-src 'self'; "
-        f"style-src 'unsafe-inline'; script-src 'sha256-{base64.b64encode(SCRIPT).decode()}'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "Cross-Origin-Resource-Policy": "same-origin", "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff"}
+PAGE = Path(__file__).with_name("page.html")
+HEADERS = [
+    ("Content-Security-Policy", "default-src 'self' 'unsafe-inline'; img-src 'self' blob: data:; "
+                                "form-action 'none'; frame-ancestors 'none'"),
+    ("Cross-Origin-Resource-Policy", "same-origin"), ("X-Content-Type-Options", "nosniff")]
 HOSTS = ["127.0.0.1", "localhost"]  # another name is a site's that points here
 LESS = -0.5  # weight of what results are to be less like
 SIDE = 320  # pixels of a thumbnail
@@ -56,34 +49,46 @@ class Server(uvicorn.Server):
         except (OSError, OverflowError) as problem:
             raise UserError(f"port {port}: {problem}; --port takes another") from problem
         self.library, self.port = library, self.socket.getsockname()[1]
-        self.thumbnail = lru_cache(4096)(self.make_thumbnail)
         library.model.warmup([1])  # which captures CUDA graphs before there are other threads
-        routes = [Route("/", lambda _: HTMLResponse(PAGE)),
-                  Route("/thumbnail/{item:int}", self.get_thumbnail),
-                  Route("/file/{file:int}", self.get_file),
-                  Route("/api/query", self.post_query, methods=["POST"])]
+        routes = [Route("/", lambda _: FileResponse(PAGE)),
+                  Route("/thumbnail/{item:int}", self.thumbnail),
+                  Route("/file/{file:int}", self.file),
+                  Route("/api/query", self.post, methods=["POST"])]
         guard = Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)
         app = Starlette(routes=routes, middleware=[guard], exception_handlers=dict.fromkeys(
             (OSError, ValueError, TypeError, OverflowError), refuse))
-        super().__init__(uvicorn.Config(app, headers=list(HEADERS.items()), log_level="warning",
+        super().__init__(uvicorn.Config(app, headers=HEADERS, log_level="warning",
                                         timeout_graceful_shutdown=1))
 
     def run(self) -> None:
         with suppress(KeyboardInterrupt):
             super().run([self.socket])
 
-    def get_thumbnail(self, request: Request) -> Response:
-        return Response(self.thumbnail(request.path_params["item"]), media_type="image/jpeg",
+    def thumbnail(self, request: Request) -> Response:
+        with self.library.lock:
+            path, pts, start = self.library.store.item(request.path_params["item"])
+        try:
+            if pts is None:
+                picture = Image.open(path)
+                picture.draft("RGB", (2 * SIDE, 2 * SIDE))
+            else:
+                picture = Image.fromarray(Playback.__wrapped__(path).at(pts, start))
+            picture = ImageOps.exif_transpose(picture).convert("RGB")
+        except Exception as problem:  # of decoders, which share no type
+            raise OSError(str(problem)) from problem
+        picture.thumbnail((SIDE, SIDE))
+        picture.save(data := io.BytesIO(), "JPEG", quality=85)
+        return Response(data.getvalue(), media_type="image/jpeg",
                         headers={"Cache-Control": "private, max-age=86400"})
 
-    def get_file(self, request: Request) -> Response:
+    def file(self, request: Request) -> Response:
         with self.library.lock:
             path = Path(self.library.store.file(request.path_params["file"])["path"])
         if not path.is_file():
             raise FileNotFoundError("the file has gone")
         return FileResponse(path)
 
-    async def post_query(self, request: Request) -> Response:
+    async def post(self, request: Request) -> Response:
         # Pages of other sites cannot send this type unless this server allows it.
         if request.headers.get("content-type") != "application/json":
             raise ValueError("a query is application/json")
@@ -100,22 +105,6 @@ class Server(uvicorn.Server):
         found["results"] = [each for each in found["results"] if not {
             each["id"], *(one["id"] for one in each["similar"])}.intersection(less)][:top]
         return found
-
-    def make_thumbnail(self, item: int) -> bytes:
-        with self.library.lock:
-            path, pts, start = self.library.store.item(item)
-        try:
-            if pts is None:
-                picture = Image.open(path)
-                picture.draft("RGB", (2 * SIDE, 2 * SIDE))
-            else:
-                picture = Image.fromarray(Playback.__wrapped__(path).at(pts, start))
-            picture = ImageOps.exif_transpose(picture).convert("RGB")
-        except Exception as problem:  # of decoders, which share no type
-            raise OSError(str(problem)) from problem
-        picture.thumbnail((SIDE, SIDE))
-        picture.save(data := io.BytesIO(), "JPEG", quality=85)
-        return data.getvalue()
 
 
 def refuse(_: Request, problem: Exception) -> Response:

@@ -5,13 +5,11 @@
     usearch.index        an approximate index, where one was built
 
 A file is `done` once its items and their features are there, which is all of them or none."""
-import fcntl
 import json
 import os
 import sqlite3
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, Sequence, Union
+from typing import Any, Sequence, Union
 
 import numpy as np
 
@@ -49,18 +47,6 @@ class Store:
         except sqlite3.DatabaseError as problem:
             raise UserError(f"{self.folder / DATABASE} is damaged ({problem}); index into another "
                             "folder") from problem
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Raises UserError where another process has the library locked."""
-        folder = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
-        except BlockingIOError:
-            raise UserError(f"another process indexes {self.folder}; wait for it") from None
-        finally:
-            os.close(folder)
 
     def get(self, name: str) -> Any:
         """A fact, None where it is not known."""
