@@ -51,7 +51,7 @@ def decoded(path: Path) -> Iterable[av.VideoFrame]:
 def made(rows: int, device: torch.device) -> Library:
     """A library of random features, in memory."""
     library = object.__new__(Library)
-    library.width, library.rows = 512, torch.arange(rows, device=device)
+    library.width, library.approximate, library.rows = 512, None, torch.arange(rows, device=device)
     library.shards = [torch.nn.functional.normalize(torch.randn(SHARD, 512)).half().to(device)
                       for _ in range(-(-rows // SHARD))]
     library.items = np.zeros(rows, ITEM)
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wanted = library.features(library.rows[:1])[0]
         measure("query", "numpy", size, lambda: np.argsort(-(features @ features[0]))[:20], 20, 3)
         measure("query", "ours", size, lambda: library.rank(
-            wanted, library.scan(wanted, 1000)[0], 20, 0.97), 20, 3)
+            wanted, library.scan(wanted, 1000)[0], 20), 20, 3)
     with tempfile.TemporaryDirectory() as folder:
         pictures, videos = Path(folder, "pictures"), Path(folder, "videos")
         (pictures / "0").mkdir(parents=True), videos.mkdir()

@@ -17,8 +17,7 @@ from clip_ttrt.errors import UserError
 from clip_ttrt.labelled import Passing
 from clip_ttrt.options import EmbedOptions
 from clip_ttrt.pipeline import sources
-from clip_ttrt.search import approximate as usearch
-from clip_ttrt.search.library import Library
+from clip_ttrt.search.library import INDEX, Library
 from clip_ttrt.search.store import Store
 
 ENDINGS = (sources.PICTURES | sources.VIDEOS) - {""}  # without one there is much in folders
@@ -93,7 +92,7 @@ def index(library: Union[str, Path], folders: Sequence[Union[str, Path]],
                 into = partial(IntoLibrary, store.folder, shards, run)
                 done = embed(artifact.folder, shards, into, **options)
         if approximate:
-            recall = {"recall": usearch.build(Library(library, artifact.folder))}
+            recall = {"recall": Library(library, artifact.folder).index()}
     [files] = store.db.execute("SELECT COUNT(*) FROM files").fetchone()
     return {"files": files, "items": len(store.items()), "encoded": done.get("images", 0),
             "removed": removed, **recall, "quarantine": store.quarantine()}
@@ -106,7 +105,7 @@ def adopt(store: Store, artifact: Artifact, reindex: bool) -> None:
         raise UserError(f"{store.folder} has features of another artifact, {store.get('artifact')},"
                         f" which cannot be compared with those of {artifact.folder}; --reindex "
                         "encodes all anew")
-    (store.folder / usearch.FILE).unlink(missing_ok=True)
+    (store.folder / INDEX).unlink(missing_ok=True)
     if reindex or not len(found):
         with store.db:
             store.db.execute("DELETE FROM files")

@@ -23,13 +23,14 @@ from clip_ttrt.demo.captions import unknown_words
 from clip_ttrt.errors import UserError
 from clip_ttrt.pipeline.sources import PICTURES
 from clip_ttrt.runtime import load
-from clip_ttrt.search import approximate
 from clip_ttrt.search.store import SHARD, Store
 
 POOL = 1000  # best items of the scan in float16, which are compared anew in float32
 FOLD = 0.97  # cosine from which on two pictures are near-duplicates
 BINS, POINTS = 40, 120  # of the histogram; of a video's strip at most
-SAMPLE = 20_000  # items whose scores stand for all, where an approximate index serves
+INDEX = "usearch.index"  # an approximate one
+SAMPLE = 20_000  # items whose scores stand for all, where that serves
+ASKED, BEST = 200, 10  # of its recall: items that are asked for, and how many of the best
 SIGN = re.compile(r'(?:^|\s+)([+-])(?=\s|$)(?=(?:[^"]*"[^"]*")*[^"]*$)')  # outside of quotes
 TERM = re.compile(r'\s*(?:(\d+(?:\.\d*)?|\.\d+)\s*\*\s*)?("?)([^"\s][^"]*?)\2\s*', re.DOTALL)
 Operand = Union[str, Path, bytes, int, Any]  # a text, a picture, an item's id, a PIL image
@@ -84,17 +85,17 @@ class Library:
                  for number in range(self.items["id"].max(initial=-1) // SHARD + 1)]
         self.shards = [torch.from_numpy(np.load(path, mmap_mode="c")).to(self.model.device)
                        for path in paths]
-        self.approximate = approximate.find(self.store)
+        path = self.store.folder / INDEX
+        self.approximate = usearch_index().restore(str(path), view=True) if path.exists() else None
 
-    def query(self, query: Union[str, Terms], top: int = 20, fold: float = FOLD) -> dict[str, Any]:
+    def query(self, query: Union[str, Terms], top: int = 20) -> dict[str, Any]:
         """The files most similar to a query, a video by its best frame.
 
-        query: as `parse` takes it, or (weight, operand) pairs.  fold: cosine from which on a file
-        is `similar` to one before it; above 1 none is.  Returns a histogram of all scores, and at
-        most top `results`: score (cosine), z (standard deviations above the mean of all items),
-        below (share of items that are less similar), and of videos a strip of z over time, and
-        segments, in seconds: frames above half of the way from that mean to the best one.
-        Raises UserError for a query that cannot be."""
+        query: as `parse` takes it, or (weight, operand) pairs.  Returns a histogram of all scores,
+        and at most top `results`: score (cosine), z (standard deviations above the mean of all
+        items), below (share of items that are less similar), `similar` (near-duplicates), and of
+        videos a strip of z over time, and segments, in seconds: frames above half of the way from
+        that mean to the best one.  Raises UserError for a query that cannot be."""
         with self.lock, self.store.db, torch.inference_mode():
             begun = time.perf_counter()
             self.store.db.execute("BEGIN")  # all that follows sees the same commits
@@ -105,8 +106,8 @@ class Library:
             wanted, size = self.encode(terms), max(POOL, 2 * top)
             encoded = time.perf_counter()
             while True:
-                pool, sample = self.scan(wanted, size, self.approximate)
-                pool, scores, groups = self.rank(wanted, pool, top, fold)
+                pool, sample = self.scan(wanted, size)
+                pool, scores, groups = self.rank(wanted, pool, top)
                 if len(groups) == top or len(pool) < size:
                     break
                 size *= 8  # one long video can fill a pool
@@ -115,7 +116,7 @@ class Library:
                        {"below": 1 - (int(group[0]) + 1) / len(self.items)} for group in groups]
             about, texts = self.model.artifact, [each for _, each in terms if type(each) is str]
             return {
-                "results": results, "items": len(self.items), "exact": not self.approximate,
+                "results": results, "items": len(self.items), "exact": self.approximate is None,
                 "mean": mean, "deviation": deviation, "artifact": str(about.folder),
                 "model": about.manifest["model"], "precision": about.manifest["precision"],
                 "unknown": unknown_words(texts) if about.origin.kind == "demo" else [],
@@ -151,20 +152,36 @@ class Library:
             found[here] = self.shards[number][rows[here] % SHARD].float()
         return found
 
-    def scan(self, wanted: Tensor, size: int, use=None) -> tuple[Tensor, Tensor]:
-        """About the best items, ascending; the scores of all items or, with use, of a sample."""
+    def scan(self, wanted: Tensor, size: int, exact: bool = False) -> tuple[Tensor, Tensor]:
+        """About the best items, ascending; the scores of all items or, where an approximate index
+        serves, of a sample."""
         size = min(size, len(self.items))
-        if use:
+        if self.approximate is not None and not exact:
             random = torch.Generator().manual_seed(0)
             sample = torch.randint(len(self.items), (SAMPLE,), generator=random)
             scores = self.features(self.rows[sample.to(wanted.device)]) @ wanted
-            return use(wanted, size).sort().values, scores
+            found = self.approximate.search(wanted.cpu().numpy(), size).keys.astype(np.int64)
+            return torch.from_numpy(np.sort(found)).to(wanted.device), scores
         last = self.items["id"].max() + 1
         scores = torch.cat([torch.mv(shard[:last - number * SHARD], wanted.half())
                             for number, shard in enumerate(self.shards)])[self.rows].float()
         return scores.topk(size, sorted=False).indices.sort().values, scores
 
-    def rank(self, wanted: Tensor, pool: Tensor, top: int, fold: float) -> tuple:
+    def index(self) -> float:
+        """Write an approximate index; returns its recall against the exact scan."""
+        self.approximate = usearch_index()(ndim=self.width, metric="ip", dtype="f16")
+        for part in torch.arange(len(self.rows), device=self.rows.device).split(1 << 16):
+            features = self.features(self.rows[part]).cpu().numpy()
+            self.approximate.add(part.cpu().numpy().astype(np.uint64), features)
+        self.approximate.save(str(self.store.folder / "draft"))
+        os.replace(self.store.folder / "draft", self.store.folder / INDEX)
+        asked, hits = torch.randperm(len(self.rows))[:ASKED].to(self.rows.device), []
+        for wanted in self.features(self.rows[asked]):
+            exact, ours = (self.scan(wanted, BEST, exact)[0] for exact in (True, False))
+            hits.append(torch.isin(exact, ours).double().mean())
+        return float(torch.stack(hits).mean())
+
+    def rank(self, wanted: Tensor, pool: Tensor, top: int) -> tuple:
         """The pool by its scores, these, and groups of places in them: a result and its like."""
         features = self.features(self.rows[pool])
         scores, order = (features @ wanted).sort(descending=True, stable=True)
@@ -172,7 +189,7 @@ class Library:
         best = np.unique(self.items["file"][pool], return_index=True)[1]  # of each file
         left, groups = torch.from_numpy(np.sort(best)), []
         while len(left) and len(groups) < top:
-            alike = features[left] @ features[left[0]] >= fold
+            alike = features[left] @ features[left[0]] >= FOLD
             alike[0] = True
             groups.append(left[alike].tolist())
             left = left[~alike]
@@ -206,3 +223,12 @@ def segments(scores: np.ndarray, times: Sequence[float], floor: float) -> list[d
         found.append({"start": times[begin], "end": times[end], "time": times[best],
                       "score": float(scores[best])})
     return found
+
+
+def usearch_index() -> type:
+    try:
+        from usearch.index import Index
+    except ImportError as problem:
+        raise UserError("usearch is missing; pip install 'clip_ttrt[search]' brings it"
+                        ) from problem
+    return Index

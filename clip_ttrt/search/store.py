@@ -63,21 +63,23 @@ class Store:
         return np.fromiter(self.db.execute("SELECT id, file, COALESCE(time, -1.0) FROM items "
                                            "WHERE reason IS NULL ORDER BY file, id"), ITEM)
 
+    def one(self, query: str, number: int) -> tuple:
+        """A row.  Raises FileNotFoundError."""
+        for found in self.db.execute(query, (number,)):
+            return found
+        raise FileNotFoundError(f"the library has no number {number}")
+
     def file(self, file: int) -> dict[str, Any]:
-        """Its path, kind and, of a video, seconds.  Raises FileNotFoundError."""
-        found = self.db.execute("SELECT path, seconds FROM files WHERE id = ?", (file,)).fetchone()
-        if not found:
-            raise FileNotFoundError(f"the library has no file {file}")
-        return {"path": os.fsdecode(found[0]), "seconds": found[1],
-                "kind": "picture" if found[1] is None else "video"}
+        """Its path, kind and, of a video, seconds."""
+        path, seconds = self.one("SELECT path, seconds FROM files WHERE id = ?", file)
+        return {"path": os.fsdecode(path), "seconds": seconds,
+                "kind": "picture" if seconds is None else "video"}
 
     def item(self, item: int) -> tuple[str, Any, Any]:
-        """Its path and, of a frame, pts and start.  Raises FileNotFoundError."""
-        found = self.db.execute("SELECT file, pts, start FROM items WHERE id = ? AND "
-                                "reason IS NULL", (item,)).fetchone()
-        if not found:
-            raise FileNotFoundError(f"the library has no item {item}")
-        return self.file(found[0])["path"], *found[1:]
+        """Its path and, of a frame, pts and start."""
+        file, *frame = self.one("SELECT file, pts, start FROM items WHERE id = ? AND reason IS "
+                                "NULL", item)
+        return self.file(file)["path"], *frame
 
     def quarantine(self) -> list[dict[str, Any]]:
         """What cannot be read: path, time of a frame in seconds, and reason."""
