@@ -5,6 +5,7 @@ rows were bad than `embed` may take.
 """
 import argparse
 import contextlib
+import csv
 import json
 import signal
 import sys
@@ -15,7 +16,7 @@ from typing import Any, Optional
 import torch
 
 import clip_ttrt
-from clip_ttrt import build_kernels, classify, info, verify
+from clip_ttrt import build_kernels, info, verify, zeroshot
 from clip_ttrt.artifact import check_runs_here, read_artifact
 from clip_ttrt.checkpoint import reload_checkpoint
 from clip_ttrt.errors import UserError, VerificationError
@@ -67,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     add("--weights", metavar="FILE", help="where the weights are, if their file has moved")
     add("--trust-weights", action="store_true", help="read even a pickle, which can run code")
 
-    add = command("classify", classify.run, "zero-shot classification of pictures and frames")
+    add = command("classify", run_classify, "zero-shot classification of pictures and frames")
     add("artifact", type=Path, metavar="DIR", help="the artifact")
     add("inputs", nargs="+", metavar="INPUT", help="as of embed")
     add("--labels", nargs="+", required=True, metavar="TEXT|FILE", help="the texts to choose from, "
@@ -103,8 +104,8 @@ def parser() -> argparse.ArgumentParser:
     def search(name, run, about):
         add = command(name, run, about, searches)
         add("library", metavar="LIBRARY", help="its folder")
-        add("--artifact", type=Path, metavar="DIR", help="of a new library, which keeps to it; or "
-            "where that one is by now")
+        add("--artifact", type=Path, metavar="DIR", help="of a new library; or another for index, "
+            "which encodes all anew; or where the library's own is by now")
         return add
 
     add = search("index", run_search_index, "bring a library up to date with folders")
@@ -112,9 +113,7 @@ def parser() -> argparse.ArgumentParser:
     add_fields(add, EmbedOptions, ("every", "decode", "gpus"))
     for name, help in (("scenes", "of a new video one frame a scene, not one every so often"),
                        ("approximate", "build an approximate index, for some millions of items and "
-                        "more, and measure its recall; the next run drops it"),
-                       ("retry-bad", "try again what is in quarantine"),
-                       ("reindex", "encode all anew, with another artifact if it is one")):
+                        "more, and measure its recall; the next run drops it")):
         add(f"--{name}", action="store_true", help=help)
     add = search("query", run_search_query, "the files most similar to a query")
     add("query", metavar="QUERY", help="a text, a picture, or a sum of some: "
@@ -196,6 +195,28 @@ def run_verify(folder: Path, figures: Path, weights: Optional[str], trust_weight
     return 0 if report["passed"] else 1
 
 
+def run_classify(artifact: Path, inputs: list[str], as_json: bool, as_csv: bool,
+                 **options: Any) -> int:
+    table = csv.writer(sys.stdout)
+    if as_csv:
+        table.writerow(["image_path", "time", "rank", "label", "score", "error"])
+    for row in zeroshot.classify(artifact, inputs, **options):
+        path = row["image_path"].encode(errors="backslashreplace").decode()
+        pairs, time = row.get("labels", ()), row.get("time")
+        if as_json:
+            print(json.dumps(row, default=str))
+        elif as_csv:
+            table.writerows([path, time, rank, each["label"], each["score"], None]
+                            for rank, each in enumerate(pairs, 1))
+            if not pairs:
+                table.writerow([path, time, None, None, None, row["error"]])
+        else:
+            form = "{score:7.4f}  {label}" if options["multi"] else "{score:7.2%}  {label}"
+            lines = [form.format(**each) for each in pairs] or [row["error"]]
+            print(path if time is None else f"{path} at {time} s", *lines, sep="\n")
+    return 0
+
+
 def run_evaluate(as_json: bool, **options: Any) -> int:
     from clip_ttrt.evaluate import evaluate  # which brings embed
 
@@ -215,9 +236,8 @@ def run_probe(as_json: bool, **options: Any) -> int:
 
     report = probe(**options)
     for each in [] if as_json else report["artifacts"]:
-        print("{artifact}: C = {c:.3g}, {classes} classes, {iterations} iterations{doubt}; "
-              "{seconds_to_embed:.1f} s to embed, {seconds_to_fit:.1f} s to fit".format(
-                  doubt="" if each["converged"] else ", which were too few", **each))
+        print("{artifact}: C = {c:.3g}, {classes} classes, {iterations} iterations".format(**each),
+              "" if each["converged"] else "which were too few")
         for part in ("train", "test"):
             print("  {part}: {images:,} images ({bad:,} bad)".format(part=part, **each[part]))
         for name in ("top-1", "top-5", "difference"):
@@ -240,12 +260,8 @@ def run_search_query(library: str, artifact: Path, as_json: bool, **options: Any
     from clip_ttrt.search import Library
 
     found = Library(library, artifact).query(**options)
-    if found["unknown"]:
-        print(f"clip_ttrt: the embedded model knows no {', '.join(found['unknown'])}: what it "
-              "finds by these words means nothing", file=sys.stderr)
     for each in [] if as_json else found["results"]:
         parts = [f"{part['start']:.6g}-{part['end']:.6g} s" for part in each.get("segments", ())]
-        parts += [f"+{len(each['similar'])} alike"] if each["similar"] else []
         path = each["path"].encode(errors="backslashreplace").decode()
         print(f"{each['score']:7.4f} {each['z']:+6.2f} sd  {path}  {', '.join(parts)}".rstrip())
     if as_json:
@@ -254,12 +270,16 @@ def run_search_query(library: str, artifact: Path, as_json: bool, **options: Any
 
 
 def run_search_serve(library: str, artifact: Path, port: int) -> int:
+    from clip_ttrt.pipeline import sources
+
+    sources.library("starlette", "search"), sources.library("uvicorn", "search")
     from clip_ttrt.search import Library
     from clip_ttrt.search.serve import Server
 
     server = Server(Library(library, artifact), port)
     print(f"http://127.0.0.1:{server.port}/ (Ctrl-C ends it)", flush=True)
-    server.run()
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run([server.socket])
     return 0
 
 

@@ -5,7 +5,6 @@
 """
 import math
 import sys
-import time
 from dataclasses import dataclass
 from typing import Any, Optional, Sequence
 
@@ -19,7 +18,7 @@ from clip_ttrt.errors import UserError
 from clip_ttrt.labelled import difference, features_of, labels_of, numbered, read_rows, wilson
 from clip_ttrt.options import ProbeOptions
 
-NUMBERS = {"cuda": 2**26, "cpu": 2**20}  # of a block of rows: its logits, or its features
+ROWS = 1 << 14  # whose logits are in memory at once
 ROUND, HISTORY = 40, 20  # iterations between two preconditioners; steps that L-BFGS remembers
 TARGET = {torch.float32: 1e-5, torch.float64: 1e-11}  # norm of the gradient at which a fit ends
 PER_DECADE, DECADES = 8, 6  # of the sweep: C from 1e-6 to 1e6
@@ -44,17 +43,15 @@ class LinearProbe:
     def top(self, features: Tensor, k: int = 1) -> Tensor:
         """The k most probable classes of features [N, E], best first: int64 [N, k]."""
         return torch.cat([torch.addmm(self.bias, block, self.weight.T).topk(k).indices
-                          for block in features.split(rows_of(features, len(self.bias)))])
+                          for block in features.split(ROWS)])
 
 
 def fit(x: Tensor, y: Tensor, c: float = 0.316, start: Optional[LinearProbe] = None,
         max_iter: int = 1000) -> LinearProbe:
-    """Fit to features x [N, E], float32 or float64, and classes y [N], numbers from 0, by L-BFGS
-    with strong Wolfe line search.  c: scikit-learn's C.  start: a probe of the same classes to go
-    on from.  Raises UserError for fewer than two classes."""
+    """Fit to features x [N, E], float32 or float64, and at least two classes y [N], numbers from 0,
+    by L-BFGS with strong Wolfe line search.  c: scikit-learn's C.  start: a probe of the same
+    classes to go on from."""
     classes = len(start.bias) if start else int(y.max()) + 1
-    if classes < 2:
-        raise UserError("there is one class only; a probe needs at least two")
     # Two rows that differ by w have half of its square norm: scikit-learn's penalty is twice.
     objective = Objective(x, y, classes, (2 if classes == 2 else 1) / (c * len(x)))
     mean, axes, at = objective.mean, objective.axes, x.new_zeros(classes, x.shape[1] + 1)
@@ -77,12 +74,12 @@ class Objective:
     along the principal axes of x, and the bias that belongs to x less its mean."""
 
     def __init__(self, x: Tensor, y: Tensor, classes: int, decay: float):
-        self.mean, self.classes, self.decay, rows = x.mean(0), classes, decay, rows_of(x, classes)
+        self.mean, self.classes, self.decay = x.mean(0), classes, decay
         centred, self.count = x - self.mean, len(x)
-        covariance = sum(block.T @ block for block in centred.split(rows)) / len(x)
+        covariance = sum(block.T @ block for block in centred.split(ROWS)) / len(x)
         values, axes = torch.linalg.eigh(covariance.double())
         self.axes, self.values = axes.to(x), pad(values.clamp_min(0), (0, 1), value=1).to(x)
-        self.blocks = [*zip(pad(centred @ self.axes, (0, 1), value=1).split(rows), y.split(rows))]
+        self.blocks = [*zip(pad(centred @ self.axes, (0, 1), value=1).split(ROWS), y.split(ROWS))]
 
     def __call__(self, at: Tensor) -> tuple[float, Tensor]:
         """The objective and its gradient.  In float32 its sum is still float64, or line searches
@@ -97,18 +94,15 @@ class Objective:
             total = total.detach() + loss.detach()
         return float(total), at.grad
 
-    def scale(self, at: Tensor) -> Tensor:
-        """Units of coordinates [E + 1] in which the Hessian is about the identity."""
-        spread = sum((1 - (block @ at.T).softmax(1).square().sum(1)).clamp_min(0).sum()
-                     for block, _ in self.blocks) / self.count / (self.classes - 1)
-        return (self.values * spread + self.decay).rsqrt()
-
     def descend(self, at: Tensor, steps: int, search: Optional[str]) -> tuple[Tensor, int, float]:
         """Up to so many steps: where they lead, how many they are, and the gradient's norm there.
 
         torch's L-BFGS keeps no pair of steps whose product is below 1e-10 and begins with a step
         of length 1: in its units the gradient's is 1, and the first step is the identity's."""
-        scale, target = self.scale(at), TARGET[at.dtype]
+        spread = sum((1 - (block @ at.T).softmax(1).square().sum(1)).clamp_min(0).sum()
+                     for block, _ in self.blocks) / self.count / (self.classes - 1)
+        # Units of coordinates [E + 1] in which the Hessian is about the identity.
+        scale, target = (self.values * spread + self.decay).rsqrt(), TARGET[at.dtype]
         gradient = self(at)[1] * scale
         if (norm := float(gradient.norm())) <= target or steps < 1:
             return at, 0, norm
@@ -128,11 +122,6 @@ class Objective:
         evaluate()
         taken, norm = optimizer.state[moved]["n_iter"], float(moved.grad.norm()) * unit
         return moved * scale * unit, taken, norm
-
-
-def rows_of(x: Tensor, classes: int) -> int:
-    """So many rows that memory stays bounded."""
-    return max(1, NUMBERS[x.device.type] // max(classes, x.shape[1]))
 
 
 def sweep(x: Tensor, y: Tensor, held: Tensor) -> tuple[dict[float, float], LinearProbe]:
@@ -162,7 +151,7 @@ def probe(artifacts: Sequence, train: Any, test: Any, **options: Any) -> dict[st
 
     train, test: a folder with a folder of pictures a class, or a table with columns of paths and
     labels, as `read_rows` takes them.  options: of `ProbeOptions`.  Returns for each artifact
-    counts, C, seconds, shares of right answers with 95 % intervals and, from the second one on, the
+    counts, C, shares of right answers with 95 % intervals and, from the second one on, the
     difference to the first on the same pictures.  Raises UserError for bad input, before anything
     is embedded, and what `embed` raises."""
     options, report, first = ProbeOptions(**options), [], {}
@@ -187,21 +176,18 @@ def probe(artifacts: Sequence, train: Any, test: Any, **options: Any) -> dict[st
 
 def probe_one(artifact: Artifact, parts: dict, classes: int, options: ProbeOptions) -> tuple:
     """An artifact's report, and of each picture of test whether its first answer is right."""
-    begun, data, report = time.perf_counter(), {}, {"artifact": str(artifact.folder)}
+    data, start, c, report = {}, None, options.c, {"artifact": str(artifact.folder)}
     for part, rows in parts.items():
         x, y, paths, bad = features_of(artifact, rows, gpus=options.gpus, force=options.force)
         data[part] = x.to(artifact.device, getattr(torch, options.dtype)), y.to(artifact.device)
         report[part] = {"images": len(x), "bad": bad}
-    embedded, start, c = time.perf_counter(), None, options.c
     if options.sweep:
         report["sweep"], start = sweep(*data["train"], split(data["train"][1]))
         c = max(sorted(report["sweep"]), key=report["sweep"].get)  # of equals the smallest
     model = fit(*data["train"], c, start)
     x, y = data["test"]
     hits = (model.top(x, min(5, classes)) == y[:, None]).cpu().numpy()
-    report |= {"classes": classes, "top-1": wilson(hits[:, 0]), "top-5": wilson(hits.any(1)),
-               "c": model.c, "iterations": model.iterations,
+    report |= {"classes": classes, "c": c, "iterations": model.iterations,
                "gradient_norm": model.gradient_norm, "converged": model.converged,
-               "seconds_to_embed": embedded - begun,
-               "seconds_to_fit": time.perf_counter() - embedded}
+               "top-1": wilson(hits[:, 0]), "top-5": wilson(hits.any(1))}
     return report, dict(zip(paths, hits[:, 0]))

@@ -3,9 +3,10 @@ import hashlib
 import json
 import math
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Callable, Optional, Sequence, Union
+from typing import Any, Callable, Iterator, Optional, Sequence, Union
 
 import numpy as np
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clip_ttrt import kernels
-from clip_ttrt.artifact import Artifact
+from clip_ttrt.artifact import Artifact, read_artifact
+from clip_ttrt.demo.captions import unknown_words
 from clip_ttrt.errors import UserError
+from clip_ttrt.labelled import embedded
 from clip_ttrt.runtime import CompiledCLIP, load
 
 TEMPLATES = ("{}", "a photo of a {}.", "a photo of the {}.", "a picture of a {}.",
@@ -46,9 +49,30 @@ class ZeroShot:
         """Images -> probabilities or, with multi, scores float32 [B, labels]."""
         return self.head.scores(self.logits(images), self.multi)
 
-    def top(self, images: Union[Tensor, Sequence[Any]], k: int = 5) -> list:
-        """Images -> of each its k best pairs of label and score, best first."""
-        return best(self(images), self.labels, k)
+
+def classify(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], labels: Texts,
+             templates: Optional[Texts] = None, multi: bool = False, top: int = 5,
+             **options: Any) -> Iterator[dict[str, Any]]:
+    """The best labels of pictures and frames, one after the other: what `embed` knows of each and
+    `labels`, dicts of label and score, best first; of a bad one its image_path and `error`.
+
+    inputs, options: as `embed` has them.  labels, templates, multi: as `ZeroShot` has them.
+    Raises UserError for bad input, and what `embed` raises."""
+    model, labels = read_artifact(artifact), read_texts(labels, "labels")
+    if model.origin.kind == "demo" and (unknown := unknown_words(labels)):
+        print(f"clip_ttrt: the embedded model was never trained on {', '.join(unknown)}: its "
+              "answer for labels with these words means nothing", file=sys.stderr)
+    text = text_features(model, labels, templates_for(model, templates))
+    head = Head(model, text.to(model.device))
+    for features, rows, bad in embedded(model.folder, inputs, dtype="float32", **options):
+        scores = head.scores(head(features.to(model.device)), multi)
+        values, places = (each.tolist() for each in scores.topk(min(top, len(labels))))
+        good = ({**row, "labels": [{"label": labels[place], "score": value}
+                                   for value, place in zip(*best)]}
+                for row, *best in zip(rows, values, places))
+        reasons = {each.pop("row"): each for each in bad}
+        for row in range(len(rows) + len(bad)):
+            yield reasons[row] if row in reasons else next(good)
 
 
 class Head:
@@ -69,13 +93,6 @@ class Head:
         if not multi:
             return logits.softmax(-1)
         return logits.sigmoid() if self.logit_bias else logits / self.scale
-
-
-def best(scores: Tensor, labels: Sequence[str], k: int) -> list[list[tuple[str, float]]]:
-    """The k best pairs of label and score of each row, best first."""
-    values, places = scores.topk(min(k, len(labels)))
-    return [[(labels[place], value) for place, value in zip(*row)]
-            for row in zip(places.tolist(), values.tolist())]
 
 
 def text_features(artifact: Artifact, texts: list[str], templates: list[str],

@@ -62,7 +62,7 @@ def test_it_is_the_logistic_regression_of_scikit_learn(rows, width, classes, apa
 def test_float32_and_blocks_of_rows_change_little(classes, apart, monkeypatch):
     x, y = map(torch.from_numpy, made(500, 24, classes, apart))
     exact = fit(x, y, 1)
-    monkeypatch.setitem(probe.NUMBERS, "cpu", 720)  # 30 rows, and the last block has fewer
+    monkeypatch.setattr(probe, "ROWS", 30)  # and the last block has fewer
     before = x.float()
     close = fit(features := before.clone(), y, 1)
     assert (features == before).all() and close.weight.dtype == torch.float32 and close.converged
@@ -74,10 +74,8 @@ def test_float32_and_blocks_of_rows_change_little(classes, apart, monkeypatch):
     torch.testing.assert_close(again.weight, close.weight, rtol=1e-3, atol=1e-3)
 
 
-def test_what_cannot_be_fit_and_what_does_not_converge():
+def test_what_does_not_converge():
     x, y = map(torch.from_numpy, made(60, 4, 3, 1))
-    with pytest.raises(clip_ttrt.UserError, match="there is one class only; a probe"):
-        fit(x, y * 0)
     fitted = fit(x, y, 10, max_iter=2)
     assert fitted.iterations == 2 and not fitted.converged and fitted.top(x).shape == (60, 1)
 

@@ -317,11 +317,11 @@ def file_system(url: str) -> tuple[Any, str]:
         raise UserError(f"{url} cannot be opened: {problem}") from problem
 
 
-def library(name: str) -> Any:
+def library(name: str, extra: str = "embed") -> Any:
     try:
         return importlib.import_module(name)
-    except ImportError as problem:
-        raise UserError(f"{name} is missing; pip install 'clip_ttrt[embed]' brings it") from problem
+    except ImportError as error:
+        raise UserError(f"{name} is missing; pip install 'clip_ttrt[{extra}]' brings it") from error
 
 
 def reason(problem: Exception) -> str:

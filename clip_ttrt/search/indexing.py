@@ -13,7 +13,6 @@ from PIL import Image
 
 from clip_ttrt.artifact import MANIFEST, Artifact, read_artifact
 from clip_ttrt.checkpoint import sha256_of_file
-from clip_ttrt.errors import UserError
 from clip_ttrt.labelled import Passing
 from clip_ttrt.options import EmbedOptions
 from clip_ttrt.pipeline import sources
@@ -53,7 +52,7 @@ class IntoLibrary(Passing):
     def keep(self, shard: int, features: np.ndarray, metadata: list, bad: list) -> None:
         reasons, items = {each["row"]: each["error"] for each in bad}, []
         for row, (_, _, facts, _, *place) in enumerate(json.loads(self.rows[shard].packed)):
-            pts, start = place[2:] or (None, None)
+            pts, start = place[2:] if place[:1] == [sources.VIDEO] else (None, None)
             items.append((facts["file"], facts.get("time"), pts, start, reasons.get(row)))
         every = np.zeros((len(items), features.shape[1]), np.float16)
         every[[row not in reasons for row in range(len(items))]] = features
@@ -63,29 +62,25 @@ class IntoLibrary(Passing):
 
 def index(library: Union[str, Path], folders: Sequence[Union[str, Path]],
           artifact: Union[None, str, Path] = None, *, scenes: bool = False,
-          approximate: bool = False, retry_bad: bool = False, reindex: bool = False,
-          **options: Any) -> dict[str, Any]:
+          approximate: bool = False, **options: Any) -> dict[str, Any]:
     """Bring a library up to date with folders; make it if it is not there.
 
-    artifact: of a new library, which keeps to it.  scenes: one frame a scene of a video that is new
-    or has changed, not one `every` so often.  approximate: build such an index, which the next run
-    drops.  retry_bad: take files in quarantine as changed.  reindex: encode all anew, with another
-    artifact if it is one.  options: `every`, `decode`, `gpus` and more of `EmbedOptions`.
-    Returns counts: files, items (pictures and frames), encoded, removed (files); quarantine, a
-    list; and recall of an approximate index.  Raises UserError for bad input, and what `embed`
-    raises: the same call then goes on.  On a GPU a script needs `if __name__ == "__main__":`."""
+    artifact: of a new library, or another one for the library, which encodes all anew.  scenes: one
+    frame a scene of a video that is new or has changed, not one `every` so often.  approximate:
+    build such an index, which the next run drops.  options: `every`, `decode`, `gpus` and more of
+    `EmbedOptions`.  Returns counts: files, items (pictures and frames), encoded, removed (files);
+    quarantine, a list; and recall of an approximate index.  Raises UserError for bad input, and
+    what `embed` raises: the same call then goes on.  On a GPU a script needs
+    `if __name__ == "__main__":` around it."""
     from clip_ttrt.pipeline.embed import embed  # which brings tqdm
 
     every, folders = EmbedOptions(**options).every, [os.path.abspath(each) for each in folders]
-    for folder in folders:
-        if not os.path.isdir(folder):
-            raise UserError(f"{folder} is no folder; name folders of pictures and videos")
     artifact = read_artifact(artifact or Store(library).get("artifact") or "")
     store, done, recall = Store(library, create=True), {}, {}
     with open(store.folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another run is waited for
-        adopt(store, artifact, reindex)
-        removed = scan(store, folders, retry_bad)
+        adopt(store, artifact)
+        removed = scan(store, folders)
         shards = plan(store, GRID if scenes else every, Scenes if scenes else sources.Rows)
         if shards:
             with TemporaryDirectory() as run:
@@ -98,15 +93,11 @@ def index(library: Union[str, Path], folders: Sequence[Union[str, Path]],
             "removed": removed, **recall, "quarantine": store.quarantine()}
 
 
-def adopt(store: Store, artifact: Artifact, reindex: bool) -> None:
+def adopt(store: Store, artifact: Artifact) -> None:
     """A library is one artifact's.  An approximate index is that of the items before."""
-    identity, found = sha256_of_file(artifact.folder / MANIFEST), store.items()
-    if len(found) and store.get("identity") != identity and not reindex:
-        raise UserError(f"{store.folder} has features of another artifact, {store.get('artifact')},"
-                        f" which cannot be compared with those of {artifact.folder}; --reindex "
-                        "encodes all anew")
+    identity = sha256_of_file(artifact.folder / MANIFEST)
     (store.folder / INDEX).unlink(missing_ok=True)
-    if reindex or not len(found):
+    if store.get("identity") != identity:
         with store.db:
             store.db.execute("DELETE FROM files")
             store.db.execute("DELETE FROM sqlite_sequence")
@@ -116,14 +107,11 @@ def adopt(store: Store, artifact: Artifact, reindex: bool) -> None:
               artifact=str(artifact.folder.absolute()))
 
 
-def scan(store: Store, folders: Sequence[str], retry_bad: bool) -> int:
+def scan(store: Store, folders: Sequence[str]) -> int:
     """Note what is new, changed or gone in the folders; returns the number of files that left."""
-    if retry_bad:
-        store.db.execute("DELETE FROM files WHERE id IN (SELECT file FROM items WHERE reason IS "
-                         "NOT NULL)")
     beneath, found = tuple(os.fsencode(os.path.join(folder, "")) for folder in folders), set()
     for path in chain.from_iterable(map(sources.walk, folders)):
-        if ending(path) in ENDINGS:
+        if Path(path).suffix[1:].lower() in ENDINGS:
             status = os.stat(path)
             found.add((os.fsencode(path), status.st_size, status.st_mtime_ns))
     known = {each for each in store.db.execute("SELECT path, size, mtime FROM files")
@@ -142,11 +130,12 @@ def plan(store: Store, every: float, kind: type) -> list[sources.Rows]:
     pictures, videos = [], []
     for file, path in store.db.execute("SELECT id, path FROM files WHERE NOT done").fetchall():
         path = os.fsdecode(path)
-        if ending(path) in sources.PICTURES:
+        ending = Path(path).suffix[1:].lower()
+        if ending in sources.PICTURES:
             pictures.append(sources.file_item(path, {"file": file}, path))
             continue
         try:
-            items = list(sources.read_items(path, ending(path), False, every, None))
+            items = list(sources.read_items(path, ending, False, every, None))
         except sources.library("av").FFmpegError as problem:
             items = [[path, None, {}, sources.reason(problem)]]
         for item in items:
@@ -156,7 +145,3 @@ def plan(store: Store, every: float, kind: type) -> list[sources.Rows]:
         videos.append(kind(items))
     return [sources.Rows(pictures[begin:begin + PICTURES])
             for begin in range(0, len(pictures), PICTURES)] + videos
-
-
-def ending(path: str) -> str:
-    return os.path.splitext(path)[1][1:].lower()

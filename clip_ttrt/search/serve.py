@@ -1,34 +1,28 @@
 """The page of a library and what it asks for, for browsers on this machine alone.
 
     GET /                  the page
-    POST /api/query        JSON: text, picture (base64), more, less (items' ids), top
+    POST /api/query        JSON: text, picture (base64), more, less (items' ids)
     GET /thumbnail/ITEM    a JPEG of an item
     GET /file/FILE         an indexed file, by its number, whole or ranges of it"""
 import base64
 import io
 import socket
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import uvicorn
 from PIL import Image, ImageOps
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
 
 from clip_ttrt.errors import UserError
 from clip_ttrt.pipeline.sources import Playback
 from clip_ttrt.search.library import Library, parse
-
-try:
-    import uvicorn
-    from starlette.applications import Starlette
-    from starlette.concurrency import run_in_threadpool
-    from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.requests import Request
-    from starlette.responses import FileResponse, JSONResponse, Response
-    from starlette.routing import Route
-except ImportError as problem:
-    raise UserError(f"{problem.name} is missing; pip install 'clip_ttrt[search]' brings it"
-                    ) from problem
 
 PAGE = Path(__file__).with_name("page.html")
 HEADERS = [
@@ -37,17 +31,14 @@ HEADERS = [
     ("Cross-Origin-Resource-Policy", "same-origin"), ("X-Content-Type-Options", "nosniff")]
 HOSTS = ["127.0.0.1", "localhost"]  # another name is a site's that points here
 LESS = -0.5  # weight of what results are to be less like
-SIDE = 320  # pixels of a thumbnail
+SIDE, TOP = 320, 40  # pixels of a thumbnail; results
 
 
 class Server(uvicorn.Server):
-    """Serves a library on 127.0.0.1 once it is `run`.  port: 0 for any, which is `self.port`."""
+    """Serves a library once it is `run` on `socket`, 127.0.0.1's `port`, which 0 chooses."""
 
     def __init__(self, library: Library, port: int = 8080):
-        try:
-            self.socket = socket.create_server((HOSTS[0], port))
-        except (OSError, OverflowError) as problem:
-            raise UserError(f"port {port}: {problem}; --port takes another") from problem
+        self.socket = socket.create_server((HOSTS[0], port))
         self.library, self.port = library, self.socket.getsockname()[1]
         library.model.warmup([1])  # which captures CUDA graphs before there are other threads
         routes = [Route("/", lambda _: FileResponse(PAGE)),
@@ -60,22 +51,15 @@ class Server(uvicorn.Server):
         super().__init__(uvicorn.Config(app, headers=HEADERS, log_level="warning",
                                         timeout_graceful_shutdown=1))
 
-    def run(self) -> None:
-        with suppress(KeyboardInterrupt):
-            super().run([self.socket])
-
     def thumbnail(self, request: Request) -> Response:
         with self.library.lock:
             path, pts, start = self.library.store.item(request.path_params["item"])
-        try:
-            if pts is None:
-                picture = Image.open(path)
-                picture.draft("RGB", (2 * SIDE, 2 * SIDE))
-            else:
-                picture = Image.fromarray(Playback.__wrapped__(path).at(pts, start))
-            picture = ImageOps.exif_transpose(picture).convert("RGB")
-        except Exception as problem:  # of decoders, which share no type
-            raise OSError(str(problem)) from problem
+        if pts is None:
+            picture = Image.open(path)
+            picture.draft("RGB", (2 * SIDE, 2 * SIDE))
+        else:
+            picture = Image.fromarray(Playback.__wrapped__(path).at(pts, start))
+        picture = ImageOps.exif_transpose(picture).convert("RGB")
         picture.thumbnail((SIDE, SIDE))
         picture.save(data := io.BytesIO(), "JPEG", quality=85)
         return Response(data.getvalue(), media_type="image/jpeg",
@@ -94,16 +78,16 @@ class Server(uvicorn.Server):
             raise ValueError("a query is application/json")
         return JSONResponse(await run_in_threadpool(self.query, **await request.json()))
 
-    def query(self, text: str = "", picture: str = "", more: list[int] = [], less: list[int] = [],
-              top: int = 40) -> dict[str, Any]:
+    def query(self, text: str = "", picture: str = "", more: list[int] = [], less: list[int] = []
+              ) -> dict[str, Any]:
         terms = parse(text, files=False) if text.strip() else []
         terms += [(1.0, base64.b64decode(picture))] if picture else []
         terms += [(1.0, int(each)) for each in more] + [(LESS, int(each)) for each in less]
         if not terms:
             raise UserError("nothing is asked for; write a text or drop a picture")
-        found = self.library.query(terms, min(max(1, top), 500) + len(less))
+        found = self.library.query(terms, TOP + len(less))
         found["results"] = [each for each in found["results"] if not {
-            each["id"], *(one["id"] for one in each["similar"])}.intersection(less)][:top]
+            each["id"], *(one["id"] for one in each["similar"])}.intersection(less)][:TOP]
         return found
 
 

@@ -42,11 +42,7 @@ class Store:
                             "it one")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.db = sqlite3.connect(self.folder / DATABASE, timeout=60, check_same_thread=False)
-        try:
-            self.db.executescript(SCHEMA + "PRAGMA foreign_keys = ON")
-        except sqlite3.DatabaseError as problem:
-            raise UserError(f"{self.folder / DATABASE} is damaged ({problem}); index into another "
-                            "folder") from problem
+        self.db.executescript(SCHEMA + "PRAGMA foreign_keys = ON")
 
     def get(self, name: str) -> Any:
         """A fact, None where it is not known."""
