@@ -52,7 +52,8 @@ class TorchvisionRows(Rows):
         for *which, row in json.loads(self.packed)[start:stop]:
             picture, label = torchvision_set(*which)[row]
             facts = {"image_path": f"{which[0]}:{row}", "label": int(label)}
-            records.append(Record("", np.asarray(picture.convert("RGB")), facts, None))
+            pixels = np.asarray(picture.convert("RGB"))
+            records.append(Record(facts["image_path"], pixels, facts, None))
         return records
 
 

@@ -157,7 +157,7 @@ def probe(artifacts: Sequence, train: Any, test: Any, **options: Any) -> dict[st
     options, report, first = ProbeOptions(**options), [], {}
     rows = {part: read_rows(str(source), options) for part, source in
             (("train", train), ("test", test))}
-    names = {part: labels_of(str(part), rows[part], options) for part in rows}
+    names = {part: labels_of(part, rows[part], options) for part in rows}
     classes = np.unique(names["train"])
     if len(classes) < 2:
         raise UserError(f"train has one class only, {classes[0]}; a probe needs at least two")

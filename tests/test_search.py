@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from searching import CAPTIONS, PICTURES, VIDEOS, pixels
 import clip_ttrt
 from clip_ttrt import UserError, cli
 from clip_ttrt.artifact import read_artifact
-from clip_ttrt.search import Library, index, library, store
+from clip_ttrt.search import Library, index, indexing, library, store
 from clip_ttrt.search.library import parse, segments
 
 av = pytest.importorskip("av", reason="needs the extra embed")
@@ -231,6 +232,26 @@ def test_a_killed_run_goes_on_and_encodes_nothing_twice(
         one, other = (each.query(CAPTIONS[number]) for each in (whole, parts))
         assert [each["score"] for each in one["results"]] == pytest.approx(
             [each["score"] for each in other["results"]], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_processes_share_a_library(world, demo_artifact, tmp_path):
+    """Two, as on two GPUs, which write what one does."""
+    from clip_ttrt.pipeline.embed import embed
+
+    made = store.Store(tmp_path / "l", create=True)
+    indexing.adopt(made, demo_artifact)
+    indexing.scan(made, [str(world.files)])
+    shards = indexing.plan(made, 1.0, indexing.sources.Rows)
+    into = partial(indexing.IntoLibrary, made.folder, shards, tmp_path / "run")
+    embed(demo_artifact.folder, shards, into, devices=["cpu", "cpu"])
+    assert len(made.quarantine()) == len(world.summary["quarantine"])
+    both = world.library, Library(made.folder)
+    for query in (CAPTIONS[0], CAPTIONS[50]):
+        one, two = (each.query(query)["results"] for each in both)
+        assert [Path(each["path"]).name for each in one] == [Path(each["path"]).name for each in two]
+        assert [each["score"] for each in one] == pytest.approx([each["score"] for each in two],
+                                                                abs=1e-3)
 
 
 def test_a_disk_that_is_full_leaves_the_library_as_it_was(
