@@ -186,7 +186,7 @@ def probe_one(artifact: Artifact, parts: dict, classes: int, options: ProbeOptio
         c = max(sorted(report["sweep"]), key=report["sweep"].get)  # of equals the smallest
     model = fit(*data["train"], c, start)
     x, y = data["test"]
-    hits = (model.top(x, min(5, classes)) == y[:, None]).cpu().numpy()
+    hits = (model.top(x, min(5, len(model.bias))) == y[:, None]).cpu().numpy()
     report |= {"classes": classes, "c": c, "iterations": model.iterations,
                "gradient_norm": model.gradient_norm, "converged": model.converged,
                "top-1": wilson(hits[:, 0]), "top-5": wilson(hits.any(1))}
