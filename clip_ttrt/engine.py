@@ -3,11 +3,11 @@ import json
 import shutil
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from time import perf_counter
 from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import nn
+from torch.utils.benchmark import Timer
 
 from clip_ttrt import backends, deprecations, families, graph, kernels, linear, stack, trt, verify
 from clip_ttrt.artifact import SCALES, Artifact, draft
@@ -19,7 +19,7 @@ from clip_ttrt.guard import Guarded, lengths_of, trace
 from clip_ttrt.models import HEAD_DIM, Dimensions
 from clip_ttrt.options import BatchRange, Options
 from clip_ttrt.progress import Progress
-from clip_ttrt.quantize import Quantizer
+from clip_ttrt.quantize import Quantizer, gain
 
 DTYPES = {"fp32": torch.float, "tf32": torch.float, "fp16": torch.half, "bf16": torch.bfloat16,
           "fp8": torch.half}  # around the layers that are quantised
@@ -101,6 +101,9 @@ def compile_with(options: Options, progress: Progress) -> Artifact:
             if options.compare:
                 facts["milliseconds"] = beside_fp16(
                     encoder, module, checkpoint, options, quantizer.rows[encoder], progress)
+            elif quantizer:
+                width = getattr(checkpoint.dimensions, f"{encoder}_width")
+                progress.say(gain(encoder, width, options.batch.optimal))
             writing.add(encoder, module, **facts)
             del module
         manifest = {
@@ -173,11 +176,8 @@ def beside_fp16(name: str, in_fp8: torch.jit.ScriptModule, checkpoint: Checkpoin
     for precision, module in ("fp8", in_fp8), ("fp16", in_fp16):
         encoder = Encoder([module], options.batch, checkpoint.dimensions.embed_dim, x[:0], True)
         encoder.warmup([size] * 50)
-        begun = perf_counter()
-        for _ in range(50):
-            encoder(x)
-        torch.cuda.synchronize()
-        found[precision] = (perf_counter() - begun) / 50 * 1e3
+        timer = Timer("call(x)", globals={"call": encoder, "x": x})
+        found[precision] = timer.timeit(50).mean * 1e3
     progress.say(f"{name}, batch {size}: {found['fp8']:.3f} ms in fp8, {found['fp16']:.3f} in fp16")
     return found
 
