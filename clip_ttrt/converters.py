@@ -290,27 +290,6 @@ def convert_mean_of_patches(to, x):
     return to.shuffle(to.cast(mean, x.dtype, "back"), shape=(0, x.shape[2]))
 
 
-@converter(ops.convolution)
-def convert_convolution(to, x, weight, bias, stride, padding):
-    dtype = TORCH_TYPES[x.dtype]
-    kernel, bias = to.weights(weight, dtype), to.weights(bias, dtype)
-    layer = to.net.add_convolution_nd(x, weight.shape[0], tuple(weight.shape[2:]), kernel, bias)
-    layer.stride_nd, layer.padding_nd = (stride, stride), (padding, padding)
-    return to.named(layer)
-
-
-@converter(ops.relu)
-def convert_relu(to, x):
-    return to.named(to.net.add_activation(x, trt.ActivationType.RELU))
-
-
-@converter(ops.average_pool)
-def convert_average_pool(to, x, size):
-    layer = to.net.add_pooling_nd(x, trt.PoolingType.AVERAGE, (size, size))
-    layer.stride_nd = (size, size)
-    return to.named(layer)
-
-
 @converter(ops.attention_pool)
 def convert_attention_pool(to, x, positions, query_weight, query_bias, key_weight, value_weight):
     """As the reference; heads stand before the batch where each has a weight of its own."""

@@ -7,31 +7,35 @@ projection.
 The image encoder of a ResNet is in `resnet.py`.
 """
 from types import SimpleNamespace
-from typing import Callable, Mapping, Optional
+from typing import Any, Callable, Mapping, Optional
 
 import torch
 from torch import nn
 
 from clip_ttrt import ops, resnet
 from clip_ttrt.families import renamed
-from clip_ttrt.models import Dimensions, dimensions_from
+from clip_ttrt.models import Dimensions
 
-# What an encoder calls: the ops, for inference, or their differentiable references.
-CALLED = ("attention", "gelu", "extract_patches", "prepend_class_token", "pool_end_of_text",
-          "clamp_tokens", "positions_of", "mask_unknown", "mean_of_patches", "attention_pool",
-          "attention_probe", "cast")
-INFERENCE = SimpleNamespace(**{name: getattr(ops, name) for name in CALLED})
-DIFFERENTIABLE = SimpleNamespace(**{name: ops.REFERENCES[getattr(ops, name)] for name in CALLED})
 StateDict = Mapping[str, torch.Tensor]
+
+
+def differentiable(encoder: nn.Module) -> nn.Module:
+    """An encoder that calls the ops' references, for training, in the ops' place."""
+    references = {str(op).split(".")[1]: called for op, called in ops.REFERENCES.items()}
+    for module in encoder.modules():
+        module.called = SimpleNamespace(**references)
+    return encoder
 
 
 class Block(nn.Module):
     """A pre-norm transformer block: [B, T, W] -> [B, T, W], or [B, W] where `pool` picks a row."""
 
+    called: Any = ops
+
     def __init__(self, width: int, heads: int, mlp: int, gelu: str, causal: bool,
-                 called: SimpleNamespace, epsilon: float = 1e-5):
+                 epsilon: float = 1e-5):
         super().__init__()
-        self.heads, self.gelu, self.causal, self.called = heads, gelu, causal, called
+        self.heads, self.gelu, self.causal = heads, gelu, causal
         self.norm_1 = nn.LayerNorm(width, epsilon)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
@@ -50,33 +54,34 @@ class Block(nn.Module):
 class PoolingHead(nn.Module):
     """SigLIP's: attention of one query, a learnt probe, over all tokens: [B, T, W] -> [B, W].
 
-    The query is the same for every picture, and so is what a head seeks: `fold` makes it once.
+    The query is the same for every picture, and so is what each head seeks: `folded`.
     """
 
-    def __init__(self, width: int, heads: int, mlp: int, called: SimpleNamespace):
+    called: Any = ops
+
+    def __init__(self, width: int, heads: int, mlp: int):
         super().__init__()
-        self.called, self.heads = called, heads
-        self.probe = nn.Parameter(torch.empty(1, 1, width))
-        self.attention = nn.MultiheadAttention(width, heads)
+        self.sought = nn.Parameter(torch.empty(heads, width))
+        self.values = nn.Parameter(torch.empty(width, width))
+        self.out = nn.Linear(width, width)
         self.layernorm = nn.LayerNorm(width, 1e-6)
         self.up, self.down = nn.Linear(width, mlp), nn.Linear(mlp, width)
 
-    @torch.no_grad()
-    def fold(self) -> "PoolingHead":
+    @staticmethod
+    def folded(state_dict: StateDict, heads: int) -> StateDict:
         """The query goes through the keys, whose bias adds the same to all scores, and the values'
         bias through the projection behind them, summed in fp64."""
-        attention = self.attention.double()
-        query, key, value = attention.in_proj_weight.chunk(3)
-        query_bias, _, value_bias = attention.in_proj_bias.chunk(3)
-        query = (query @ self.probe.flatten().double() + query_bias).view(self.heads, 1, -1)
-        sought = query @ key.unflatten(0, (self.heads, -1)) * query.shape[2] ** -0.5
-        self.sought, self.values = (
-            nn.Parameter(each.float().clone()) for each in (sought.squeeze(1), value))
-        self.out = attention.out_proj
-        self.out.bias += self.out.weight @ value_bias
-        self.out.float()
-        del self.probe, self.attention
-        return self
+        probe, weight, bias, out, out_bias = (
+            state_dict[f"visual.head.{name}"].double() for name in (
+                "probe", "attention.in_proj_weight", "attention.in_proj_bias",
+                "attention.out_proj.weight", "attention.out_proj.bias"))
+        query, key, value = weight.chunk(3)
+        query_bias, _, value_bias = bias.chunk(3)
+        query = (query @ probe.flatten() + query_bias).view(heads, 1, -1)
+        sought = query @ key.unflatten(0, (heads, -1)) * query.shape[2] ** -0.5
+        found = {"sought": sought.squeeze(1), "values": value, "attn.out_proj.weight": out,
+                 "attn.out_proj.bias": out_bias + out @ value_bias}
+        return {**state_dict, **{f"visual.head.{name}": each for name, each in found.items()}}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.out(self.called.attention_probe(x, self.sought, self.values))
@@ -86,15 +91,16 @@ class PoolingHead(nn.Module):
 class Encoder(nn.Module):
     """What both encoders have, which compute in the dtype of their weights."""
 
-    def __init__(self, dims: Dimensions, kind: str, tokens: int, causal: bool,
-                 called: SimpleNamespace):
+    called: Any = ops
+
+    def __init__(self, dims: Dimensions, kind: str, tokens: int, causal: bool):
         super().__init__()
-        self.called, self.names, epsilon = called, NAMES[kind], 1e-6 if dims.is_siglip else 1e-5
+        self.names, epsilon = NAMES[kind], 1e-6 if dims.is_siglip else 1e-5
         width, heads, mlp, layers = (
             getattr(dims, f"{kind}_{each}") for each in ("width", "heads", "mlp", "layers"))
         self.positions = nn.Parameter(torch.empty(tokens, width))
         self.blocks = nn.ModuleList(
-            Block(width, heads, mlp, dims.gelu, causal, called, epsilon) for _ in range(layers))
+            Block(width, heads, mlp, dims.gelu, causal, epsilon) for _ in range(layers))
         self.norm_post = nn.LayerNorm(width, epsilon)
         self.projection = nn.Linear(width, dims.embed_dim, bias=dims.is_siglip)
 
@@ -118,10 +124,10 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def load(self, state_dict: StateDict) -> "Encoder":
         """Take over the tensors of a state dict in OpenAI's naming, for inference."""
+        if isinstance(self.projection, PoolingHead):
+            state_dict = self.projection.folded(state_dict, len(self.projection.sought))
         for name, value in self.in_openai_naming().items():
             value.copy_(state_dict[name])
-        if isinstance(self.projection, PoolingHead):
-            self.projection.fold()
         return self.eval().requires_grad_(False)
 
     def features(self, x: torch.Tensor, pool: Optional[Callable], mean: bool = False
@@ -138,14 +144,14 @@ class Encoder(nn.Module):
 class ImageEncoder(Encoder):
     """Vision transformer: images [B, 3, R, R], any float dtype -> features fp32 [B, embed_dim]."""
 
-    def __init__(self, dims: Dimensions, called: SimpleNamespace = INFERENCE):
-        super().__init__(dims, "image", dims.image_tokens, False, called)
+    def __init__(self, dims: Dimensions):
+        super().__init__(dims, "image", dims.image_tokens, False)
         width, self.patch_size, self.pooling = dims.image_width, dims.patch_size, dims.image_pooling
         self.patches = nn.Linear(3 * dims.patch_size ** 2, width, bias=dims.is_siglip)
         self.class_token = None if dims.is_siglip else nn.Parameter(torch.empty(width))
         self.norm_pre = nn.Identity() if dims.is_siglip else nn.LayerNorm(width)
         if dims.is_siglip:
-            self.projection = PoolingHead(width, dims.image_heads, dims.image_mlp, called)
+            self.projection = PoolingHead(width, dims.image_heads, dims.image_mlp)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         images = self.cast(images, self.patches.weight.dtype)
@@ -163,8 +169,8 @@ class TextEncoder(Encoder):
     features of NaN: on a GPU nobody can look at ids without waiting for them.
     """
 
-    def __init__(self, dims: Dimensions, called: SimpleNamespace = INFERENCE):
-        super().__init__(dims, "text", dims.context_length, not dims.is_siglip, called)
+    def __init__(self, dims: Dimensions):
+        super().__init__(dims, "text", dims.context_length, not dims.is_siglip)
         self.last = dims.context_length - 1 if dims.is_siglip else None  # the row that is pooled
         self.tokens = nn.Embedding(dims.vocab_size, dims.text_width)
 
@@ -175,25 +181,6 @@ class TextEncoder(Encoder):
             self.called.pool_end_of_text(rows, known) if self.last is None else
             rows.select(1, self.last)))
         return self.called.mask_unknown(features, tokens, known)
-
-
-class Blank(nn.Module):
-    """Both encoders with PyTorch's initialisation, CLIP's interface and OpenAI's naming."""
-
-    def __init__(self, dims: Dimensions, called: SimpleNamespace = INFERENCE):
-        super().__init__()
-        self.encode_image, self.encode_text = ImageEncoder(dims, called), TextEncoder(dims, called)
-        self.logit_scale = nn.Parameter(torch.tensor(2.6593))
-        if dims.logit_bias:
-            self.logit_bias = nn.Parameter(torch.tensor(-10.0))
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {**self.encode_image.in_openai_naming(), **self.encode_text.in_openai_naming(),
-                **dict(self.named_parameters(recurse=False))}
-
-    def load_state_dict(self, state_dict: StateDict) -> None:
-        self.encode_image.load(state_dict)
-        self.encode_text.load(state_dict)
 
 
 # Parts of parameter names: ours -> OpenAI's.
@@ -213,20 +200,9 @@ NAMES = {"image": BLOCK_NAMES | {
 }}
 
 
-def image_encoder(state_dict: StateDict, called: SimpleNamespace = INFERENCE,
-                  dims: Optional[Dimensions] = None) -> nn.Module:
-    """The encoder of images of a state dict in OpenAI's naming, fp32, in evaluation mode; dims:
-    where they are not those of OpenAI's models with tensors of these shapes."""
-    dims = dims or dimensions_from(state_dict)
-    if dims.is_resnet:
-        return resnet.image_encoder(state_dict, called)
-    return ImageEncoder(dims, called).load(state_dict)
+def image_encoder(dims: Dimensions) -> nn.Module:
+    """Of images; its `load` takes a state dict in OpenAI's naming."""
+    return resnet.ImageEncoder(dims) if dims.is_resnet else ImageEncoder(dims)
 
 
-def text_encoder(state_dict: StateDict, called: SimpleNamespace = INFERENCE,
-                 dims: Optional[Dimensions] = None) -> TextEncoder:
-    """The encoder of texts, likewise."""
-    return TextEncoder(dims or dimensions_from(state_dict), called).load(state_dict)
-
-
-ENCODERS = {"image": image_encoder, "text": text_encoder}
+ENCODERS = {"image": image_encoder, "text": TextEncoder}

@@ -2,8 +2,6 @@
 from dataclasses import dataclass
 from typing import Union
 
-from clip_ttrt.errors import UserError
-
 HEAD_DIM = 64  # of OpenAI's transformers, image or text, and of a ResNet's attention pooling
 RESNET_STRIDE = 32  # pixels for one token of a ResNet's pooling
 
@@ -29,7 +27,6 @@ class Dimensions:
     gelu: str = "quick"  # of the MLPs, as `ops.gelu` approximates it
     image_pooling: str = "class"  # token; mean: of the patches, behind the last norm; or probe:
     # SigLIP's, whose encoders differ in more
-    logit_bias: bool = False  # whether the model has one
     family: str = "openai"  # of `families.FAMILIES`
 
     def __post_init__(self):
@@ -73,34 +70,3 @@ MODELS = {
     "RN50x16": Dimensions(768, 384, RESNET_STRIDE, 96, (6, 8, 18, 8), 77, 49408, 768, 12),
     "RN50x64": Dimensions(1024, 448, RESNET_STRIDE, 128, (3, 15, 36, 10), 77, 49408, 1024, 12),
 }
-
-
-def dimensions_from(state_dict) -> Dimensions:
-    """The dimensions by the shapes of a state dict in OpenAI's naming; UserError for others."""
-    def blocks(prefix: str) -> int:
-        return len({name.removeprefix(prefix).partition(".")[0] for name in state_dict
-                    if name.startswith(prefix)})
-
-    try:
-        first = state_dict["visual.conv1.weight"]
-        if "visual.attnpool.positional_embedding" in state_dict:
-            tokens = len(state_dict["visual.attnpool.positional_embedding"])
-            patch_size, width = RESNET_STRIDE, 2 * first.shape[0]
-            layers = tuple(blocks(f"visual.layer{stage}.") for stage in (1, 2, 3, 4))
-        else:
-            tokens = len(state_dict["visual.positional_embedding"])
-            patch_size, width = first.shape[-1], first.shape[0]
-            layers = blocks("visual.transformer.resblocks.")
-        return Dimensions(
-            embed_dim=state_dict["text_projection"].shape[1],
-            image_resolution=patch_size * round((tokens - 1) ** 0.5),
-            patch_size=patch_size,
-            image_width=width,
-            image_layers=layers,
-            context_length=state_dict["positional_embedding"].shape[0],
-            vocab_size=state_dict["token_embedding.weight"].shape[0],
-            text_width=state_dict["ln_final.weight"].shape[0],
-            text_layers=blocks("transformer.resblocks."),
-        )
-    except (KeyError, IndexError, TypeError, AttributeError) as problem:
-        raise UserError(f"not a CLIP model in OpenAI's naming: {problem}") from problem

@@ -196,23 +196,6 @@ def select_token_reference(x: Tensor, index: int) -> Tensor:
     return x.select(1, index).clone()
 
 
-def convolution_reference(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int
-) -> Tensor:
-    """[B, C, S, S] and [N, C, K, K] and [N] -> [B, N, ..]."""
-    return F.conv2d(x, weight, bias, stride, padding)
-
-
-def relu_reference(x: Tensor) -> Tensor:
-    """max(x, 0), elementwise."""
-    return F.relu(x)
-
-
-def average_pool_reference(x: Tensor, size: int) -> Tensor:
-    """Means of squares side by side: [B, C, S, S] -> [B, C, S / size, S / size]."""
-    return F.avg_pool2d(x, size)
-
-
 # What the plugins do in one piece
 
 
@@ -314,9 +297,6 @@ layer_norm = _op(layer_norm_reference)
 add = _op(add_reference)
 embedding = _op(embedding_reference)
 select_token = _op(select_token_reference)
-convolution = _op(convolution_reference)
-relu = _op(relu_reference)
-average_pool = _op(average_pool_reference)
 fused_attention = _op(fused_attention_reference, _attention_fake)
 fused_linear = _op(fused_linear_reference)
 fused_quantized_linear = _op(fused_quantized_linear_reference)

@@ -155,7 +155,7 @@ def compare(artifact: Artifact, checkpoint: Checkpoint, inputs: Optional[tuple] 
             found[name] = errors(*features[name])
             batches[name] = {str(size): errors(encode(x[:size]), reference[:size])["cos_min"]
                              for size in sizes}
-    package = type(checkpoint.model.original()).__module__.partition(".")[0]
+    package = checkpoint.model.family.package
     report = {"inputs": about, "weights": checkpoint.origin.describe(),
               "reference": package, "errors": found, "batches": batches}
     if len(artifact.encoders) == 2:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from clip_ttrt.checkpoint import load_checkpoint, original_with_weights
-from clip_ttrt.encoders import DIFFERENTIABLE
+from clip_ttrt.encoders import differentiable
 from clip_ttrt.errors import UserError
 from clip_ttrt.families import find
 
@@ -167,7 +167,7 @@ def rearranged(model: str, encoder: str, precision: str, device: str) -> torch.n
     """Our encoder, without an op of ours; fp8: its blocks' linear layers are torch._scaled_mm."""
     allow_tf32(precision)
     checkpoint = load_checkpoint(model, weights_of(model))
-    module = checkpoint.model.encoder(encoder, checkpoint.state_dict, DIFFERENTIABLE)
+    module = differentiable(checkpoint.model.encoder(encoder, checkpoint.state_dict))
     module = module.to(device, DTYPES[precision])
     if precision == "fp8":
         in_fp8(module, example(model, encoder, 64, torch.half, device))

@@ -108,8 +108,8 @@ class DemoClip(nn.Module):
     def __init__(self, dims: Dimensions, words: int):
         super().__init__()
         self.dims = dims
-        self.image = encoders.ImageEncoder(dims, encoders.DIFFERENTIABLE)
-        self.text = encoders.TextEncoder(replace(dims, vocab_size=words), encoders.DIFFERENTIABLE)
+        self.image = encoders.differentiable(encoders.ImageEncoder(dims))
+        self.text = encoders.differentiable(encoders.TextEncoder(replace(dims, vocab_size=words)))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.classifiers = nn.Linear(dims.embed_dim, sum(captions.SIZES))
 
@@ -240,8 +240,8 @@ def batch_losses(
 class Evaluation:
     """Held-out and training pictures and captions, and the figures of a weights' file on them."""
 
-    def __init__(self, device: str, per_class: int = 8, resolution: int = 112):
-        self.device = device
+    def __init__(self, device: str, per_class: int = 8, dims: Dimensions = MODELS["demo"]):
+        self.device, self.dims, resolution = device, dims, dims.image_resolution
         held_out = captions.held_out_sample()
         self.everything = captions.held_out_combinations()
         trained = captions.training_sample()
@@ -266,8 +266,8 @@ class Evaluation:
         - `largest_activation`: the largest absolute value after any block, of either encoder.
         """
         state_dict = read_weights(path)
-        image = encoders.image_encoder(state_dict).to(self.device)
-        text = encoders.text_encoder(state_dict).to(self.device)
+        image, text = (make(self.dims).load(state_dict).to(self.device)
+                       for make in encoders.ENCODERS.values())
         largest = []
         for block in (*image.blocks, *text.blocks):
             block.register_forward_hook(lambda *call: largest.append(call[-1].abs().max()))
@@ -361,7 +361,7 @@ def train(
     generator = torch.Generator().manual_seed(options.seed)
 
     tokens = CaptionTokens().to(device)
-    evaluation = Evaluation(device, options.per_class, dims.image_resolution)
+    evaluation = Evaluation(device, options.per_class, dims)
     model = DemoClip(dims, len(tokens.ids)).initialise(generator).to(device)
     optimizer = torch.optim.AdamW(
         model.parameter_groups(options.weight_decay), lr=0.0, betas=(0.9, 0.98), eps=1e-6,

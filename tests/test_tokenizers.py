@@ -140,11 +140,11 @@ def test_what_is_missing_or_damaged_is_named(sentencepiece_folder, bpe_folder, t
     for content in (None, "{", "[]", "{}", '{"tokenizer_class": "T5Tokenizer"}'):
         if content:
             config.write_text(content)
-        refused(r"tokenizer_config\.json tells of no tokenizer .*SiglipTokenizer")
+        refused(r"has no tokenizer that can be read, SiglipTokenizer or ")
     for folder, name in ((sentencepiece_folder, "spiece.model"), (bpe_folder, "tokenizer.json")):
         config.write_text((folder / config.name).read_text())
-        refused(rf"{name} cannot be read: .*(?i:no such file)")
+        refused(rf"(?i:no such file).*{name}|{name}.*(?i:no such file)")
         (tmp_path / name).write_text('{"model": 1}')
-        refused(rf"{name} cannot be read")
+        refused("has no tokenizer that can be read")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     refused(r"package tokenizers, .*clip_ttrt\[siglip\]")
