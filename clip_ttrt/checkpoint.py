@@ -77,26 +77,16 @@ def load_checkpoint(model: str, weights: Optional[str] = None, seed: int = 0,
     if weights == "demo":
         state_dict = packing.unpack(state_dict, found.dimensions.vocab_size)
     what = f"these weights ({origin.path or origin.kind})"
-    if (theirs := _shapes(state_dict)) != (ours := _expected(found)):
-        missing, unknown = ours - theirs, theirs - ours
-        known = next((f" but {name}'s" for name in MODELS
-                      if theirs == _expected(families.find(name))), "")
-        raise UserError(f"{what} are not a whole {model}'s{known}: "
-                        f"{len(missing)} missing ({', '.join(sorted(missing)[:3])}) and "
-                        f"{len(unknown)} unknown tensors ({', '.join(sorted(unknown)[:3])})")
+    with torch.device("meta"):
+        original = found.original()
+    try:
+        original.load_state_dict(state_dict, assign=True)
+    except RuntimeError as problem:
+        reasons = (line.strip()[:150] for line in str(problem).splitlines()[1:4])
+        raise UserError(f"{what} are not those of {model}: {' '.join(reasons)}") from problem
     if broken := [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]:
         raise UserError(f"{what} are not finite: {', '.join(broken[:3])}")
     return Checkpoint(found, state_dict, origin)
-
-
-def _shapes(state_dict: Mapping[str, torch.Tensor]) -> set[str]:
-    return {f"{name} {list(tensor.shape)}" for name, tensor in state_dict.items()
-            if not name.endswith(NO_WEIGHTS)}
-
-
-def _expected(model: Model) -> set[str]:
-    with torch.device("meta"):
-        return _shapes(model.original().state_dict())
 
 
 def reload_checkpoint(model: str, origin: Origin, weights: Optional[str] = None,

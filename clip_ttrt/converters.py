@@ -2,9 +2,9 @@
 
 Only ops of our own have one here, so no other model's network changes.  Every converter works with
 a dynamic batch, those of the text encoder with a dynamic length, too: a reshape writes 0 ("keep")
-or -1 ("what is left") for it.  Networks are strongly
-typed: a layer computes in the type of its inputs, and constants take that type, but for layer
-norm, which is put between casts to fp32, and the plugins' fp32 constants.
+or -1 ("what is left") for it.  Networks are strongly typed: a layer computes in the type of its
+inputs, and constants take that type, but for layer norm, which is put between casts to fp32, and
+the plugins' fp32 constants.
 """
 from dataclasses import dataclass
 from typing import Any, Callable, Union
@@ -42,13 +42,10 @@ class Layers:
         layer.name = f"{self.name}_{suffix}" if suffix else self.name
         return layer.get_output(0)
 
-    def weights(self, value: torch.Tensor, dtype: torch.dtype) -> Any:
-        value = seam.hold(value.detach().to("cpu", dtype).contiguous())
-        return trt.Weights(TRT_TYPES[dtype], value.data_ptr(), value.numel())
-
     def constant(self, value: torch.Tensor, suffix: str, dtype: torch.dtype) -> Any:
-        layer = self.net.add_constant(tuple(value.shape), self.weights(value, dtype))
-        return self.named(layer, suffix)
+        value = seam.hold(value.detach().to("cpu", dtype).contiguous())
+        weights = trt.Weights(TRT_TYPES[dtype], value.data_ptr(), value.numel())
+        return self.named(self.net.add_constant(tuple(value.shape), weights), suffix)
 
     def beside(self, x: Any, value: Union[torch.Tensor, float], suffix: str) -> Any:
         """A constant of x's type and rank, since TensorRT broadcasts equal ranks only."""

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import nn
 
-from clip_ttrt import backends, deprecations, families, graph, kernels, linear, stack, trt, verify
+from clip_ttrt import (
+    backends, deprecations, families, graph, kernels, linear, stack, tokenizers, trt, verify)
 from clip_ttrt.artifact import SCALES, Artifact, draft
 from clip_ttrt.backends import Backend, Choice
 from clip_ttrt.checkpoint import Checkpoint, load_checkpoint
@@ -126,7 +127,7 @@ def compile_with(options: Options, progress: Progress) -> Artifact:
         }
         if plan.kernels_version is not None:
             manifest["versions"]["cublaslt"] = linear.version_text()
-        for name in checkpoint.model.family.tokenizer:
+        for name in tokenizers.FILES if checkpoint.dimensions.is_siglip else ():
             if (path := checkpoint.model.folder / name).is_file():
                 shutil.copy(path, writing.folder)
         artifact = writing.write_manifest(**manifest, verification=None)

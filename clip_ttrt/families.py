@@ -1,15 +1,14 @@
 """Families of models: how each one's files are read, and its tensors' names mapped to OpenAI's.
 
-A row of FAMILIES is what there is to a family.  Its own library reads configs and has the original
-model; what has been compiled runs without it.
+A row of FAMILIES is its package, which reads configs and has the original model, and what makes a
+`Model` of that.  What has been compiled runs without it.
 """
 import functools
 import json
 import re
 from dataclasses import asdict, dataclass, field
-from numbers import Real
 from pathlib import Path
-from typing import Any, Callable, Mapping, NamedTuple, Optional
+from typing import Any, Callable, Mapping, Optional
 
 import torch
 from torch import Tensor, nn
@@ -35,32 +34,30 @@ class Model:
     preprocess: Mapping[str, Any] = field(default_factory=OPENAI_PREPROCESS.copy)
     folder: Optional[Path] = None  # of the model's files, or of an artifact
     original: Optional[Callable[[], nn.Module]] = None  # its family's, as that initialises it
-
-    @property
-    def family(self) -> "Family":
-        return FAMILIES[self.dimensions.family]
+    files: tuple[str, ...] = ()  # of weights in the folder, the best first
+    names: Callable[[StateDict], StateDict] = dict  # of the original's tensors -> OpenAI's
 
     def weights(self) -> list[Path]:
         """The files of its own weights; UserError where there are none."""
-        for pattern in self.family.weights:
+        for pattern in self.files:
             if self.name.startswith(HUB):
                 hub(self.name, pattern)
             if paths := sorted(self.folder.glob(pattern)):
                 return paths
-        known = " or ".join(self.family.weights) or "weights of its own"
+        known = " or ".join(self.files) or "weights of its own"
         raise UserError(f"{self.name} comes with no {known}; give --weights FILE or random")
 
     def encoder(self, name: str, state_dict: StateDict) -> nn.Module:
-        """Our encoder, image or text, of the family's own tensors: fp32, in evaluation mode."""
+        """Our encoder, image or text, of the original's tensors: fp32, in evaluation mode."""
         from clip_ttrt.encoders import ENCODERS
 
-        return ENCODERS[name](self.dimensions).load(self.family.names(state_dict))
+        return ENCODERS[name](self.dimensions).load(self.names(state_dict))
 
     def tokenizer(self) -> Callable[..., Tensor]:
         """A function of texts and `truncate=False` -> tokens int32 [N, context_length], which
         raises RuntimeError for a text that is longer."""
         length = self.dimensions.context_length
-        if self.family.tokenizer:
+        if self.dimensions.is_siglip:
             from clip_ttrt import tokenizers
 
             return tokenizers.read(self.folder, length)
@@ -103,10 +100,13 @@ def find(name: str) -> Model:
         if not (name.startswith(PACKAGE) or (folder / "open_clip_config.json").is_file()):
             family = json.loads((folder / "config.json").read_text()).get("model_type")
             check(name, "", {"model_type": family}, {"model_type": ("clip", "siglip")})
-        model = FAMILIES[family].read(name, folder)
+        model = FAMILIES[family][1](name, folder)
+    except UserError:
+        raise
     except ImportError as problem:
-        raise UserError(f"{name} is read by the package {FAMILIES[family].package} ({problem}): "
-                        f"pip install 'clip_ttrt[{FAMILIES[family].package}]'") from problem
+        package = FAMILIES[family][0]
+        raise UserError(f"{name} is read by the package {package} ({problem}): pip install "
+                        f"'clip_ttrt[{package}]'") from problem
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         reason = str(problem).strip().partition("\n")[0]
         raise UserError(f"unknown model {name!r} ({reason}); known: {', '.join(MODELS)}, {PACKAGE}"
@@ -136,23 +136,20 @@ def check(name: str, part: str, found: Mapping[str, Any], served: Mapping[str, A
 
 
 REFUSED = {  # which people will meet -> why
-    "model_type": "where clip and siglip are known, of fixed sizes",
-    "multimodal_cfg": "as of CoCa, whose texts end in a class token",
-    "timm_model_name": "an image tower of timm's, as of NaFlex; of SigLIP take transformers' files",
-    "hf_model_name": "a text tower of transformers'",
-}
+    "multimodal_cfg": "as of CoCa", "hf_model_name": "a text tower of transformers'",
+    "timm_model_name": "an image tower of timm's, as of NaFlex; of SigLIP take transformers' files"}
 
 
 # OpenCLIP: open_clip_config.json
 
 FITS = {"shortest": "crop", "squash": "squash", "longest": "pad"}
 OPEN_CLIP = {  # settings that may differ from their defaults
-    **dict.fromkeys(("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "size",
-                     "init_logit_scale", "init_logit_bias", "nonscalar_logit_scale", "mean", "std"
-                     ), object),
-    **dict.fromkeys(("width", "layers", "heads", "head_width", "mlp_ratio", "patch_size",
-                     "image_size", "context_length", "patch_dropout"), Real),
-    "pool_type": ("tok", "avg"), "act_kwargs": ({"approximate": "none"}, {"approximate": "tanh"}),
+    **dict.fromkeys("embed_dim vision_cfg text_cfg quick_gelu custom_text init_logit_scale "
+                    "init_logit_bias nonscalar_logit_scale width heads head_width mlp_ratio "
+                    "patch_size context_length patch_dropout size mean std".split(), object),
+    "layers": int, "image_size": int,  # no ResNet's, no rectangle's
+    "pool_type": ("tok", "avg"),
+    "act_kwargs": (None, {"approximate": "none"}, {"approximate": "tanh"}),
     "resize_mode": FITS, "interpolation": ("bicubic", "bilinear", "random"),
 }
 
@@ -161,7 +158,6 @@ def read_open_clip(name: str, folder: Path) -> Model:
     import open_clip
 
     def read(part: str, kind: type, given: Mapping[str, Any], **also: Any) -> Any:
-        given = {key: value for key, value in given.items() if value is not None}
         defaults = {key: (value,) for key, value in asdict(kind()).items()}
         check(name, f"{part}.", given, {**defaults, **OPEN_CLIP, **also})
         return kind(**given)
@@ -188,7 +184,9 @@ def read_open_clip(name: str, folder: Path) -> Model:
                   "fit": FITS[pictures.resize_mode],
                   "mean": [*pictures.mean], "std": [*pictures.std]}
     arguments = {key: value for key, value in config.items() if key != "custom_text"}
-    return Model(name, dims, preprocess, folder, lambda: open_clip.CLIP(**arguments))
+    return Model(name, dims, preprocess, folder, lambda: open_clip.CLIP(**arguments), (
+        "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
+        "open_clip_pytorch_model.bin"))
 
 
 # CLIP and SigLIP of transformers: config.json
@@ -234,11 +232,10 @@ def read_transformers(name: str, folder: Path) -> Model:
     pictures = AutoImageProcessor.from_pretrained(folder, backend="pil").to_dict()
     square = {"height": side, "width": side}
     fit = "squash" if pictures["size"] == square else "crop"
-    served = dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), (True,)) | {
-        "resample": FILTERS, "rescale_factor": (1 / 255,)}
-    if fit == "crop":
-        served |= {"size": ({"shortest_edge": side},), "do_center_crop": (True,),
-                   "crop_size": (square,)}
+    served = {"do_resize": (True,), "do_rescale": (True,), "do_normalize": (True,),
+              "resample": FILTERS, "rescale_factor": (1 / 255,)}
+    served |= {"size": ({"shortest_edge": side},), "do_center_crop": (True,),
+               "crop_size": (square,)} if fit == "crop" else {}
     check(name, "preprocessor's ", {key: pictures.get(key) for key in served}, served)
     preprocess = {"filter": FILTERS[pictures["resample"]], "fit": fit,
                   "mean": [*pictures["image_mean"]], "std": [*pictures["image_std"]]}
@@ -249,7 +246,8 @@ def read_transformers(name: str, folder: Path) -> Model:
         own.encode_text = lambda tokens: own.get_text_features(tokens).pooler_output
         return own
 
-    return Model(name, dims, preprocess, folder, original)
+    return Model(name, dims, preprocess, folder, original, (
+        "model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin"), transformers_names)
 
 
 def renamed(name: str, parts: Mapping[str, str]) -> str:
@@ -282,23 +280,7 @@ def openai_model(dims: Dimensions) -> nn.Module:
                 dims.text_heads, dims.text_layers)
 
 
-class Family(NamedTuple):
-    """A row of the table."""
-
-    package: str  # which has the original models; its name is that of our extra, too
-    read: Optional[Callable[[str, Path], Model]] = None  # a name and its folder
-    weights: tuple[str, ...] = ()  # files in a folder, the best first
-    names: Callable[[StateDict], StateDict] = dict  # its names of tensors -> OpenAI's
-    tokenizer: tuple[str, ...] = ()  # files, of which an artifact gets copies; (): OpenAI's
-
-
-OF_TRANSFORMERS = ("transformers", read_transformers, (
-    "model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin"), transformers_names)
 FAMILIES = {  # those of transformers under the model_type of their config.json
-    "openai": Family("clip"),
-    "open_clip": Family("open_clip", read_open_clip, (
-        "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
-        "open_clip_pytorch_model.bin")),
-    "clip": Family(*OF_TRANSFORMERS),
-    "siglip": Family(*OF_TRANSFORMERS, ("tokenizer_config.json", "spiece.model", "tokenizer.json")),
+    "openai": ("clip", None), "open_clip": ("open_clip", read_open_clip),
+    "clip": ("transformers", read_transformers), "siglip": ("transformers", read_transformers),
 }

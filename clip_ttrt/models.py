@@ -1,4 +1,4 @@
-"""The models: names and dimensions, from one table or from a checkpoint's shapes."""
+"""The models: names and dimensions."""
 from dataclasses import dataclass
 from typing import Union
 
@@ -15,7 +15,7 @@ class Dimensions:
     image_resolution: int  # pixels, height and width
     patch_size: int  # pixels
     image_width: int  # of a ResNet: of its first stage
-    image_layers: Union[int, tuple[int, ...]]  # of a ResNet: blocks of each stage
+    image_layers: Union[int, list[int]]  # of a ResNet: blocks of each stage
     context_length: int  # tokens of a full-length text
     vocab_size: int
     text_width: int
@@ -29,16 +29,9 @@ class Dimensions:
     # SigLIP's, whose encoders differ in more
     family: str = "openai"  # of `families.FAMILIES`
 
-    def __post_init__(self):
-        if isinstance(self.image_layers, list):  # as JSON has it
-            object.__setattr__(self, "image_layers", tuple(self.image_layers))
-        for encoder in ("image", "text"):
-            width = getattr(self, f"{encoder}_mlp") or 4 * getattr(self, f"{encoder}_width")
-            object.__setattr__(self, f"{encoder}_mlp", width)
-
     @property
     def is_resnet(self) -> bool:
-        return isinstance(self.image_layers, tuple)
+        return isinstance(self.image_layers, list)
 
     @property
     def is_siglip(self) -> bool:
@@ -64,9 +57,9 @@ MODELS = {
     "ViT-B/16": Dimensions(512, 224, 16, 768, 12, 77, 49408, 512, 12),
     "ViT-L/14": Dimensions(768, 224, 14, 1024, 24, 77, 49408, 768, 12),
     "ViT-L/14@336px": Dimensions(768, 336, 14, 1024, 24, 77, 49408, 768, 12),
-    "RN50": Dimensions(1024, 224, RESNET_STRIDE, 64, (3, 4, 6, 3), 77, 49408, 512, 12),
-    "RN101": Dimensions(512, 224, RESNET_STRIDE, 64, (3, 4, 23, 3), 77, 49408, 512, 12),
-    "RN50x4": Dimensions(640, 288, RESNET_STRIDE, 80, (4, 6, 10, 6), 77, 49408, 640, 12),
-    "RN50x16": Dimensions(768, 384, RESNET_STRIDE, 96, (6, 8, 18, 8), 77, 49408, 768, 12),
-    "RN50x64": Dimensions(1024, 448, RESNET_STRIDE, 128, (3, 15, 36, 10), 77, 49408, 1024, 12),
+    "RN50": Dimensions(1024, 224, RESNET_STRIDE, 64, [3, 4, 6, 3], 77, 49408, 512, 12),
+    "RN101": Dimensions(512, 224, RESNET_STRIDE, 64, [3, 4, 23, 3], 77, 49408, 512, 12),
+    "RN50x4": Dimensions(640, 288, RESNET_STRIDE, 80, [4, 6, 10, 6], 77, 49408, 640, 12),
+    "RN50x16": Dimensions(768, 384, RESNET_STRIDE, 96, [6, 8, 18, 8], 77, 49408, 768, 12),
+    "RN50x64": Dimensions(1024, 448, RESNET_STRIDE, 128, [3, 15, 36, 10], 77, 49408, 1024, 12),
 }

@@ -7,7 +7,8 @@ place of several where the plugins serve.
 
 In fp8 a tensor is E4M3 times a scale.  An `out_scale` makes a result, the last of two, E4M3.
 """
-from typing import Optional
+from types import SimpleNamespace
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -306,3 +307,18 @@ residual_layer_norm = _op(residual_layer_norm_reference)
 extract_patch_rows = _op(extract_patch_rows_reference)
 embed_image = _op(embed_image_reference)
 split_tokens = _op(split_tokens_reference)
+
+
+class Module(torch.nn.Module):
+    """One that calls these operations, or for training their differentiable references."""
+
+    called: Any = SimpleNamespace(**{op.name().split("::")[1]: op for op in REFERENCES})
+
+    def differentiable(self) -> "Module":
+        references = {op.name().split("::")[1]: called for op, called in REFERENCES.items()}
+        for module in self.modules():
+            module.called = SimpleNamespace(**references)
+        return self
+
+    def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x if x.dtype == dtype else self.called.cast(x, dtype)

@@ -8,6 +8,7 @@ import torch
 
 from clip_ttrt.errors import UserError
 
+FILES = "tokenizer_config.json", "spiece.model", "tokenizer.json"  # what an artifact has copies of
 START_OF_WORD = "\u2581"  # SentencePiece's
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 Encode = Callable[[str], list[int]]  # a text -> ids without the end token

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from clip_ttrt.checkpoint import load_checkpoint, original_with_weights
-from clip_ttrt.encoders import differentiable
 from clip_ttrt.errors import UserError
 from clip_ttrt.families import find
 
@@ -74,11 +73,11 @@ class PlainImageEncoder(torch.nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         encoder = self.encoder
         x = self.patches(images).flatten(2).transpose(1, 2)
-        token = encoder.class_token.expand(x.shape[0], 1, -1)
-        x = encoder.norm_pre(torch.cat([token, x], dim=1) + encoder.positions)
+        token = encoder.class_embedding.expand(x.shape[0], 1, -1)
+        x = encoder.ln_pre(torch.cat([token, x], dim=1) + encoder.positional_embedding)
         for block in encoder.blocks:
             x = block(x)
-        return encoder.projection(encoder.norm_post(x[:, 0]))
+        return encoder.projection(encoder.ln_post(x[:, 0]))
 
 
 class PlainTextEncoder(torch.nn.Module):
@@ -90,11 +89,11 @@ class PlainTextEncoder(torch.nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         encoder = self.encoder
-        x = encoder.tokens(tokens) + encoder.positions[:tokens.shape[1]]
+        x = encoder.token_embedding(tokens) + encoder.positional_embedding[:tokens.shape[1]]
         for block in encoder.blocks:
             x = block(x)
         rows = torch.arange(x.shape[0], device=x.device)
-        return encoder.projection(encoder.norm_post(x)[rows, tokens.argmax(dim=-1)])
+        return encoder.projection(encoder.ln_post(x)[rows, tokens.argmax(dim=-1)])
 
 
 class Own(torch.nn.Module):
@@ -105,8 +104,7 @@ class Own(torch.nn.Module):
         self.model, self.encoder = model, encoder
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        model = self.model
-        return model.encode_image(x) if self.encoder == "image" else model.encode_text(x)
+        return getattr(self.model, f"encode_{self.encoder}")(x)
 
 
 class ScaledLinear(torch.nn.Module):
@@ -167,7 +165,7 @@ def rearranged(model: str, encoder: str, precision: str, device: str) -> torch.n
     """Our encoder, without an op of ours; fp8: its blocks' linear layers are torch._scaled_mm."""
     allow_tf32(precision)
     checkpoint = load_checkpoint(model, weights_of(model))
-    module = differentiable(checkpoint.model.encoder(encoder, checkpoint.state_dict))
+    module = checkpoint.model.encoder(encoder, checkpoint.state_dict).differentiable()
     module = module.to(device, DTYPES[precision])
     if precision == "fp8":
         in_fp8(module, example(model, encoder, 64, torch.half, device))
@@ -198,24 +196,15 @@ def original(model: str, precision: str, device: str) -> torch.nn.Module:
 
     Raises UserError for bf16, which OpenAI's has not.
     """
-    checkpoint = load_checkpoint(model, weights_of(model))
-    if checkpoint.dimensions.family != "openai":
-        return original_with_weights(checkpoint, device).to(DTYPES[precision])
-    if precision == "bf16":
+    if (openai := find(model).dimensions.family == "openai") and precision == "bf16":
         raise UserError("the original model has no bf16; its precisions are fp32, tf32 and fp16")
     allow_tf32(precision)
-    module = original_with_weights(checkpoint, device)
-    if precision == "fp16":
+    module = original_with_weights(load_checkpoint(model, weights_of(model)), device)
+    if openai and precision == "fp16":
         from clip.model import convert_weights
 
         convert_weights(module)
-    return module
-
-
-def clip(model: str, encoder: str, precision: str, device: str) -> Callable:
-    """The method of OpenAI's model.  Raises UserError for bf16."""
-    module = original(model, precision, device)
-    return module.encode_image if encoder == "image" else module.encode_text
+    return module if openai else module.to(DTYPES[precision])
 
 
 def onnxruntime(model: str, encoder: str, precision: str, device: str) -> Callable:
@@ -263,7 +252,7 @@ PEERS: dict[str, Callable[[str, str, str, str], Callable]] = {
     "torch.compile": lambda *about: compiled(plain(*about)),
     "torch.compile rearranged": lambda *about: compiled(rearranged(*about)),
     "eager": plain,
-    "clip": clip,
+    "clip": lambda model, encoder, *about: Own(original(model, *about), encoder),
     "onnxruntime": onnxruntime,
 }
 # They copy from the CPU or wait for it, or replay graphs of their own.

@@ -108,8 +108,8 @@ class DemoClip(nn.Module):
     def __init__(self, dims: Dimensions, words: int):
         super().__init__()
         self.dims = dims
-        self.image = encoders.differentiable(encoders.ImageEncoder(dims))
-        self.text = encoders.differentiable(encoders.TextEncoder(replace(dims, vocab_size=words)))
+        self.image = encoders.ImageEncoder(dims).differentiable()
+        self.text = encoders.TextEncoder(replace(dims, vocab_size=words)).differentiable()
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.classifiers = nn.Linear(dims.embed_dim, sum(captions.SIZES))
 
@@ -136,17 +136,18 @@ class DemoClip(nn.Module):
             normal(encoder.projection.weight, width ** -0.5)
         width = self.dims.image_width
         normal(self.image.patches.weight, 0.5 * (3 * self.dims.patch_size ** 2) ** -0.5)
-        normal(self.image.class_token, width ** -0.5)
-        normal(self.image.positions, 0.5)
-        normal(self.text.tokens.weight, 0.1)
-        normal(self.text.positions, 0.05)
+        normal(self.image.class_embedding, width ** -0.5)
+        normal(self.image.positional_embedding, 0.5)
+        normal(self.text.token_embedding.weight, 0.1)
+        normal(self.text.positional_embedding, 0.05)
         normal(self.classifiers.weight, self.dims.embed_dim ** -0.5)
         nn.init.zeros_(self.classifiers.bias)
         return self
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """Weight decay for matrices of layers; none for embeddings, biases, norms and the scale."""
-        tables = (self.image.positions, self.text.positions, self.text.tokens.weight)
+        tables = (self.image.positional_embedding, self.text.positional_embedding,
+                  self.text.token_embedding.weight)
         embeddings = {id(p) for p in tables}
         decayed = [p for p in self.parameters() if p.ndim >= 2 and id(p) not in embeddings]
         others = [p for p in self.parameters() if p.ndim < 2 or id(p) in embeddings]

@@ -95,13 +95,13 @@ def test_a_resnet_s_file_may_count_the_batches_of_its_training(path, counted, mo
     extra = {"visual.bn1.num_batches_tracked": torch.tensor(7)} if counted else {}
     save_file({**state_dict, **extra}, path)
     assert load_checkpoint("small", str(path)).state_dict.keys() == state_dict.keys()
-    with pytest.raises(UserError, match="not a whole RN50's but small's"):
+    with pytest.raises(UserError, match="are not those of RN50: Missing key.* size mismatch for"):
         load_checkpoint("RN50", str(path))
 
 
 @pytest.mark.parametrize("damage, sentence", [
-    (lambda d: d.pop("ln_final.bias"), r"demo's: 1 missing \(ln_final.bias \[128\]\) and 0 "),
-    (lambda d: d.update(extra=torch.zeros(1)), r"0 missing \(\) and 1 unknown tensors \(extra \[1"),
+    (lambda d: d.pop("ln_final.bias"), "those of demo: Missing key.* \"ln_final.bias\". *$"),
+    (lambda d: d.update(extra=torch.zeros(1)), "those of demo: Unexpected key.* \"extra\". *$"),
     (lambda d: d["text_projection"].fill_(float("nan")), "not finite: text_projection"),
 ])
 def test_wrong_tensors(path, state_dict, damage, sentence):
@@ -113,7 +113,7 @@ def test_wrong_tensors(path, state_dict, damage, sentence):
 
 def test_files_that_are_another_model_s_truncated_or_missing(path, state_dict):
     save_file(state_dict, path)
-    with pytest.raises(UserError, match="not a whole ViT-B/32's but demo's: "):
+    with pytest.raises(UserError, match="are not those of ViT-B/32: Missing key.* size mismatch"):
         load_checkpoint("ViT-B/32", str(path))
     path.write_bytes(path.read_bytes()[:10000])
     with pytest.raises(UserError, match="w.safetensors cannot be read"):

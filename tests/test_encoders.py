@@ -43,7 +43,7 @@ def test_features_equal_the_original_model(name):
     assert relative_error(encoder(tokens[:-1, :20]), expected[:-1]) <= TOLERANCE  # of padded rows
 
 
-@pytest.mark.parametrize("layers", [(2, 1, 1, 1), (1, 2, 3, 1)], ids=str)
+@pytest.mark.parametrize("layers", [[2, 1, 1, 1], [1, 2, 3, 1]], ids=str)
 @torch.no_grad()
 def test_a_small_resnet_equals_the_original_model_for_any_batch(layers, monkeypatch):
     """Blocks with and without a convolution beside them, and a width that is no power of two."""

@@ -396,7 +396,7 @@ def test_what_open_clip_has_and_we_do_not_is_refused_by_name(path, value, senten
     content = {"model_cfg": of(path, value)}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
     for call in (families.find, load_checkpoint, lambda name: clip_ttrt.Options(model=name)):
-        with pytest.raises(UserError, match=f"not supported: its .*{sentence}"):
+        with pytest.raises(UserError, match=f"^{tmp_path} is not supported: its .*{sentence}"):
             call(str(tmp_path))
 
 
@@ -429,7 +429,7 @@ def test_damaged_files_and_missing_weights_are_told(tmp_path):
     state_dict = {name: value for name, value in theirs(CONFIGS["H"]).state_dict().items()
                   if name != "ln_final.bias"}
     save_file(state_dict, weights)
-    with pytest.raises(UserError, match=r"not a whole .*: 1 missing \(ln_final.bias \[128\]\)"):
+    with pytest.raises(UserError, match="not those of .*: Missing key.*: \"ln_final.bias\""):
         load_checkpoint(str(tmp_path / "m"))
     weights.rename(weights.with_name("open_clip_pytorch_model.bin"))
     with pytest.raises(UserError, match="--trust-weights"):

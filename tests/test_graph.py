@@ -73,7 +73,7 @@ def test_layers_of_the_same_sizes_are_measured_once_and_get_their_table(
     assert graph.run(module, [graph.tuning(BatchRange(1, 4, 8), (77,))]) == {"tune": layers}
     # All tokens, or the patches without the class token, until the last block chooses one row
     # before its output projection.
-    block, tokens = plain.blocks[0], plain.positions.shape[0]
+    block, tokens = plain.blocks[0], plain.positional_embedding.shape[0]
     of_block = [layer.weight.shape for layer in (block.qkv, block.out, block.up, block.down)]
     expected = [(tokens, shape) for shape in of_block]
     expected += [(1, shape) for shape in (*of_block[1:], plain.projection.weight.shape)]

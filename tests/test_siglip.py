@@ -12,7 +12,7 @@ from torch import nn
 import clip_ttrt
 from clip_ttrt import families, graph, ops, pictures, tokenizers, trt
 from clip_ttrt.checkpoint import load_checkpoint, original_with_weights
-from clip_ttrt.encoders import ENCODERS, differentiable
+from clip_ttrt.encoders import ENCODERS
 from clip_ttrt.engine import in_precision
 from clip_ttrt.errors import UserError
 from clip_ttrt.guard import trace
@@ -98,7 +98,7 @@ def test_features_equal_the_original_model_s(original, encoder, read):
     assert relative_error(ours.double()(x), expected) < TOLERANCE
     low = ours.half()(x)
     assert low.dtype == torch.float and torch.cosine_similarity(low, expected).min() > 0.9999
-    ours = differentiable(read(config).encoder(encoder, state_dict)).requires_grad_(True)
+    ours = read(config).encoder(encoder, state_dict).differentiable().requires_grad_(True)
     assert relative_error(ours(x), expected) < TOLERANCE
     ours(x).sum().backward()
     assert all(value.grad is not None for value in ours.parameters())
@@ -188,7 +188,7 @@ def test_a_published_model_s_config_and_tensors_fit_its_encoders(name, read):
 
 
 @pytest.mark.parametrize("part, setting, words", [
-    ("", {"model_type": "siglip2"}, "model_type is 'siglip2', where clip and siglip are known, of"),
+    ("", {"model_type": "siglip2"}, "model_type is .siglip2., which is unknown here"),
     ("", {"model_type": None}, "model_type is None"),
     ("vision_config", {"vision_use_head": False}, "vision_config.vision_use_head is False"),
     ("vision_config", {"hidden_act": "gelu"}, "vision_config.hidden_act is 'gelu'"),

@@ -14,8 +14,7 @@ from clip_ttrt.engine import DTYPES
 from clip_ttrt.guard import trace
 from clip_ttrt.models import MODELS
 from clip_ttrt.options import BatchRange
-from clip_ttrt.resnet import AttentionPool
-from lowering import DYNAMIC, STATIC, One, construct, encoder_in, lowered
+from lowering import DYNAMIC, STATIC, One, Pool, construct, encoder_in, lowered
 
 pytestmark = pytest.mark.gpu
 
@@ -128,11 +127,10 @@ def test_quick_gelu_keeps_its_tails_in_half():
 def test_attention_pool(side, width, precision):
     """Of what a ReLU leaves, with keys that tell tokens apart."""
     torch.manual_seed(0)
-    own = AttentionPool2d(side, width, width // 64, 64).requires_grad_(False)
-    module = AttentionPool(own)
+    module = Pool(AttentionPool2d(side, width, width // 64, 64)).requires_grad_(False)
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=width ** -0.5)
-    module.k_proj.weight *= 4
+    module.own.k_proj.weight *= 4
     actual, rows = run_in_engine(module, torch.zeros(2, width, side, side), precision,
                                  draw=lambda *shape: torch.randn(shape).relu())
     expected = module.double().cpu()(rows.double())

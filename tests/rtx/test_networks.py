@@ -1,5 +1,6 @@
 """Every converter with a form in TensorRT's own layers, and whole encoders: a network and plan."""
 import logging
+import re
 import warnings
 
 import pytest
@@ -14,9 +15,8 @@ from clip_ttrt.encoders import ENCODERS, PoolingHead
 from clip_ttrt.guard import lengths_of
 from clip_ttrt.models import MODELS, Dimensions
 from clip_ttrt.options import BatchRange
-from clip_ttrt.resnet import AttentionPool
 import small
-from lowering import DYNAMIC, STATIC, One, construct, encoder_in, lowered
+from lowering import DYNAMIC, STATIC, One, Pool, construct, encoder_in, lowered
 
 MOST_LAYERS = {"demo": 240, "ViT-B/32": 480, "ViT-B/16": 480, "ViT-L/14": 840,
                "ViT-L/14@336px": 840,  # constants not counted; seen: 196, 364, 364, 700, 700,
@@ -70,8 +70,7 @@ CONVERTED = {
     "relu": (of(nn.functional.relu), (8, 6, 6)),
     "average_pool": (of(lambda x: nn.functional.avg_pool2d(x, 2)), (8, 6, 6)),
     "mean_of_patches": (of(ops.mean_of_patches), (5, 64)),
-    "attention_pool": (
-        AttentionPool(AttentionPool2d(2, 128, 2, 32).requires_grad_(False)), (128, 2, 2)),
+    "attention_pool": (Pool(AttentionPool2d(2, 128, 2, 32)), (128, 2, 2)),
     "attention_probe": (PoolingHead(144, 2, 200), (5, 144)),
     "extract_whole_patches": (of(lambda x: ops.extract_patches(x, 4)), (3, 18, 18)),
 }
@@ -302,7 +301,8 @@ def of_siglip(request):
         if value.dim() > 1:
             nn.init.normal_(value, std=1.5 * value.shape[1] ** -0.5)
         else:
-            nn.init.normal_(value, mean=float("norm" in name and "weight" in name), std=0.1)
+            mean = float(bool(re.search(r"(ln_|norm).*weight", name)))
+            nn.init.normal_(value, mean=mean, std=0.1)
     return encoder, inputs, precision
 
 
