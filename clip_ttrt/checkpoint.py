@@ -2,6 +2,7 @@
 import hashlib
 import http.client
 import re
+import textwrap
 import warnings
 from dataclasses import dataclass
 from itertools import chain
@@ -68,21 +69,21 @@ def load_checkpoint(model: str, weights: Optional[str] = None, seed: int = 0,
     parts, digests = zip(*(_read(path, trust) for path in paths))
     sha256 = digests[0] if len(digests) == 1 else (
         hashlib.sha256("".join(digests).encode()).hexdigest())
-    origin = (Origin(weights, sha256) if weights in ("demo", "openai", "own") else
-              Origin("file", sha256, path=str(paths[0].resolve())))
+    path = None if weights in ("demo", "openai", "own") else str(paths[0].resolve())
+    origin = Origin("file" if path else weights, sha256, path)
     # Files of open_clip may have prefixes: of the text encoder, and of training on many GPUs.
     state_dict = {re.sub(r"^(module\.)?(text\.)?", "", name): tensor.detach().float().cpu()
                   for part in parts for name, tensor in part.items()
                   if not name.endswith(NO_WEIGHTS)}
     if weights == "demo":
         state_dict = packing.unpack(state_dict, found.dimensions.vocab_size)
-    what = f"these weights ({origin.path or origin.kind})"
+    what = f"these weights ({path or weights})"
     with torch.device("meta"):
         original = found.original()
     try:
         original.load_state_dict(state_dict, assign=True)
     except RuntimeError as problem:
-        reasons = (line.strip()[:150] for line in str(problem).splitlines()[1:4])
+        reasons = (textwrap.shorten(line, 150) for line in str(problem).splitlines()[1:4])
         raise UserError(f"{what} are not those of {model}: {' '.join(reasons)}") from problem
     if broken := [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]:
         raise UserError(f"{what} are not finite: {', '.join(broken[:3])}")

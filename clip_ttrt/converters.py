@@ -104,10 +104,6 @@ class Layers:
             layer.set_input(2, self.named(shape, f"{suffix}_shape"))
         return self.named(layer, suffix)
 
-    def row(self, x: Any, start: tuple, strides: tuple, batch: Any, suffix: str) -> Any:
-        """A slice [B, 1, W]."""
-        return self.part(x, start, (1, x.shape[2]), strides, batch, suffix)
-
 
 def converter(op: Any):
     """Register a function of `Layers` and the op's arguments as its converter."""
@@ -249,7 +245,7 @@ def convert_extract_patches(to, images, size):
 def convert_prepend_class_token(to, patches, class_token):
     """The token is a slice of stride 0, once for each sample."""
     token = to.beside(patches, class_token, "token")
-    rows = to.row(token, (0, 0, 0), (0, 1, 1), patches, "rows")
+    rows = to.part(token, (0, 0, 0), (1, patches.shape[2]), (0, 1, 1), patches, "rows")
     layer = to.net.add_concatenation([rows, patches])
     layer.axis = 1
     return to.named(layer)
@@ -257,7 +253,7 @@ def convert_prepend_class_token(to, patches, class_token):
 
 @converter(ops.select_token)
 def convert_select_token(to, x, index):
-    row = to.row(x, (0, index, 0), (1, 1, 1), x, "row")
+    row = to.part(x, (0, index, 0), (1, x.shape[2]), (1, 1, 1), x, "row")
     return to.shuffle(row, shape=(-1, x.shape[2]))
 
 
@@ -299,7 +295,8 @@ def convert_attention_pool(to, x, positions, query_weight, query_bias, key_weigh
     tokens = to.named(layer, "with_mean")
     tokens = to.elementwise("SUM", tokens, to.beside(tokens, positions, "positions"), "tokens")
 
-    query = to.cast(to.row(tokens, (0, 0, 0), (1, 1, 1), x, "first"), x.dtype, "first_back")
+    query = to.part(tokens, (0, 0, 0), (1, channels), (1, 1, 1), x, "first")
+    query = to.cast(query, x.dtype, "first_back")
     query = convert_linear(Layers(to.net, f"{to.name}_query"), query, query_weight, query_bias)
     query = to.elementwise("PROD", query, to.beside(query, HEAD_DIM ** -0.5, "scale"), "scaled")
     query = to.shuffle(query, "of_heads", (0, *of_heads), swapped)

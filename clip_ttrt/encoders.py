@@ -41,10 +41,7 @@ class Block(ops.Module):
 
 
 class PoolingHead(ops.Module):
-    """SigLIP's: attention of one query, a learnt probe, over all tokens: [B, T, W] -> [B, W].
-
-    The query is the same for every picture, and so is what each head seeks: `folded`.
-    """
+    """SigLIP's: attention of one query, a learnt probe, over all tokens: [B, T, W] -> [B, W]."""
 
     def __init__(self, width: int, heads: int, mlp: int):
         super().__init__()
@@ -56,8 +53,8 @@ class PoolingHead(ops.Module):
 
     @staticmethod
     def folded(state_dict: StateDict, heads: int) -> StateDict:
-        """The query goes through the keys, whose bias adds the same to all scores, and the values'
-        bias through the projection behind them, summed in fp64."""
+        """The query, the same for every picture, goes through the keys, whose bias adds the same to
+        all scores, and the values' bias through the projection behind them, summed in fp64."""
         probe, weight, bias, out, out_bias = (
             state_dict[f"visual.head.{name}"].double() for name in (
                 "probe", "attention.in_proj_weight", "attention.in_proj_bias",
@@ -80,8 +77,7 @@ class Encoder(ops.Module):
 
     def __init__(self, dims: Dimensions, kind: str, tokens: int, causal: bool):
         super().__init__()
-        self.prefix, names = ("visual.", OF_IMAGE) if kind == "image" else ("", OF_TEXT)
-        self.names = NAMES | names
+        self.mean = kind == "image" and dims.image_pooling == "mean"
         epsilon = 1e-6 if dims.is_siglip else 1e-5
         width, heads, mlp, layers = (
             getattr(dims, f"{kind}_{each}") for each in ("width", "heads", "mlp", "layers"))
@@ -104,7 +100,8 @@ class Encoder(ops.Module):
         if "patches.weight" in values:
             square = 3, self.patch_size, self.patch_size
             values["patches.weight"] = values["patches.weight"].unflatten(1, square)
-        return {self.prefix + renamed(name, self.names): value for name, value in values.items()}
+        prefix, names = ("visual.", OF_IMAGE) if isinstance(self, ImageEncoder) else ("", OF_TEXT)
+        return {prefix + renamed(name, NAMES | names): value for name, value in values.items()}
 
     @torch.no_grad()
     def load(self, state_dict: StateDict) -> "Encoder":
@@ -115,14 +112,13 @@ class Encoder(ops.Module):
             value.copy_(state_dict[name])
         return self.eval().requires_grad_(False)
 
-    def features(self, x: torch.Tensor, pool: Optional[Callable], mean: bool = False
-                 ) -> torch.Tensor:
-        """Features in fp32, or in fp64 where the encoder computes in it.  pool: picks a row; mean:
-        of the patches, behind the norm, which no block can do before its end."""
+    def features(self, x: torch.Tensor, pool: Optional[Callable]) -> torch.Tensor:
+        """Features in fp32, or in fp64 where the encoder computes in it.  pool: picks a row; a mean
+        of the patches is taken behind the norm, which no block can do before its end."""
         for block in self.blocks[:-1]:
             x = block(x)
         x = self.ln_post(self.blocks[-1](x, pool))
-        x = self.projection(self.called.mean_of_patches(x) if mean else x)
+        x = self.projection(self.called.mean_of_patches(x) if self.mean else x)
         return self.cast(x, torch.promote_types(x.dtype, torch.float))
 
 
@@ -131,7 +127,8 @@ class ImageEncoder(Encoder):
 
     def __init__(self, dims: Dimensions):
         super().__init__(dims, "image", dims.image_tokens, False)
-        width, self.patch_size, self.pooling = dims.image_width, dims.patch_size, dims.image_pooling
+        width, self.patch_size = dims.image_width, dims.patch_size
+        self.pool = (lambda rows: rows.select(1, 0)) if dims.image_pooling == "class" else None
         self.patches = nn.Linear(3 * dims.patch_size ** 2, width, bias=dims.is_siglip)
         self.class_embedding = None if dims.is_siglip else nn.Parameter(torch.empty(width))
         self.ln_pre = nn.Identity() if dims.is_siglip else nn.LayerNorm(width)
@@ -143,9 +140,7 @@ class ImageEncoder(Encoder):
         x = self.patches(self.called.extract_patches(images, self.patch_size))
         if self.class_embedding is not None:
             x = self.called.prepend_class_token(x, self.class_embedding)
-        pool = (lambda rows: rows.select(1, 0)) if self.pooling == "class" else None
-        x = self.ln_pre(x + self.positional_embedding)
-        return self.features(x, pool, self.pooling == "mean")
+        return self.features(self.ln_pre(x + self.positional_embedding), self.pool)
 
 
 class TextEncoder(Encoder):

@@ -89,8 +89,7 @@ def shrink(side: int, filter: Any, picture: Any) -> Any:
 def find(name: str) -> Model:
     """A model by its name in the table, `open_clip:NAME`, `hf-hub:ORG/NAME` or a folder.
 
-    Raises UserError for an unknown name, for what is not served of a model, and where the package
-    that reads it is not installed.
+    Raises UserError for an unknown name, what is not served of a model, and a missing package.
     """
     if name in MODELS:
         return Model(name, MODELS[name], original=functools.partial(openai_model, MODELS[name]))
@@ -109,9 +108,9 @@ def find(name: str) -> Model:
                         f"'clip_ttrt[{package}]'") from problem
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         reason = str(problem).strip().partition("\n")[0]
-        raise UserError(f"unknown model {name!r} ({reason}); known: {', '.join(MODELS)}, {PACKAGE}"
-                        f"NAME, {HUB}ORG/NAME, and folders with open_clip_config.json or "
-                        "config.json") from problem
+        raise UserError(f"unknown model {name!r}; known: {', '.join(MODELS)}, {PACKAGE}NAME, {HUB}"
+                        "ORG/NAME, and folders with open_clip_config.json or config.json "
+                        f"({reason})") from problem
     model.tokenizer()  # whose files may be missing
     return model
 
@@ -125,9 +124,7 @@ def hub(name: str, *patterns: str) -> Path:
 
 
 def check(name: str, part: str, found: Mapping[str, Any], served: Mapping[str, Any]) -> None:
-    """UserError for a setting in a part of a config that is not served.
-
-    served: of each setting its values, or their type."""
+    """UserError for a setting of a config's part that is not served; served: values, or a type."""
     for key, value in found.items():
         known = served.get(key, ())
         if not (isinstance(value, known) if isinstance(known, type) else value in known):
@@ -142,24 +139,23 @@ REFUSED = {  # which people will meet -> why
 
 # OpenCLIP: open_clip_config.json
 
+FILTERS = {3: "bicubic", 2: "bilinear"}  # Pillow's numbers
 FITS = {"shortest": "crop", "squash": "squash", "longest": "pad"}
 OPEN_CLIP = {  # settings that may differ from their defaults
     **dict.fromkeys("embed_dim vision_cfg text_cfg quick_gelu custom_text init_logit_scale "
                     "init_logit_bias nonscalar_logit_scale width heads head_width mlp_ratio "
                     "patch_size context_length patch_dropout size mean std".split(), object),
     "layers": int, "image_size": int,  # no ResNet's, no rectangle's
-    "pool_type": ("tok", "avg"),
-    "act_kwargs": (None, {"approximate": "none"}, {"approximate": "tanh"}),
-    "resize_mode": FITS, "interpolation": ("bicubic", "bilinear", "random"),
+    "pool_type": ("tok", "avg", "argmax"), "resize_mode": FITS, "interpolation": FILTERS.values(),
 }
 
 
 def read_open_clip(name: str, folder: Path) -> Model:
     import open_clip
 
-    def read(part: str, kind: type, given: Mapping[str, Any], **also: Any) -> Any:
+    def read(part: str, kind: type, given: Mapping[str, Any]) -> Any:
         defaults = {key: (value,) for key, value in asdict(kind()).items()}
-        check(name, f"{part}.", given, {**defaults, **OPEN_CLIP, **also})
+        check(name, f"{part}.", given, defaults | OPEN_CLIP)
         return kind(**given)
 
     packaged = Path(open_clip.__file__).parent / f"model_configs/{name.removeprefix(PACKAGE)}.json"
@@ -168,20 +164,17 @@ def read_open_clip(name: str, folder: Path) -> Model:
     config = whole.get("model_cfg", whole)
     check(name, "", config, OPEN_CLIP)
     image = read("vision_cfg", open_clip.CLIPVisionCfg, config["vision_cfg"])
-    text = read("text_cfg", open_clip.CLIPTextCfg, config["text_cfg"], pool_type=("argmax",),
-                act_kwargs=(image.act_kwargs,))
+    text = read("text_cfg", open_clip.CLIPTextCfg, config["text_cfg"])
     pictures = read(
         "preprocess_cfg", open_clip.transform.PreprocessCfg, whole.get("preprocess_cfg", {}))
-    gelu = "quick" if config.get("quick_gelu") else (image.act_kwargs or {}).get("approximate")
     dims = Dimensions(
         config["embed_dim"], image.image_size, image.patch_size, image.width, image.layers,
         text.context_length, text.vocab_size, text.width, text.layers,
         image_head_dim=image.head_width, text_head_dim=text.width // text.heads,
         image_mlp=int(image.width * image.mlp_ratio), text_mlp=int(text.width * text.mlp_ratio),
-        gelu=gelu or "none", image_pooling="mean" if image.pool_type == "avg" else "class",
-        family="open_clip")
-    preprocess = {"filter": "bilinear" if pictures.interpolation == "bilinear" else "bicubic",
-                  "fit": FITS[pictures.resize_mode],
+        gelu="quick" if config.get("quick_gelu") else "none",
+        image_pooling="mean" if image.pool_type == "avg" else "class", family="open_clip")
+    preprocess = {"filter": pictures.interpolation, "fit": FITS[pictures.resize_mode],
                   "mean": [*pictures.mean], "std": [*pictures.std]}
     arguments = {key: value for key, value in config.items() if key != "custom_text"}
     return Model(name, dims, preprocess, folder, lambda: open_clip.CLIP(**arguments), (
@@ -192,13 +185,10 @@ def read_open_clip(name: str, folder: Path) -> Model:
 # CLIP and SigLIP of transformers: config.json
 
 GELUS = {"quick_gelu": "quick", "gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
-FILTERS = {3: "bicubic", 2: "bilinear"}  # Pillow's numbers
-TOWER = {
-    "clip": {"hidden_act": GELUS, "layer_norm_eps": (1e-5,), "vocab_size": (49408,),
-             "eos_token_id": (2, 49407)},
-    "siglip": {"hidden_act": ("gelu_pytorch_tanh",), "layer_norm_eps": (1e-6,),
-               "vision_use_head": (True,)},
-}
+TOWER = {"clip": {"hidden_act": GELUS, "layer_norm_eps": (1e-5,), "vocab_size": (49408,),
+                  "eos_token_id": (2, 49407)},
+         "siglip": {"hidden_act": ("gelu_pytorch_tanh",), "layer_norm_eps": (1e-6,),
+                    "vision_use_head": (True,)}}
 RENAMED = {  # parts of tensors' names -> OpenAI's
     "text_model.head.weight": "text_projection", "text_model.head.bias": "text_projection_bias",
     "vision_model.": "visual.", "text_model.": "", "embeddings.": "",
@@ -234,8 +224,9 @@ def read_transformers(name: str, folder: Path) -> Model:
     fit = "squash" if pictures["size"] == square else "crop"
     served = {"do_resize": (True,), "do_rescale": (True,), "do_normalize": (True,),
               "resample": FILTERS, "rescale_factor": (1 / 255,)}
-    served |= {"size": ({"shortest_edge": side},), "do_center_crop": (True,),
-               "crop_size": (square,)} if fit == "crop" else {}
+    if fit == "crop":
+        served |= {"size": ({"shortest_edge": side},), "do_center_crop": (True,),
+                   "crop_size": (square,)}
     check(name, "preprocessor's ", {key: pictures.get(key) for key in served}, served)
     preprocess = {"filter": FILTERS[pictures["resample"]], "fit": fit,
                   "mean": [*pictures["image_mean"]], "std": [*pictures["image_std"]]}

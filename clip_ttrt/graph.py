@@ -100,8 +100,7 @@ def insert(module: fx.GraphModule, before: fx.Node, op: Callable, args: tuple, v
 
 
 def in_ours(node: fx.Node) -> Optional[tuple[Callable, tuple]]:
-    """Our operation for a call of PyTorch's, or one that Torch-TensorRT converts, and its
-    arguments; None where there is none."""
+    """Our operation, or Torch-TensorRT's, for a call of PyTorch's, and its arguments, if any."""
     if node.kwargs:
         return None
     match (node.target, *node.args):

@@ -1,7 +1,7 @@
 """Operations of our own, `torch.ops.clip_ttrt.*`: places that a backend implements as one piece.
 
 TensorRT does it through a converter (`converters.py`), in its own layers or as a plugin,
-TorchScript through the reference, which is differentiable PyTorch.  Encoders call the first ten
+TorchScript through the reference, which is differentiable PyTorch.  Encoders call the first ones
 and `cast`; `graph.py` maps PyTorch's operations to the next ones, and puts the fused ones in the
 place of several where the plugins serve.
 

@@ -24,8 +24,6 @@ def read(folder: Path, context_length: int) -> Callable[..., torch.Tensor]:
     try:
         config = json.loads(Path(folder, "tokenizer_config.json").read_text())
         reader = KINDS[config["tokenizer_class"].removesuffix("Fast")]
-        config |= {name: token["content"] for name, token in config.items()
-                   if name.endswith("_token") and isinstance(token, dict)}
         encode, end, pad = reader(Path(folder), config)
     except ImportError as problem:
         raise UserError(f"the tokenizer in {folder} is read by the package {problem.name}, which "
@@ -58,8 +56,8 @@ def _sentencepiece(folder: Path, config: Mapping[str, Any]) -> tuple[Encode, int
 
     def encode(text: str) -> list[int]:
         text = START_OF_WORD + text.replace(START_OF_WORD, " ")
-        text = text.lower() if config.get("do_lower_case", True) else text
-        return model.encode(before + " ".join(text.translate(PUNCTUATION).split()))[skipped:]
+        text = " ".join(text.lower().translate(PUNCTUATION).split())
+        return model.encode(before + text)[skipped:]
 
     return encode, *(model.piece_to_id(config[name]) for name in ("eos_token", "pad_token"))
 
@@ -71,8 +69,7 @@ def _bpe(folder: Path, config: Mapping[str, Any]) -> tuple[Encode, int, int]:
     model = Tokenizer.from_str((folder / "tokenizer.json").read_text())
     model.no_truncation()
     model.no_padding()
-    steps = normalizers.Lowercase(), model.normalizer
-    model.normalizer = normalizers.Sequence([step for step in steps if step])
+    model.normalizer = normalizers.Sequence([normalizers.Lowercase(), model.normalizer])
     return (lambda text: model.encode(text, add_special_tokens=False).ids,
             *(model.token_to_id(config[name]) for name in ("eos_token", "pad_token")))
 

@@ -24,7 +24,6 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp8": torch.float16,  # but for the blocks' linear layers
 }
-START, END = 49406, 49407  # of a text
 E4M3_MAX = 448.0
 
 
@@ -44,7 +43,7 @@ def example(
         images = torch.randn(batch, 3, side, side, generator=generator)
         return images.to(device, dtype)
     length = length or dims.context_length
-    start, end = min(START, dims.vocab_size - 2), min(END, dims.vocab_size - 1)
+    start, end = dims.vocab_size - 2, dims.vocab_size - 1  # as OpenAI has them
     tokens = torch.randint(1, start, (batch, length), generator=generator, dtype=torch.int32)
     ends, place = 8 + 29 * torch.arange(batch) % (length - 8), torch.arange(length)
     tokens[place > ends[:, None]] = 0
@@ -94,17 +93,6 @@ class PlainTextEncoder(torch.nn.Module):
             x = block(x)
         rows = torch.arange(x.shape[0], device=x.device)
         return encoder.projection(encoder.ln_post(x)[rows, tokens.argmax(dim=-1)])
-
-
-class Own(torch.nn.Module):
-    """An encoder of a family's own model."""
-
-    def __init__(self, model: torch.nn.Module, encoder: str):
-        super().__init__()
-        self.model, self.encoder = model, encoder
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return getattr(self.model, f"encode_{self.encoder}")(x)
 
 
 class ScaledLinear(torch.nn.Module):
@@ -172,23 +160,23 @@ def rearranged(model: str, encoder: str, precision: str, device: str) -> torch.n
     return module
 
 
-def plain(model: str, encoder: str, precision: str, device: str) -> torch.nn.Module:
-    """The encoder as the original lays it out; of a ResNet's images and other families their own.
-
-    Raises UserError for fp8 of those."""
+def plain(model: str, encoder: str, precision: str, device: str) -> Callable:
+    """The encoder as the original lays it out; of a ResNet's images and other families the method
+    of their own model.  Raises UserError for fp8 of those."""
     dims = find(model).dimensions
     if dims.family != "openai" or encoder == "image" and dims.is_resnet:
         if precision == "fp8":
             raise UserError(f"{model}'s own encoder is not measured in fp8; choose fp16")
-        return Own(original(model, "fp32", device).to(DTYPES[precision]), encoder)
+        own = original(model, "fp32", device).to(DTYPES[precision])
+        return getattr(own, f"encode_{encoder}")
     layout = PlainImageEncoder if encoder == "image" else PlainTextEncoder
     return layout(rearranged(model, encoder, precision, device)).to(device)
 
 
-def compiled(module: torch.nn.Module) -> torch.nn.Module:
-    """A module under torch.compile, one graph for each batch that it is called with."""
+def compiled(encoder: Callable) -> Callable:
+    """An encoder under torch.compile, one graph for each batch that it is called with."""
     torch._dynamo.reset()
-    return torch.compile(module, mode="reduce-overhead", fullgraph=True, dynamic=False)
+    return torch.compile(encoder, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
 
 def original(model: str, precision: str, device: str) -> torch.nn.Module:
@@ -252,7 +240,7 @@ PEERS: dict[str, Callable[[str, str, str, str], Callable]] = {
     "torch.compile": lambda *about: compiled(plain(*about)),
     "torch.compile rearranged": lambda *about: compiled(rearranged(*about)),
     "eager": plain,
-    "clip": lambda model, encoder, *about: Own(original(model, *about), encoder),
+    "clip": lambda model, encoder, *about: getattr(original(model, *about), f"encode_{encoder}"),
     "onnxruntime": onnxruntime,
 }
 # They copy from the CPU or wait for it, or replay graphs of their own.

@@ -100,7 +100,7 @@ def test_a_resnet_s_file_may_count_the_batches_of_its_training(path, counted, mo
 
 
 @pytest.mark.parametrize("damage, sentence", [
-    (lambda d: d.pop("ln_final.bias"), "those of demo: Missing key.* \"ln_final.bias\". *$"),
+    (lambda d: d.pop("ln_final.bias"), "those of demo: Missing key.* \"ln_final.bias\".$"),
     (lambda d: d.update(extra=torch.zeros(1)), "those of demo: Unexpected key.* \"extra\". *$"),
     (lambda d: d["text_projection"].fill_(float("nan")), "not finite: text_projection"),
 ])

@@ -29,23 +29,22 @@ TOLERANCE = 1e-5  # of the features' norm: fp32 sums in another order
 TEXTS = ["", "a cat", "a diagram of a dog on a skateboard in front of a shop", "many words " * 60]
 
 
-def config_of(head, act=None, quick=False, pool="tok", ratio=4.0, custom=False, **more):
+def config_of(head, quick=False, pool="tok", ratio=4.0, custom=False, **more):
     """open_clip's config of a small model: two heads an encoder, of this size in the image's."""
     return {
         "embed_dim": 48, "quick_gelu": quick, "custom_text": custom, **more,
         "vision_cfg": {"image_size": 64, "patch_size": 16, "width": 2 * head, "head_width": head,
-                       "layers": 2, "mlp_ratio": ratio, "pool_type": pool, "act_kwargs": act,
+                       "layers": 2, "mlp_ratio": ratio, "pool_type": pool,
                        "patch_dropout": 0.5},
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 2 * (head - 16),
-                     "heads": 2, "layers": 3, "mlp_ratio": ratio, "act_kwargs": act}}
+                     "heads": 2, "layers": 3, "mlp_ratio": ratio}}
 
 
 CONFIGS = {
     "B": config_of(64, quick=True), "H": config_of(80), "g": config_of(88, ratio=4.3637),
     "bigG": config_of(104, ratio=4.9231, custom=True), "mean": config_of(64, pool="avg"),
-    "tanh": config_of(80, act={"approximate": "tanh"}, init_logit_bias=-10.0, custom=True,
-                      nonscalar_logit_scale=True),
-}  # fmt: skip
+    "bias": config_of(80, init_logit_bias=-10.0, custom=True, nonscalar_logit_scale=True),
+}
 
 
 def random(model):
@@ -115,7 +114,7 @@ def test_a_folder_of_open_clip_has_the_features_of_its_model(name, tmp_path):
     assert relative_error(original.encode_image(x["image"]), expected["image"]) <= TOLERANCE
     assert relative_error(original.encode_text(x["text"]), expected["text"]) <= TOLERANCE
     assert checkpoint.state_dict["logit_scale"] == model.logit_scale
-    assert ("logit_bias" in checkpoint.state_dict) is (name == "tanh")
+    assert ("logit_bias" in checkpoint.state_dict) is (name == "bias")
 
 
 @pytest.mark.parametrize("head, act, shard", [
@@ -155,7 +154,7 @@ def test_an_artifact_runs_without_the_families_packages(artifact):
     assert "[1, 48]" in subprocess.check_output(command, text=True)
 
 
-@pytest.mark.parametrize("name", ["tanh", "mean"])
+@pytest.mark.parametrize("name", ["bias", "mean"])
 @torch.no_grad()
 def test_a_mistake_in_any_one_tensor_of_random_weights_shows(name, tmp_path):
     """Beyond fp16's bound: a tensor of the other sign."""
@@ -238,7 +237,7 @@ def test_processors_of_transformers_write_what_is_read(tmp_path):
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
-    save_open_clip(folder / "model", CONFIGS["tanh"], **PREPROCESS[2])
+    save_open_clip(folder / "model", CONFIGS["bias"], **PREPROCESS[2])
     found = clip_ttrt.compile(model=str(folder / "model"), backend="torchscript", batch="1:2:4",
                               precision="fp32", output=folder / "artifact")
     return found
@@ -460,7 +459,7 @@ def test_a_repository_is_what_huggingface_hub_downloads(tmp_path, monkeypatch):
         raise ConnectionError("no network\nat all")  # whose kind is OSError, as the library's
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(UserError, match=r"'hf-hub:org/other' \(no network\); .*folders with"):
+    with pytest.raises(UserError, match=r"'hf-hub:org/other'; .*folders with .* \(no network\)$"):
         families.find("hf-hub:org/other")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"huggingface_hub.*pip install 'clip_ttrt"):
