@@ -1,6 +1,8 @@
-"""A name or a file -> weights in OpenAI's naming, with their dimensions and their origin."""
+"""A name or a file -> weights in their family's naming, with their model and their origin."""
 import hashlib
 import http.client
+import re
+import textwrap
 import warnings
 from dataclasses import dataclass
 from itertools import chain
@@ -8,13 +10,14 @@ from pathlib import Path
 from typing import Mapping, Optional
 
 import torch
+from torch import nn
 from safetensors.torch import load_file
 
 from clip_ttrt import demo, deprecations, families
 from clip_ttrt.demo import packing
 from clip_ttrt.errors import UserError
 from clip_ttrt.families import Model
-from clip_ttrt.models import MODELS, Dimensions, dimensions_from
+from clip_ttrt.models import MODELS, Dimensions
 
 # In OpenAI's archives; what a ResNet's norms count while they are trained; in transformers' files.
 NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "num_batches_tracked",
@@ -38,7 +41,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights of one model: fp32 CPU tensors in OpenAI's naming."""
+    """Weights of one model: fp32 CPU tensors in its family's naming."""
 
     model: Model
     state_dict: Mapping[str, torch.Tensor]
@@ -58,43 +61,30 @@ def load_checkpoint(model: str, weights: Optional[str] = None, seed: int = 0,
     Raises UserError for weights that are missing, broken, another model's, or not trusted.
     """
     found = families.find(model)
-    wanted = found.dimensions
-    weights = weights or (
-        "demo" if model == "demo" else "openai" if wanted.family == "openai" else "own")
-    if weights == "demo":
-        tensors, sha256 = _read(demo.WEIGHTS, trust)
-        state_dict = packing.unpack(tensors, MODELS["demo"].vocab_size)
-        origin = Origin("demo", sha256)
-    elif weights == "random":
-        state_dict, origin = _random(found, seed)
-    else:
-        paths = ([_download(model)] if weights == "openai" else
-                 found.weights() if weights == "own" else [Path(weights)])
-        parts, digests = zip(*(_read(path, trust) for path in paths))
-        state_dict = found.family.names({name: part[name] for part in parts for name in part})
-        sha256 = digests[0] if len(digests) == 1 else (
-            hashlib.sha256("".join(digests).encode()).hexdigest())
-        origin = (Origin(weights, sha256) if weights in ("openai", "own") else
-                  Origin("file", sha256, path=str(paths[0].resolve())))
-    state_dict = {name: tensor.detach().float().cpu() for name, tensor in state_dict.items()
+    weights = weights or ("demo" if model == "demo" else "openai" if model in MODELS else "own")
+    if weights == "random":
+        return _random(found, seed)
+    paths = ([demo.WEIGHTS] if weights == "demo" else [_download(model)] if weights == "openai" else
+             found.weights() if weights == "own" else [Path(weights)])
+    parts, digests = zip(*(_read(path, trust) for path in paths))
+    sha256 = digests[0] if len(digests) == 1 else (
+        hashlib.sha256("".join(digests).encode()).hexdigest())
+    path = None if weights in ("demo", "openai", "own") else str(paths[0].resolve())
+    origin = Origin("file" if path else weights, sha256, path)
+    # Files of open_clip may have prefixes: of the text encoder, and of training on many GPUs.
+    state_dict = {re.sub(r"^(module\.)?(text\.)?", "", name): tensor.detach().float().cpu()
+                  for part in parts for name, tensor in part.items()
                   if not name.endswith(NO_WEIGHTS)}
-    for name in {"logit_scale", "logit_bias"} & {*state_dict}:
-        state_dict[name] = state_dict[name].reshape(())  # some have it as [1]
+    if weights == "demo":
+        state_dict = packing.unpack(state_dict, found.dimensions.vocab_size)
+    what = f"these weights ({path or weights})"
     with torch.device("meta"):
-        expected = found.blank().state_dict()
-    theirs, ours = ({f"{name} {list(tensor.shape)}" for name, tensor in tensors.items()
-                     if not name.endswith(NO_WEIGHTS)}
-                    for tensors in (state_dict, expected))
-    what = f"these weights ({origin.path or origin.kind})"
-    if theirs != ours:
-        missing, unknown, known = ours - theirs, theirs - ours, ""
-        if wanted.family == "openai":
-            names = {dims: name for name, dims in MODELS.items()}
-            known = names.get(dimensions_from(state_dict), "no known model")
-            known = f"they have the dimensions of {known}, "
-        raise UserError(f"{what} are not a whole {model}: {known}"
-                        f"{len(missing)} missing ({', '.join(sorted(missing)[:3])}) and "
-                        f"{len(unknown)} unknown tensors ({', '.join(sorted(unknown)[:3])})")
+        original = found.original()
+    try:
+        original.load_state_dict(state_dict, assign=True)
+    except RuntimeError as problem:
+        reasons = (textwrap.shorten(line, 150) for line in str(problem).splitlines()[1:4])
+        raise UserError(f"{what} are not those of {model}: {' '.join(reasons)}") from problem
     if broken := [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]:
         raise UserError(f"{what} are not finite: {', '.join(broken[:3])}")
     return Checkpoint(found, state_dict, origin)
@@ -113,19 +103,19 @@ def reload_checkpoint(model: str, origin: Origin, weights: Optional[str] = None,
 
 def original_with_weights(checkpoint: Checkpoint, device: str) -> torch.nn.Module:
     """The family's own model with a checkpoint's weights in fp32, for inference on a device."""
-    model, length = checkpoint.model.original(), checkpoint.dimensions.context_length
-    model.to_empty(device=device).load_state_dict(checkpoint.state_dict)
-    for module in model.modules():  # what is no weight
-        if getattr(module, "attn_mask", None) is not None:
-            module.attn_mask = torch.full((length, length), float("-inf"), device=device).triu(1)
-        if hasattr(module, "position_ids"):
-            module.position_ids = torch.arange(module.position_ids.shape[1], device=device)[None]
+    with torch.device(device), torch.random.fork_rng(range(torch.cuda.device_count())):
+        model = checkpoint.model.original()
+    model.load_state_dict(checkpoint.state_dict)
     return model.eval().requires_grad_(False)
 
 
 def sha256_of_file(path: Path) -> str:
     """SHA-256 of a file's bytes, as hexadecimal digits."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _download(model: str) -> Path:
@@ -141,41 +131,38 @@ def _download(model: str) -> Path:
                         ) from problem
 
 
-def _random(model: Model, seed: int) -> tuple[dict, Origin]:
+@torch.no_grad()
+def _random(found: Model, seed: int) -> Checkpoint:
+    """Weights as the family initialises them, but for what would hide a mistake: norms of 0 or 1,
+    what is 0, and a ResNet in which the picture fades.  Its convolutions drawn here keep the
+    variance behind a ReLU and no mean, its branches bring as much again in all, which fp16 holds,
+    and its pooling tells tokens apart."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        blank = model.blank()
-        _draw(blank, model.dimensions)
-    state_dict, digest = blank.requires_grad_(False).state_dict(), hashlib.sha256()
+        model, dims = found.original(), found.dimensions
+        for module in model.modules():
+            for name, tensor in chain(module.named_parameters(recurse=False),
+                                      module.named_buffers(recurse=False)):
+                if name == "weight" and isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
+                    tensor.uniform_(0.5, 1.5)
+                elif name == "running_var":
+                    tensor.uniform_(0.5, 2)
+                elif (name == "running_mean" or name.endswith("bias") and tensor.dim()
+                      or tensor.is_floating_point() and not tensor.any()):
+                    tensor.normal_(0, 0.1)
+        if dims.is_resnet:
+            for name, module in model.visual.named_modules():
+                if isinstance(module, nn.Conv2d):
+                    gain = 3 / sum(dims.image_layers) if name.endswith(".conv3") else 3
+                    module.weight.normal_(0, (gain / module.weight[0].numel()) ** 0.5)
+                    module.weight -= module.weight.mean((1, 2, 3), keepdim=True)
+            model.visual.attnpool.k_proj.weight *= 4
+    state_dict = {name: tensor.detach() for name, tensor in model.state_dict().items()
+                  if not name.endswith(NO_WEIGHTS)}
+    digest = hashlib.sha256()
     for tensor in state_dict.values():
         digest.update(tensor.contiguous().numpy())
-    return state_dict, Origin("random", digest.hexdigest(), seed=seed)
-
-
-@torch.no_grad()
-def _draw(model: torch.nn.Module, dims: Dimensions) -> None:
-    """Draw what would hide a mistake: norms of 0 or 1, biases of 0, and a ResNet in which the
-    picture fades.  Its convolutions drawn here keep the variance behind a ReLU and no mean, its
-    branches bring as much again in all, which fp16 holds, and its pooling tells tokens apart."""
-    norms = torch.nn.LayerNorm, torch.nn.BatchNorm2d
-    for module in model.modules():
-        for name, tensor in chain(module.named_parameters(recurse=False),
-                                  module.named_buffers(recurse=False)):
-            if name == "weight" and isinstance(module, norms):
-                tensor.uniform_(0.5, 1.5)
-            elif name == "running_var":
-                tensor.uniform_(0.5, 2)
-            elif name == "running_mean" or name.endswith("bias") and tensor.dim():
-                tensor.normal_(0, 0.1)
-            elif name in ("positions", "class_token", "probe"):  # which we leave empty
-                tensor.normal_(0, 0.5)
-    if dims.is_resnet:
-        for name, module in model.visual.named_modules():
-            if isinstance(module, torch.nn.Conv2d):
-                gain = 3 / sum(dims.image_layers) if name.endswith(".conv3") else 3
-                module.weight.normal_(0, (gain / module.weight[0].numel()) ** 0.5)
-                module.weight -= module.weight.mean((1, 2, 3), keepdim=True)
-        model.visual.attnpool.k_proj.weight *= 4
+    return Checkpoint(found, state_dict, Origin("random", digest.hexdigest(), seed=seed))
 
 
 def _read(path: Path, trust: bool) -> tuple[dict, str]:
@@ -195,7 +182,7 @@ def _read(path: Path, trust: bool) -> tuple[dict, str]:
     except Exception as problem:  # a pickle can raise anything at all
         reason = (str(problem) or repr(problem)).strip().partition("\n")[0]
         raise UserError(f"{path} cannot be read: {reason}") from problem
-    if isinstance(content, torch.nn.Module):
+    if isinstance(content, nn.Module):
         content = content.state_dict()
     if isinstance(content, dict):
         content = content.get("state_dict", content)  # of a training's checkpoint

@@ -2,9 +2,9 @@
 
 Only ops of our own have one here, so no other model's network changes.  Every converter works with
 a dynamic batch, those of the text encoder with a dynamic length, too: a reshape writes 0 ("keep")
-or -1 ("what is left") for it.  Networks are strongly
-typed: a layer computes in the type of its inputs, and constants take that type, but for layer
-norm, which is put between casts to fp32, and the plugins' fp32 constants.
+or -1 ("what is left") for it.  Networks are strongly typed: a layer computes in the type of its
+inputs, and constants take that type, but for layer norm, which is put between casts to fp32, and
+the plugins' fp32 constants.
 """
 from dataclasses import dataclass
 from typing import Any, Callable, Union
@@ -42,13 +42,10 @@ class Layers:
         layer.name = f"{self.name}_{suffix}" if suffix else self.name
         return layer.get_output(0)
 
-    def weights(self, value: torch.Tensor, dtype: torch.dtype) -> Any:
-        value = seam.hold(value.detach().to("cpu", dtype).contiguous())
-        return trt.Weights(TRT_TYPES[dtype], value.data_ptr(), value.numel())
-
     def constant(self, value: torch.Tensor, suffix: str, dtype: torch.dtype) -> Any:
-        layer = self.net.add_constant(tuple(value.shape), self.weights(value, dtype))
-        return self.named(layer, suffix)
+        value = seam.hold(value.detach().to("cpu", dtype).contiguous())
+        weights = trt.Weights(TRT_TYPES[dtype], value.data_ptr(), value.numel())
+        return self.named(self.net.add_constant(tuple(value.shape), weights), suffix)
 
     def beside(self, x: Any, value: Union[torch.Tensor, float], suffix: str) -> Any:
         """A constant of x's type and rank, since TensorRT broadcasts equal ranks only."""
@@ -106,10 +103,6 @@ class Layers:
             shape = self.net.add_concatenation([first, rest])
             layer.set_input(2, self.named(shape, f"{suffix}_shape"))
         return self.named(layer, suffix)
-
-    def row(self, x: Any, start: tuple, strides: tuple, batch: Any, suffix: str) -> Any:
-        """A slice [B, 1, W]."""
-        return self.part(x, start, (1, x.shape[2]), strides, batch, suffix)
 
 
 def converter(op: Any):
@@ -262,7 +255,7 @@ def convert_extract_patches(to, images, size):
 def convert_prepend_class_token(to, patches, class_token):
     """The token is a slice of stride 0, once for each sample."""
     token = to.beside(patches, class_token, "token")
-    rows = to.row(token, (0, 0, 0), (0, 1, 1), patches, "rows")
+    rows = to.part(token, (0, 0, 0), (1, patches.shape[2]), (0, 1, 1), patches, "rows")
     layer = to.net.add_concatenation([rows, patches])
     layer.axis = 1
     return to.named(layer)
@@ -270,7 +263,7 @@ def convert_prepend_class_token(to, patches, class_token):
 
 @converter(ops.select_token)
 def convert_select_token(to, x, index):
-    row = to.row(x, (0, index, 0), (1, 1, 1), x, "row")
+    row = to.part(x, (0, index, 0), (1, x.shape[2]), (1, 1, 1), x, "row")
     return to.shuffle(row, shape=(-1, x.shape[2]))
 
 
@@ -300,27 +293,6 @@ def convert_mean_of_patches(to, x):
     return to.shuffle(to.cast(mean, x.dtype, "back"), shape=(0, x.shape[2]))
 
 
-@converter(ops.convolution)
-def convert_convolution(to, x, weight, bias, stride, padding):
-    dtype = TORCH_TYPES[x.dtype]
-    kernel, bias = to.weights(weight, dtype), to.weights(bias, dtype)
-    layer = to.net.add_convolution_nd(x, weight.shape[0], tuple(weight.shape[2:]), kernel, bias)
-    layer.stride_nd, layer.padding_nd = (stride, stride), (padding, padding)
-    return to.named(layer)
-
-
-@converter(ops.relu)
-def convert_relu(to, x):
-    return to.named(to.net.add_activation(x, trt.ActivationType.RELU))
-
-
-@converter(ops.average_pool)
-def convert_average_pool(to, x, size):
-    layer = to.net.add_pooling_nd(x, trt.PoolingType.AVERAGE, (size, size))
-    layer.stride_nd = (size, size)
-    return to.named(layer)
-
-
 @converter(ops.attention_pool)
 def convert_attention_pool(to, x, positions, query_weight, query_bias, key_weight, value_weight):
     """As the reference; heads stand before the batch where each has a weight of its own."""
@@ -333,7 +305,8 @@ def convert_attention_pool(to, x, positions, query_weight, query_bias, key_weigh
     tokens = to.named(layer, "with_mean")
     tokens = to.elementwise("SUM", tokens, to.beside(tokens, positions, "positions"), "tokens")
 
-    query = to.cast(to.row(tokens, (0, 0, 0), (1, 1, 1), x, "first"), x.dtype, "first_back")
+    query = to.part(tokens, (0, 0, 0), (1, channels), (1, 1, 1), x, "first")
+    query = to.cast(query, x.dtype, "first_back")
     query = convert_linear(Layers(to.net, f"{to.name}_query"), query, query_weight, query_bias)
     query = to.elementwise("PROD", query, to.beside(query, HEAD_DIM ** -0.5, "scale"), "scaled")
     query = to.shuffle(query, "of_heads", (0, *of_heads), swapped)

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 from clip_ttrt import (
-    backends, deprecations, families, graph, kernels, linear, pictures, stack, trt, verify,
-)  # fmt: skip
+    backends, deprecations, families, graph, kernels, linear, pictures, stack, tokenizers, trt,
+    verify)
 from clip_ttrt.artifact import SCALES, Artifact, draft
 from clip_ttrt.backends import Backend, Choice
 from clip_ttrt.checkpoint import Checkpoint, load_checkpoint
@@ -41,27 +41,21 @@ def plan_for(options: Options) -> Plan:
     """The plan of a compile here.  Raises UserError for what cannot be had."""
     backend = backends.choose(options.backend, options.precision)
     dims = families.find(options.model).dimensions
-    resnet = ("image",) if dims.is_resnet else ()  # which fuses nothing
-    transformers = {*options.encoders} - {*resnet}
-    choice = backends.choose_kernels(
-        options.kernels, backend, options.precision, bool(transformers))
+    fusible = [name for name in options.encoders if name == "text" or not dims.is_resnet]
+    choice = backends.choose_kernels(options.kernels, backend, options.precision, bool(fusible))
     if backend.name == "torchscript":
         passes = (graph.lower, graph.inline_references)
         return Plan(backend, choice, None, dict.fromkeys(options.encoders, passes), None)
     fused = choice.kernels == "fused"  # linear layers are tuned before the network is built
-    passes = {name: (graph.lower, *graph.FUSE[name],
-                     graph.tuning(options.batch, lengths_of(name, dims)))
-              if fused and name in transformers else (graph.lower,) for name in options.encoders}
-    if fused and len(transformers) < len(passes):
-        choice = choice._replace(
-            reason=f"{choice.reason}; TensorRT's own for the image encoder, a ResNet")
-    for name in transformers if fused else ():
+    passes = dict.fromkeys(options.encoders, (graph.lower,))
+    for name in fusible if fused else ():
         left = {graph.fuse_image_embedding} if dims.is_siglip else set()  # without a class token
         if (size := getattr(dims, f"{name}_head_dim")) != HEAD_DIM:
             left.add(graph.fuse_attention)
             choice = choice._replace(reason=f"{choice.reason}; TensorRT's own attention for the "
                                             f"{name} encoder, whose heads have {size} columns")
-        passes[name] = tuple(each for each in passes[name] if each not in left)
+        passes[name] += (*(each for each in graph.FUSE[name] if each not in left),
+                         graph.tuning(options.batch, lengths_of(name, dims)))
     builder = {each: getattr(options, each)
                for each in ("batch", "precision", "optimization_level", "timing_cache")}
     return Plan(backend, choice, kernels.version() if fused else None, passes, builder)
@@ -131,7 +125,7 @@ def compile_with(options: Options, progress: Progress) -> Artifact:
         }
         if plan.kernels_version is not None:
             manifest["versions"]["cublaslt"] = linear.version_text()
-        for name in checkpoint.model.family.tokenizer:
+        for name in tokenizers.FILES if checkpoint.dimensions.is_siglip else ():
             if (path := checkpoint.model.folder / name).is_file():
                 shutil.copy(path, writing.folder)
         artifact = writing.write_manifest(**manifest, verification=None)

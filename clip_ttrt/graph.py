@@ -26,6 +26,9 @@ QUANTIZE = (ops.fused_layer_norm, ops.residual_layer_norm, ops.bias_gelu,
             ops.fused_attention, ops.embed_image)  # with an out_scale
 
 
+THEIRS = (aten.relu.default, aten.avg_pool2d.default)  # which Torch-TensorRT converts, as they are
+
+
 class GraphError(RuntimeError):
     """An encoder cannot become one graph of our operations; the message names the obstacle."""
 
@@ -97,7 +100,7 @@ def insert(module: fx.GraphModule, before: fx.Node, op: Callable, args: tuple, v
 
 
 def in_ours(node: fx.Node) -> Optional[tuple[Callable, tuple]]:
-    """Our operation for a call of PyTorch's, and its arguments; None where there is none."""
+    """Our operation, or Torch-TensorRT's, for a call of PyTorch's, and its arguments, if any."""
     if node.kwargs:
         return None
     match (node.target, *node.args):
@@ -109,16 +112,13 @@ def in_ours(node: fx.Node) -> Optional[tuple[Callable, tuple]]:
             return ops.embedding, (weight, tokens)
         case (aten.select.int, x, 1, index) if x.meta["val"].dim() == 3:
             return ops.select_token, (x, index)
-        case (aten.add.Tensor, fx.Node() as a, fx.Node() as b):
+        case (aten.add.Tensor | aten.add_.Tensor, fx.Node() as a, fx.Node() as b):
             return ops.add, (a, b)
-        case (aten.conv2d.default, x, weight, fx.Node() as bias, *more) if len(more) < 3:
-            strides, paddings = more + [[1, 1], [0, 0]][len(more):]
-            if len({*strides}) == len({*paddings}) == 1:
-                return ops.convolution, (x, weight, bias, strides[0], paddings[0])
-        case (aten.relu.default, x):
-            return ops.relu, (x,)
-        case (aten.avg_pool2d.default, x, [size, same]) if size == same:
-            return ops.average_pool, (x, size)
+        case (aten.conv2d.default, x, weight, *more):
+            more += [None, [1, 1], [0, 0], [1, 1], 1][len(more):]  # the last: groups
+            return aten.convolution.default, (x, weight, *more[:4], False, [0, 0], more[4])
+        case (aten.relu_.default, x):
+            return aten.relu.default, (x,)
     return None
 
 
@@ -128,7 +128,7 @@ def lower(module: fx.GraphModule) -> Iterator[fx.Node]:
     Raises GraphError, naming it, for an operation that is none of ours.
     """
     for node in list(module.graph.nodes):
-        if not node.op.startswith("call_") or node.target in ops.REFERENCES:
+        if not node.op.startswith("call_") or node.target in (*ops.REFERENCES, *THEIRS):
             continue
         if node.target is aten.slice.Tensor and node.args[0].op == "get_attr":
             whole = parameter(module, node.args[0]).detach()

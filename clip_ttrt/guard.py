@@ -15,16 +15,13 @@ from clip_ttrt.options import BatchRange
 SHORT = (16, 32, 48)  # lengths of texts below the full one
 
 
-def cuts_texts(dims: Dimensions) -> bool:
-    """Whether what stands behind a text's pooled row is without effect: attention is causal."""
-    return dims.family != "siglip"
-
-
 def lengths_of(encoder: str, dims: Dimensions) -> List[int]:
-    """The sizes of an input's last axis that an encoder serves, ascending."""
-    full = dims.image_resolution if encoder == "image" else dims.context_length
-    shorter = SHORT if encoder == "text" and cuts_texts(dims) else ()
-    return [*(each for each in shorter if each < full), full]
+    """The sizes of an input's last axis that an encoder serves, ascending: below a text's full one
+    where attention is causal, so that what stands behind the pooled row is without effect."""
+    if encoder == "image":
+        return [dims.image_resolution]
+    full = dims.context_length
+    return [*(each for each in SHORT if each < full and not dims.is_siglip), full]
 
 
 class Guarded(nn.Module):
@@ -42,7 +39,6 @@ class Guarded(nn.Module):
         self.encoder = encoder
         self.shape: List[int] = list(example.shape[1:])
         self.shortest: int = lengths[0]
-        self.accepts = f"{self.shape}" + (f", from {lengths[0]} on" if len(lengths) > 1 else "")
         self.dtype = example.dtype
         self.floating: bool = example.is_floating_point()
         self.minimum: int = batch.minimum
@@ -52,7 +48,8 @@ class Guarded(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if (x.dim() != len(self.shape) + 1 or x.size()[1:-1] != self.shape[:-1]
                 or not self.shortest <= x.size(-1) <= self.shape[-1]):
-            raise ValueError(f"expected an input of shape [batch] + {self.accepts}, got {x.size()}")
+            raise ValueError(f"expected an input of shape [batch] + {self.shape}, from "
+                             f"{self.shortest} on, got {x.size()}")
         if x.size(0) < self.minimum or x.size(0) > self.maximum:
             raise ValueError(f"batch {x.size(0)} is outside the compiled range {self.minimum} "
                              f"to {self.maximum}")

@@ -1,8 +1,6 @@
-"""The models: names and dimensions, from one table or from a checkpoint's shapes."""
+"""The models: names and dimensions."""
 from dataclasses import dataclass
 from typing import Union
-
-from clip_ttrt.errors import UserError
 
 HEAD_DIM = 64  # of OpenAI's transformers, image or text, and of a ResNet's attention pooling
 RESNET_STRIDE = 32  # pixels for one token of a ResNet's pooling
@@ -17,7 +15,7 @@ class Dimensions:
     image_resolution: int  # pixels, height and width
     patch_size: int  # pixels
     image_width: int  # of a ResNet: of its first stage
-    image_layers: Union[int, tuple[int, ...]]  # of a ResNet: blocks of each stage
+    image_layers: Union[int, list[int]]  # of a ResNet: blocks of each stage
     context_length: int  # tokens of a full-length text
     vocab_size: int
     text_width: int
@@ -29,19 +27,11 @@ class Dimensions:
     gelu: str = "quick"  # of the MLPs, as `ops.gelu` approximates it
     image_pooling: str = "class"  # token; mean: of the patches, behind the last norm; or probe:
     # SigLIP's, whose encoders differ in more
-    logit_bias: bool = False  # whether the model has one
     family: str = "openai"  # of `families.FAMILIES`
-
-    def __post_init__(self):
-        if isinstance(self.image_layers, list):  # as JSON has it
-            object.__setattr__(self, "image_layers", tuple(self.image_layers))
-        for encoder in ("image", "text"):
-            width = getattr(self, f"{encoder}_mlp") or 4 * getattr(self, f"{encoder}_width")
-            object.__setattr__(self, f"{encoder}_mlp", width)
 
     @property
     def is_resnet(self) -> bool:
-        return isinstance(self.image_layers, tuple)
+        return isinstance(self.image_layers, list)
 
     @property
     def is_siglip(self) -> bool:
@@ -67,40 +57,9 @@ MODELS = {
     "ViT-B/16": Dimensions(512, 224, 16, 768, 12, 77, 49408, 512, 12),
     "ViT-L/14": Dimensions(768, 224, 14, 1024, 24, 77, 49408, 768, 12),
     "ViT-L/14@336px": Dimensions(768, 336, 14, 1024, 24, 77, 49408, 768, 12),
-    "RN50": Dimensions(1024, 224, RESNET_STRIDE, 64, (3, 4, 6, 3), 77, 49408, 512, 12),
-    "RN101": Dimensions(512, 224, RESNET_STRIDE, 64, (3, 4, 23, 3), 77, 49408, 512, 12),
-    "RN50x4": Dimensions(640, 288, RESNET_STRIDE, 80, (4, 6, 10, 6), 77, 49408, 640, 12),
-    "RN50x16": Dimensions(768, 384, RESNET_STRIDE, 96, (6, 8, 18, 8), 77, 49408, 768, 12),
-    "RN50x64": Dimensions(1024, 448, RESNET_STRIDE, 128, (3, 15, 36, 10), 77, 49408, 1024, 12),
+    "RN50": Dimensions(1024, 224, RESNET_STRIDE, 64, [3, 4, 6, 3], 77, 49408, 512, 12),
+    "RN101": Dimensions(512, 224, RESNET_STRIDE, 64, [3, 4, 23, 3], 77, 49408, 512, 12),
+    "RN50x4": Dimensions(640, 288, RESNET_STRIDE, 80, [4, 6, 10, 6], 77, 49408, 640, 12),
+    "RN50x16": Dimensions(768, 384, RESNET_STRIDE, 96, [6, 8, 18, 8], 77, 49408, 768, 12),
+    "RN50x64": Dimensions(1024, 448, RESNET_STRIDE, 128, [3, 15, 36, 10], 77, 49408, 1024, 12),
 }
-
-
-def dimensions_from(state_dict) -> Dimensions:
-    """The dimensions by the shapes of a state dict in OpenAI's naming; UserError for others."""
-    def blocks(prefix: str) -> int:
-        return len({name.removeprefix(prefix).partition(".")[0] for name in state_dict
-                    if name.startswith(prefix)})
-
-    try:
-        first = state_dict["visual.conv1.weight"]
-        if "visual.attnpool.positional_embedding" in state_dict:
-            tokens = len(state_dict["visual.attnpool.positional_embedding"])
-            patch_size, width = RESNET_STRIDE, 2 * first.shape[0]
-            layers = tuple(blocks(f"visual.layer{stage}.") for stage in (1, 2, 3, 4))
-        else:
-            tokens = len(state_dict["visual.positional_embedding"])
-            patch_size, width = first.shape[-1], first.shape[0]
-            layers = blocks("visual.transformer.resblocks.")
-        return Dimensions(
-            embed_dim=state_dict["text_projection"].shape[1],
-            image_resolution=patch_size * round((tokens - 1) ** 0.5),
-            patch_size=patch_size,
-            image_width=width,
-            image_layers=layers,
-            context_length=state_dict["positional_embedding"].shape[0],
-            vocab_size=state_dict["token_embedding.weight"].shape[0],
-            text_width=state_dict["ln_final.weight"].shape[0],
-            text_layers=blocks("transformer.resblocks."),
-        )
-    except (KeyError, IndexError, TypeError, AttributeError) as problem:
-        raise UserError(f"not a CLIP model in OpenAI's naming: {problem}") from problem

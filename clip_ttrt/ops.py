@@ -1,13 +1,14 @@
 """Operations of our own, `torch.ops.clip_ttrt.*`: places that a backend implements as one piece.
 
 TensorRT does it through a converter (`converters.py`), in its own layers or as a plugin,
-TorchScript through the reference, which is differentiable PyTorch.  Encoders call the first ten
+TorchScript through the reference, which is differentiable PyTorch.  Encoders call the first ones
 and `cast`; `graph.py` maps PyTorch's operations to the next ones, and puts the fused ones in the
 place of several where the plugins serve.
 
 In fp8 a tensor is E4M3 times a scale.  An `out_scale` makes a result, the last of two, E4M3.
 """
-from typing import Optional
+from types import SimpleNamespace
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -206,23 +207,6 @@ def select_token_reference(x: Tensor, index: int) -> Tensor:
     return x.select(1, index).clone()
 
 
-def convolution_reference(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int
-) -> Tensor:
-    """[B, C, S, S] and [N, C, K, K] and [N] -> [B, N, ..]."""
-    return F.conv2d(x, weight, bias, stride, padding)
-
-
-def relu_reference(x: Tensor) -> Tensor:
-    """max(x, 0), elementwise."""
-    return F.relu(x)
-
-
-def average_pool_reference(x: Tensor, size: int) -> Tensor:
-    """Means of squares side by side: [B, C, S, S] -> [B, C, S / size, S / size]."""
-    return F.avg_pool2d(x, size)
-
-
 # What the plugins do in one piece
 
 
@@ -325,9 +309,6 @@ layer_norm = _op(layer_norm_reference)
 add = _op(add_reference)
 embedding = _op(embedding_reference)
 select_token = _op(select_token_reference)
-convolution = _op(convolution_reference)
-relu = _op(relu_reference)
-average_pool = _op(average_pool_reference)
 fused_attention = _op(fused_attention_reference, _attention_fake)
 fused_linear = _op(fused_linear_reference)
 fused_quantized_linear = _op(fused_quantized_linear_reference)
@@ -337,3 +318,18 @@ residual_layer_norm = _op(residual_layer_norm_reference)
 extract_patch_rows = _op(extract_patch_rows_reference)
 embed_image = _op(embed_image_reference)
 split_tokens = _op(split_tokens_reference)
+
+
+class Module(torch.nn.Module):
+    """One that calls these operations, or for training their differentiable references."""
+
+    called: Any = SimpleNamespace(**{op.name().split("::")[1]: op for op in REFERENCES})
+
+    def differentiable(self) -> "Module":
+        references = {op.name().split("::")[1]: called for op, called in REFERENCES.items()}
+        for module in self.modules():
+            module.called = SimpleNamespace(**references)
+        return self
+
+    def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x if x.dtype == dtype else self.called.cast(x, dtype)

@@ -22,8 +22,7 @@ def load(folder: Union[str, Path], device: Optional[str] = None, force: bool = F
     force: load although verification failed.  cuda_graphs: replay CUDA graphs on a GPU, captured
     at the first use of a batch size or by `model.warmup`.  contexts: the number of calls that may
     run on a GPU at once, each with weights of its own.
-    Returns the model and its transform from a PIL image to float32 [3, R, R]: of OpenAI's models
-    OpenAI's.
+    Returns the model and its transform from a PIL image to float32 [3, R, R].
     Raises UserError where the folder is no artifact, was altered, failed its verification or
     cannot run here, where the GPU's memory runs out, and for contexts below 1.
     """

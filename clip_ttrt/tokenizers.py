@@ -1,7 +1,6 @@
 """Texts to token ids as each family does it, from files that an artifact carries along."""
 import json
 import string
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence, Union
 
@@ -9,6 +8,7 @@ import torch
 
 from clip_ttrt.errors import UserError
 
+FILES = "tokenizer_config.json", "spiece.model", "tokenizer.json"  # what an artifact has copies of
 START_OF_WORD = "\u2581"  # SentencePiece's
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 Encode = Callable[[str], list[int]]  # a text -> ids without the end token
@@ -19,23 +19,18 @@ def read(folder: Path, context_length: int) -> Callable[..., torch.Tensor]:
     [N, context_length].  It raises RuntimeError for a text that is longer, unless it is to be cut
     before its end token.
 
-    Raises UserError that names the file or the package that is missing, or a file that is damaged.
+    Raises UserError that names the file or the package that is missing, or a folder of damage.
     """
-    path = Path(folder, "tokenizer_config.json")
     try:
-        config = json.loads(path.read_text())
-        name, package, reader = KINDS[config["tokenizer_class"].removesuffix("Fast")]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
-        raise UserError(f"{path} tells of no tokenizer that is served, {' or '.join(KINDS)}: "
-                        f"{problem!r}") from problem
-    vocabulary = path.with_name(name)
-    try:
-        encode, end, pad = reader(import_module(package), str(vocabulary), config)
+        config = json.loads(Path(folder, "tokenizer_config.json").read_text())
+        reader = KINDS[config["tokenizer_class"].removesuffix("Fast")]
+        encode, end, pad = reader(Path(folder), config)
     except ImportError as problem:
-        raise UserError(f"{vocabulary} is read by the package {package}, which is not installed: "
-                        "pip install 'clip_ttrt[siglip]'") from problem
+        raise UserError(f"the tokenizer in {folder} is read by the package {problem.name}, which "
+                        "is not installed: pip install 'clip_ttrt[siglip]'") from problem
     except Exception as problem:  # neither package tells which ones it raises
-        raise UserError(f"the vocabulary {vocabulary} cannot be read: {problem}") from problem
+        raise UserError(f"{folder} has no tokenizer that can be read, {' or '.join(KINDS)}: "
+                        f"{problem}") from problem
 
     def tokenize(texts: Union[str, Sequence[str]], truncate: bool = False) -> torch.Tensor:
         texts = [texts] if isinstance(texts, str) else list(texts)
@@ -51,37 +46,33 @@ def read(folder: Path, context_length: int) -> Callable[..., torch.Tensor]:
     return tokenize
 
 
-def _special(config: Mapping[str, Any], name: str, default: str) -> str:
-    token = config.get(f"{name}_token", default)
-    return token["content"] if isinstance(token, dict) else token
-
-
-def _sentencepiece(package: Any, path: str, config: Mapping[str, Any]) -> tuple[Encode, int, int]:
+def _sentencepiece(folder: Path, config: Mapping[str, Any]) -> tuple[Encode, int, int]:
     """Of lower case and without punctuation, so that no text spells a special token."""
-    model = package.SentencePieceProcessor(model_file=path)
-    before = _special(config, "unk", "<unk>")  # keeps SentencePiece from taking the first space
+    from sentencepiece import SentencePieceProcessor
+
+    model = SentencePieceProcessor(model_file=str(folder / "spiece.model"))
+    before = config["unk_token"]  # keeps SentencePiece from taking the first space
     skipped = len(model.encode(before))
 
     def encode(text: str) -> list[int]:
         text = START_OF_WORD + text.replace(START_OF_WORD, " ")
-        text = text.lower() if config.get("do_lower_case", True) else text
-        return model.encode(before + " ".join(text.translate(PUNCTUATION).split()))[skipped:]
+        text = " ".join(text.lower().translate(PUNCTUATION).split())
+        return model.encode(before + text)[skipped:]
 
-    ends = (model.piece_to_id(_special(config, name, "</s>")) for name in ("eos", "pad"))
-    return encode, *ends
+    return encode, *(model.piece_to_id(config[name]) for name in ("eos_token", "pad_token"))
 
 
-def _bpe(package: Any, path: str, config: Mapping[str, Any]) -> tuple[Encode, int, int]:
+def _bpe(folder: Path, config: Mapping[str, Any]) -> tuple[Encode, int, int]:
     """Gemma's, of lower case as SigLIP 2 was trained."""
-    model = package.Tokenizer.from_file(path)
+    from tokenizers import Tokenizer, normalizers
+
+    model = Tokenizer.from_str((folder / "tokenizer.json").read_text())
     model.no_truncation()
     model.no_padding()
-    steps = package.normalizers.Lowercase(), model.normalizer
-    model.normalizer = package.normalizers.Sequence([step for step in steps if step])
-    ends = (model.get_vocab()[_special(config, name, f"<{name}>")] for name in ("eos", "pad"))
-    return lambda text: model.encode(text, add_special_tokens=False).ids, *ends
+    model.normalizer = normalizers.Sequence([normalizers.Lowercase(), model.normalizer])
+    return (lambda text: model.encode(text, add_special_tokens=False).ids,
+            *(model.token_to_id(config[name]) for name in ("eos_token", "pad_token")))
 
 
-GEMMA = "tokenizer.json", "tokenizers", _bpe
-KINDS = {"SiglipTokenizer": ("spiece.model", "sentencepiece", _sentencepiece),
-         "GemmaTokenizer": GEMMA, "Siglip2Tokenizer": GEMMA}  # by tokenizer_class
+KINDS = {"SiglipTokenizer": _sentencepiece,  # by tokenizer_class
+         "GemmaTokenizer": _bpe, "Siglip2Tokenizer": _bpe}

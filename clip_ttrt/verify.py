@@ -12,6 +12,7 @@ from clip_ttrt.artifact import Artifact
 from clip_ttrt.checkpoint import Checkpoint, original_with_weights
 from clip_ttrt.contexts import memory_errors
 from clip_ttrt.demo import scenes
+from clip_ttrt.families import FAMILIES
 from clip_ttrt.runtime import CompiledCLIP
 
 COSINE_BOUND = {"fp32": 0.999999, "tf32": 0.9999, "fp16": 0.9999, "bf16": 0.999, "fp8": 0.99}
@@ -155,9 +156,8 @@ def compare(artifact: Artifact, checkpoint: Checkpoint, inputs: Optional[tuple] 
             found[name] = errors(*features[name])
             batches[name] = {str(size): errors(encode(x[:size]), reference[:size])["cos_min"]
                              for size in sizes}
-    package = type(checkpoint.model.original()).__module__.partition(".")[0]
-    report = {"inputs": about, "weights": checkpoint.origin.describe(),
-              "reference": package, "errors": found, "batches": batches}
+    report = {"inputs": about, "weights": checkpoint.origin.describe(), "errors": found,
+              "reference": FAMILIES[checkpoint.dimensions.family][0], "batches": batches}
     if len(artifact.encoders) == 2:
         scale = checkpoint.state_dict["logit_scale"].exp().item()
         compiled, reference = (

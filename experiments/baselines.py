@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from clip_ttrt.checkpoint import load_checkpoint, original_with_weights
-from clip_ttrt.encoders import DIFFERENTIABLE
 from clip_ttrt.errors import UserError
 from clip_ttrt.families import find
 
@@ -25,7 +24,6 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp8": torch.float16,  # but for the blocks' linear layers
 }
-START, END = 49406, 49407  # of a text
 E4M3_MAX = 448.0
 
 
@@ -45,7 +43,7 @@ def example(
         images = torch.randn(batch, 3, side, side, generator=generator)
         return images.to(device, dtype)
     length = length or dims.context_length
-    start, end = min(START, dims.vocab_size - 2), min(END, dims.vocab_size - 1)
+    start, end = dims.vocab_size - 2, dims.vocab_size - 1  # as OpenAI has them
     tokens = torch.randint(1, start, (batch, length), generator=generator, dtype=torch.int32)
     ends, place = 8 + 29 * torch.arange(batch) % (length - 8), torch.arange(length)
     tokens[place > ends[:, None]] = 0
@@ -74,11 +72,11 @@ class PlainImageEncoder(torch.nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         encoder = self.encoder
         x = self.patches(images).flatten(2).transpose(1, 2)
-        token = encoder.class_token.expand(x.shape[0], 1, -1)
-        x = encoder.norm_pre(torch.cat([token, x], dim=1) + encoder.positions)
+        token = encoder.class_embedding.expand(x.shape[0], 1, -1)
+        x = encoder.ln_pre(torch.cat([token, x], dim=1) + encoder.positional_embedding)
         for block in encoder.blocks:
             x = block(x)
-        return encoder.projection(encoder.norm_post(x[:, 0]))
+        return encoder.projection(encoder.ln_post(x[:, 0]))
 
 
 class PlainTextEncoder(torch.nn.Module):
@@ -90,23 +88,11 @@ class PlainTextEncoder(torch.nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         encoder = self.encoder
-        x = encoder.tokens(tokens) + encoder.positions[:tokens.shape[1]]
+        x = encoder.token_embedding(tokens) + encoder.positional_embedding[:tokens.shape[1]]
         for block in encoder.blocks:
             x = block(x)
         rows = torch.arange(x.shape[0], device=x.device)
-        return encoder.projection(encoder.norm_post(x)[rows, tokens.argmax(dim=-1)])
-
-
-class Own(torch.nn.Module):
-    """An encoder of a family's own model."""
-
-    def __init__(self, model: torch.nn.Module, encoder: str):
-        super().__init__()
-        self.model, self.encoder = model, encoder
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        model = self.model
-        return model.encode_image(x) if self.encoder == "image" else model.encode_text(x)
+        return encoder.projection(encoder.ln_post(x)[rows, tokens.argmax(dim=-1)])
 
 
 class ScaledLinear(torch.nn.Module):
@@ -162,30 +148,30 @@ def rearranged(model: str, encoder: str, precision: str, device: str) -> torch.n
     """Our encoder, without an op of ours; fp8: its blocks' linear layers are torch._scaled_mm."""
     allow_tf32(precision)
     checkpoint = load_checkpoint(model, weights_of(model))
-    module = checkpoint.model.encoder(encoder, checkpoint.state_dict, DIFFERENTIABLE)
+    module = checkpoint.model.encoder(encoder, checkpoint.state_dict).differentiable()
     module = module.to(device, DTYPES[precision])
     if precision == "fp8":
         in_fp8(module, example(model, encoder, 64, torch.half, device))
     return module
 
 
-def plain(model: str, encoder: str, precision: str, device: str) -> torch.nn.Module:
-    """The encoder as the original lays it out; of a ResNet's images and other families their own.
-
-    Raises UserError for fp8 of those."""
+def plain(model: str, encoder: str, precision: str, device: str) -> Callable:
+    """The encoder as the original lays it out; of a ResNet's images and other families the method
+    of their own model.  Raises UserError for fp8 of those."""
     dims = find(model).dimensions
     if dims.family != "openai" or encoder == "image" and dims.is_resnet:
         if precision == "fp8":
             raise UserError(f"{model}'s own encoder is not measured in fp8; choose fp16")
-        return Own(original(model, "fp32", device).to(DTYPES[precision]), encoder)
+        own = original(model, "fp32", device).to(DTYPES[precision])
+        return getattr(own, f"encode_{encoder}")
     layout = PlainImageEncoder if encoder == "image" else PlainTextEncoder
     return layout(rearranged(model, encoder, precision, device)).to(device)
 
 
-def compiled(module: torch.nn.Module) -> torch.nn.Module:
-    """A module under torch.compile, one graph for each batch that it is called with."""
+def compiled(encoder: Callable) -> Callable:
+    """An encoder under torch.compile, one graph for each batch that it is called with."""
     torch._dynamo.reset()
-    return torch.compile(module, mode="reduce-overhead", fullgraph=True, dynamic=False)
+    return torch.compile(encoder, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
 
 def original(model: str, precision: str, device: str) -> torch.nn.Module:
@@ -193,24 +179,15 @@ def original(model: str, precision: str, device: str) -> torch.nn.Module:
 
     Raises UserError for bf16, which OpenAI's has not.
     """
-    checkpoint = load_checkpoint(model, weights_of(model))
-    if checkpoint.dimensions.family != "openai":
-        return original_with_weights(checkpoint, device).to(DTYPES[precision])
-    if precision == "bf16":
+    if (openai := find(model).dimensions.family == "openai") and precision == "bf16":
         raise UserError("the original model has no bf16; its precisions are fp32, tf32 and fp16")
     allow_tf32(precision)
-    module = original_with_weights(checkpoint, device)
-    if precision == "fp16":
+    module = original_with_weights(load_checkpoint(model, weights_of(model)), device)
+    if openai and precision == "fp16":
         from clip.model import convert_weights
 
         convert_weights(module)
-    return module
-
-
-def clip(model: str, encoder: str, precision: str, device: str) -> Callable:
-    """The method of OpenAI's model.  Raises UserError for bf16."""
-    module = original(model, precision, device)
-    return module.encode_image if encoder == "image" else module.encode_text
+    return module if openai else module.to(DTYPES[precision])
 
 
 def onnxruntime(model: str, encoder: str, precision: str, device: str) -> Callable:
@@ -258,7 +235,7 @@ PEERS: dict[str, Callable[[str, str, str, str], Callable]] = {
     "torch.compile": lambda *about: compiled(plain(*about)),
     "torch.compile rearranged": lambda *about: compiled(rearranged(*about)),
     "eager": plain,
-    "clip": clip,
+    "clip": lambda model, encoder, *about: getattr(original(model, *about), f"encode_{encoder}"),
     "onnxruntime": onnxruntime,
 }
 # They copy from the CPU or wait for it, or replay graphs of their own.

@@ -45,7 +45,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -247,25 +247,6 @@ def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
         yield from (replace(job, **part) for part in options.parts)
 
 
-def ratios(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table of clip_ttrt's calls and graphs and their ratio to torch.compile's calls."""
-    cell = ("model", "encoder", "batch", "tokens", "precision")
-    peers = {
-        (*(row[name] for name in cell), "queued" in row["how"]): float(row["median_ms"])
-        for row in rows if row["backend"] == "torch.compile"
-    }  # fmt: skip
-    lines = ["| cell | backend | ms | torch.compile | ratio |", "|---|---|---|---|---|"]
-    for row in rows:
-        place = (*(row[name] for name in cell), "queued" in row["how"])
-        if row["backend"].startswith("clip_ttrt") and place in peers:
-            ours, peer = float(row["median_ms"]), peers[place]
-            name = f"{row['backend']} {row['kernels']}".strip()
-            times = (f"{ours:.3f}", f"{peer:.3f}", f"{ours / peer:.3f}")
-            cells = (" ".join(filter(None, (*place[:-1], row["how"]))), name, *times)
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     gpu = torch.cuda.is_available()
     peers = [name for name in MEASURED
@@ -288,7 +269,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="for fp8 (default: crops of the shipped pictures and mixed captions)")  # fmt: skip
     add("--range", default="1:32:128" if gpu else "1:8:8", metavar="MIN:OPT:MAX|none")
     add("--static", nargs="*", default=[], metavar="N", help="engines for just one batch")
-    add("--ratios", action="store_true", help="print clip_ttrt / torch.compile at the end")
     add("--resume", action="store_true", help="leave out what --out has")
     add("--no-verify", dest="verify", action="store_false", help="do not verify artifacts")
     add("--repeats", type=int, default=200 if gpu else 20, help="calls a row")
@@ -319,7 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in (read_rows(options.out) if options.resume else [])
         if all(row[name] == here[name] for name in same)
     }
-    measured = []
+    measured = 0
     with tempfile.TemporaryDirectory() as temporary:
         options.artifacts = (options.artifacts or Path(temporary)).resolve()
         for job in jobs_of(options):
@@ -327,9 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     if not all(job.key(batch, how) in have for how in job.hows)]  # fmt: skip
             for row in run_job(replace(job, batches=left), options.seconds):
                 append_row(options.out, row)
-                measured.append(row)
-    if options.ratios:
-        print(ratios(measured))
+                measured += 1
     if measured:
         try:
             from experiments import report

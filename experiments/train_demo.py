@@ -108,8 +108,8 @@ class DemoClip(nn.Module):
     def __init__(self, dims: Dimensions, words: int):
         super().__init__()
         self.dims = dims
-        self.image = encoders.ImageEncoder(dims, encoders.DIFFERENTIABLE)
-        self.text = encoders.TextEncoder(replace(dims, vocab_size=words), encoders.DIFFERENTIABLE)
+        self.image = encoders.ImageEncoder(dims).differentiable()
+        self.text = encoders.TextEncoder(replace(dims, vocab_size=words)).differentiable()
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.classifiers = nn.Linear(dims.embed_dim, sum(captions.SIZES))
 
@@ -136,17 +136,18 @@ class DemoClip(nn.Module):
             normal(encoder.projection.weight, width ** -0.5)
         width = self.dims.image_width
         normal(self.image.patches.weight, 0.5 * (3 * self.dims.patch_size ** 2) ** -0.5)
-        normal(self.image.class_token, width ** -0.5)
-        normal(self.image.positions, 0.5)
-        normal(self.text.tokens.weight, 0.1)
-        normal(self.text.positions, 0.05)
+        normal(self.image.class_embedding, width ** -0.5)
+        normal(self.image.positional_embedding, 0.5)
+        normal(self.text.token_embedding.weight, 0.1)
+        normal(self.text.positional_embedding, 0.05)
         normal(self.classifiers.weight, self.dims.embed_dim ** -0.5)
         nn.init.zeros_(self.classifiers.bias)
         return self
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """Weight decay for matrices of layers; none for embeddings, biases, norms and the scale."""
-        tables = (self.image.positions, self.text.positions, self.text.tokens.weight)
+        tables = (self.image.positional_embedding, self.text.positional_embedding,
+                  self.text.token_embedding.weight)
         embeddings = {id(p) for p in tables}
         decayed = [p for p in self.parameters() if p.ndim >= 2 and id(p) not in embeddings]
         others = [p for p in self.parameters() if p.ndim < 2 or id(p) in embeddings]
@@ -240,8 +241,8 @@ def batch_losses(
 class Evaluation:
     """Held-out and training pictures and captions, and the figures of a weights' file on them."""
 
-    def __init__(self, device: str, per_class: int = 8, resolution: int = 112):
-        self.device = device
+    def __init__(self, device: str, per_class: int = 8, dims: Dimensions = MODELS["demo"]):
+        self.device, self.dims, resolution = device, dims, dims.image_resolution
         held_out = captions.held_out_sample()
         self.everything = captions.held_out_combinations()
         trained = captions.training_sample()
@@ -266,8 +267,8 @@ class Evaluation:
         - `largest_activation`: the largest absolute value after any block, of either encoder.
         """
         state_dict = read_weights(path)
-        image = encoders.image_encoder(state_dict).to(self.device)
-        text = encoders.text_encoder(state_dict).to(self.device)
+        image, text = (make(self.dims).load(state_dict).to(self.device)
+                       for make in encoders.ENCODERS.values())
         largest = []
         for block in (*image.blocks, *text.blocks):
             block.register_forward_hook(lambda *call: largest.append(call[-1].abs().max()))
@@ -361,7 +362,7 @@ def train(
     generator = torch.Generator().manual_seed(options.seed)
 
     tokens = CaptionTokens().to(device)
-    evaluation = Evaluation(device, options.per_class, dims.image_resolution)
+    evaluation = Evaluation(device, options.per_class, dims)
     model = DemoClip(dims, len(tokens.ids)).initialise(generator).to(device)
     optimizer = torch.optim.AdamW(
         model.parameter_groups(options.weight_decay), lr=0.0, betas=(0.9, 0.98), eps=1e-6,

@@ -4,7 +4,7 @@ import importlib
 import torch
 from torch import nn
 
-from clip_ttrt import families, graph, trt
+from clip_ttrt import families, graph, ops, trt
 from clip_ttrt.checkpoint import load_checkpoint
 from clip_ttrt.engine import example_input, in_precision
 from clip_ttrt.guard import lengths_of
@@ -23,6 +23,20 @@ class One(nn.Module):
 
     def forward(self, x):
         return self.function(x, self.value)
+
+
+class Pool(nn.Module):
+    """The op `attention_pool` and the projection behind it, of the parameters of clip's module."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.own = own
+
+    def forward(self, x):
+        own = self.own
+        return own.c_proj(ops.attention_pool(
+            x, own.positional_embedding, own.q_proj.weight, own.q_proj.bias, own.k_proj.weight,
+            own.v_proj.weight))
 
 
 def lowered(module, example, *passes, shortest=0):

@@ -82,7 +82,7 @@ def test_verify_fails_with_exit_code_1(demo_artifact, monkeypatch, capsys):
     (["--weights", "nowhere.pt"], "nowhere.pt: no such file"),
     (["--batch", "8:4:2"], "bad batch range"),
     (["--output", "/proc/nowhere/a"], "cannot be written"),
-    (["--model", "ViT-B/32", "--weights", "demo"], "not a whole ViT-B/32"),
+    (["--model", "ViT-B/32", "--weights", "demo"], "not those of ViT-B/32"),
 ])
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments, sentence, tmp_path, capsys):
     output = ["--output", str(tmp_path / "a")]

@@ -7,9 +7,9 @@ import torch
 
 from clip_ttrt import pictures
 from clip_ttrt.checkpoint import load_checkpoint, original_with_weights
-from clip_ttrt.encoders import image_encoder, text_encoder
-from clip_ttrt.families import find, openai_model
-from clip_ttrt.models import MODELS, dimensions_from
+from clip_ttrt.encoders import ENCODERS
+from clip_ttrt.families import find
+from clip_ttrt.models import MODELS
 from clip_ttrt.verify import COSINE_BOUND
 from small import RESNET
 
@@ -29,22 +29,21 @@ CHECKED = [*(name for name in MODELS if not name.startswith("RN")), "RN50",
 @torch.no_grad()
 def test_features_equal_the_original_model(name):
     weights = load_checkpoint(name, "random" if name != "demo" else "demo").state_dict
-    dims = dimensions_from(weights)
-    assert dims == MODELS[name]
-    original = openai_model(find(name)).eval()
+    dims, original = MODELS[name], find(name).original().eval()
     original.load_state_dict(weights)  # a ResNet's are without its counts of batches
     images = pictures.load(dims.image_resolution)[0][2:3]
     images = torch.cat([images, torch.randn_like(images)])
     tokens = clip.tokenize(TEXTS, truncate=True)
     assert tokens[-1, -1] == 49407 and tokens[0, 1] == 49407  # all 77 positions, and none
     expected = original.encode_image(images)
-    assert relative_error(image_encoder(weights)(images), expected) <= TOLERANCE
-    expected, encoder = original.encode_text(tokens), text_encoder(weights)
+    image, encoder = (make(dims).load(weights) for make in ENCODERS.values())
+    assert relative_error(image(images), expected) <= TOLERANCE
+    expected = original.encode_text(tokens)
     assert relative_error(encoder(tokens), expected) <= TOLERANCE
     assert relative_error(encoder(tokens[:-1, :20]), expected[:-1]) <= TOLERANCE  # of padded rows
 
 
-@pytest.mark.parametrize("layers", [(2, 1, 1, 1), (1, 2, 3, 1)], ids=str)
+@pytest.mark.parametrize("layers", [[2, 1, 1, 1], [1, 2, 3, 1]], ids=str)
 @torch.no_grad()
 def test_a_small_resnet_equals_the_original_model_for_any_batch(layers, monkeypatch):
     """Blocks with and without a convolution beside them, and a width that is no power of two."""
@@ -52,7 +51,7 @@ def test_a_small_resnet_equals_the_original_model_for_any_batch(layers, monkeypa
     checkpoint = load_checkpoint("small", "random")
     images = pictures.load(64)[0]
     expected = original_with_weights(checkpoint, "cpu").encode_image(images)
-    encoder = image_encoder(checkpoint.state_dict)
+    encoder = checkpoint.model.encoder("image", checkpoint.state_dict)
     assert all(value.dtype == torch.float for value in encoder.parameters())
     for x in (images, images.double()):
         assert encoder(x).dtype == torch.float

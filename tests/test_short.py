@@ -145,9 +145,7 @@ def test_what_is_not_causal_and_an_artifact_without_lengths_keep_the_full_length
     found = clip_ttrt.CompiledCLIP(older)
     assert found._encoders["text"].lengths == (77,)
     assert close(found.encode_text(tokens), model.encode_text(tokens))
-    assert guard.lengths_of("text", replace(MODELS["demo"], family="siglip")) == [77]
-    monkeypatch.setattr(guard, "cuts_texts", lambda dims: False)
-    assert guard.lengths_of("text", MODELS["demo"]) == [77]
+    assert guard.lengths_of("text", replace(MODELS["demo"], image_pooling="probe")) == [77]
     assert guard.lengths_of("image", MODELS["demo"]) == [112]
     [tokens] = graph.capture(*encoder_in("demo", "text", "fp32")[:2], 77).graph.find_nodes(
         op="placeholder")

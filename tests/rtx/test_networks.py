@@ -1,21 +1,22 @@
 """Every converter with a form in TensorRT's own layers, and whole encoders: a network and plan."""
 import logging
+import re
 import warnings
 
 import pytest
 import torch
+from clip.model import AttentionPool2d
 from torch import nn
 
 from clip_ttrt import graph, ops, stack, trt
 from clip_ttrt.checkpoint import load_checkpoint
 from clip_ttrt.engine import DTYPES
-from clip_ttrt.encoders import ENCODERS, INFERENCE, ImageEncoder, PoolingHead, TextEncoder
+from clip_ttrt.encoders import ENCODERS, PoolingHead
 from clip_ttrt.guard import lengths_of
 from clip_ttrt.models import MODELS, Dimensions
 from clip_ttrt.options import BatchRange
-from clip_ttrt.resnet import AttentionPool
 import small
-from lowering import DYNAMIC, STATIC, One, construct, encoder_in, lowered
+from lowering import DYNAMIC, STATIC, One, Pool, construct, encoder_in, lowered
 
 MOST_LAYERS = {"demo": 240, "ViT-B/32": 480, "ViT-B/16": 480, "ViT-L/14": 840,
                "ViT-L/14@336px": 840,  # constants not counted; seen: 196, 364, 364, 700, 700,
@@ -80,8 +81,8 @@ CONVERTED = {
     "relu": (of(nn.functional.relu), (8, 6, 6)),
     "average_pool": (of(lambda x: nn.functional.avg_pool2d(x, 2)), (8, 6, 6)),
     "mean_of_patches": (of(ops.mean_of_patches), (5, 64)),
-    "attention_pool": (AttentionPool(128, 5, 32, INFERENCE), (128, 2, 2)),
-    "attention_probe": (PoolingHead(144, 2, 200, INFERENCE).fold(), (5, 144)),
+    "attention_pool": (Pool(AttentionPool2d(2, 128, 2, 32)), (128, 2, 2)),
+    "attention_probe": (PoolingHead(144, 2, 200), (5, 144)),
     "extract_whole_patches": (of(lambda x: ops.extract_patches(x, 4)), (3, 18, 18)),
 }
 PLUGINS = {ops.fused_attention, ops.fused_linear, ops.fused_quantized_linear, ops.fused_layer_norm,
@@ -219,7 +220,8 @@ def test_every_operation_that_is_no_plugin_is_built_above():
     for name in CONVERTED:
         nodes = lowered(*module_and_example(name, "fp32")).graph.nodes
         built |= {node.target for node in nodes if node.op == "call_function"}
-    assert built == set(ops.REFERENCES) - PLUGINS - {ops.quantized_linear}  # of whole encoders
+    assert built == {*ops.REFERENCES, *graph.THEIRS, torch.ops.aten.convolution.default} - {
+        *PLUGINS, ops.quantized_linear}  # of whole encoders
 
 
 ENCODERS_BUILT = [(model, encoder) for model, dims in MODELS.items() if not dims.is_resnet
@@ -233,8 +235,7 @@ ENCODERS_BUILT += [("small", "image"), ("RN50", "image"),
 
 @pytest.mark.parametrize("model, encoder", ENCODERS_BUILT)
 def test_a_whole_encoder_is_one_network_and_its_plan_builds(model, encoder, monkeypatch):
-    for name, dims in SMALL.items():
-        monkeypatch.setitem(MODELS, name, dims)
+    small.add(monkeypatch, **SMALL)
     plain, example, module = encoder_in(model, encoder, "fp16")
     weights = sum(value.numel() * value.element_size() for value in plain.parameters())
     shortest = lengths_of(encoder, MODELS[model])[0]
@@ -303,17 +304,16 @@ SIGLIP = Dimensions(144, 60, 14, 144, 2, 16, 100, 128, 2, image_head_dim=72, ima
 def of_siglip(request):
     """An encoder with random weights, inputs of it, and a precision."""
     name, _, precision = request.param.partition("-")
-    kind = {"image": ImageEncoder, "text": TextEncoder}[name]
     torch.manual_seed(0)
-    encoder = kind(SIGLIP, INFERENCE).requires_grad_(False)
+    encoder = ENCODERS[name](SIGLIP).eval().requires_grad_(False)
+    inputs = (torch.randn(4, 3, 60, 60) if name == "image" else
+              torch.randint(0, 100, (4, 16), dtype=torch.int32))
     for name, value in encoder.named_parameters():
         if value.dim() > 1:
             nn.init.normal_(value, std=1.5 * value.shape[1] ** -0.5)
         else:
-            nn.init.normal_(value, mean=float("norm" in name and "weight" in name), std=0.1)
-    encoder.load(encoder.in_openai_naming())  # which folds
-    inputs = (torch.randn(4, 3, 60, 60) if kind is ImageEncoder else
-              torch.randint(0, 100, (4, 16), dtype=torch.int32))
+            mean = float(bool(re.search(r"(ln_|norm).*weight", name)))
+            nn.init.normal_(value, mean=mean, std=0.1)
     return encoder, inputs, precision
 
 
