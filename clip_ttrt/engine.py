@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.benchmark import Timer
 
 from clip_ttrt import (
@@ -192,18 +193,15 @@ def overflowing(name: str, encoder: nn.Module, checkpoint: Checkpoint) -> dict[s
     pictures and captions: the block's name -> largest magnitude between the two layers."""
     model, found = checkpoint.model, {}
     images, lines = pictures.load(model.dimensions.image_resolution, model.transform())
-    rows = images if name == "image" else model.tokenizer()(lines, truncate=True)
-    layers = {f"blocks.{i}": block.up
-              for i, block in enumerate(getattr(encoder, "blocks", ()))}
-    hooks = [layer.register_forward_hook(
-        lambda _, inputs, out, key=key: found.update({key: out.abs().max().item()})
-    ) for key, layer in layers.items()]
-    if hooks:  # else it is a ResNet's
-        encoder(rows)
-    for hook in hooks:
-        hook.remove()
-    return {key: size for key, size in found.items()
-            if not size <= torch.finfo(torch.half).max / 2}
+    names = {block.up: f"blocks.{i}" for i, block in enumerate(getattr(encoder, "blocks", ()))}
+
+    def look(layer: nn.Module, _: tuple, out: torch.Tensor) -> None:
+        if layer in names:
+            found[names[layer]] = out.abs().max().item()
+
+    with register_module_forward_hook(look):
+        encoder(images if name == "image" else model.tokenizer()(lines, truncate=True))
+    return {key: size for key, size in found.items() if not size <= torch.finfo(torch.half).max / 2}
 
 
 def in_precision(encoder: nn.Module, precision: str) -> nn.Module:
