@@ -1,6 +1,5 @@
 """Accuracy of an artifact and of the original model in fp32."""
 import inspect
-import json
 import re
 from functools import lru_cache, partial
 from itertools import chain
@@ -49,7 +48,7 @@ class TorchvisionRows(Rows):
 
     def read(self, start: int, stop: int) -> list[Record]:
         records = []
-        for *which, row in json.loads(self.packed)[start:stop]:
+        for *which, row in self.items(start, stop):
             picture, label = torchvision_set(*which)[row]
             facts = {"image_path": f"{which[0]}:{row}", "label": int(label)}
             pixels = np.asarray(picture.convert("RGB"))

@@ -61,12 +61,16 @@ class Rows:
         """SHA-256 of what is read: paths, places and captions."""
         return hashlib.sha256(b"".join(self.packed)).hexdigest()
 
-    def read(self, start: int, stop: int) -> list[Record]:
-        """The rows from start to before stop, from any thread; what cannot be read has an error."""
+    def items(self, start: int, stop: int) -> Iterator[list]:
+        """The items from start to before stop, a picture's path as one with a place."""
         first = start // PACKED
         items = chain.from_iterable(map(json.loads, self.packed[first:-(-stop // PACKED)]))
-        items = [file_item(each, {}, each) if isinstance(each, str) else each
-                 for each in islice(items, start - first * PACKED, stop - first * PACKED)]
+        for item in islice(items, start - first * PACKED, stop - first * PACKED):
+            yield file_item(item, {}, item) if isinstance(item, str) else item
+
+    def read(self, start: int, stop: int) -> list[Record]:
+        """The rows from start to before stop, from any thread; what cannot be read has an error."""
+        items = list(self.items(start, stop))
         records = [Record(*each[:4]) for each in items]
         unread = [(record, each[4:]) for record, each in zip(records, items) if each[4:]]
         for kind, group in groupby(unread, lambda each: each[1][0]):

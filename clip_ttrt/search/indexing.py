@@ -1,6 +1,5 @@
 """Folders to a library: what is new or has changed is encoded, by `embed`."""
 import fcntl
-import json
 import os
 from functools import partial
 from itertools import chain
@@ -51,7 +50,8 @@ class IntoLibrary(Passing):
 
     def keep(self, shard: int, features: np.ndarray, metadata: list, bad: list) -> None:
         reasons, items = {each["row"]: each["error"] for each in bad}, []
-        for row, (_, _, facts, _, *place) in enumerate(json.loads(self.rows[shard].packed)):
+        rows = self.rows[shard]
+        for row, (_, _, facts, _, *place) in enumerate(rows.items(0, len(rows))):
             pts, start = place[2:] if place[:1] == [sources.VIDEO] else (None, None)
             items.append((facts["file"], facts.get("time"), pts, start, reasons.get(row)))
         every = np.zeros((len(items), features.shape[1]), np.float16)
