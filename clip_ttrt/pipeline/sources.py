@@ -70,16 +70,14 @@ class Rows:
 
     def read(self, start: int, stop: int) -> list[Record]:
         """The rows from start to before stop, from any thread; what cannot be read has an error."""
-        items = list(self.items(start, stop))
-        records = [Record(*each[:4]) for each in items]
-        unread = [(record, each[4:]) for record, each in zip(records, items) if each[4:]]
-        for kind, group in groupby(unread, lambda each: each[1][0]):
+        found = [(Record(*each[:4]), each[4:]) for each in self.items(start, stop)]
+        for kind, group in groupby([each for each in found if each[1]], lambda each: each[1][0]):
             group, places = zip(*group)
             for record, data in zip(group, read_places(kind, places)):
                 record.data = data
                 if isinstance(data, (str, Exception)):
                     record.data, record.metadata, record.error = None, {}, reason(data)
-        return records
+        return [record for record, _ in found]
 
 
 def plan(inputs: list, text: bool, shard_rows: int, every: float, column: Optional[str]) -> list:
@@ -268,8 +266,7 @@ def read_remote(places: list) -> list[Union[bytes, str]]:
     system, _ = file_system(places[0][1])
     _, urls, starts, sizes = map(list, zip(*places))
     stops = [start + size if size >= 0 else None for start, size in zip(starts, sizes)]
-    paths = [system._strip_protocol(url) for url in urls]
-    blobs = system.cat_ranges(paths, starts, stops, on_error="return")
+    blobs = system.cat_ranges(urls, starts, stops, on_error="return")
     return [UNFIT if isinstance(blob, bytes) and size not in (-1, len(blob)) else blob
             for blob, size in zip(blobs, sizes)]
 

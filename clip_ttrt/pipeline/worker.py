@@ -47,9 +47,8 @@ class Worker:
         self.model.warmup({self.size_for(count) for count in range(1, options.batch + 1)})
         self.load = self.load_texts if options.text else self.load_pictures
         if not options.text:
-            pillow = options.decode == "auto" and not self.on_gpu  # its resize is fast there
-            mode = "pillow" if pillow else options.decode
-            self.decoder = self.model.decoder(mode, options.threads)
+            own = options.decode == "auto" and not self.on_gpu  # Pillow's resize is faster there
+            self.decoder = self.model.decoder("pillow" if own else options.decode, options.threads)
             self.preprocess = self.model.resize
         out.table([{"": ""}])  # arrow's imports take their time, and not that of the first shard
         self.pools = [ThreadPoolExecutor(n, initializer=self.own_stream) for n in (LOADERS, 1)]
