@@ -3,7 +3,7 @@ import inspect
 import json
 import re
 from functools import lru_cache, partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -49,7 +49,8 @@ class TorchvisionRows(Rows):
 
     def read(self, start: int, stop: int) -> list[Record]:
         records = []
-        for *which, row in json.loads(self.packed)[start:stop]:
+        items = chain.from_iterable(map(json.loads, self.packed))
+        for *which, row in islice(items, start, stop):
             picture, label = torchvision_set(*which)[row]
             facts = {"image_path": f"{which[0]}:{row}", "label": int(label)}
             pixels = np.asarray(picture.convert("RGB"))

@@ -51,7 +51,8 @@ class IntoLibrary(Passing):
 
     def keep(self, shard: int, features: np.ndarray, metadata: list, bad: list) -> None:
         reasons, items = {each["row"]: each["error"] for each in bad}, []
-        for row, (_, _, facts, _, *place) in enumerate(json.loads(self.rows[shard].packed)):
+        packed = chain.from_iterable(map(json.loads, self.rows[shard].packed))
+        for row, (_, _, facts, _, *place) in enumerate(packed):
             pts, start = place[2:] if place[:1] == [sources.VIDEO] else (None, None)
             items.append((facts["file"], facts.get("time"), pts, start, reasons.get(row)))
         every = np.zeros((len(items), features.shape[1]), np.float16)
