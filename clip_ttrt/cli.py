@@ -1,10 +1,11 @@
-"""The command line: `clip-ttrt COMMAND ...`, which is also `python -m clip_ttrt.COMMAND ...`.
+"""The command line: `clip-ttrt COMMAND ...`, which is also `python -m clip_ttrt COMMAND ...`.
 
 Exit codes: 0; 1 for a failed verification; 2 for bad input, which is one sentence; 3 where more
 rows were bad than `embed` may take.
 """
 import argparse
 import contextlib
+import csv
 import json
 import signal
 import sys
@@ -15,11 +16,11 @@ from typing import Any, Optional
 import torch
 
 import clip_ttrt
-from clip_ttrt import build_kernels, classify, info, verify
+from clip_ttrt import build_kernels, info, verify, zeroshot
 from clip_ttrt.artifact import check_runs_here, read_artifact
 from clip_ttrt.checkpoint import reload_checkpoint
 from clip_ttrt.errors import UserError, VerificationError
-from clip_ttrt.options import DECODE, EmbedOptions, EvaluateOptions, Options, ProbeOptions
+from clip_ttrt.options import EmbedOptions, EvaluateOptions, Options, ProbeOptions
 from clip_ttrt.progress import Progress
 
 
@@ -67,9 +68,9 @@ def parser() -> argparse.ArgumentParser:
     add("--weights", metavar="FILE", help="where the weights are, if their file has moved")
     add("--trust-weights", action="store_true", help="read even a pickle, which can run code")
 
-    add = command("classify", classify.run, "zero-shot classification of pictures and frames")
+    add = command("classify", run_classify, "zero-shot classification of pictures and frames")
     add("artifact", type=Path, metavar="DIR", help="the artifact")
-    add("inputs", nargs="+", metavar="INPUT", help="as of embed; one picture alone is shortest")
+    add("inputs", nargs="+", metavar="INPUT", help="as of embed")
     add("--labels", nargs="+", required=True, metavar="TEXT|FILE", help="the texts to choose from, "
         "or one file that holds a text in each line, or imagenet for open_clip's")
     add("--multi", action="store_true", help="independent scores, not probabilities of one choice")
@@ -83,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
                   "artifact and of the original model in fp32 on the same pictures")
     add("artifact", type=Path, metavar="DIR", help="the artifact")
     add("--dataset", required=True, metavar="FOLDER|TABLE|NAME", help="a folder with a folder a "
-        "class, a .csv, .parquet or .json of paths and labels or captions, or torchvision's NAME")
+        "class, a table of paths and labels or captions, or with --root torchvision's NAME")
     add_fields(add, EvaluateOptions)
     add("--json", dest="as_json", action="store_true", help="for programs")
 
@@ -92,43 +93,35 @@ def parser() -> argparse.ArgumentParser:
     add("artifacts", nargs="+", type=Path, metavar="DIR", help="the artifacts")
     for part in ("train", "test"):
         add(f"--{part}", required=True, metavar="FOLDER|TABLE",
-            help="a folder with a folder a class, or a .csv or .parquet of paths and labels")
+            help="a folder with a folder a class, or a table with a column of labels")
     add_fields(add, ProbeOptions)
     add("--json", dest="as_json", action="store_true", help="for programs")
 
     about = "find pictures, and moments of videos, by texts and pictures"
     searches = commands.add_parser("search", help=about, description=about).add_subparsers(
         metavar="index|query|serve", required=True)
-    for name, run, about in (
-            ("index", run_search_index, "bring a library up to date with folders"),
-            ("query", run_search_query, "the files most similar to a query"),
-            ("serve", run_search_serve, "a page for browsers on this machine")):
+
+    def search(name, run, about):
         add = command(name, run, about, searches)
         add("library", metavar="LIBRARY", help="its folder")
-        add("--artifact", type=Path, metavar="DIR", help="of a new library, which keeps to it; or "
-            "where that one is by now")
-        if name == "index":
-            add("folders", nargs="*", metavar="FOLDER", help="of pictures and videos (default: "
-                "those of the library)")
-            add("--every", metavar="SECONDS|scenes", help="the frames of a video: one every so "
-                "often, or one a scene (default: as before, at first 1)")
-            add("--decode", default="auto", choices=DECODE, help="as embed's")
-            for option, help in (
-                    ("approximate", "build an approximate index, for some millions of items "
-                     "and more, and measure its recall"),
-                    ("retry-bad", "try again what is in quarantine"),
-                    ("reindex", "encode all anew, with another artifact if it is one")):
-                add(f"--{option}", action="store_true", help=help)
-        elif name == "serve":
-            add("--port", type=int, default=8080, help="default %(default)s; 0: a free one")
-        else:
-            add("query", metavar="QUERY", help="a text, a picture, or a sum of some: "
-                "'cat + 0.5*\"black - white\" - dog.jpg'")
-            add("--top", type=int, default=20, metavar="N", help="files (default %(default)s)")
-            add("--fold", type=float, default=0.97, metavar="COSINE", help="of near-duplicates, "
-                "which are one result (default %(default)s)")
-            add("--exact", action="store_true", help="leave an approximate index aside")
-            add("--json", dest="as_json", action="store_true", help="for programs")
+        add("--artifact", type=Path, metavar="DIR", help="of a new library; or another for index, "
+            "which encodes all anew; or where the library's own is by now")
+        return add
+
+    add = search("index", run_search_index, "bring a library up to date with folders")
+    add("folders", nargs="+", metavar="FOLDER", help="of pictures and videos")
+    add_fields(add, EmbedOptions, ("every", "decode", "gpus"))
+    for name, help in (("scenes", "of a new video one frame a scene, not one every so often"),
+                       ("approximate", "build an approximate index, for some millions of items and "
+                        "more, and measure its recall; the next run drops it")):
+        add(f"--{name}", action="store_true", help=help)
+    add = search("query", run_search_query, "the files most similar to a query")
+    add("query", metavar="QUERY", help="a text, a picture, or a sum of some: "
+        "'cat + 0.5*\"black - white\" - dog.jpg'")
+    add("--top", type=int, default=20, metavar="N", help="files (default %(default)s)")
+    add("--json", dest="as_json", action="store_true", help="for programs")
+    add = search("serve", run_search_serve, "a page for browsers on this machine")
+    add("--port", type=int, default=8080, help="default %(default)s; 0: a free one")
 
     add = command("info", run_info, "tell what this machine has and what a compile would use")
     add("--json", dest="as_json", action="store_true", help="for programs")
@@ -202,6 +195,28 @@ def run_verify(folder: Path, figures: Path, weights: Optional[str], trust_weight
     return 0 if report["passed"] else 1
 
 
+def run_classify(artifact: Path, inputs: list[str], as_json: bool, as_csv: bool,
+                 **options: Any) -> int:
+    table = csv.writer(sys.stdout)
+    if as_csv:
+        table.writerow(["image_path", "time", "rank", "label", "score", "error"])
+    for row in zeroshot.classify(artifact, inputs, **options):
+        path = row["image_path"].encode(errors="backslashreplace").decode()
+        pairs, time = row.get("labels", ()), row.get("time")
+        if as_json:
+            print(json.dumps(row, default=str))
+        elif as_csv:
+            table.writerows([path, time, rank, each["label"], each["score"], None]
+                            for rank, each in enumerate(pairs, 1))
+            if not pairs:
+                table.writerow([path, time, None, None, None, row["error"]])
+        else:
+            form = "{score:7.4f}  {label}" if options["multi"] else "{score:7.2%}  {label}"
+            lines = [form.format(**each) for each in pairs] or [row["error"]]
+            print(path if time is None else f"{path} at {time} s", *lines, sep="\n")
+    return 0
+
+
 def run_evaluate(as_json: bool, **options: Any) -> int:
     from clip_ttrt.evaluate import evaluate  # which brings embed
 
@@ -219,41 +234,25 @@ def run_evaluate(as_json: bool, **options: Any) -> int:
 def run_probe(as_json: bool, **options: Any) -> int:
     from clip_ttrt.probe import probe  # which brings embed
 
-    kept = "the same command goes on" if options["output"] else "--output would keep the features"
-    try:
-        report = probe(**options)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; {kept}") from None
-    for each in report["artifacts"]:
-        if each["warning"]:
-            print(f"clip_ttrt: {each['artifact']}: {each['warning']}", file=sys.stderr)
-        if not as_json:
-            print("\n  ".join([f"{each['artifact']}: C = {each['c']:.3g}", *probe_lines(each)]))
+    report = probe(**options)
+    for each in [] if as_json else report["artifacts"]:
+        print("{artifact}: C = {c:.3g}, {classes} classes, {iterations} iterations".format(**each),
+              "" if each["converged"] else "which were too few")
+        for part in ("train", "test"):
+            print("  {part}: {images:,} images ({bad:,} bad)".format(part=part, **each[part]))
+        for name in ("top-1", "top-5", "difference"):
+            if name in each:
+                print(f"  {name:11}", "{:7.2%}  ({:.2%} to {:.2%})".format(*each[name]))
     if as_json:
         print(json.dumps(report, indent=2))
     return 0
 
 
-def probe_lines(each: dict[str, Any]) -> list[str]:
-    """What people want to know of a probe."""
-    shares = {"top-1": each["top1"], "top-5": each["top5"], "to the first": each.get("difference")}
-    lines = [f"{name:12} {found[0]:.2%}  ({found[1]:.2%} to {found[2]:.2%})"
-             for name, found in shares.items() if found]
-    parts = [f"{each[part]['images']:,} of {part} ({each[part]['bad']} bad)"
-             for part in ("train", "val", "test") if part in each]
-    return [*lines, f"{'per class':12} {each['per_class']:.2%}",
-            f"{each['classes']} classes, {', '.join(parts)}; {each['iterations']} iterations; "
-            f"{each['seconds_to_embed']:.1f} s to embed, {each['seconds_to_fit']:.1f} s to fit"]
-
-
 def run_search_index(**options: Any) -> int:
     from clip_ttrt.search import index  # which brings torchvision
 
-    try:
-        with sigterm_as_ctrl_c():
-            print(json.dumps(index(**options), indent=2))
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; the same command goes on") from None
+    with sigterm_as_ctrl_c():
+        print(json.dumps(index(**options), indent=2))
     return 0
 
 
@@ -261,12 +260,8 @@ def run_search_query(library: str, artifact: Path, as_json: bool, **options: Any
     from clip_ttrt.search import Library
 
     found = Library(library, artifact).query(**options)
-    if found["unknown"]:
-        print(f"clip_ttrt: the embedded model knows no {', '.join(found['unknown'])}: what it "
-              "finds by these words means nothing", file=sys.stderr)
     for each in [] if as_json else found["results"]:
         parts = [f"{part['start']:.6g}-{part['end']:.6g} s" for part in each.get("segments", ())]
-        parts += [f"+{len(each['similar'])} alike"] if each["similar"] else []
         path = each["path"].encode(errors="backslashreplace").decode()
         print(f"{each['score']:7.4f} {each['z']:+6.2f} sd  {path}  {', '.join(parts)}".rstrip())
     if as_json:
@@ -275,13 +270,16 @@ def run_search_query(library: str, artifact: Path, as_json: bool, **options: Any
 
 
 def run_search_serve(library: str, artifact: Path, port: int) -> int:
+    from clip_ttrt.pipeline import sources
+
+    sources.library("starlette", "search"), sources.library("uvicorn", "search")
     from clip_ttrt.search import Library
     from clip_ttrt.search.serve import Server
 
-    with Server(Library(library, artifact), port) as server:
-        print(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            server.serve_forever()
+    server = Server(Library(library, artifact), port)
+    print(f"http://127.0.0.1:{server.port}/ (Ctrl-C ends it)", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run([server.socket])
     return 0
 
 

@@ -148,7 +148,8 @@ class Context:
         if size is None:
             return None
         with _capturing:
-            self.done.synchronize()  # nothing of the context runs any more
+            # Nothing of the context runs any more, nor a caller's graph of it on this stream.
+            torch.cuda.current_stream().synchronize()
             if len(graphs) == MOST_GRAPHS:
                 graphs.popitem(last=False)  # the one used longest ago
             if not any(any(each.values()) for each in self.graphs.values()):

@@ -3,14 +3,16 @@ import json
 import shutil
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from time import perf_counter
 from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.benchmark import Timer
 
 from clip_ttrt import (
-    backends, deprecations, families, graph, kernels, linear, stack, tokenizers, trt, verify)
+    backends, deprecations, families, graph, kernels, linear, pictures, stack, tokenizers, trt,
+    verify)
 from clip_ttrt.artifact import SCALES, Artifact, draft
 from clip_ttrt.backends import Backend, Choice
 from clip_ttrt.checkpoint import Checkpoint, load_checkpoint
@@ -20,7 +22,7 @@ from clip_ttrt.guard import Guarded, lengths_of, trace
 from clip_ttrt.models import HEAD_DIM, Dimensions
 from clip_ttrt.options import BatchRange, Options
 from clip_ttrt.progress import Progress
-from clip_ttrt.quantize import Quantizer
+from clip_ttrt.quantize import Quantizer, gain
 
 DTYPES = {"fp32": torch.float, "tf32": torch.float, "fp16": torch.half, "bf16": torch.bfloat16,
           "fp8": torch.half}  # around the layers that are quantised
@@ -96,6 +98,9 @@ def compile_with(options: Options, progress: Progress) -> Artifact:
             if options.compare:
                 facts["milliseconds"] = beside_fp16(
                     encoder, module, checkpoint, options, quantizer.rows[encoder], progress)
+            elif quantizer:
+                width = getattr(checkpoint.dimensions, f"{encoder}_width")
+                progress.say(gain(encoder, width, options.batch.optimal))
             writing.add(encoder, module, **facts)
             del module
         manifest = {
@@ -138,8 +143,14 @@ def build_encoder(name: str, checkpoint: Checkpoint, batch: BatchRange, plan: Pl
     """The TorchScript module to save of one encoder, and facts about it for the manifest."""
     as_engine = plan.builder is not None
     device = "cpu" if as_engine else plan.backend.device
-    encoder = in_precision(
-        checkpoint.model.encoder(name, checkpoint.state_dict), plan.backend.computes_in)
+    encoder = checkpoint.model.encoder(name, checkpoint.state_dict)
+    wide = overflowing(name, encoder, checkpoint) if plan.backend.computes_in == "fp16" else {}
+    if wide:
+        progress.say(f"{name}: the MLPs of {', '.join(wide)} stay in fp32, for values that fp16 "
+                     f"cannot hold, up to {max(wide.values()):.0f}")
+    in_fp32 = {key: value for key, value in encoder.state_dict().items()
+               if key.rpartition(".")[0].rpartition(".")[0] in wide}
+    encoder = in_precision(encoder, plan.backend.computes_in)
     example = example_input(name, checkpoint.dimensions).to(device)
     lengths = lengths_of(name, checkpoint.dimensions)
     with progress.stage(f"export the {name} encoder"):
@@ -147,7 +158,9 @@ def build_encoder(name: str, checkpoint: Checkpoint, batch: BatchRange, plan: Pl
     work = f"build the {name} engine" if as_engine else f"trace the {name} encoder"
     with progress.stage(work) as time:
         passes = quantizer.passes(name, plan.passes[name]) if quantizer else plan.passes[name]
-        facts: dict[str, Any] = {"rewrites": graph.run(module, passes), "lengths": lengths}
+        passes = [graph.lower, graph.widening(in_fp32), *passes[1:]] if wide else passes
+        facts: dict[str, Any] = {"rewrites": graph.run(module, passes), "lengths": lengths,
+                                 "kept_fp32": wide}
         if as_engine:
             module, about = trt.build(
                 module, example, name=name, shortest=lengths[0], **plan.builder)
@@ -168,13 +181,27 @@ def beside_fp16(name: str, in_fp8: torch.jit.ScriptModule, checkpoint: Checkpoin
     for precision, module in ("fp8", in_fp8), ("fp16", in_fp16):
         encoder = Encoder([module], options.batch, checkpoint.dimensions.embed_dim, x[:0], True)
         encoder.warmup([size] * 50)
-        begun = perf_counter()
-        for _ in range(50):
-            encoder(x)
-        torch.cuda.synchronize()
-        found[precision] = (perf_counter() - begun) / 50 * 1e3
+        timer = Timer("call(x)", globals={"call": encoder, "x": x})
+        found[precision] = timer.timeit(50).mean * 1e3
     progress.say(f"{name}, batch {size}: {found['fp8']:.3f} ms in fp8, {found['fp16']:.3f} in fp16")
     return found
+
+
+@torch.no_grad()
+def overflowing(name: str, encoder: nn.Module, checkpoint: Checkpoint) -> dict[str, float]:
+    """The MLPs of an encoder's blocks that come within 2 of fp16's largest number for the shipped
+    pictures and captions: the block's name -> largest magnitude between the two layers."""
+    model, found = checkpoint.model, {}
+    images, lines = pictures.load(model.dimensions.image_resolution, model.transform())
+    names = {block.up: f"blocks.{i}" for i, block in enumerate(getattr(encoder, "blocks", ()))}
+
+    def look(layer: nn.Module, _: tuple, out: torch.Tensor) -> None:
+        if layer in names:
+            found[names[layer]] = out.abs().max().item()
+
+    with register_module_forward_hook(look):
+        encoder(images if name == "image" else model.tokenizer()(lines, truncate=True))
+    return {key: size for key, size in found.items() if not size <= torch.finfo(torch.half).max / 2}
 
 
 def in_precision(encoder: nn.Module, precision: str) -> nn.Module:

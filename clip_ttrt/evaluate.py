@@ -1,9 +1,7 @@
-"""python -m clip_ttrt.evaluate: accuracy of an artifact and of the original model in fp32."""
+"""Accuracy of an artifact and of the original model in fp32."""
 import inspect
 import json
-import os
 import re
-import sys
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
@@ -19,7 +17,8 @@ from clip_ttrt import verify
 from clip_ttrt.artifact import read_artifact
 from clip_ttrt.checkpoint import original_with_weights, reload_checkpoint
 from clip_ttrt.errors import UserError
-from clip_ttrt.labelled import difference, embedded, read_table, shards, wilson, with_labels
+from clip_ttrt.labelled import (
+    difference, features_of, labels_of, numbered, read_rows, shards, wilson)
 from clip_ttrt.options import EvaluateOptions
 from clip_ttrt.pipeline.sources import Record, Rows, choose, reason
 from clip_ttrt.pipeline.worker import Worker
@@ -49,16 +48,21 @@ class TorchvisionRows(Rows):
     """Of one of torchvision's data sets.  items: arguments of `torchvision_set` and a row."""
 
     def read(self, start: int, stop: int) -> list[Record]:
-        self.items = self.items or json.loads(self.packed)
-        return [torchvision_record(*each) for each in self.items[start:stop]]
+        records = []
+        for *which, row in json.loads(self.packed)[start:stop]:
+            picture, label = torchvision_set(*which)[row]
+            facts = {"image_path": f"{which[0]}:{row}", "label": int(label)}
+            pixels = np.asarray(picture.convert("RGB"))
+            records.append(Record(facts["image_path"], pixels, facts, None))
+        return records
 
 
 def evaluate(artifact: Union[str, Path], dataset: Any, **options: Any) -> dict[str, Any]:
     """Zero-shot accuracy, or recall of captions, of an artifact and of the original model in fp32
     on the same pixels, which equal Pillow's.
 
-    dataset: a folder with a folder a class, a .csv, .parquet or .json of paths and labels or
-    captions, or the name of one of torchvision's.  options: of `EvaluateOptions`.
+    dataset: a folder with a folder a class, a table of paths and labels or captions, as
+    `read_rows` takes them, or the name of one of torchvision's.  options: of `EvaluateOptions`.
     Returns counts and, of `compiled`, `original` and their `difference`, shares of right answers
     with 95 % intervals.  Raises UserError for bad input, and what `embed` raises."""
     options, artifact = EvaluateOptions(**options), read_artifact(artifact)
@@ -72,14 +76,9 @@ def evaluate(artifact: Union[str, Path], dataset: Any, **options: Any) -> dict[s
         text["original"] = average(artifact, lambda tokens: verify.reference_features(
             checkpoint, {"text": tokens}, artifact.device)["text"], texts, templates, of_captions)
         worker = partial(Compared, *how)
-    features, metadata, bad = zip(*embedded(
-        artifact.folder, rows, worker=worker, normalize=False, dtype="float32", decode="exact",
-        gpus=options.gpus, force=options.force))
-    labels = tensor([row["label"] for row in chain(*metadata)])
-    if not len(labels):
-        raise UserError(f"no picture of {dataset} can be read: {bad[0][0]['error']}")
-    images = torch.cat([each for each in features if len(each)]).split(
-        artifact.dimensions.embed_dim, 1)
+    features, labels, _, bad = features_of(artifact, rows, worker=worker, decode="exact",
+                                           gpus=options.gpus, force=options.force)
+    images = features.split(artifact.dimensions.embed_dim, 1)
     hits = {side: right_answers(normalize(image).to(artifact.device), text[side], labels, owners)
             for side, image in zip(text, images)}
     report = {side: {name: wilson(right) for name, right in found.items()}
@@ -88,7 +87,7 @@ def evaluate(artifact: Union[str, Path], dataset: Any, **options: Any) -> dict[s
         report["difference"] = {name: difference(right, hits["compiled"][name])
                                 for name, right in hits["original"].items()}
     return {"artifact": str(artifact.folder), "dataset": str(dataset), "images": len(labels),
-            "bad": sum(map(len, bad)), "texts": len(texts), "templates": len(templates), **report}
+            "bad": bad, "texts": len(texts), "templates": len(templates), **report}
 
 
 def right_answers(images: Tensor, texts: Tensor, labels: Tensor, owners: Optional[Tensor]
@@ -115,36 +114,42 @@ def nearest(queries: Tensor, keys: Tensor, count: int) -> Tensor:
 
 
 def read_dataset(source: str, options: EvaluateOptions) -> tuple[list, list[str], Optional[Tensor]]:
-    """`Rows` whose metadata has a label, and texts: of classes, to which labels are indices, or
+    """Shards whose metadata has a label, and texts: of classes, to which labels are indices, or
     captions, to whose owners [texts] they are equal."""
-    if options.root and inspect.isclass(getattr(datasets, source, None)):
-        return read_torchvision((source, options.root, options.split), options)
-    if not os.path.exists(source):
-        raise UserError(f"{source} is no file or folder, and no data set of torchvision's, which "
-                        "--root is for")
-    table, captions = read_table(source, options), {}
-    if not table or options.label in table[0][1]:
-        paths, names = with_labels(source, table, options)
-        classes = sorted(set(names.tolist()), key=lambda each: (each.isdecimal() * len(each), each))
+    if options.root:
+        which = source, options.root, options.split
+        data = torchvision_set(*which)
+        names = [each if isinstance(each, str) else each[0]
+                 for each in getattr(data, "classes", ())]
+        rows = [[*which, row] for row in range(len(data))]
+        return shards(rows, TorchvisionRows), read_texts(options.labels or names, "labels"), None
+    rows, captions = read_rows(source, options), {}
+    if options.label in rows[0][2]:
+        names = labels_of(source, rows, options)
+        classes = sorted({*names.tolist()}, key=lambda each: (each.isdecimal() * len(each), each))
         texts, numbers = match(classes, options)
-        return shards(paths, [numbers[name] for name in names]), texts, None
-    column = choose(source, list(table[0][1]), True, options.caption)
-    for path, row in table:
-        found = row.get(column) or []
-        captions.setdefault(path, []).extend([found] if isinstance(found, str) else found)
+        return numbered(rows, [numbers[name] for name in names]), texts, None
+    column = choose(source, list(rows[0][2]), True, options.caption)
+    for row in rows:
+        captions.setdefault(row[2]["image_path"], []).append((row, row[2][column]))
     owners = [number for number, found in enumerate(captions.values()) for _ in found]
-    texts = list(chain(*captions.values()))
-    return shards(captions, range(len(captions))), texts, tensor(owners)
+    images = numbered([found[0][0] for found in captions.values()], range(len(captions)))
+    return images, [text for _, text in chain(*captions.values())], tensor(owners)
 
 
 def match(classes: list[str], options: EvaluateOptions) -> tuple[list[str], dict[str, int]]:
     """Labels, and which of them each class is: the one of its name or, where no label is a class's
-    name, that at its place.  By default the classes' names, and of wnids open_clip's."""
+    name, that at its place.  By default the classes' names, and of wnids open_clip's 1,000."""
     names = [name.replace("_", " ") for name in classes]
-    of_wnids = "imagenet" if all(re.fullmatch(r"n\d{8}", name) for name in classes) else names
-    labels = read_texts(options.labels or of_wnids, "labels")
-    missing = [name for name in names if name not in labels]
-    if missing == names and len(names) == len(labels):
+    if all(re.fullmatch(r"n\d{8}", name) for name in classes) and not options.labels:
+        labels = read_texts("imagenet", "labels")
+        from timm.data import ImageNetInfo  # which open_clip needs
+
+        names = list(map(dict(zip(ImageNetInfo().label_names(), labels)).get, classes))
+    else:
+        labels = read_texts(options.labels or names, "labels")
+    missing = [each for each, name in zip(classes, names) if name not in labels]
+    if len(missing) == len(names) == len(labels):
         return labels, dict(zip(classes, range(len(classes))))
     if missing:
         raise UserError(f"{', '.join(missing[:3])}: classes that are none of the {len(labels)} "
@@ -152,41 +157,16 @@ def match(classes: list[str], options: EvaluateOptions) -> tuple[list[str], dict
     return labels, {each: labels.index(name) for each, name in zip(classes, names)}
 
 
-def read_torchvision(where: tuple, options: EvaluateOptions) -> tuple[list, list[str], None]:
-    data = torchvision_set(*where)
-    names = [each if isinstance(each, str) else each[0] for each in getattr(data, "classes", ())]
-    if not (options.labels or names):
-        raise UserError(f"torchvision's {where[0]} does not name its classes; give --labels")
-    rows = [[*where, row] for row in range(len(data))]
-    return shards(rows, kind=TorchvisionRows), read_texts(options.labels or names, "labels"), None
-
-
-def torchvision_record(name: str, root: str, split: str, row: int) -> Record:
-    key = f"{name}:{row}"
-    try:
-        picture, label = torchvision_set(name, root, split)[row]
-        facts = {"image_path": key, "label": int(label)}
-        return Record(key, np.asarray(picture.convert("RGB")), facts, None)
-    except Exception as problem:  # of Pillow's, which share no type
-        return Record(key, None, {}, reason(problem))
-
-
 @lru_cache(1)
 def torchvision_set(name: str, root: str, split: str) -> Any:
     """One of torchvision's data sets, of which nothing is downloaded."""
-    kind = getattr(datasets, name)
-    known = inspect.signature(kind).parameters
+    kind = getattr(datasets, name, None)
+    if not inspect.isclass(kind):
+        raise UserError(f"{name} is no data set of torchvision's, which --root is for")
     values = {"split": split, "train": split == "train", "download": False}
+    known = inspect.signature(kind).parameters
     try:
         return kind(root, **{key: value for key, value in values.items() if key in known})
     except (RuntimeError, ValueError, OSError, ImportError) as problem:
-        files = [f"{name}/raw/{file.rpartition('/')[2].removesuffix('.gz')}"
-                 for file, _ in getattr(kind, "resources", ())]
-        raise UserError(f"torchvision's {name} ({split}) is not in {root}: "
-                        f"{reason(problem).split('. You can use')[0]}; nothing is downloaded: "
-                        f"place {', '.join(files) or 'its files'} there") from problem
-
-
-if __name__ == "__main__":
-    from clip_ttrt.cli import main
-    sys.exit(main(["evaluate", *sys.argv[1:]]))
+        raise UserError(f"torchvision's {name} ({split}) is not in {root}, and nothing is "
+                        f"downloaded: {reason(problem).split('. You can use')[0]}") from problem

@@ -2,8 +2,8 @@
 
 `capture` exports.  What follows are passes, which rewrite a graph in place and yield every node
 rewritten: `lower` for every backend, those of `FUSE`, exact in real arithmetic, and `tuning` for
-the plugins, `quantizing` and, for the plugins, `fuse_quantization` in fp8, `inline_references` for
-TorchScript.  `run` is their one runner.
+the plugins, `widening` for what fp16 cannot hold, `quantizing` and, for the plugins,
+`fuse_quantization` in fp8, `inline_references` for TorchScript.  `run` is their one runner.
 """
 import functools
 import inspect
@@ -277,6 +277,21 @@ def block_weight(node: fx.Node) -> Optional[str]:
         return None
     name = str(node.args[1].target)
     return name if name.startswith("blocks.") else None
+
+
+def widening(values: Mapping[str, torch.Tensor]) -> Pass:
+    """The pass after which MLPs compute in fp32; values: their tensors in that, by name."""
+    def widen(module: fx.GraphModule) -> Iterator[fx.Node]:
+        for gelu in calls(module, ops.gelu):
+            up, approximate = gelu.args
+            if block_weight(up) in values:
+                down = only_user(gelu, ops.linear)
+                down.target, down.args = ops.wide_mlp, (up.args[0], *(
+                    add_parameter(module, f"{node.name}_fp32", values[node.target])
+                    for node in (*up.args[1:], *down.args[1:])), approximate)
+                yield down
+
+    return widen
 
 
 def weight_in_e4m3(weight: torch.Tensor) -> tuple[torch.Tensor, float]:

@@ -1,113 +1,102 @@
 """Labelled pictures: where they lie, their features, and intervals of shares of right answers."""
-import csv
-import json
+import glob
 import math
 import os
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Callable, Iterable, Iterator, Optional
+from typing import Any, Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from clip_ttrt.artifact import Artifact
 from clip_ttrt.errors import UserError
 from clip_ttrt.options import EmbedOptions
+from clip_ttrt.pipeline.output import Output, to_json
+from clip_ttrt.pipeline.sources import Rows, expand, file_item, read_items, walk
 
 Z = 1.959964  # of 95 %
 
 
-def with_labels(source: str, rows: list, options: Any) -> tuple[list[str], np.ndarray]:
-    """Paths of a table's pictures and their labels; UserError where one has none."""
+def read_rows(source: str, options: Any) -> list[list]:
+    """Items of `Rows` with what is known of each: of a folder that has one for each class the
+    class, as `options.label`; of a .csv, .tar or .parquet, as `embed` reads them, a row."""
+    rows, folder = [], os.path.isdir(source)
+    for path, ending in expand(f"{glob.escape(source)}/*" if folder else source):
+        if ending == "/":
+            facts = {options.label: os.path.basename(path)}
+            rows += [file_item(each, facts, each) for each in walk(path)]
+        elif not folder:
+            items = read_items(path, ending, False, 1.0, options.column)
+            rows += [each for each in items if isinstance(each, list)]
     if not rows:
         raise UserError(f"{source} holds no picture; a folder has one folder of them for a class")
-    if any(row.get(options.label) in (None, "") for _, row in rows):
+    if problems := [row[3] for row in rows if row[3]]:
+        raise UserError(f"{source} cannot be read: {problems[0]}")
+    return rows
+
+
+def labels_of(source: str, rows: list[list], options: Any) -> np.ndarray:
+    """Of `read_rows` the labels, as texts; UserError where one has none."""
+    names = [row[2].get(options.label) for row in rows]
+    if None in names or "" in names:
         raise UserError(f"{source} has rows without a {options.label!r}; --label names the column "
                         "of them")
-    return [path for path, _ in rows], np.array([str(row[options.label]) for _, row in rows])
+    return np.array(list(map(str, names)))
 
 
-def read_table(source: str, options: Any) -> list[tuple[str, dict[str, Any]]]:
-    """Paths of pictures and what is known of each: of a folder with a folder a class `label`, of a
-    .csv, .parquet or .json (a list of objects) a row.  Paths start at options.root or the table."""
-    from clip_ttrt.pipeline.sources import choose, walk
-
-    path, ending = os.path.abspath(source), source.lower().rpartition(".")[2]
-    if os.path.isdir(path):
-        names = sorted(each.name for each in os.scandir(path) if each.is_dir())
-        return [(file, {options.label: name})
-                for name in names for file in walk(os.path.join(path, name))]
-    try:
-        if ending == "parquet":
-            rows = from_parquet(Path(path))
-        elif ending in ("csv", "json"):
-            with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-                rows = list(csv.DictReader(file, restkey="", restval="") if ending == "csv" else
-                            json.load(file))
-        else:
-            raise UserError(f"{source} is no folder, .csv, .parquet or .json")
-    except (ValueError, csv.Error) as problem:
-        raise UserError(f"{source} cannot be read: {problem}") from problem
-    column = choose(source, list(rows[0]), False, options.column) if rows else ""
-    home, places = Path(getattr(options, "root", None) or Path(path).parent), [
-        (row.get(column) or "", row) for row in rows]
-    return [(place if "://" in place else str(home / place), row) for place, row in places]
+def shards(rows: Sequence[list], kind: type = Rows) -> list[Rows]:
+    step = EmbedOptions.shard_rows
+    return [kind(rows[start:start + step]) for start in range(0, len(rows), step)]
 
 
-def shards(items: Iterable, labels: Iterable[int] = (), kind: Optional[type] = None) -> list:
-    """What `embed` takes in place of inputs.  items: paths, of which metadata gets the labels that
-    there are, or what a kind of `Rows` reads."""
-    from clip_ttrt.pipeline.sources import Rows, file_item
-
-    labelled = [file_item(path, {"label": label}, path) for path, label in zip(items, labels)]
-    items, step = labelled or list(items), EmbedOptions.shard_rows
-    return [(kind or Rows)(items[start:start + step]) for start in range(0, len(items), step)]
+def numbered(rows: Sequence[list], numbers: Sequence[int]) -> list[Rows]:
+    """Shards of rows of which all that is known is a number, their `label`."""
+    return shards([[key, data, {"image_path": key, "label": int(number)}, *others]
+                   for (key, data, _, *others), number in zip(rows, numbers)])
 
 
-def embedded(*inputs: Any, **options: Any) -> Iterator[tuple[torch.Tensor, list, list]]:
-    """`embed` inputs, of which nothing stays behind; what `written` tells."""
-    from clip_ttrt.pipeline.embed import embed
+class Passing(Output):
+    """Shards in files that take no package to write and read."""
+    table = staticmethod(list)
+
+    def write(self, shard: int, features: np.ndarray, metadata: list, bad: list, about: dict):
+        self.keep(shard, features, metadata, bad)
+        about = {**about, "rows": len(metadata), "bad": len(bad), "files": {}}
+        self.put(f"done/{self.number(shard)}.json", to_json(about))
+
+    def keep(self, shard: int, features: np.ndarray, *rows: list) -> None:
+        torch.save((torch.from_numpy(features), *rows), f"{self.root}/{self.number(shard)}.pt")
+
+
+def embedded(*inputs: Any, **options: Any) -> Iterator[tuple[Tensor, list, list]]:
+    """`embed` inputs, of which nothing stays behind.  Of each shard features [good, E], the
+    metadata of their rows, and the bad rows."""
+    from clip_ttrt.pipeline.embed import embed  # which brings tqdm
 
     with TemporaryDirectory() as out:
         try:
-            embed(*inputs, partial(passing, out), **options)
+            embed(*inputs, partial(Passing, out), **options)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("interrupted; nothing of it is kept") from None
-        yield from written(out, lambda table: json.loads(table.read_bytes()))
+        for path in sorted(Path(out).glob("*.pt")):
+            yield torch.load(path, weights_only=False)
 
 
-def passing(*about: Any) -> Any:
-    """An output whose tables are JSON, which takes no package to write and read."""
-    from clip_ttrt.pipeline.output import Output
-
-    out = Output(*about)
-    out.table = as_json
-    return out
-
-
-def as_json(rows: list[dict[str, Any]]) -> bytes:
-    """Of a file's name a byte that UTF-8 cannot hold, e9 say, becomes \\udce9, as in Parquet."""
-    return json.dumps([{key: value.encode("utf-8", "backslashreplace").decode()
-                        if isinstance(value, str) else value for key, value in row.items()}
-                       for row in rows], default=str).encode()
-
-
-def from_parquet(path: Path) -> list[dict[str, Any]]:
-    from clip_ttrt.pipeline.sources import library
-
-    return library("pyarrow.parquet").read_table(path).to_pylist()
-
-
-def written(out: Any, read: Callable[[Path], list] = from_parquet
-            ) -> Iterator[tuple[torch.Tensor, list[dict], list[dict]]]:
-    """Of each shard that `embed` wrote: features [good, E], or [0] of none, the metadata of their
-    rows, and the bad rows."""
-    for done in sorted(Path(out).glob("done/*.json")):
-        tables = (Path(out, kind, f"{kind}_{done.stem}.parquet") for kind in ("metadata", "bad"))
-        metadata, bad = (read(each) if each.exists() else [] for each in tables)
-        features = np.load(Path(out, "img_emb", f"img_emb_{done.stem}.npy"), mmap_mode="c"
-                           ) if metadata else np.empty(0, np.float32)
-        yield torch.from_numpy(features), metadata, bad
+def features_of(artifact: Artifact, rows: list[Rows], **options: Any
+                ) -> tuple[Tensor, Tensor, list[str], int]:
+    """Of the pictures of `numbered` that can be read features float32 [n, E], not normalised,
+    labels [n] and paths; and how many are bad."""
+    features, metadata, bad = zip(*embedded(artifact.folder, rows, normalize=False,
+                                            dtype="float32", **options))
+    facts = list(chain(*metadata))
+    if not facts:
+        raise UserError(f"no picture can be read; the first: {bad[0][0]['error']}")
+    return (torch.cat(features), torch.tensor([row["label"] for row in facts]),
+            [row["image_path"] for row in facts], sum(map(len, bad)))
 
 
 def wilson(hits: np.ndarray) -> list[float]:
@@ -118,10 +107,9 @@ def wilson(hits: np.ndarray) -> list[float]:
 
 
 def difference(first: np.ndarray, second: np.ndarray) -> list[float]:
-    """How much higher the second share of right answers is, and its 95 % interval, of the rows that
-    both have; from discordant pairs, with one more of each (Bonett and Price 2012)."""
-    change = (second - first)[~np.isnan(second - first)]
-    n = len(change) + 2
+    """How much higher the second share of right answers is, and its 95 % interval, from discordant
+    pairs, with one more of each (Bonett and Price 2012)."""
+    change, n = second.astype(float) - first, len(first) + 2
     gain, loss = ((change == 1).sum() + 1) / n, ((change == -1).sum() + 1) / n
     centre, wide = gain - loss, Z * math.sqrt((gain + loss - (gain - loss) ** 2) / n)
     return [float(change.mean()), float(centre - wide), float(centre + wide)]

@@ -67,6 +67,16 @@ def gelu_reference(x: Tensor, approximate: str) -> Tensor:
     return F.gelu(x, approximate=approximate)
 
 
+def wide_mlp_reference(
+    x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor, approximate: str
+) -> Tensor:
+    """A block's MLP in fp32 at least, and its result in x's dtype: [..., W] -> [..., W]."""
+    wide = torch.promote_types(x.dtype, torch.float)
+    hidden = F.linear(x.to(wide), up.to(wide), up_bias.to(wide))
+    hidden = gelu_reference(hidden, approximate)
+    return F.linear(hidden, down.to(wide), down_bias.to(wide)).to(x.dtype)
+
+
 def extract_patches_reference(images: Tensor, size: int) -> Tensor:
     """Cut images into whole patches: [B, C, R, R] -> [B, (R/size)², C·size²].
 
@@ -281,6 +291,7 @@ def _attention_cuda(qkv, heads, causal):
 attention = _op(attention_reference, _attention_fake)
 _library.impl("attention", _attention_cuda, "CUDA")
 gelu = _op(gelu_reference)
+wide_mlp = _op(wide_mlp_reference)
 extract_patches = _op(extract_patches_reference)
 prepend_class_token = _op(prepend_class_token_reference)
 pool_end_of_text = _op(pool_end_of_text_reference)

@@ -176,7 +176,7 @@ class EmbedOptions:
 class EvaluateOptions:
     """Everything that `evaluate` can be told."""
 
-    root: Optional[str] = option(None, "DIR", "of torchvision's, or of the pictures of a table")
+    root: Optional[str] = option(None, "DIR", "of torchvision's, which are never downloaded")
     split: str = option("test", "NAME", "of torchvision's: test, val or train")
     labels: Any = option(None, "TEXT|FILE", "the classes' names, by name or in their order, or "
                          "imagenet: open_clip's (default: the data set's; of wnids imagenet)")
@@ -196,26 +196,15 @@ class EvaluateOptions:
 class ProbeOptions:
     """Everything that `probe` can be told.  Raises UserError for a value outside its choices."""
 
-    c: Optional[float] = option(None, "C", "inverse strength of the L2 penalty, scikit-learn's "
-                                "(default 0.316)")
-    sweep: bool = option(False, help="search the best C from 1e-6 to 1e6")
-    val: Union[None, str, Path] = option(None, "FOLDER|TABLE", "of --sweep (default: a tenth of "
-                                         "each class of train)")
+    c: float = option(0.316, "C", "inverse strength of the L2 penalty, scikit-learn's")
+    sweep: bool = option(False, help="search the best C from 1e-6 to 1e6, by a tenth of train")
     column: Optional[str] = option(None, "NAME", "of paths in tables (default: image_path or path)")
     label: str = option("label", "NAME", "the column of labels in tables")
     dtype: str = option("float32", ("float32", "float64"), "of the fit")
-    max_iter: int = option(1000, "N", "iterations of a fit")
-    seed: int = option(0, "N", "of the split")
-    output: Union[None, str, Path] = option(None, "DIR", "keep features, which another run goes on "
-                                            "from, and the probe's weights")
     gpus: str = option("0", "all|0,1", "to embed by, one process for each")
-    overwrite: bool = option(False, help="delete the features that --output holds")
     force: bool = option(False, help="use an artifact that failed its verification")
 
     def __post_init__(self):
         check_choices(self)
-        if self.c is not None and not 0 < self.c < float("inf") or self.max_iter < 1:
-            raise UserError(f"bad c {self.c} or max_iter {self.max_iter}: they must be above 0")
-        if self.sweep and self.c is not None or self.val and not self.sweep:
-            raise UserError("--sweep searches C itself, and --val is for it: give --c, or --sweep "
-                            "with or without --val")
+        if not 0 < self.c < float("inf"):
+            raise UserError(f"bad c {self.c}: it must be above 0")

@@ -1,331 +1,193 @@
-"""The linear probe of CLIP's paper: logistic regression on features, `python -m clip_ttrt.probe`.
+"""The linear probe of CLIP's paper: logistic regression on features.
 
-`LinearProbe` minimises what scikit-learn's LogisticRegression does, C * sum of cross entropies +
-||W||^2 / 2, on a GPU where there is one; `probe` does it for artifacts and files.
+`fit` minimises what scikit-learn's LogisticRegression does, C * sum of cross entropies +
+||W||^2 / 2, where the features are, on a GPU or not; `probe` does it for artifacts and files.
 """
-import json
 import math
 import sys
-import time
-import warnings
-from contextlib import nullcontext
-from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, Callable, Iterator, Optional, Sequence
+from dataclasses import dataclass
+from typing import Any, Optional, Sequence
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import cross_entropy, pad
 
-from clip_ttrt.artifact import MANIFEST, read_artifact
-from clip_ttrt.checkpoint import sha256_of_file
+from clip_ttrt.artifact import Artifact, read_artifact
 from clip_ttrt.errors import UserError
-from clip_ttrt.labelled import difference, read_table, shards, wilson, with_labels, written
+from clip_ttrt.labelled import difference, features_of, labels_of, numbered, read_rows, wilson
 from clip_ttrt.options import ProbeOptions
 
-NUMBERS = {"cuda": 2**26, "cpu": 2**20}  # of a block of rows: its logits, or its features
+ROWS = 1 << 14  # whose logits are in memory at once
 ROUND, HISTORY = 40, 20  # iterations between two preconditioners; steps that L-BFGS remembers
 TARGET = {torch.float32: 1e-5, torch.float64: 1e-11}  # norm of the gradient at which a fit ends
-ENOUGH = {torch.float32: 1e-4, torch.float64: 1e-8}  # and up to which it counts as converged
 PER_DECADE, DECADES = 8, 6  # of the sweep: C from 1e-6 to 1e6
 
 
+@dataclass(frozen=True)
 class LinearProbe:
-    """Multinomial logistic regression with an L2 penalty, of which the bias has none.
+    """weight [K, E] and bias [K], of which each sums to 0 over the classes; scikit-learn has one
+    row for two classes: weight[1] - weight[0].  gradient_norm: in coordinates in which the Hessian
+    is about the identity, so that the objective is about gradient_norm ** 2 / 2 nats a row above
+    its minimum."""
+    c: float
+    weight: Tensor
+    bias: Tensor
+    iterations: int
+    gradient_norm: float
 
-    c: scikit-learn's C.  dtype: float32 or float64, of the whole fit.  device: default cuda where
-    there is one.  max_iter: of L-BFGS.  After `fit`: classes [K], sorted; weight [K, E] and bias
-    [K], of which each sums to 0 over the classes; iterations; converged; gradient_norm, the
-    gradient's in coordinates in which the Hessian is about the identity, so that the objective
-    is about gradient_norm ** 2 / 2 nats a row above its minimum.  scikit-learn has one row for two
-    classes: weight[1] - weight[0]."""
+    @property
+    def converged(self) -> bool:
+        return self.gradient_norm <= 100 * TARGET[self.weight.dtype]
 
-    def __init__(self, c: float = 0.316, dtype: str = "float32", device: Optional[str] = None,
-                 max_iter: int = 1000):
-        self.c, self.dtype, self.max_iter = c, getattr(torch, dtype), max_iter
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    def top(self, features: Tensor, k: int = 1) -> Tensor:
+        """The k most probable classes of features [N, E], best first: int64 [N, k]."""
+        return torch.cat([torch.addmm(self.bias, block, self.weight.T).topk(k).indices
+                          for block in features.split(ROWS)])
 
-    def fit(self, features: Any, labels: Any, start: Optional["LinearProbe"] = None):
-        """Fit to features [N, E] and N labels, numbers or texts, and return self.
 
-        features are copied once, and not if they are of this dtype and device.  start: a probe of
-        the same classes to go on from.  Raises UserError for fewer than two classes or lengths
-        that differ, warns where the minimum is not reached."""
-        self.classes, codes = np.unique(as_array(labels), return_inverse=True)
-        x, count = self.place(features), len(self.classes)
-        if count < 2:
-            raise UserError(f"there is one class only, {', '.join(map(str, self.classes))}; a "
-                            "probe needs at least two")
-        if len(codes) != len(x):
-            raise UserError(f"{len(x)} features have {len(codes)} labels; give one for each")
-        # Two rows that differ by w have half of its square norm: scikit-learn's penalty is twice.
-        objective = Objective(x, torch.from_numpy(codes).to(x.device), count,
-                              (2 if count == 2 else 1) / (self.c * len(x)))
-        if start is None:
-            prior = torch.bincount(objective.y, minlength=count).to(x).log()
-            weight, bias = x.new_zeros(count, x.shape[1]), prior - prior.mean()
-        else:
-            weight = self.place(start.weight)
-            bias = self.place(start.bias) + weight @ objective.mean
-        self.iterations, self.gradient_norm, search = 0, math.inf, True
-        while self.iterations < self.max_iter:
-            steps = min(ROUND, self.max_iter - self.iterations)
-            *found, taken, before, after = descend(objective, weight, bias, steps, search)
-            self.iterations += taken
-            better = math.isfinite(after) if search else after < before
-            self.gradient_norm = after if better else before
-            weight, bias = found if better else (weight, bias)
-            if self.gradient_norm <= TARGET[self.dtype] or not (search or after < before / 2):
-                break
-            search = search and better and taken == steps
-        bias = bias - weight @ objective.mean
-        self.weight, self.bias = weight, bias - bias.mean()
-        self.converged = self.gradient_norm <= ENOUGH[self.dtype]
-        if not self.converged:
-            warnings.warn(self.trouble(), RuntimeWarning, stacklevel=2)
-        return self
-
-    def trouble(self) -> str:
-        return (f"C = {self.c:.4g} has not converged after {self.iterations} iterations: the "
-                f"gradient's norm is {self.gradient_norm:.1e}; raise max_iter or use float64")
-
-    def logits(self, features: Any) -> Iterator[Tensor]:
-        """[rows, K] of one block of rows after the other, on the device."""
-        x, weight, bias = self.place(features), self.weight, self.bias
-        for block in x.split(rows_of(x, len(weight))):
-            yield torch.addmm(bias, block, weight.T)
-
-    def predict(self, features: Any) -> np.ndarray:
-        """The most probable class of each row."""
-        return self.classes[torch.cat([z.argmax(1) for z in self.logits(features)]).cpu().numpy()]
-
-    def predict_proba(self, features: Any) -> Tensor:
-        """[N, K], on the device."""
-        return torch.cat([z.softmax(1) for z in self.logits(features)])
-
-    def score(self, features: Any, labels: Any) -> float:
-        """The share of rows whose class is predicted."""
-        return float((self.predict(features) == as_array(labels)).mean())
-
-    def place(self, values: Any) -> Tensor:
-        return torch.as_tensor(values).detach().to(self.device, self.dtype)
+def fit(x: Tensor, y: Tensor, c: float = 0.316, start: Optional[LinearProbe] = None,
+        max_iter: int = 1000) -> LinearProbe:
+    """Fit to features x [N, E], float32 or float64, and at least two classes y [N], numbers from 0,
+    by L-BFGS with strong Wolfe line search.  c: scikit-learn's C.  start: a probe of the same
+    classes to go on from."""
+    classes = len(start.bias) if start else int(y.max()) + 1
+    # Two rows that differ by w have half of its square norm: scikit-learn's penalty is twice.
+    objective = Objective(x, y, classes, (2 if classes == 2 else 1) / (c * len(x)))
+    mean, axes, at = objective.mean, objective.axes, x.new_zeros(classes, x.shape[1] + 1)
+    if start:
+        at = torch.cat([start.weight @ axes, (start.bias + start.weight @ mean)[:, None]], 1)
+    iterations, taken = 0, ROUND
+    while taken == ROUND:
+        at, taken, norm = objective.descend(at, min(ROUND, max_iter - iterations), "strong_wolfe")
+        iterations += taken
+    # Near the minimum values are too coarse for a line search, and gradients are not.
+    last, taken, lower = objective.descend(at, min(ROUND, max_iter - iterations), None)
+    at, norm = (last, lower) if lower < norm else (at, norm)
+    weight = (at[:, :-1] - at[:, :-1].mean(0)) @ axes.T
+    bias = at[:, -1] - weight @ mean
+    return LinearProbe(c, weight, bias - bias.mean(), iterations + taken, norm)
 
 
 class Objective:
-    """Mean cross entropy of x [N, E] with classes y, + decay / 2 * ||W||^2.
-
-    The bias is that of features less their mean, which only changes what it means."""
+    """Mean cross entropy of x [N, E] with classes y, + decay / 2 * ||W||^2, of [K, E + 1]: weights
+    along the principal axes of x, and the bias that belongs to x less its mean."""
 
     def __init__(self, x: Tensor, y: Tensor, classes: int, decay: float):
-        self.x, self.y, self.decay, self.classes = x, y, decay, classes
-        self.mean, self.rows = x.mean(0), rows_of(x, classes)
+        self.mean, self.classes, self.decay = x.mean(0), classes, decay
+        centred, self.count = x - self.mean, len(x)
+        covariance = sum(block.T @ block for block in centred.split(ROWS)) / len(x)
+        values, axes = torch.linalg.eigh(covariance.double())
+        self.axes, self.values = axes.to(x), pad(values.clamp_min(0), (0, 1), value=1).to(x)
+        self.blocks = [*zip(pad(centred @ self.axes, (0, 1), value=1).split(ROWS), y.split(ROWS))]
 
-    def blocks(self, weight: Tensor, bias: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Centred features [rows, E], classes [rows, 1] and logits [rows, K]."""
-        for block, y in zip(self.x.split(self.rows), self.y[:, None].split(self.rows)):
-            block = block - self.mean
-            yield block, y, torch.addmm(bias, block, weight.T)
+    def __call__(self, at: Tensor) -> tuple[float, Tensor]:
+        """The objective and its gradient.  In float32 its sum is still float64, or line searches
+        would end too early."""
+        at = at.detach().requires_grad_()
+        total = self.decay / 2 * at[:, :-1].double().square().sum()
+        total.backward()
+        for block, y in self.blocks:
+            losses = cross_entropy(block @ at.T, y, reduction="none")
+            loss = losses.double().sum() / self.count
+            loss.backward()
+            total = total.detach() + loss.detach()
+        return float(total), at.grad
 
-    def __call__(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The objective, in float64, and its gradients."""
-        loss = torch.zeros((), dtype=torch.float64, device=weight.device)
-        by_weight, by_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        for block, y, z in self.blocks(weight, bias):
-            total = z.logsumexp(1, keepdim=True)
-            loss += (total - z.gather(1, y)).sum(dtype=torch.float64)
-            residual = z.sub_(total).exp_()
-            residual.scatter_add_(1, y, z.new_full((1, 1), -1).expand_as(y))
-            by_weight.addmm_(residual.T, block)
-            by_bias += residual.sum(0)
-        count, penalty = len(self.x), weight.square().sum(dtype=torch.float64) * self.decay / 2
-        return (loss / count + penalty, by_weight / count + self.decay * weight, by_bias / count)
+    def descend(self, at: Tensor, steps: int, search: Optional[str]) -> tuple[Tensor, int, float]:
+        """Up to so many steps: where they lead, how many they are, and the gradient's norm there.
 
-    def curvature(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """The Hessian's mean over the classes, float64 [E, E], of the bias []; without the decay.
+        torch's L-BFGS keeps no pair of steps whose product is below 1e-10 and begins with a step
+        of length 1: in its units the gradient's is 1, and the first step is the identity's."""
+        spread = sum((1 - (block @ at.T).softmax(1).square().sum(1)).clamp_min(0).sum()
+                     for block, _ in self.blocks) / self.count / (self.classes - 1)
+        # Units of coordinates [E + 1] in which the Hessian is about the identity.
+        scale, target = (self.values * spread + self.decay).rsqrt(), TARGET[at.dtype]
+        gradient = self(at)[1] * scale
+        if (norm := float(gradient.norm())) <= target or steps < 1:
+            return at, 0, norm
+        unit = float(gradient.abs().sum())
+        moved = at / scale / unit
 
-        It is exact for two classes, and for more of them where all are as probable."""
-        whole, of_bias = self.x.new_zeros(2, dtype=torch.float64)[:, None, None]
-        for block, _, z in self.blocks(weight, bias):
-            spread = (1 - z.softmax(1).square().sum(1, keepdim=True)).clamp_min(0)
-            whole = whole + (block * spread).T @ block
-            of_bias = of_bias + spread.sum()
-        share = len(self.x) * (self.classes - 1)
-        return whole / share, of_bias.squeeze() / share
+        def evaluate() -> float:
+            value, gradient = self(moved * scale * unit)
+            moved.grad = gradient * scale / unit
+            return value / unit**2
 
-
-def descend(objective: Objective, weight: Tensor, bias: Tensor, steps: int, search: bool):
-    """Up to so many steps of L-BFGS in coordinates in which the Hessian is about the identity.
-
-    search: with strong Wolfe line search, which ends early near the minimum, where the objective's
-    values are too coarse for it.  Without, steps are those that the gradients alone suggest.
-    Returns weight, bias, the steps taken, and the gradient's norm before and after."""
-    curvature, of_bias = objective.curvature(weight, bias)
-    values, axes = torch.linalg.eigh(curvature)
-    roots = torch.cat([values.clamp_min(0), of_bias[None]]).add(objective.decay).sqrt().to(weight)
-    axes, scale = axes.to(weight), 1.0
-    at = torch.cat([weight @ axes, bias[:, None]], 1) * roots
-
-    def parameters() -> tuple[Tensor, Tensor]:
-        found = at * scale / roots
-        return found[:, :-1] @ axes.T, found[:, -1]
-
-    def evaluate() -> Tensor:
-        value, by_weight, by_bias = objective(*parameters())
-        at.grad = torch.cat([by_weight @ axes, by_bias[:, None]], 1) / roots / scale
-        return value / scale**2
-
-    evaluate()
-    before, target = float(at.grad.norm()), TARGET[at.dtype]
-    if before <= target:
-        return weight, bias, 0, before, before
-    # torch's L-BFGS keeps no pair of steps whose product is below 1e-10 and begins with a step of
-    # length 1: in these units the gradient's is 1, and the first step is that of the identity.
-    scale = float(at.grad.abs().sum())
-    at /= scale
-    optimizer = torch.optim.LBFGS(
-        [at], max_iter=steps, max_eval=sys.maxsize, history_size=HISTORY,
-        tolerance_grad=target / scale / math.sqrt(at.numel()),
-        tolerance_change=0.1 * torch.finfo(at.dtype).eps / scale**2 if search else 0,
-        line_search_fn="strong_wolfe" if search else None)
-    optimizer.step(evaluate)
-    evaluate()
-    return *parameters(), optimizer.state[at]["n_iter"], before, float(at.grad.norm()) * scale
+        optimizer = torch.optim.LBFGS(
+            [moved], max_iter=steps, max_eval=sys.maxsize, history_size=HISTORY,
+            tolerance_grad=target / unit / math.sqrt(at.numel()), line_search_fn=search,
+            tolerance_change=0.1 * torch.finfo(at.dtype).eps / unit**2 if search else 0)
+        optimizer.step(evaluate)
+        evaluate()
+        taken, norm = optimizer.state[moved]["n_iter"], float(moved.grad.norm()) * unit
+        return moved * scale * unit, taken, norm
 
 
-def sweep(make: Callable, x: Tensor, y: np.ndarray, training: int) -> tuple[LinearProbe, dict]:
-    """The best C on the rows from `training` on, by the search of CLIP's paper (appendix A.3).
-
-    make: C -> a probe, which is fit to the other rows from the nearest one's weights.  Returns the
-    best probe, of equals that with the smallest C, and the accuracy for each C, from 1e-6 to 1e6.
-    """
-    fits, accuracy, last, step = {}, {}, 2 * DECADES * PER_DECADE, 2 * PER_DECADE
-    wanted = [(index, index - step) for index in range(0, last + 1, step)]
+def sweep(x: Tensor, y: Tensor, held: Tensor) -> tuple[dict[float, float], LinearProbe]:
+    """Accuracies on the rows `held` for values of C from 1e-6 to 1e6, by the search of CLIP's paper
+    (appendix A.3), of fits to the others; and the last fit, from which another may go on."""
+    accuracy, last, step, model = {}, 2 * DECADES * PER_DECADE, 2 * PER_DECADE, None
+    wanted, train = range(0, last + 1, step), (x[~held], y[~held])
     while step:
-        for index, near in wanted:
-            c = 10 ** (index / PER_DECADE - DECADES)
-            fits[index] = make(c).fit(x[:training], y[:training], fits.get(near))
-            accuracy[index] = fits[index].score(x[training:], y[training:])
-        best, step = max(accuracy, key=lambda index: (accuracy[index], -index)), step // 2
-        wanted = [(index, best) for index in (best - step, best + step) if 0 <= index <= last]
-    return fits[best], {fits[index].c: accuracy[index] for index in sorted(fits)}
+        for index in wanted:
+            model = fit(*train, 10 ** (index / PER_DECADE - DECADES), model)
+            accuracy[index] = float((model.top(x[held])[:, 0] == y[held]).double().mean())
+        best, step = max(sorted(accuracy), key=accuracy.get), step // 2
+        wanted = [index for index in (best - step, best + step) if 0 <= index <= last]
+    return {10 ** (index / PER_DECADE - DECADES): accuracy[index] for index in accuracy}, model
 
 
-def split(y: np.ndarray, seed: int) -> tuple[np.ndarray, int]:
-    """An order of rows that ends with a tenth of each class, at least a row; where that begins."""
-    order = np.random.default_rng(seed).permutation(len(y))
-    order, counts = order[np.argsort(y[order], kind="stable")], np.bincount(y)
-    place = np.arange(len(y)) - np.repeat(counts.cumsum() - counts, counts)
-    held = place < np.repeat(np.maximum(1, counts // 10), counts)
-    return np.concatenate([order[~held], order[held]]), int((~held).sum())
+def split(y: Tensor) -> Tensor:
+    """Which rows validate, bool [N]: a tenth of each class, of at least two rows one or more."""
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0)).to(y.device)
+    order, counts = order[y[order].argsort(stable=True)], y.bincount()
+    place = torch.arange(len(y), device=y.device) - (counts.cumsum(0) - counts)[y[order]]
+    return torch.zeros_like(y, dtype=torch.bool).index_put((order,), place % 10 == 1)
 
 
 def probe(artifacts: Sequence, train: Any, test: Any, **options: Any) -> dict[str, Any]:
     """Fit a probe to each artifact's features of the pictures of `train`, and try it on `test`.
 
-    train, test: a folder with a folder of pictures a class, or a .csv or .parquet with columns of
-    paths and labels.  options: of `ProbeOptions`.  Returns for each artifact counts, C, seconds,
-    shares of right answers with 95 % intervals and, from the second one on, the difference to the
-    first on the same pictures.  Raises UserError for bad input, before anything is embedded, and
-    what `embed` raises."""
-    options, report, first = ProbeOptions(**options), [], None
-    sources = {"train": train, "val": options.val, "test": test}
-    rows = {part: with_labels(source, read_table(str(source), options), options)
-            for part, source in sources.items() if source}
-    classes_of({part: labels for part, (_, labels) in rows.items()}, options)
-    for artifact in [read_artifact(each).folder for each in artifacts]:
-        name = f"{artifact.name}-{sha256_of_file(artifact / MANIFEST)[:8]}"
-        with nullcontext(options.output) if options.output else TemporaryDirectory() as output:
-            found, right = probe_one(artifact, rows, Path(output, name), options)
-        if first is not None:
-            found["difference"] = difference(first, right)
-        first = right if first is None else first
+    train, test: a folder with a folder of pictures a class, or a table with columns of paths and
+    labels, as `read_rows` takes them.  options: of `ProbeOptions`.  Returns for each artifact
+    counts, C, shares of right answers with 95 % intervals and, from the second one on, the
+    difference to the first on the same pictures.  Raises UserError for bad input, before anything
+    is embedded, and what `embed` raises."""
+    options, report, first = ProbeOptions(**options), [], {}
+    rows = {part: read_rows(str(source), options) for part, source in
+            (("train", train), ("test", test))}
+    names = {part: labels_of(part, rows[part], options) for part in rows}
+    classes = np.unique(names["train"])
+    if len(classes) < 2:
+        raise UserError(f"train has one class only, {classes[0]}; a probe needs at least two")
+    if unknown := sorted({*names["test"].tolist()} - {*classes.tolist()}):
+        raise UserError(f"test has labels that train has not: {', '.join(unknown[:5])}")
+    parts = {part: numbered(rows[part], np.searchsorted(classes, names[part])) for part in rows}
+    for artifact in map(read_artifact, artifacts):
+        found, right = probe_one(artifact, parts, len(classes), options)
+        if both := [path for path in first if path in right]:
+            found["difference"] = difference(*(np.array([each[path] for path in both])
+                                               for each in (first, right)))
         report.append(found)
+        first = first or right
     return {"artifacts": report}
 
 
-def probe_one(artifact: Path, rows: dict, folder: Path, options: ProbeOptions) -> tuple:
-    """An artifact's report, and float [rows of test]: 1 right, 0 wrong, nan a bad picture."""
-    x, labels, good, seconds = {}, {}, {}, 0.0
-    report = {"artifact": str(artifact)}
-    for part, (paths, names) in rows.items():
-        x[part], good[part], spent = features(artifact, part, paths, folder, options)
-        labels[part], seconds = names[good[part]], seconds + spent
-        report |= {part: {"images": len(x[part]), "bad": int((~good[part]).sum())}}
-    classes, begun = classes_of(labels, options), time.perf_counter()
-    y = {part: np.searchsorted(classes, names) for part, names in labels.items()}
-    make = partial(LinearProbe, dtype=options.dtype, max_iter=options.max_iter)
-    model, start = make(options.c or 0.316), None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if options.sweep:
-            order, training = split(y["train"], options.seed)
-            if options.val:
-                x["train"] = torch.cat([x["train"], x["val"]])
-                y["train"] = np.concatenate([y["train"], y["val"]])
-                order, training = slice(None), len(labels["train"])
-            x["train"], y["train"] = model.place(x["train"][order]), y["train"][order]
-            start, report["sweep"] = sweep(make, x["train"], y["train"], training)
-            model.c = start.c
-        model.fit(x["train"], y["train"], start)
-    answers = [z.topk(min(5, len(classes))).indices.cpu() for z in model.logits(x["test"])]
-    hits = torch.cat(answers).numpy() == y["test"][:, None]
-    per_class = [hits[y["test"] == each, 0].mean() for each in np.unique(y["test"])]
-    report |= {"classes": len(classes), "top1": wilson(hits[:, 0]),
-               "top5": wilson(hits.any(1)) if len(classes) > 5 else None,
-               "per_class": float(np.mean(per_class)), "c": model.c,
-               "iterations": model.iterations, "gradient_norm": model.gradient_norm,
-               "warning": None if model.converged else model.trouble(),
-               "seconds_to_embed": seconds, "seconds_to_fit": time.perf_counter() - begun}
-    if options.output:
-        weights = {"weight": model.weight.cpu(), "bias": model.bias.cpu()}
-        save_file(weights, folder / "probe.safetensors", {"classes": json.dumps(list(classes))})
-    right = np.full(len(good["test"]), np.nan)
-    right[good["test"]] = hits[:, 0]
-    return report, right
-
-
-def classes_of(labels: dict[str, np.ndarray], options: ProbeOptions) -> np.ndarray:
-    """Those of train, sorted; UserError where they do not serve."""
-    classes, counts = np.unique(labels["train"], return_counts=True)
-    if len(classes) < 2:
-        raise UserError(f"train has one class only, {classes[0]}; a probe needs at least two")
-    if options.sweep and not options.val and counts.min() < 2:
-        raise UserError(f"{classes[counts.argmin()]} has fewer than two pictures, and one of them "
-                        "is to validate C; give --val, or leave --sweep away")
-    for part, names in labels.items():
-        if unknown := sorted(set(names.tolist()) - set(classes.tolist())):
-            raise UserError(f"{part} has labels that train has not: {', '.join(unknown[:5])}")
-    return classes
-
-
-def features(artifact: Path, part: str, paths: list[str], folder: Path, options: ProbeOptions):
-    """Embed pictures into folder/part: float32 [good, E], bool [paths] (good), seconds."""
-    from clip_ttrt.pipeline.embed import embed
-
-    out = folder / part
-    more = {name: getattr(options, name) for name in ("gpus", "force", "overwrite")}
-    done = embed(artifact, shards(paths), out, normalize=False, dtype="float32", **more)
-    found, good = [], []
-    for each, metadata, bad in written(out):
-        good.append(np.ones(len(metadata) + len(bad), bool))
-        good[-1][[row["row"] for row in bad]] = False
-        found += [each] * bool(metadata)
-    if not found:
-        raise UserError(f"no picture of {part} can be read: {options.output and out / 'bad'}")
-    return torch.cat(found), np.concatenate(good), done["seconds"]
-
-
-def as_array(labels: Any) -> np.ndarray:
-    return np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
-
-
-def rows_of(x: Tensor, classes: int) -> int:
-    """So many rows that memory stays bounded."""
-    return max(1, NUMBERS[x.device.type] // max(classes, x.shape[1]))
-
-
-if __name__ == "__main__":
-    from clip_ttrt.cli import main
-    sys.exit(main(["probe", *sys.argv[1:]]))
+def probe_one(artifact: Artifact, parts: dict, classes: int, options: ProbeOptions) -> tuple:
+    """An artifact's report, and of each picture of test whether its first answer is right."""
+    data, start, c, report = {}, None, options.c, {"artifact": str(artifact.folder)}
+    for part, rows in parts.items():
+        x, y, paths, bad = features_of(artifact, rows, gpus=options.gpus, force=options.force)
+        data[part] = x.to(artifact.device, getattr(torch, options.dtype)), y.to(artifact.device)
+        report[part] = {"images": len(x), "bad": bad}
+    if options.sweep:
+        report["sweep"], start = sweep(*data["train"], split(data["train"][1]))
+        c = max(sorted(report["sweep"]), key=report["sweep"].get)  # of equals the smallest
+    model = fit(*data["train"], c, start)
+    x, y = data["test"]
+    hits = (model.top(x, min(5, len(model.bias))) == y[:, None]).cpu().numpy()
+    report |= {"classes": classes, "c": c, "iterations": model.iterations,
+               "gradient_norm": model.gradient_norm, "converged": model.converged,
+               "top-1": wilson(hits[:, 0]), "top-5": wilson(hits.any(1))}
+    return report, dict(zip(paths, hits[:, 0]))

@@ -3,10 +3,10 @@ import hashlib
 import json
 import math
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, Callable, Optional, Sequence, Union
+from typing import Any, Callable, Iterator, Optional, Sequence, Union
 
 import numpy as np
 import torch
@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clip_ttrt import kernels
-from clip_ttrt.artifact import Artifact
+from clip_ttrt.artifact import Artifact, read_artifact
+from clip_ttrt.demo.captions import unknown_words
 from clip_ttrt.errors import UserError
+from clip_ttrt.labelled import embedded
 from clip_ttrt.runtime import CompiledCLIP, load
 
 TEMPLATES = ("{}", "a photo of a {}.", "a photo of the {}.", "a picture of a {}.",
@@ -47,9 +49,30 @@ class ZeroShot:
         """Images -> probabilities or, with multi, scores float32 [B, labels]."""
         return self.head.scores(self.logits(images), self.multi)
 
-    def top(self, images: Union[Tensor, Sequence[Any]], k: int = 5) -> list:
-        """Images -> of each its k best pairs of label and score, best first."""
-        return best(self(images), self.labels, k)
+
+def classify(artifact: Union[str, Path], inputs: Union[str, Sequence[str]], labels: Texts,
+             templates: Optional[Texts] = None, multi: bool = False, top: int = 5,
+             **options: Any) -> Iterator[dict[str, Any]]:
+    """The best labels of pictures and frames, one after the other: what `embed` knows of each and
+    `labels`, dicts of label and score, best first; of a bad one its image_path and `error`.
+
+    inputs, options: as `embed` has them.  labels, templates, multi: as `ZeroShot` has them.
+    Raises UserError for bad input, and what `embed` raises."""
+    model, labels = read_artifact(artifact), read_texts(labels, "labels")
+    if model.origin.kind == "demo" and (unknown := unknown_words(labels)):
+        print(f"clip_ttrt: the embedded model was never trained on {', '.join(unknown)}: its "
+              "answer for labels with these words means nothing", file=sys.stderr)
+    text = text_features(model, labels, templates_for(model, templates))
+    head = Head(model, text.to(model.device))
+    for features, rows, bad in embedded(model.folder, inputs, dtype="float32", **options):
+        scores = head.scores(head(features.to(model.device)), multi)
+        values, places = (each.tolist() for each in scores.topk(min(top, len(labels))))
+        good = ({**row, "labels": [{"label": labels[place], "score": value}
+                                   for value, place in zip(*best)]}
+                for row, *best in zip(rows, values, places))
+        reasons = {each.pop("row"): each for each in bad}
+        for row in range(len(rows) + len(bad)):
+            yield reasons[row] if row in reasons else next(good)
 
 
 class Head:
@@ -72,13 +95,6 @@ class Head:
         return logits.sigmoid() if self.logit_bias else logits / self.scale
 
 
-def best(scores: Tensor, labels: Sequence[str], k: int) -> list[list[tuple[str, float]]]:
-    """The k best pairs of label and score of each row, best first."""
-    values, places = scores.topk(min(k, len(labels)))
-    return [[(labels[place], value) for place, value in zip(*row)]
-            for row in zip(places.tolist(), values.tolist())]
-
-
 def text_features(artifact: Artifact, texts: list[str], templates: list[str],
                   model: Optional[CompiledCLIP] = None, truncate: bool = False) -> Tensor:
     """`average` of an artifact, from the user's cache or by the model, loaded if not given."""
@@ -88,16 +104,14 @@ def text_features(artifact: Artifact, texts: list[str], templates: list[str],
     key = json.dumps([modules, texts, templates, truncate]).encode()
     path = kernels.cache().with_name("zeroshot") / f"{hashlib.sha256(key).hexdigest()}.npy"
     with suppress(OSError, ValueError, EOFError):  # there is none, or it is damaged
-        found = torch.from_numpy(np.load(path))
-        if found.shape == (len(texts), artifact.dimensions.embed_dim):
-            return found
+        return torch.from_numpy(np.load(path))
     model = model or load(artifact.folder, cuda_graphs=False, force=True)[0]
     found = average(artifact, model.encode_text, texts, templates, truncate)
     with suppress(OSError):  # the cache cannot be written
         path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=path.parent) as folder:
-            np.save(Path(folder, path.name), found.numpy())
-            os.replace(Path(folder, path.name), path)
+        draft = path.with_suffix(f".{os.getpid()}.npy")
+        np.save(draft, found.numpy())
+        os.replace(draft, path)
     return found
 
 
@@ -124,7 +138,8 @@ def read_texts(values: Texts, option: str) -> list[str]:
     """Labels or templates: several texts, or one with {}, as they are; `imagenet`: open_clip's; a
     UTF-8 file of lines, of which empty ones drop.  Raises UserError for what does not serve."""
     values = [str(values)] if isinstance(values, (str, Path)) else list(values)
-    if values == ["imagenet"]:
+    name = values[0] if len(values) == 1 and "{}" not in values[0] else None
+    if name == "imagenet":
         try:
             from open_clip.zero_shot_metadata import (
                 IMAGENET_CLASSNAMES as names, OPENAI_IMAGENET_TEMPLATES as templates)
@@ -132,16 +147,15 @@ def read_texts(values: Texts, option: str) -> list[str]:
             raise UserError(f"--{option} imagenet is open_clip's, which is missing; give a file, "
                             "or pip install open_clip_torch") from problem
         values = list(names) if option == "labels" else [each("{}") for each in templates]
-    elif len(values) == 1 and "{}" not in values[0]:
-        name = values[0]
+    elif name:
         try:
             lines = Path(name).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as problem:
             raise UserError(f"--{option} {name!r} is one text and no file in UTF-8 ({problem}); "
                             "pass at least two texts, or a file with one in each line") from problem
         values = [line.strip() for line in lines if line.strip()]
-        if len(values) < 2 and option == "labels":
-            raise UserError(f"{name} holds {len(values)} texts; at least two are needed")
+    if option == "labels" and len(values) < 2:
+        raise UserError(f"{name or 'this data set'} has {len(values)} labels; give at least two")
     if option == "templates" and (wrong := [each for each in values if "{}" not in each]):
         raise UserError(f"template {wrong[0]!r} has no {{}}, where the label belongs")
     return values

@@ -96,19 +96,19 @@ class PlainTextEncoder(torch.nn.Module):
 
 
 class ScaledLinear(torch.nn.Module):
-    """A linear layer in E4M3, one static scale for its inputs and one for its weight, with bias.
+    """A linear layer in E4M3, one static scale for its inputs, of the first one, and one for its
+    weight, with bias."""
 
-    largest: of the inputs' absolute values.
-    """
-
-    def __init__(self, layer: torch.nn.Linear, largest: torch.Tensor):
+    def __init__(self, layer: torch.nn.Linear):
         super().__init__()
-        self.scale = largest.float() / E4M3_MAX  # each of its own memory: cuBLASLt wants 16 bytes
+        self.scale = None  # each of its own memory: cuBLASLt wants 16 bytes
         self.of_weight = layer.weight.detach().abs().max().float() / E4M3_MAX
         self.weight = quantized(layer.weight.detach(), self.of_weight).t()
         self.bias = layer.bias.detach()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.scale is None:
+            self.scale = x.abs().max().float() / E4M3_MAX
         rows = quantized(x.flatten(0, -2), self.scale)
         product = scaled_product(rows, self.weight, self.scale, self.of_weight, self.bias)
         return product.unflatten(0, x.shape[:-1])
@@ -134,19 +134,14 @@ def quantized(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
+@torch.no_grad()
 def in_fp8(module: torch.nn.Module, x: torch.Tensor) -> None:
     """Make the linear layers of an encoder's blocks ScaledLinear, calibrated on one input."""
-    largest: dict[torch.nn.Module, torch.Tensor] = {}
-    places = [(parent, name, layer) for parent in module.blocks for name, layer in
-              parent.named_children() if isinstance(layer, torch.nn.Linear)]  # fmt: skip
-    hooks = [layer.register_forward_pre_hook(
-        lambda layer, inputs: largest.update({layer: inputs[0].abs().max()})
-    ) for _, _, layer in places]  # fmt: skip
-    with torch.no_grad():
-        module(x)
-    for (parent, name, layer), hook in zip(places, hooks, strict=True):
-        hook.remove()
-        setattr(parent, name, ScaledLinear(layer, largest[layer]))
+    for parent in module.blocks:
+        for name, layer in [*parent.named_children()]:
+            if isinstance(layer, torch.nn.Linear):
+                setattr(parent, name, ScaledLinear(layer))
+    module(x)
 
 
 def rearranged(model: str, encoder: str, precision: str, device: str) -> torch.nn.Module:

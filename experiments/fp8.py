@@ -1,9 +1,8 @@
 """What fp8 buys and what each layer costs: python -m experiments.fp8 [ARTIFACT...]
 
-Appends to results/fp8.csv, for every linear layer of the fp8 artifacts, the smallest cosine of
-features with that layer alone in fp8, and whether it stays in fp16.  Draws results/fp8.png: on the
-left milliseconds in fp8 over fp16, of rows of results/speed.csv that one run has measured, on the
-right the cosines by layer.
+Appends to results/fp8.csv, for every linear layer of fp8 artifacts, the smallest cosine with that
+layer alone in fp8, and whether it stays in fp16.  Draws fp8.png beside it: on the left the time in
+fp8 over fp16, of rows of speed.csv there that one run has measured, on the right the cosines.
 """
 import argparse
 import sys
@@ -14,10 +13,10 @@ from typing import Any
 from clip_ttrt.artifact import Artifact, read_artifact
 from clip_ttrt.errors import UserError
 from experiments.record import append_row, provenance, read_rows
+from experiments.report import groups
 
 COLOURS = {"qkv": "#0072B2", "out": "#E69F00", "up": "#009E73", "down": "#CC79A7"}
-RUN = ("model", "encoder", "batch", "backend", "kernels", "how", "gpu", "commit", "date",
-       "tokens")
+RUN = "model", "encoder", "batch", "backend", "kernels", "gpu", "commit", "date", "tokens"
 
 
 def rows_of(artifact: Artifact) -> Iterator[dict[str, Any]]:
@@ -36,13 +35,10 @@ def rows_of(artifact: Artifact) -> Iterator[dict[str, Any]]:
 
 def ratios(rows: Sequence[Mapping[str, str]]) -> dict[tuple[str, ...], float]:
     """Graphs' milliseconds in fp8 over those in fp16 of the same run: columns RUN -> ratio."""
-    times = {precision: {} for precision in ("fp16", "fp8")}
-    for row in rows:
-        if row["backend"].startswith("clip_ttrt") and row["how"] == "graph":
-            cell = tuple(row[name] for name in RUN)
-            times.setdefault(row["precision"], {})[cell] = float(row["median_ms"])
-    both = times["fp8"].keys() & times["fp16"].keys()
-    return {cell: ms / times["fp16"][cell] for cell, ms in times["fp8"].items() if cell in both}
+    times = {tuple(row[name] for name in ("precision", *RUN)): float(row["median_ms"])
+             for row in rows if row["backend"].startswith("clip_ttrt") and row["how"] == "graph"}
+    return {tuple(cell): ms / times[("fp16", *cell)] for (precision, *cell), ms in times.items()
+            if precision == "fp8" and ("fp16", *cell) in times}
 
 
 def plot(speed: Sequence[Mapping[str, str]], layers: Sequence[Mapping[str, str]]) -> Any:
@@ -53,15 +49,14 @@ def plot(speed: Sequence[Mapping[str, str]], layers: Sequence[Mapping[str, str]]
             if cell[4] == "fused"}
     if not bars or not layers:
         raise ValueError("no rows of fp8; python -m experiments.sweep and an ARTIFACT give some")
-    panels = list(dict.fromkeys((row["model"], row["encoder"]) for row in layers))
+    panels = groups(layers, "model", "encoder")
     figure = Figure((4 * (1 + len(panels)), 3.6), layout="constrained")
     left, *others = figure.subplots(1, 1 + len(panels))
     left.barh(list(bars), list(bars.values()), color="#0072B2")
     left.axvline(1, color="#999999", linewidth=0.8)
     left.invert_yaxis()
     left.set_xlabel("milliseconds in fp8 / in fp16, graph", fontsize=8)
-    for panel, place in zip(others, panels, strict=True):
-        rows = [row for row in layers if (row["model"], row["encoder"]) == place]
+    for panel, (place, rows) in zip(others, panels.items(), strict=True):
         for kind, colour in COLOURS.items():
             points = [(int(row["layer"].split(".")[1]), 1 - float(row["cos_min"]))
                       for row in rows if row["layer"].endswith(f".{kind}")]
@@ -82,13 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("artifacts", nargs="*", type=Path, metavar="ARTIFACT")
     parser.add_argument("--csv", type=Path, default=Path("results/fp8.csv"))
-    parser.add_argument("--speed", type=Path, default=Path("results/speed.csv"))
     options = parser.parse_args(arguments)
     try:
         for folder in options.artifacts:
             for row in rows_of(read_artifact(folder)):
                 append_row(options.csv, row)
-        figure = plot(read_rows(options.speed), read_rows(options.csv))
+        figure = plot(read_rows(options.csv.with_name("speed.csv")), read_rows(options.csv))
         figure.savefig(options.csv.with_suffix(".png"), dpi=150)
     except (UserError, ImportError, ValueError) as problem:
         parser.error(str(problem))

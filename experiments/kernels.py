@@ -141,12 +141,12 @@ def linear_layers(at: Place) -> Iterator[Case]:
 
 
 def quantized_layers(at: Place, name: str, k: int, n: int) -> Iterator[Case]:
-    """With cuBLASLt's fast accumulation, beside PyTorch's."""
+    """With cuBLASLt's fast accumulation, beside PyTorch's with and without it."""
     scale = k**-0.5
     one = torch.ones((), device=at.device)
 
-    def scaled_mm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return torch._scaled_mm(x, weight.T, one, one, out_dtype=at.dtype, use_fast_accum=True)
+    def scaled_mm(x: torch.Tensor, weight: torch.Tensor, fast: bool = True) -> torch.Tensor:
+        return torch._scaled_mm(x, weight.T, one, one, out_dtype=at.dtype, use_fast_accum=fast)
 
     def ours() -> Launch:
         table = linear.tune([at.rows], (n, k), False, quantized=True)
@@ -155,7 +155,8 @@ def quantized_layers(at: Place, name: str, k: int, n: int) -> Iterator[Case]:
     yield Case(
         f"{at.rows} x {k} x {n}", at.rows * (k + at.dtype.itemsize * n) + k * n,
         lambda: (at.randn(at.rows, k).to(E4M3), at.randn(n, k).to(E4M3)), scaled_mm, ours,
-        {"torch._scaled_mm": scaled_mm}, 2 * at.rows * k * n, f"e4m3 {name}",
+        {"torch._scaled_mm": scaled_mm, "torch._scaled_mm exact": partial(scaled_mm, fast=False)},
+        2 * at.rows * k * n, f"e4m3 {name}",
     )  # fmt: skip
 
 

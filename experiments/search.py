@@ -13,7 +13,6 @@ import argparse
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -25,38 +24,35 @@ from PIL import Image
 import clip_ttrt
 from clip_ttrt.search import Library, index
 from clip_ttrt.search.store import ITEM, SHARD
-from experiments.embed import SOURCES, write_pictures
+from experiments.embed import write_pictures
 from experiments.record import append_row, provenance
 from experiments.timing import percentile, wall_times_ms
 
 
+def decoded(path: str, **how: str) -> Iterable[av.VideoFrame]:
+    with av.open(path, **how) as container:
+        container.streams.video[0].thread_type = "AUTO"
+        yield from container.decode(video=0)
+
+
 def write_video(path: Path, frames: int) -> None:
-    """A window that moves over a picture, and jumps every ten seconds."""
-    picture = np.asarray(Image.open(SOURCES[0]).convert("RGB").resize((2600, 1700)))
+    """FFmpeg's test picture, which moves."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=30, options={"preset": "veryfast"})
         stream.width, stream.height, stream.pix_fmt = 1920, 1080, "yuv420p"
-        for scene, step in (divmod(number, 300) for number in range(frames)):
-            y, x = scene * 97 % 300 + step, scene * 61 % 350 + step
-            shown = np.ascontiguousarray(picture[y:y + 1080, x:x + 1920])
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(shown)))
+        for frame in decoded(f"testsrc2=s=hd1080:r=30:d={frames / 30}", format="lavfi"):
+            container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-
-
-def decoded(path: Path) -> Iterable[av.VideoFrame]:
-    with av.open(str(path)) as container:
-        container.streams.video[0].thread_type = "AUTO"
-        yield from container.decode(video=0)
 
 
 def made(rows: int, device: torch.device) -> Library:
     """A library of random features, in memory."""
     library = object.__new__(Library)
-    library.width = 512
+    library.width, library.approximate, library.rows = 512, None, torch.arange(rows, device=device)
     library.shards = [torch.nn.functional.normalize(torch.randn(SHARD, 512)).half().to(device)
                       for _ in range(-(-rows // SHARD))]
-    library.items, library.rows = np.zeros(rows, ITEM), torch.arange(rows, device=device)
-    library.items["file"] = library.items["row"] = np.arange(rows)
+    library.items = np.zeros(rows, ITEM)
+    library.items["file"] = library.items["id"] = np.arange(rows)
     return library
 
 
@@ -72,13 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model, preprocess = clip_ttrt.load(options.artifact)
     about = model.artifact.manifest
 
-    def record(task: str, how: str, size: int, ms: float) -> None:
+    def measure(task: str, how: str, size: int, call, repeats: int = 1, warm_up: int = 0) -> None:
+        ms = percentile(wall_times_ms(call, repeats, warm_up, about["device"]), 0.5)
         append_row(options.out, {
             "task": task, "how": how, "model": "" if task == "query" else about["model"],
             "size": size, "cores": len(os.sched_getaffinity(0)), "ms": f"{ms:.4g}",
-            "device": "cpu" if how in ("numpy", "decode") else model.device.type,
-            "per_s": "" if task == "query" else f"{size / ms * 1e3:.4g}",
-            **provenance(about["versions"])})  # fmt: skip
+            "device": "cpu" if how in ("numpy", "decode") else about["device"],
+            "per_s": f"{size / ms * 1e3:.4g}", **provenance(about["versions"])})  # fmt: skip
 
     def one_by_one(pictures: Iterable[Image.Image]) -> None:
         for picture in pictures:
@@ -87,30 +83,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for size in options.sizes:
         library = made(size, model.device)
         features = library.features(library.rows).cpu().numpy()
-        wanted, vector = library.features(library.rows[:1])[0], features[0]
-        for how, call in (
-                ("numpy", lambda: np.argsort(-(features @ vector))[:20]),
-                ("ours", lambda: library.rank(wanted, library.scan(wanted, 1000)[0], 20, 0.97))):
-            record("query", how, size, percentile(wall_times_ms(call, 20, 3, about["device"]), 0.5))
+        wanted = library.features(library.rows[:1])[0]
+        measure("query", "numpy", size, lambda: np.argsort(-(features @ features[0]))[:20], 20, 3)
+        measure("query", "ours", size, lambda: library.rank(
+            wanted, library.scan(wanted, 1000)[0], 20), 20, 3)
     with tempfile.TemporaryDirectory() as folder:
-        pictures, videos = Path(folder, "pictures"), Path(folder, "videos")
-        (pictures / "0").mkdir(parents=True), videos.mkdir()
+        pictures, video, count = Path(folder, "pictures"), Path(folder, "videos/a.mp4"), (
+            int(options.minutes * 1800))
+        (pictures / "0").mkdir(parents=True), video.parent.mkdir()
         write_pictures(pictures, "500x375", range(options.pictures), 1)
-        video, frames = videos / "a.mp4", int(options.minutes * 1800)
-        write_video(video, frames)
-        for task, how, size, call in (
-                ("pictures", "one by one", options.pictures,
-                 lambda: one_by_one(map(Image.open, pictures.rglob("*.jpg")))),
-                ("pictures", "ours", options.pictures,
-                 lambda: index(Path(folder, "a"), [pictures], options.artifact)),
-                ("video", "decode", frames, lambda: sum(1 for _ in decoded(video))),
-                ("video", "one by one", frames, lambda: one_by_one(
-                    each.to_image() for n, each in enumerate(decoded(video)) if n % 30 == 0)),
-                ("video", "ours", frames,
-                 lambda: index(Path(folder, "b"), [videos], options.artifact))):
-            begun = time.perf_counter()
-            call()
-            record(task, how, size, (time.perf_counter() - begun) * 1e3)
+        write_video(video, count)
+        measure("pictures", "one by one", options.pictures,
+                lambda: one_by_one(map(Image.open, pictures.rglob("*.jpg"))))
+        measure("video", "decode", count, lambda: sum(1 for _ in decoded(str(video))))
+        measure("video", "one by one", count, lambda: one_by_one(
+            frame.to_image() for n, frame in enumerate(decoded(str(video))) if n % 30 == 0))
+        for task, size, path in (("pictures", options.pictures, pictures),
+                                 ("video", count, video.parent)):
+            measure(task, "ours", size, lambda: index(Path(folder, task), [path], options.artifact))
     return 0
 
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import clip_ttrt
-from clip_ttrt import ZeroShot, classify, cli, contexts, zeroshot
+from clip_ttrt import ZeroShot, cli, contexts, zeroshot
 from clip_ttrt.checkpoint import load_checkpoint, original_with_weights
 from clip_ttrt.demo import scenes
 from clip_ttrt.options import BatchRange
@@ -101,10 +101,6 @@ def test_it_is_what_the_original_model_computes(model, pictures, expected):
             assert (probabilities - wanted.softmax(1)).abs().max() < 2e-3
         assert (probabilities.argmax(1) == torch.arange(16)).float().mean() > 0.9
         assert zero_shot(images[:0]).shape == (0, 16)
-        [best] = zero_shot.top(images[2:3], 3)
-        order = probabilities[2].argsort(descending=True)[:3]
-        assert [label for label, _ in best] == [LABELS[place] for place in order]
-        assert [score for _, score in best] == pytest.approx(probabilities[2, order].tolist())
     one, three = (expected(each).argsort(1)[:, :-1] for each in (["{}"], TEMPLATES))
     assert (one != three).any()  # the templates make a difference
 
@@ -157,7 +153,7 @@ def test_many_pictures_and_bad_ones_among_them(demo_artifact, pictures, expected
     names += [f"{pictures.parent}/scenes/{name}.png" for name in ("05", "nowhere")]
     assert [row["image_path"] for row in rows] == names
     inputs = [str(pictures), f"{pictures.parent}/list.txt"]
-    for row, other in zip(rows, classify.classify(demo_artifact.folder, inputs, LABELS, top=3,
+    for row, other in zip(rows, zeroshot.classify(demo_artifact.folder, inputs, LABELS, top=3,
                                                   shard_rows=4), strict=True):
         both = [[each["label"] for each in one.get("labels", ())] for one in (row, other)]
         assert row["image_path"] == other["image_path"] and both[0] == both[1]
@@ -183,18 +179,18 @@ def test_many_pictures_and_bad_ones_among_them(demo_artifact, pictures, expected
 
     lines = classified(demo_artifact, pictures, "--top=1").splitlines()
     assert lines[:2] == [names[0], f"{good[0]['labels'][0]['score']:7.2%}  {LABELS[0]}"]
-    assert lines[8].startswith(f"{names[4]}: UnidentifiedImageError: cannot identify")
+    assert lines[8] == names[4] and "cannot identify" in lines[9]
     assert capsys.readouterr().err == ""
 
 
-def test_one_picture_is_a_list_of_labels(demo_artifact, pictures, expected):
+def test_all_labels_of_one_picture(demo_artifact, pictures, expected):
     lines = classified(demo_artifact, pictures / "03.png", "--top=16").splitlines()
     shares = torch.tensor(expected(["{}"])[3]).softmax(0)
+    assert lines.pop(0) == str(pictures / "03.png")
     assert len(lines) == 16 and lines[0].endswith(f"%  {LABELS[int(shares.argmax())]}")
     assert sum(float(line.split("%")[0]) for line in lines) == pytest.approx(100, abs=0.1)
-    assert len(classified(demo_artifact, pictures / "03.png").splitlines()) == 5
-    text = classified(demo_artifact, pictures / "03b.jpg", code=3)
-    assert text.startswith(f"{pictures / '03b.jpg'}: UnidentifiedImageError")
+    assert len(classified(demo_artifact, pictures / "03.png").splitlines()) == 1 + 5
+    assert "cannot identify" in classified(demo_artifact, pictures / "03b.jpg")
 
 
 def test_pictures_take_no_package_of_an_extra_and_any_name(
@@ -207,8 +203,10 @@ def test_pictures_take_no_package_of_an_extra_and_any_name(
         file.write((pictures / "03.png").read_bytes())
     folder = tmp_path / "in"
     [row] = map(json.loads, classified(demo_artifact, folder, "--json", "--top=1").splitlines())
-    assert row["image_path"] == f"{folder}/\\udce9\U0001f4a9.png"
-    assert row["labels"][0]["label"] == LABELS[3]
+    assert os.fsencode(row["image_path"]) == name and row["labels"][0]["label"] == LABELS[3]
+    for option in ("--csv", "--top=1"):  # in a form that every terminal takes
+        table = classified(demo_artifact, folder, folder, option)
+        assert f"{folder}/\\udce9\U0001f4a9.png" in table
 
 
 def test_frames_of_a_video_have_times(demo_artifact, tmp_path):
@@ -284,8 +282,7 @@ def test_labels_that_are_unknown_or_cannot_be(demo_artifact, pictures, tmp_path,
             (["a cat"], [], "'a cat' is one text and no file"),
             (["two " * 90, "one"], [], "too long"),
             (["one", "two"], ["--templates", "of {}", "of"], "template 'of' has no {}, where the"),
-            (["one", "two"], ["--templates", "of"], "--templates 'of' is one text and no file"),
-            (["one", "two"], ["--top", "0"], "bad top 0: it must be above 0")):
+            (["one", "two"], ["--templates", "of"], "--templates 'of' is one text and no file")):
         told = said(*labels, options=options)
         assert sentence in told and told.startswith("clip_ttrt: ") and told.count("\n") == 1
 

@@ -60,11 +60,12 @@ def test_compile_verify_and_classify(tmp_path, monkeypatch):
     scenes.to_image(scenes.held_out_set(per_class=1)[0][3]).save(tmp_path / "scene.png")
     wrong, right, also_wrong = (scenes.held_out_classes()[index] for index in (50, 3, 90))
     (tmp_path / "labels.txt").write_text(f"{wrong}\n\n{right}\n{also_wrong}\n")
-    done = command("classify", folder, str(tmp_path / "scene.png"),
-                   "--labels", str(tmp_path / "labels.txt"))
+    done = subprocess.run([sys.executable, "-m", "clip_ttrt", "classify", folder,
+                           str(tmp_path / "scene.png"), "--labels", str(tmp_path / "labels.txt")],
+                          capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
-    lines = done.stdout.splitlines()
-    assert len(lines) == 3 and lines[0].endswith(right)
+    path, *lines = done.stdout.splitlines()
+    assert path.endswith("scene.png") and len(lines) == 3 and lines[0].endswith(right)
     assert sum(float(line.split("%")[0]) for line in lines) == pytest.approx(100, abs=0.1)
 
 

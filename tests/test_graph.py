@@ -1,15 +1,18 @@
 """Passes over one graph of our operations, for any batch: nothing changed, nothing dropped."""
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from clip_ttrt import backends, engine, graph, linear, ops
+from clip_ttrt import backends, engine, graph, linear, ops, pictures
 from clip_ttrt.checkpoint import load_checkpoint
 from clip_ttrt.encoders import ENCODERS
 from clip_ttrt.engine import in_precision
 from clip_ttrt.errors import UserError
 from clip_ttrt.guard import trace
 from clip_ttrt.options import BatchRange, Options
+from clip_ttrt.verify import COSINE_BOUND
 from lowering import One, encoder_in, lowered
 
 aten = torch.ops.aten
@@ -213,3 +216,32 @@ def test_a_weight_that_a_precision_cannot_hold_is_named():
     assert in_precision(layer, "bf16").weight.dtype == torch.bfloat16
     with pytest.raises(UserError, match=r"weight has values that fp16 cannot hold, .*65504"):
         in_precision(layer, "fp16")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@each_encoder
+def test_mlps_whose_values_fp16_cannot_hold_are_found_and_stay_in_fp32(encoder, fused):
+    """Two units of one block have a first weight near fp16's largest number, and less behind."""
+    checkpoint = load_checkpoint("demo", "random")
+    prefix = "visual." if encoder == "image" else ""
+    part = f"{prefix}transformer.resblocks.2.mlp."
+    state_dict = {name: value.clone() for name, value in checkpoint.state_dict.items()}
+    factor = 6e4 / state_dict[f"{part}c_fc.weight"][5:7].abs().max()
+    state_dict[f"{part}c_fc.weight"][5:7] *= factor
+    state_dict[f"{part}c_proj.weight"][:, 5:7] /= factor
+    checkpoint = replace(checkpoint, state_dict=state_dict)
+    plain = checkpoint.model.encoder(encoder, state_dict)
+    [(name, size)] = [*engine.overflowing(encoder, plain, checkpoint).items()]
+    assert name == "blocks.2" and size > 65504
+    values = {key: value for key, value in plain.state_dict().items() if key.startswith(name)}
+    images, lines = pictures.load(112)
+    rows = images if encoder == "image" else checkpoint.model.tokenizer()(lines)
+    expected, features = plain(rows), {}
+    for wide in (False, True):
+        passes = [graph.widening(values)] if wide else []
+        _, _, module = encoder_in("demo", encoder, "fp16", *passes,
+                                  *(graph.FUSE[encoder] if fused else ()), state_dict=state_dict)
+        assert len(graph.calls(module, ops.wide_mlp)) == wide
+        features[wide] = module(rows)
+    assert not features[False].isfinite().all()
+    assert torch.cosine_similarity(features[True], expected).min() > COSINE_BOUND["fp16"]

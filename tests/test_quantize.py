@@ -16,6 +16,7 @@ from clip_ttrt.artifact import read_artifact, recompile_command
 from clip_ttrt.checkpoint import load_checkpoint
 from clip_ttrt.encoders import ENCODERS
 from clip_ttrt.errors import UserError
+from clip_ttrt.models import MODELS
 from clip_ttrt.options import BatchRange, Options
 from lowering import encoder_in
 from outliers import EVERYWHERE, plant
@@ -412,6 +413,31 @@ def test_the_gate_has_two_bounds_and_nan_lies_outside_both():
     assert quantize.holds(turned(0.9901, 0.9981, 1), reference)
     for worse in ((0.9899, 0.9999, 1), (0.9901, 0.9979, 1), (torch.nan, 1, 1)):
         assert not quantize.holds(turned(*worse), reference)
+
+
+# What it buys
+
+
+def test_what_fp8_buys_is_what_the_shipped_rows_say():
+    from experiments.fp8 import ratios
+    from experiments.record import ROOT, read_rows
+
+    found = {}  # of each size the last run
+    for (model, encoder, batch, _, kernels, *_), ratio in ratios(
+            read_rows(ROOT / "results" / "speed.csv")).items():
+        width = getattr(MODELS[model], f"{encoder}_width")
+        if kernels == "fused" and model != "demo":
+            found[encoder, width, int(batch)] = round(ratio, 2)
+    assert found == quantize.GAINS
+
+
+@pytest.mark.parametrize("size, near", [
+    (("image", 1024, 32), ("image", 1024, 32)), (("image", 1280, 64), ("image", 1024, 32)),
+    (("text", 512, 300), ("text", 768, 128)), (("image", 600, 1), ("image", 768, 32))])
+def test_a_size_that_was_not_measured_gets_the_nearest_one_s_gain(size, near):
+    told = quantize.gain(*size)
+    assert told.startswith(f"fp8 takes about {quantize.GAINS[near]:.2f} of fp16's time")
+    assert f"{near[0]}s at width {near[1]} and batch {near[2]};" in told
 
 
 # Outliers

@@ -78,7 +78,7 @@ def artifact(precision):
 def test_fp8_beside_fp16_and_by_layer(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fp8, "read_artifact", lambda folder: artifact(folder.name))
     speed, layers = tmp_path / "speed.csv", tmp_path / "fp8.csv"
-    told = ["--csv", str(layers), "--speed", str(speed)]
+    told = ["--csv", str(layers)]
     for precision, factor in ("fp16", 1.0), ("fp8", 0.75):
         for row in rows(factor=factor):
             append_row(speed, {**row, "precision": precision})

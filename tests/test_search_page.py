@@ -4,7 +4,9 @@ import http.client
 import io
 import json
 import os
+import sys
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,30 +17,41 @@ from browser import Browser
 from PIL import Image
 from searching import CAPTIONS, EVIL, TWIN, VIDEOS, pixels
 
-from clip_ttrt import UserError, cli
+from clip_ttrt import cli
 from clip_ttrt.search import Library, index
-from clip_ttrt.search.serve import LARGEST, Server
 
 pytest.importorskip("av", reason="needs the extra embed")
-pytest.importorskip("pyarrow", reason="needs the extra embed")
+pytest.importorskip("starlette", reason="needs the extra search")
+Server = pytest.importorskip("clip_ttrt.search.serve").Server
 SECOND = VIDEOS["play.webm"][2][1]  # shown from its second 2 to 4
 JSON = {"Content-Type": "application/json"}
+
+
+@contextmanager
+def serving(library):
+    server = Server(library, 0)
+    thread = threading.Thread(target=server.run, args=([server.socket],), daemon=True)
+    thread.start()
+    yield server
+    server.should_exit = True
+    thread.join()
 
 
 @pytest.fixture(scope="module")
 def world(demo_artifact, tmp_path_factory):
     files, folder, _ = searching.made_once(tmp_path_factory, demo_artifact.folder)
-    with Server(Library(folder), 0) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        numbers = {Path(os.fsdecode(path)).name: number for number, path in
-                   server.library.store.db.execute("SELECT id, path FROM files")}
-        yield SimpleNamespace(server=server, files=files, numbers=numbers, folder=folder)
-        server.shutdown()
+    with serving(Library(folder)) as server:
+        rows = server.library.store.db.execute(
+            "SELECT files.id, path, items.id FROM files JOIN items ON file = files.id").fetchall()
+        numbers = {Path(os.fsdecode(path)).name: number for number, path, _ in rows}
+        items = {Path(os.fsdecode(path)).name: item for _, path, item in rows[::-1]}  # the first
+        yield SimpleNamespace(server=server, files=files, numbers=numbers, items=items,
+                              folder=folder)
 
 
 def ask(world, path, headers={}, method="GET", body=None):
     """(status, headers, body) of a request whose path goes as it is."""
-    connection = http.client.HTTPConnection("127.0.0.1", world.server.server_port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", world.server.port, timeout=60)
     try:
         connection.putrequest(method, path, skip_host="Host" in headers)
         if body is not None:
@@ -61,18 +74,17 @@ def post(world, **asked):
 @pytest.mark.parametrize("asked, part", [
     (None, slice(None)), ("bytes=0-", slice(0, None)), ("bytes=100-199", slice(100, 200)),
     ("bytes=0-0", slice(0, 1)), ("bytes=-50", slice(-50, None)), ("bytes=-9999999", slice(None)),
-    ("bytes=5-9999999", slice(5, None)), ("bytes=0-1,4-5", None), ("lines=1-2", None),
-    ("bytes=9999999-", 416), ("bytes=-0", 416), ("bytes=7-3", 416), ("bytes=-", None)])
+    ("bytes=5-9999999", slice(5, None)), ("bytes=9999999-", 416), ("lines=1-2", 400),
+    ("bytes=7-3", 400)])
 def test_ranges_of_a_file(world, asked, part):
     data = (world.files / "play.webm").read_bytes()
     status, headers, body = ask(world, f"/file/{world.numbers['play.webm']}", {"Range": asked})
-    if part == 416:
-        assert (status, headers["Content-Range"], body) == (416, f"bytes */{len(data)}", b"")
+    if isinstance(part, int):
+        assert status == part and headers["Content-Range"] in (None, f"bytes */{len(data)}")
         return
-    whole = asked is None or part is None
-    assert body == (data if whole else data[part]) and status == (200 if whole else 206)
+    assert body == data[part] and status == (206 if asked else 200)
     assert headers["Content-Type"] == "video/webm" and headers["Accept-Ranges"] == "bytes"
-    if not whole:
+    if asked:
         begin = data.index(body) if len(body) > 1 else 0
         assert headers["Content-Range"] == f"bytes {begin}-{begin + len(body) - 1}/{len(data)}"
 
@@ -80,60 +92,57 @@ def test_ranges_of_a_file(world, asked, part):
 def test_a_file_that_has_changed_since(world, demo_artifact, tmp_path):
     (tmp_path / "0.png").write_bytes((world.files / "0.png").read_bytes())
     index(tmp_path / "l", [tmp_path], demo_artifact.folder)
-    with Server(Library(tmp_path / "l"), 0) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serving(Library(tmp_path / "l")) as server:
         here = SimpleNamespace(server=server)
         (tmp_path / "0.png").write_bytes(b"")
-        assert [ask(here, path)[0] for path in ("/file/1", "/thumbnail/1-0")] == [200, 404]
+        assert [ask(here, path)[0] for path in ("/file/1", "/thumbnail/1")] == [200, 404]
         (tmp_path / "0.png").unlink()
         assert ask(here, "/file/1")[0] == 404
-        server.shutdown()
 
 
 def test_it_answers_this_machine_only_and_no_other_sites(world):
-    assert world.server.server_address[0] == "127.0.0.1"
-    own = f"http://127.0.0.1:{world.server.server_port}"
+    assert world.server.socket.getsockname()[0] == "127.0.0.1"
     for headers, status in (
-            ({"Host": "localhost:9"}, 200), ({"Host": "[::1]:80"}, 200), ({"Origin": own}, 200),
-            ({"Host": "evil.example"}, 403), ({"Host": "127.0.0.1.evil.example:80"}, 403),
-            ({"Host": None}, 403), ({"Host": ""}, 403), ({"Origin": "http://evil.example"}, 403),
-            ({"Origin": "null"}, 403), ({"Host": "127.0.0.1@evil.example"}, 403)):
+            ({"Host": "localhost:9"}, 200), ({"Host": "evil.example"}, 400),
+            ({"Host": "127.0.0.1.evil.example:80"}, 400), ({"Host": None}, 400),
+            ({"Host": ""}, 400), ({"Host": "127.0.0.1@evil.example"}, 400)):
         for path in ("/", f"/file/{world.numbers['play.webm']}"):
             assert ask(world, path, headers)[0] == status, headers
+    # What a browser asks before it sends JSON to another site, and what it sends without asking.
+    about = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST",
+             "Access-Control-Request-Headers": "content-type"}
+    status, headers, _ = ask(world, "/api/query", about, "OPTIONS")
+    assert status == 405 and headers["Access-Control-Allow-Origin"] is None
+    assert ask(world, "/api/query", {"Content-Type": "text/plain"}, "POST", b"{}")[0] == 400
     _, headers, _ = ask(world, "/")
-    assert "default-src 'none'" in headers["Content-Security-Policy"]
-    assert "unsafe-inline'; script" in headers["Content-Security-Policy"]  # of styles alone
+    assert "default-src 'self'" in headers["Content-Security-Policy"]  # nothing from elsewhere
     assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
     assert headers["X-Content-Type-Options"] == "nosniff"
 
 
 def test_no_path_leads_to_another_file(world):
-    broken = world.numbers["broken.webm"]
+    broken = world.items["broken.webm"]
     for path in ("/file/../../etc/passwd", "/file/..%2f..%2fetc%2fpasswd", "//etc/passwd",
                  "/file//etc/passwd", "/etc/passwd", "/file/1/../2", "/file/-1", "/file/+1",
                  "/file/1e1", "/file/0x1", "/file/1%00", "/file/%201", "/file/", "/file/999",
-                 "/file/" + "9" * 30, f"/file/{broken}", "/library.db", "/page.html",
-                 "/thumbnail/1", "/thumbnail/999-0", "/thumbnail/1-7", "/thumbnail/1-0/..",
-                 "/..", "/%2e%2e/library.db", "*"):
-        status, _, body = ask(world, path)
-        assert status == 404 and set(json.loads(body)) == {"error"}, path
-    assert ask(world, "/", method="DELETE")[0] == 501
+                 "/library.db", "/page.html", "/thumbnail/999", f"/thumbnail/{broken}",
+                 "/thumbnail/1/..", "/..", "/%2e%2e/library.db", "*"):
+        assert ask(world, path)[0] == 404, path
+    assert ask(world, "/file/" + "9" * 30)[0] == 400
+    assert ask(world, "/", method="DELETE")[0] == 405
 
 
 def test_what_is_no_query_is_a_sentence(world):
     big = base64.b64encode(b"no picture").decode()
     for asked, words in (({}, "nothing is asked for"), ({"text": " "}, "nothing is asked for"),
                          ({"text": "a +"}, "is no query"), ({"picture": big}, "picture 0"),
-                         ({"picture": "?"}, ""), ({"text": 3}, ""), ({"other": 1}, "other"),
-                         ({"more": ["../1"]}, ""), ({"more": 3}, ""),
-                         ({"text": "a", "top": "x"}, "")):
+                         ({"picture": "?"}, ""), ({"other": 1}, "other"),
+                         ({"more": ["../1"]}, ""), ({"more": 3}, "")):
         status, answer = post(world, **asked)
         assert status == 400 and words in answer["error"] and "\n" not in answer["error"], asked
-    assert post(world, more=["999-0"])[0] == 404
-    for headers, body in ((JSON, b"{"), (JSON, b"[1]"), ({"Content-Type": "text/plain"}, b"{}"),
-                          (JSON, None), ({**JSON, "Content-Length": str(LARGEST + 1)}, None)):
-        assert ask(world, "/api/query", headers, "POST", body)[0] == 400
-    assert ask(world, "/file/1", JSON, "POST", b"{}")[0] == 404
+    assert post(world, more=[999])[0] == 404
+    for body in (b"{", b"[1]"):
+        assert ask(world, "/api/query", JSON, "POST", body)[0] == 400
     path = world.files / "0.png"  # a text here, and no way to a file
     assert post(world, text=str(path))[1]["results"][0]["score"] < 0.9
 
@@ -142,17 +151,17 @@ def test_more_and_less_and_a_picture(world):
     picture = base64.b64encode((world.files / "0.png").read_bytes()).decode()
     [best, *_] = post(world, picture=picture)[1]["results"]
     assert Path(best["path"]).name == "0.png" and best["score"] > 0.99
-    plain, less = (post(world, text=CAPTIONS[0], top=3, **more)[1]["results"]
+    plain, less = (post(world, text=CAPTIONS[0], **more)[1]["results"]
                    for more in ({}, {"less": [best["id"]]}))
     more = post(world, text=CAPTIONS[36], more=[best["id"]])[1]["results"]
-    assert plain[0]["id"] == best["id"] and len(less) == 3
+    assert plain[0]["id"] == best["id"] and len(less) == len(plain) - 1
     assert best["id"] not in [each["id"] for each in less]
     assert {Path(each["path"]).name for each in more[:2]} == {"0.png", "36.png"}
 
 
 def test_thumbnails_are_of_the_frame(world):
     for name, number, shown in (("0.png", 0, 0), ("play.webm", 3, SECOND), ("ntsc.mp4", 0, 1)):
-        status, headers, body = ask(world, f"/thumbnail/{world.numbers[name]}-{number}")
+        status, headers, body = ask(world, f"/thumbnail/{world.items[name] + number}")
         picture = np.asarray(Image.open(io.BytesIO(body)).convert("RGB"), int)
         assert status == 200 and headers["Content-Type"] == "image/jpeg"
         distances = np.abs(picture - pixels().astype(int)).mean((1, 2, 3))
@@ -160,11 +169,17 @@ def test_thumbnails_are_of_the_frame(world):
 
 
 def test_a_port_that_is_taken(world, capsys):
-    port = world.server.server_port
-    with pytest.raises(UserError, match=f"port {port}: .* --port takes another"):
-        Server(world.server.library, port)
-    assert cli.main(["search", "serve", str(world.folder), "--port", "99999"]) == 2
-    assert "--port takes another" in capsys.readouterr().err
+    port = str(world.server.port)
+    assert cli.main(["search", "serve", str(world.folder), "--port", port]) == 2
+    told = capsys.readouterr().err
+    assert "Address already in use" in told and port in told and told.count("\n") == 1
+
+
+def test_without_the_extra_it_says_so(world, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert cli.main(["search", "serve", str(world.folder)]) == 2
+    assert capsys.readouterr().err == (
+        "clip_ttrt: uvicorn is missing; pip install 'clip_ttrt[search]' brings it\n")
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +193,7 @@ def browser(world, tmp_path_factory):
 def page(world, browser):
     """The page as it opens."""
     browser("Page.navigate", url="about:blank")
-    browser("Page.navigate", url=f"http://127.0.0.1:{world.server.server_port}/")
+    browser("Page.navigate", url=f"http://127.0.0.1:{world.server.port}/")
     browser.until("document.activeElement?.id === 'text'")
     yield browser
     assert browser.value("window.hit") is None
@@ -246,8 +261,6 @@ def test_a_text_is_typed_and_hits_are_seen(world, page):
     page.press("Enter")
     page.until("document.getElementById('status').textContent.includes('cancel each other')")
     assert page.value(NAMES)  # the last answer stays
-    search(page, "a zebra")
-    assert "knows no zebra" in page.value("document.getElementById('status').textContent")
 
 
 def test_a_picture_is_dropped(world, page):

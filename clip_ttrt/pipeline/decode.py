@@ -122,8 +122,7 @@ class Hardware:
         if device.type != "cuda":
             raise UserError(f"the device is {device}; use cuda")
         hardware = cls(torch.empty(0, device=device).device, threads)
-        trial = (kernels.PACKAGE / "pictures/coffee.jpg").read_bytes()
-        if hardware(scan([trial]))[0][0] is None:
+        if hardware(scan([(kernels.PACKAGE / "pictures/coffee.jpg").read_bytes()]))[0][0] is None:
             raise UserError("no JPEG engines; use an A100, H100 or newer with libnvcuvid.so.1 "
                             "(in a container: video in NVIDIA_DRIVER_CAPABILITIES)")
         return hardware
@@ -259,8 +258,7 @@ class Decoder:
             if pixels is not None:
                 return Picture(pixels, "cpu", *pixels.shape[1::-1])
             opened = item if isinstance(item, Image.Image) else Image.open(io.BytesIO(item))
-            size = opened.size
-            large = size[0] * size[1] > LARGE_OTHER
+            large = np.prod(size := opened.size) > LARGE_OTHER
             if self.mode == "pillow" or large or opened.mode not in ("L", "RGB"):
                 opened = self.transform(opened)
             return Picture(torch.from_numpy(np.atleast_3d(np.array(opened))), "pillow", *size)

@@ -32,6 +32,7 @@ VIDEOS = set("3gp avi flv m2ts m4v mkv mov mp4 mpeg mpg mts ogv ts webm wmv".spl
 LOCAL, TABLE, VIDEO = "", "a table", "a video"
 SAMPLE = re.compile(r"((?:.*/)?[^./]+)((?:\.[^/]*)?)", re.DOTALL)  # key and suffix, as WebDataset's
 UNFIT, EMPTY = "no regular file, cut short or larger than 1 GiB", "the row is empty"
+PACKED = 256  # rows that are unpacked at a time
 LOCK = threading.Lock()  # of the tables and videos that are open
 
 
@@ -46,25 +47,26 @@ class Record:
 
 class Rows:
     """The rows of one shard.  sequential: ranges are best read in order.  items: a picture's path,
-    or a Record's fields and, where its data is to be read, its place; kept small, as bytes."""
+    or a Record's fields and, where its data is to be read, its place; bytes keep PACKED of them."""
 
     def __init__(self, items: list):
-        self.count, self.items = len(items), None
+        self.count, parts = len(items), range(0, len(items), PACKED)
         self.sequential = any(VIDEO in each[4:5] for each in items if isinstance(each, list))
-        self.packed = json.dumps(items, default=str).encode()
+        self.packed = [json.dumps(items[at:at + PACKED], default=str).encode() for at in parts]
 
     def __len__(self) -> int:
         return self.count
 
     def digest(self) -> str:
         """SHA-256 of what is read: paths, places and captions."""
-        return hashlib.sha256(self.packed).hexdigest()
+        return hashlib.sha256(b"".join(self.packed)).hexdigest()
 
     def read(self, start: int, stop: int) -> list[Record]:
         """The rows from start to before stop, from any thread; what cannot be read has an error."""
-        self.items = self.items or json.loads(self.packed)
+        first = start // PACKED
+        items = chain.from_iterable(map(json.loads, self.packed[first:-(-stop // PACKED)]))
         items = [file_item(each, {}, each) if isinstance(each, str) else each
-                 for each in self.items[start:stop]]
+                 for each in islice(items, start - first * PACKED, stop - first * PACKED)]
         records = [Record(*each[:4]) for each in items]
         unread = [(record, each[4:]) for record, each in zip(records, items) if each[4:]]
         for kind, group in groupby(unread, lambda each: each[1][0]):
@@ -317,11 +319,11 @@ def file_system(url: str) -> tuple[Any, str]:
         raise UserError(f"{url} cannot be opened: {problem}") from problem
 
 
-def library(name: str) -> Any:
+def library(name: str, extra: str = "embed") -> Any:
     try:
         return importlib.import_module(name)
-    except ImportError as problem:
-        raise UserError(f"{name} is missing; pip install 'clip_ttrt[embed]' brings it") from problem
+    except ImportError as error:
+        raise UserError(f"{name} is missing; pip install 'clip_ttrt[{extra}]' brings it") from error
 
 
 def reason(problem: Exception) -> str:

@@ -321,7 +321,7 @@ def test_a_length_that_is_told_costs_no_wait(short):
 
 def test_a_caller_captures_texts_of_several_lengths(short):
     """The first run of a shape cannot be captured, so it is run beside the capture."""
-    tokens, held = rows("text", 4), {}
+    tokens, held = rows("text", 4), {}  # which end within 9 tokens
     for length in (16, 48, 77):
         call = partial(short.encode_text, tokens, length=length)
         replay = graphed(lambda: held.update(features=call()))

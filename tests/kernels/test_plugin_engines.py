@@ -21,7 +21,7 @@ W = 768
 TABLE = linear.pack(64, 128, False)
 FIELDS = {  # of each plugin: an int32, a float32, or bytes
     ATTENTION: {"heads": 12, "tokens": 77, "causal": 1, "query_bias": 1, "out_scale": 0.0},
-    BIAS_GELU: {"out_scale": 0.0},
+    BIAS_GELU: {"approximate": 1, "out_scale": 0.0},
     RESIDUAL_LAYER_NORM: {"residual": 1, "epsilon": 1e-5, "out_scale": 0.0},
     EXTRACT_PATCHES: {"patch_size": 14},
     EMBED_IMAGE: {"tokens": 50, "epsilon_pre": 1e-5, "epsilon_1": 1e-6, "out_scale": 0.0},
@@ -70,7 +70,7 @@ class Form(NamedTuple):
 
 
 _ATTENTION = {"qkv": "x0", "out": "y0", "heads": 12, "tokens": 77}
-_GELU = {"in": "x0", "bias": "x1", "out": "y0", "rows": 100, "width": 3072}
+_GELU = {"in": "x0", "bias": "x1", "out": "y0", "rows": 100, "width": 3072, "approximate": 1}
 _SUM = {"x": "x0", "delta": "x1", "bias": "x2", "scale": "x3", "shift": "x4", "sum_out": "y0",
         "out": "y1", "rows": 100, "width": W}
 _NORM = {"x": "x0", "scale": "x1", "shift": "x2", "out": "y0", "rows": 100, "width": W}
@@ -97,8 +97,8 @@ FORMS = [
     # In E4M3
     Form(ATTENTION, {"out_scale": 0.002}, 1, [(154, 3 * W), (W,)], (154, W),
          {**_ATTENTION, "query_bias": "x1", "batch": 2, "causal": 1}, ("y0",)),
-    Form(BIAS_GELU, {"out_scale": 0.02}, 1, [(2, 50, 3072), (1, 3072)], (2, 50, 3072), _GELU,
-         ("y0",)),
+    Form(BIAS_GELU, {"approximate": 2, "out_scale": 0.02}, 1, [(2, 50, 3072), (1, 3072)],
+         (2, 50, 3072), {**_GELU, "approximate": 2}, ("y0",)),
     Form(RESIDUAL_LAYER_NORM, {"out_scale": 0.01}, 2, [(100, W), (100, W), (W,), (W,), (W,)],
          (100, W), _SUM, ("y1",)),
     Form(RESIDUAL_LAYER_NORM, {"residual": 0, "out_scale": 0.01}, 1, [(2, 50, W), (W,), (1, W)],
@@ -107,9 +107,11 @@ FORMS = [
          (100, W), _EMBED, ("y1",)),
     Form(LINEAR, {"table": linear.pack(64, 128, True, scale=0.1)}, 3,
          [(2, 5, 128), (64, 128), (64,)], (2, 5, 64), _LINEAR, ("x0", "x1")),
-    # Of any number of tokens
+    # Of any number of tokens, and OpenAI's GELU
     Form(ATTENTION, {"tokens": 0}, 1, [(3, 77, 3 * W), (W,)], (3, 77, W),
          {**_ATTENTION, "query_bias": "x1", "batch": 3, "causal": 1}),
+    Form(BIAS_GELU, {"approximate": 0}, 1, [(2, 50, 3072), (1, 3072)], (2, 50, 3072),
+         {**_GELU, "approximate": 0}),
 ]  # fmt: skip
 WRONG_SHAPES = {  # of a form: (input, its wrong shape)
     0: [(0, (3 * W,)), (0, (2, 77, 1, 3 * W)), (0, (2, 76, 3 * W)), (0, (155, 3 * W)), (1, (1, W))],
@@ -130,7 +132,7 @@ UNUSABLE = {
     "heads": [0, 41], "tokens": [-1], "causal": [2, -1], "query_bias": [2, -1],
     "residual": [2, -1], "epsilon": [0.0, -1.0, float("nan"), float("inf")], "epsilon_pre": [0.0],
     "epsilon_1": [float("nan")], "out_scale": [-1.0, float("nan"), float("inf"), 1e-40],
-    "patch_size": [0, 15, -2, 4098],
+    "patch_size": [0, 15, -2, 4098], "approximate": [-1, 3],
     "table": [TABLE[:-1], TABLE + b"\0", *_NO_TABLES, *(
         linear.pack(64, 128, False, entries) for entries in (
             [linear.Entry(0)], [linear.Entry(2**31)], [linear.Entry(1)] * 65))],

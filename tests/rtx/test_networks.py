@@ -35,6 +35,16 @@ def mask_unknown(x, value):
     return ops.mask_unknown(features, x, ops.clamp_tokens(x, 100))
 
 
+class WideMlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 64)
+
+    def forward(self, x):
+        return ops.wide_mlp(x, self.up.weight, self.up.bias, self.down.weight, self.down.bias,
+                            "quick")
+
+
 # Name -> module, and its input after the batch.
 NORM = One(lambda x, value: nn.functional.layer_norm(x, (64,), value, value), 64)
 CONVERTED = {
@@ -45,6 +55,7 @@ CONVERTED = {
     "layer_norm_on_rows": (NORM, (64,)),
     "quick_gelu": (of(lambda x: ops.gelu(x, "quick")), (5, 64)),
     "gelu": (of(lambda x: ops.gelu(x, "none")), (5, 64)),
+    "wide_mlp": (WideMlp(), (5, 64)),
     "gelu_by_tanh": (of(lambda x: ops.gelu(x, "tanh")), (5, 64)),
     "add": (of(lambda x: x + ops.gelu(x, "quick")), (5, 64)),
     "add_a_parameter": (One(lambda x, value: x + value, 5, 64), (5, 64)),
