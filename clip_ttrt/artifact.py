@@ -19,7 +19,7 @@ from clip_ttrt.families import Model
 from clip_ttrt.models import Dimensions
 from clip_ttrt.options import BatchRange
 
-FORMAT = 4
+FORMAT = 5
 MANIFEST = "manifest.json"
 SCALES = "scales.json"  # of fp8
 

@@ -11,7 +11,6 @@ from clip_ttrt.errors import UserError
 FILES = "tokenizer_config.json", "spiece.model", "tokenizer.json"  # what an artifact has copies of
 START_OF_WORD = "\u2581"  # SentencePiece's
 PUNCTUATION = str.maketrans("", "", string.punctuation)
-Encode = Callable[[str], list[int]]  # a text -> ids without the end token
 
 
 def read(folder: Path, context_length: int) -> Callable[..., torch.Tensor]:
@@ -24,7 +23,7 @@ def read(folder: Path, context_length: int) -> Callable[..., torch.Tensor]:
     try:
         config = json.loads(Path(folder, "tokenizer_config.json").read_text())
         reader = KINDS[config["tokenizer_class"].removesuffix("Fast")]
-        encode, end, pad = reader(Path(folder), config)
+        encode, end, pad = reader(Path(folder), config)  # encode: a text -> ids, without the end
     except ImportError as problem:
         raise UserError(f"the tokenizer in {folder} is read by the package {problem.name}, which "
                         "is not installed: pip install 'clip_ttrt[siglip]'") from problem
@@ -46,7 +45,7 @@ def read(folder: Path, context_length: int) -> Callable[..., torch.Tensor]:
     return tokenize
 
 
-def _sentencepiece(folder: Path, config: Mapping[str, Any]) -> tuple[Encode, int, int]:
+def _sentencepiece(folder: Path, config: Mapping[str, Any]) -> tuple[Callable, int, int]:
     """Of lower case and without punctuation, so that no text spells a special token."""
     from sentencepiece import SentencePieceProcessor
 
@@ -56,13 +55,13 @@ def _sentencepiece(folder: Path, config: Mapping[str, Any]) -> tuple[Encode, int
 
     def encode(text: str) -> list[int]:
         text = START_OF_WORD + text.replace(START_OF_WORD, " ")
-        text = " ".join(text.lower().translate(PUNCTUATION).split())
-        return model.encode(before + text)[skipped:]
+        text = text.lower() if config.get("do_lower_case", True) else text
+        return model.encode(before + " ".join(text.translate(PUNCTUATION).split()))[skipped:]
 
     return encode, *(model.piece_to_id(config[name]) for name in ("eos_token", "pad_token"))
 
 
-def _bpe(folder: Path, config: Mapping[str, Any]) -> tuple[Encode, int, int]:
+def _bpe(folder: Path, config: Mapping[str, Any]) -> tuple[Callable, int, int]:
     """Gemma's, of lower case as SigLIP 2 was trained."""
     from tokenizers import Tokenizer, normalizers
 

@@ -85,6 +85,12 @@ def test_siglip_s_ids_equal_those_of_its_class(sentencepiece_folder, length):
         assert ours(text, truncate=True).tolist() == own(theirs, [text], length).tolist(), text
     assert ours("a cat")[0, -1] == theirs.pad_token_id  # which the encoder reads
     assert torch.equal(ours("a </s>"), ours("a s"))  # a text, and no end
+    config = json.loads((sentencepiece_folder / "tokenizer_config.json").read_text())
+    cased = shutil.copytree(sentencepiece_folder, sentencepiece_folder.parent / f"cased{length}")
+    (cased / "tokenizer_config.json").write_text(json.dumps(config | {"do_lower_case": False}))
+    ours, theirs = tokenizers.read(cased, length), siglip.from_pretrained(cased)
+    assert torch.equal(ours(TEXTS, truncate=True), own(theirs, TEXTS, length))
+    assert not torch.equal(ours("A CAT"), ours("a cat"))
 
 
 @pytest.mark.parametrize("length", [16, 64])
