@@ -174,12 +174,10 @@ def convert_gelu(to, x, approximate):
 
 @converter(ops.wide_mlp)
 def convert_wide_mlp(to, x, up, up_bias, down, down_bias, approximate):
-    def part(which: str) -> Layers:
-        return Layers(to.net, f"{to.name}_{which}")
-
-    hidden = convert_linear(part("up"), to.cast(x, trt.float32, "fp32"), up, up_bias)
-    hidden = convert_gelu(part("gelu"), hidden, approximate)
-    return to.cast(convert_linear(part("down"), hidden, down, down_bias), x.dtype)
+    first, between, last = (Layers(to.net, f"{to.name}_{i}") for i in range(3))
+    hidden = convert_linear(first, to.cast(x, trt.float32, "fp32"), up, up_bias)
+    hidden = convert_gelu(between, hidden, approximate)
+    return to.cast(convert_linear(last, hidden, down, down_bias), x.dtype)
 
 
 @converter(ops.embedding)

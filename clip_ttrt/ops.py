@@ -70,11 +70,9 @@ def gelu_reference(x: Tensor, approximate: str) -> Tensor:
 def wide_mlp_reference(
     x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor, approximate: str
 ) -> Tensor:
-    """A block's MLP in fp32 at least, and its result in x's dtype: [..., W] -> [..., W]."""
-    wide = torch.promote_types(x.dtype, torch.float)
-    hidden = F.linear(x.to(wide), up.to(wide), up_bias.to(wide))
-    hidden = gelu_reference(hidden, approximate)
-    return F.linear(hidden, down.to(wide), down_bias.to(wide)).to(x.dtype)
+    """A block's MLP in its weights' dtype, and the result in x's: [..., W] -> [..., W]."""
+    hidden = gelu_reference(F.linear(x.to(up.dtype), up, up_bias), approximate)
+    return F.linear(hidden, down, down_bias).to(x.dtype)
 
 
 def extract_patches_reference(images: Tensor, size: int) -> Tensor:

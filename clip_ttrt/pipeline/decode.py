@@ -122,7 +122,8 @@ class Hardware:
         if device.type != "cuda":
             raise UserError(f"the device is {device}; use cuda")
         hardware = cls(torch.empty(0, device=device).device, threads)
-        if hardware(scan([(kernels.PACKAGE / "pictures/coffee.jpg").read_bytes()]))[0][0] is None:
+        trial = (kernels.PACKAGE / "pictures/coffee.jpg").read_bytes()  # `scan` has pointers to it
+        if hardware(scan([trial]))[0][0] is None:
             raise UserError("no JPEG engines; use an A100, H100 or newer with libnvcuvid.so.1 "
                             "(in a container: video in NVIDIA_DRIVER_CAPABILITIES)")
         return hardware

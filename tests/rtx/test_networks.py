@@ -41,8 +41,7 @@ class WideMlp(nn.Module):
         self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 64)
 
     def forward(self, x):
-        return ops.wide_mlp(x, self.up.weight, self.up.bias, self.down.weight, self.down.bias,
-                            "quick")
+        return ops.wide_mlp(x, *self.up.parameters(), *self.down.parameters(), "quick")
 
 
 # Name -> module, and its input after the batch.
