@@ -71,8 +71,7 @@ def scan(items: list) -> np.ndarray:
     if not kernels.available():  # then there are no engines either
         files[["route", "height", "width", "channels"]] = list(map(header, data))
         return files
-    files["data"] = [torch.frombuffer(each, dtype=torch.uint8).data_ptr() if each else 0
-                     for each in data]
+    files["data"] = [np.frombuffer(each, np.uint8).ctypes.data if each else 0 for each in data]
     files["size"] = list(map(len, data))
     kernels.library().clip_jpeg_scan(files.ctypes, len(files), LARGE)
     return files
