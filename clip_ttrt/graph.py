@@ -123,18 +123,14 @@ def in_ours(node: fx.Node) -> Optional[tuple[Callable, tuple]]:
 
 
 def lower(module: fx.GraphModule) -> Iterator[fx.Node]:
-    """PyTorch's operations become ours, and a slice of a parameter (positions) a parameter.
+    """PyTorch's operations become ours.
 
     Raises GraphError, naming it, for an operation that is none of ours.
     """
     for node in list(module.graph.nodes):
         if not node.op.startswith("call_") or node.target in (*ops.REFERENCES, *THEIRS):
             continue
-        if node.target is aten.slice.Tensor and node.args[0].op == "get_attr":
-            whole = parameter(module, node.args[0]).detach()
-            value = node.target(whole, *node.args[1:], **node.kwargs)
-            node.replace_all_uses_with(add_parameter(module, f"folded_{node.name}", value))
-        elif found := in_ours(node):
+        if found := in_ours(node):
             node.target, node.args = found
         else:
             raise GraphError(f"no backend implements {node.target} with {node.args} and "

@@ -14,16 +14,10 @@ from pathlib import Path
 import torch
 
 from clip_ttrt.checkpoint import load_checkpoint, original_with_weights
+from clip_ttrt.engine import DTYPES
 from clip_ttrt.errors import UserError
 from clip_ttrt.families import find
 
-DTYPES = {
-    "fp32": torch.float32,
-    "tf32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp8": torch.float16,  # but for the blocks' linear layers
-}
 E4M3_MAX = 448.0
 
 

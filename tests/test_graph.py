@@ -89,15 +89,6 @@ def test_layers_of_the_same_sizes_are_measured_once_and_get_their_table(
     assert torch.isfinite(module(rows_for(encoder))).all()
 
 
-@pytest.mark.parametrize("cut", [slice(20), slice(1, 60, 2), slice(-19, None, 3)], ids=str)
-def test_a_slice_of_a_parameter_is_folded_with_its_step(cut):
-    """As positions are, where a text is shorter."""
-    module = One(lambda x, value: x + value[cut], 77, 8)
-    x = torch.randn(3, *module.value[cut].shape)
-    found = lowered(module, x)
-    assert targets(found) == {ops.add} and torch.equal(found(x), module(x))
-
-
 @pytest.mark.parametrize("function, sentence", [
     (lambda x: torch.cumsum(x, dim=1) + x, "aten.cumsum"),
     (lambda x: (x + x) * x.shape[0], "aten.*sym_size"),
