@@ -144,16 +144,16 @@ def match(classes: list[str], options: EvaluateOptions) -> tuple[list[str], dict
         labels = read_texts("imagenet", "labels")
         from timm.data import ImageNetInfo  # which open_clip needs
 
-        names = list(map(dict(zip(ImageNetInfo().label_names(), labels)).get, classes))
+        names, keys = classes, ImageNetInfo().label_names()  # two labels are twice among them
     else:
-        labels = read_texts(options.labels or names, "labels")
-    missing = [each for each, name in zip(classes, names) if name not in labels]
+        keys = labels = read_texts(options.labels or names, "labels")
+    missing = [each for each, name in zip(classes, names) if name not in keys]
     if len(missing) == len(names) == len(labels):
         return labels, dict(zip(classes, range(len(classes))))
     if missing:
         raise UserError(f"{', '.join(missing[:3])}: classes that are none of the {len(labels)} "
                         f"labels; --labels takes their names, or {len(names)} in their order")
-    return labels, {each: labels.index(name) for each, name in zip(classes, names)}
+    return labels, {each: keys.index(name) for each, name in zip(classes, names)}
 
 
 @lru_cache(1)

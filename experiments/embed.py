@@ -108,11 +108,13 @@ def dataloader(artifact: Artifact, folder: Path, batch: int, cores: int) -> Iter
     """What a user would write; yields images as they are done."""
     model, precision = artifact.manifest["model"], artifact.manifest["computes_in"]
     encode = baselines.compiled(baselines.plain(model, "image", precision, artifact.device))
-    files = Files(folder, artifact.dimensions.image_resolution)
+    files, dtype = Files(folder, artifact.dimensions.image_resolution), baselines.DTYPES[precision]
     loader = DataLoader(files, batch, num_workers=cores, pin_memory=True, drop_last=True)
     with torch.inference_mode():
+        # Compiled before workers read ahead, or the second half would lie ready.
+        encode(baselines.example(model, "image", batch, dtype, artifact.device))
         for images in loader:
-            images = images.to(artifact.device, baselines.DTYPES[precision], non_blocking=True)
+            images = images.to(artifact.device, dtype, non_blocking=True)
             torch.nn.functional.normalize(encode(images).float(), dim=-1).half().cpu().numpy()
             yield len(images)
 

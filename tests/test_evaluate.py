@@ -144,6 +144,12 @@ def test_wnids_have_open_clip_s_names():
     labels, numbers = evaluate.match(["n02123045", "n01440764"], EvaluateOptions())
     assert len(labels) == 1000 and numbers == {"n02123045": 281, "n01440764": 0}
     assert (labels[0], labels[281]) == ("tench", "tabby cat")
+    from timm.data import ImageNetInfo
+
+    wnids = ImageNetInfo().label_names()
+    twins = [wnids[place] for place in (657, 744, 837)]
+    labels, numbers = evaluate.match(twins, EvaluateOptions())
+    assert labels[657] == labels[744] and [*numbers.values()] == [657, 744, 837]
     with pytest.raises(clip_ttrt.UserError, match="n00000000: classes that are none of the 1000"):
         evaluate.match(["n00000000", "n01440764"], EvaluateOptions())
 
