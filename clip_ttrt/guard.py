@@ -39,6 +39,7 @@ class Guarded(nn.Module):
         self.encoder = encoder
         self.shape: List[int] = list(example.shape[1:])
         self.shortest: int = lengths[0]
+        self.accepts = f"{self.shape}" + (f", from {lengths[0]} on" if len(lengths) > 1 else "")
         self.dtype = example.dtype
         self.floating: bool = example.is_floating_point()
         self.minimum: int = batch.minimum
@@ -48,8 +49,7 @@ class Guarded(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if (x.dim() != len(self.shape) + 1 or x.size()[1:-1] != self.shape[:-1]
                 or not self.shortest <= x.size(-1) <= self.shape[-1]):
-            raise ValueError(f"expected an input of shape [batch] + {self.shape}, from "
-                             f"{self.shortest} on, got {x.size()}")
+            raise ValueError(f"expected an input of shape [batch] + {self.accepts}, got {x.size()}")
         if x.size(0) < self.minimum or x.size(0) > self.maximum:
             raise ValueError(f"batch {x.size(0)} is outside the compiled range {self.minimum} "
                              f"to {self.maximum}")
