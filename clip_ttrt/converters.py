@@ -172,14 +172,6 @@ def convert_gelu(to, x, approximate):
     return to.elementwise("PROD", x, sigmoid)
 
 
-@converter(ops.wide_mlp)
-def convert_wide_mlp(to, x, up, up_bias, down, down_bias, approximate):
-    first, between, last = (Layers(to.net, f"{to.name}_{i}") for i in range(3))
-    hidden = convert_linear(first, to.cast(x, trt.float32, "fp32"), up, up_bias)
-    hidden = convert_gelu(between, hidden, approximate)
-    return to.cast(convert_linear(last, hidden, down, down_bias), x.dtype)
-
-
 @converter(ops.embedding)
 def convert_embedding(to, weight, tokens):
     weight = to.constant(weight, "weight", weight.dtype)

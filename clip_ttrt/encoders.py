@@ -37,7 +37,8 @@ class Block(ops.Module):
         if pool is not None:
             x, attended = pool(x), pool(attended)
         x = x + self.out(attended)
-        return x + self.down(self.called.gelu(self.up(self.ln_2(x)), self.gelu))
+        hidden = self.up(self.cast(self.ln_2(x), self.up.weight.dtype))  # fp32 where fp16 overflows
+        return x + self.cast(self.down(self.called.gelu(hidden, self.gelu)), x.dtype)
 
 
 class PoolingHead(ops.Module):

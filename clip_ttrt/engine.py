@@ -2,8 +2,9 @@
 import json
 import shutil
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import asdict, replace
-from typing import Any, NamedTuple, Optional
+from typing import Any, Collection, NamedTuple, Optional
 
 import torch
 from torch import nn
@@ -148,9 +149,7 @@ def build_encoder(name: str, checkpoint: Checkpoint, batch: BatchRange, plan: Pl
     if wide:
         progress.say(f"{name}: the MLPs of {', '.join(wide)} stay in fp32, for values that fp16 "
                      f"cannot hold, up to {max(wide.values()):.0f}")
-    in_fp32 = {key: value for key, value in encoder.state_dict().items()
-               if key.rpartition(".")[0].rpartition(".")[0] in wide}
-    encoder = in_precision(encoder, plan.backend.computes_in)
+    encoder = in_precision(encoder, plan.backend.computes_in, wide)
     example = example_input(name, checkpoint.dimensions).to(device)
     lengths = lengths_of(name, checkpoint.dimensions)
     with progress.stage(f"export the {name} encoder"):
@@ -158,7 +157,6 @@ def build_encoder(name: str, checkpoint: Checkpoint, batch: BatchRange, plan: Pl
     work = f"build the {name} engine" if as_engine else f"trace the {name} encoder"
     with progress.stage(work) as time:
         passes = quantizer.passes(name, plan.passes[name]) if quantizer else plan.passes[name]
-        passes = [graph.lower, graph.widening(in_fp32), *passes[1:]] if wide else passes
         facts: dict[str, Any] = {"rewrites": graph.run(module, passes), "lengths": lengths,
                                  "kept_fp32": wide}
         if as_engine:
@@ -204,15 +202,20 @@ def overflowing(name: str, encoder: nn.Module, checkpoint: Checkpoint) -> dict[s
     return {key: size for key, size in found.items() if not size <= torch.finfo(torch.half).max / 2}
 
 
-def in_precision(encoder: nn.Module, precision: str) -> nn.Module:
-    """An encoder in a precision's type; UserError where that cannot hold one of its weights."""
+def in_precision(encoder: nn.Module, precision: str, wide: Collection[str] = ()) -> nn.Module:
+    """An encoder in a precision's type, but for the MLPs of the blocks `wide`; UserError where that
+    cannot hold one of its weights."""
     largest = torch.finfo(DTYPES[precision]).max
     for name, value in encoder.named_parameters():
         if (found := value.abs().max().item()) > largest:
             raise UserError(f"{name} has values that {precision} cannot hold, {found:.4g} where "
                             f"{largest:.0f} is the largest; compile in another precision, such as "
                             f"bf16")
-    return encoder.to(DTYPES[precision])
+    kept = [(block := encoder.get_submodule(name), deepcopy(block)) for name in wide]
+    encoder.to(DTYPES[precision])
+    for block, before in kept:
+        block.up, block.down = before.up, before.down
+    return encoder
 
 
 def example_input(encoder: str, dims: Dimensions) -> torch.Tensor:

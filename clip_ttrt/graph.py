@@ -2,8 +2,8 @@
 
 `capture` exports.  What follows are passes, which rewrite a graph in place and yield every node
 rewritten: `lower` for every backend, those of `FUSE`, exact in real arithmetic, and `tuning` for
-the plugins, `widening` for what fp16 cannot hold, `quantizing` and, for the plugins,
-`fuse_quantization` in fp8, `inline_references` for TorchScript.  `run` is their one runner.
+the plugins, `quantizing` and, for the plugins, `fuse_quantization` in fp8, `inline_references` for
+TorchScript.  `run` is their one runner.
 """
 import functools
 import inspect
@@ -196,7 +196,7 @@ def fuse_bias_gelu(module: fx.GraphModule) -> Iterator[fx.Node]:
     """linear with bias, then gelu: linear without bias, then bias_gelu."""
     for node in calls(module, ops.gelu):
         x, approximate = node.args
-        if gives_bias(x):
+        if gives_bias(x) and not is_wide(x):
             node.target, node.args = ops.bias_gelu, (x, without_bias(x), approximate)
             yield node
 
@@ -257,7 +257,8 @@ def fuse_rest(module: fx.GraphModule) -> Iterator[fx.Node]:
         yield node
     for node in calls(module, ops.linear):
         weight = node.args[1]
-        if weight.op == "get_attr" and linear.takes(*parameter(module, weight).shape):
+        if (weight.op == "get_attr" and linear.takes(*parameter(module, weight).shape)
+                and not is_wide(node)):
             node.target = ops.fused_linear
             yield node
 
@@ -275,19 +276,10 @@ def block_weight(node: fx.Node) -> Optional[str]:
     return name if name.startswith("blocks.") else None
 
 
-def widening(values: Mapping[str, torch.Tensor]) -> Pass:
-    """The pass after which MLPs compute in fp32; values: their tensors in that, by name."""
-    def widen(module: fx.GraphModule) -> Iterator[fx.Node]:
-        for gelu in calls(module, ops.gelu):
-            up, approximate = gelu.args
-            if block_weight(up) in values:
-                down = only_user(gelu, ops.linear)
-                down.target, down.args = ops.wide_mlp, (up.args[0], *(
-                    add_parameter(module, f"{node.name}_fp32", values[node.target])
-                    for node in (*up.args[1:], *down.args[1:])), approximate)
-                yield down
-
-    return widen
+def is_wide(layer: fx.Node) -> bool:
+    """Whether a linear layer of a block is one of those between casts, in fp32."""
+    return bool(block_weight(layer)) and ops.cast in {
+        layer.args[0].target, *(user.target for user in layer.users)}
 
 
 def weight_in_e4m3(weight: torch.Tensor) -> tuple[torch.Tensor, float]:

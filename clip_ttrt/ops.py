@@ -67,14 +67,6 @@ def gelu_reference(x: Tensor, approximate: str) -> Tensor:
     return F.gelu(x, approximate=approximate)
 
 
-def wide_mlp_reference(
-    x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor, approximate: str
-) -> Tensor:
-    """A block's MLP in its weights' dtype, and the result in x's: [..., W] -> [..., W]."""
-    hidden = gelu_reference(F.linear(x.to(up.dtype), up, up_bias), approximate)
-    return F.linear(hidden, down, down_bias).to(x.dtype)
-
-
 def extract_patches_reference(images: Tensor, size: int) -> Tensor:
     """Cut images into whole patches: [B, C, R, R] -> [B, (R/size)², C·size²].
 
@@ -289,7 +281,6 @@ def _attention_cuda(qkv, heads, causal):
 attention = _op(attention_reference, _attention_fake)
 _library.impl("attention", _attention_cuda, "CUDA")
 gelu = _op(gelu_reference)
-wide_mlp = _op(wide_mlp_reference)
 extract_patches = _op(extract_patches_reference)
 prepend_class_token = _op(prepend_class_token_reference)
 pool_end_of_text = _op(pool_end_of_text_reference)

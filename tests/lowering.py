@@ -48,10 +48,10 @@ def lowered(module, example, *passes, shortest=0):
     return found
 
 
-def encoder_in(model, encoder, precision, *passes, state_dict=None):
+def encoder_in(model, encoder, precision, *passes, state_dict=None, wide=()):
     """An encoder with random weights, its example, and its lowered graph after passes."""
     state_dict = state_dict or load_checkpoint(model, "random").state_dict
-    plain = in_precision(families.find(model).encoder(encoder, state_dict), precision)
+    plain = in_precision(families.find(model).encoder(encoder, state_dict), precision, wide)
     example, lengths = example_input(encoder, MODELS[model]), lengths_of(encoder, MODELS[model])
     return plain, example, lowered(plain, example, *passes, shortest=lengths[0])
 

@@ -224,15 +224,14 @@ def test_mlps_whose_values_fp16_cannot_hold_are_found_and_stay_in_fp32(encoder, 
     plain = checkpoint.model.encoder(encoder, state_dict)
     [(name, size)] = [*engine.overflowing(encoder, plain, checkpoint).items()]
     assert name == "blocks.2" and size > 65504
-    values = {key: value for key, value in plain.state_dict().items() if key.startswith(name)}
     images, lines = pictures.load(112)
     rows = images if encoder == "image" else checkpoint.model.tokenizer()(lines)
     expected, features = plain(rows), {}
-    for wide in (False, True):
-        passes = [graph.widening(values)] if wide else []
-        _, _, module = encoder_in("demo", encoder, "fp16", *passes,
-                                  *(graph.FUSE[encoder] if fused else ()), state_dict=state_dict)
-        assert len(graph.calls(module, ops.wide_mlp)) == wide
-        features[wide] = module(rows)
+    for wide in ([], [name]):
+        _, _, module = encoder_in("demo", encoder, "fp16", *(graph.FUSE[encoder] if fused else ()),
+                                  state_dict=state_dict, wide=wide)
+        left = [node.meta["val"].dtype for node in graph.calls(module, ops.linear)]
+        assert left.count(torch.float) == 2 * len(wide)
+        features[bool(wide)] = module(rows)
     assert not features[False].isfinite().all()
     assert torch.cosine_similarity(features[True], expected).min() > COSINE_BOUND["fp16"]

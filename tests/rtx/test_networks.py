@@ -35,15 +35,6 @@ def mask_unknown(x, value):
     return ops.mask_unknown(features, x, ops.clamp_tokens(x, 100))
 
 
-class WideMlp(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 64)
-
-    def forward(self, x):
-        return ops.wide_mlp(x, *self.up.parameters(), *self.down.parameters(), "quick")
-
-
 # Name -> module, and its input after the batch.
 NORM = One(lambda x, value: nn.functional.layer_norm(x, (64,), value, value), 64)
 CONVERTED = {
@@ -54,7 +45,6 @@ CONVERTED = {
     "layer_norm_on_rows": (NORM, (64,)),
     "quick_gelu": (of(lambda x: ops.gelu(x, "quick")), (5, 64)),
     "gelu": (of(lambda x: ops.gelu(x, "none")), (5, 64)),
-    "wide_mlp": (WideMlp(), (5, 64)),
     "gelu_by_tanh": (of(lambda x: ops.gelu(x, "tanh")), (5, 64)),
     "add": (of(lambda x: x + ops.gelu(x, "quick")), (5, 64)),
     "add_a_parameter": (One(lambda x, value: x + value, 5, 64), (5, 64)),
@@ -230,6 +220,15 @@ ENCODERS_BUILT += [("small", "image"), ("RN50", "image"),
                      for encoder in ENCODERS),
                    pytest.param("small-88", "image", marks=pytest.mark.slow),
                    pytest.param("RN50x4", "image", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_a_network_with_one_mlp_in_fp32_builds(encoder):
+    wide, example, module = encoder_in("demo", encoder, "fp16", wide=["blocks.1"])
+    shortest = lengths_of(encoder, MODELS["demo"])[0]
+    interpreter, build = construct(module, example, BatchRange(1, 4, 8), "fp16", shortest)
+    assert build.warnings == [] and wide.blocks[1].up.weight.dtype == torch.float
+    assert len(plan(interpreter)) > 0
 
 
 @pytest.mark.parametrize("model, encoder", ENCODERS_BUILT)
