@@ -21,6 +21,8 @@ StateDict = Mapping[str, torch.Tensor]
 class Block(ops.Module):
     """A pre-norm transformer block: [B, T, W] -> [B, T, W], or [B, W] where `pool` picks a row."""
 
+    wide: Optional[torch.dtype] = None  # of the MLP, where the block's own overflows
+
     def __init__(self, width: int, heads: int, mlp: int, gelu: str, causal: bool,
                  epsilon: float = 1e-5):
         super().__init__()
@@ -37,7 +39,7 @@ class Block(ops.Module):
         if pool is not None:
             x, attended = pool(x), pool(attended)
         x = x + self.out(attended)
-        hidden = self.up(self.cast(self.ln_2(x), self.up.weight.dtype))  # fp32 where fp16 overflows
+        hidden = self.up(self.cast(self.ln_2(x), self.wide or x.dtype))
         return x + self.cast(self.down(self.called.gelu(hidden, self.gelu)), x.dtype)
 
 

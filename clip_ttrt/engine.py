@@ -214,7 +214,7 @@ def in_precision(encoder: nn.Module, precision: str, wide: Collection[str] = ())
     kept = [(block := encoder.get_submodule(name), deepcopy(block)) for name in wide]
     encoder.to(DTYPES[precision])
     for block, before in kept:
-        block.up, block.down = before.up, before.down
+        block.up, block.down, block.wide = before.up, before.down, torch.float
     return encoder
 
 
