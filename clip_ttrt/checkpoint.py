@@ -126,17 +126,16 @@ def _download(model: str) -> Path:
     try:
         return Path(clip._download(url, str(folder)))
     except (OSError, http.client.HTTPException, RuntimeError) as problem:
-        raise UserError(f"OpenAI's weights for {model} could not be downloaded ({problem}); place "
-                        f"the file {url.rsplit('/', 1)[1]} in {folder}, or use --weights random"
-                        ) from problem
+        raise UserError(f"OpenAI's weights for {model} could not be downloaded ({problem}); put "
+                        f"{url.rsplit('/')[-1]} in {folder}, or use --weights random") from problem
 
 
 @torch.no_grad()
 def _random(found: Model, seed: int) -> Checkpoint:
-    """Weights as the family initialises them, but for what would hide a mistake: norms of 0 or 1,
-    what is 0, and a ResNet in which the picture fades.  Its convolutions drawn here keep the
-    variance behind a ReLU and no mean, its branches bring as much again in all, which fp16 holds,
-    and its pooling tells tokens apart."""
+    """As the family initialises them, but for what would hide a mistake: norms of 0 or 1, what is
+    0, and a ResNet in which the picture fades: its convolutions keep the variance behind a ReLU and
+    no mean, its branches add as much in all, which fp16 holds, and its pooling tells tokens apart.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, dims = found.original(), found.dimensions
@@ -168,8 +167,7 @@ def _random(found: Model, seed: int) -> Checkpoint:
 def _read(path: Path, trust: bool) -> tuple[dict, str]:
     """A state dict and its file's SHA-256; the code of a pickle that is trusted runs."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file; --weights takes demo, openai, own, random or a file"
-                        )
+        raise UserError(f"{path}: no such file; --weights is demo, openai, own, random or a file")
     sha256, safe = sha256_of_file(path), path.suffix == ".safetensors"
     published = [url.split("/")[-2] for url in deprecations.clip()._MODELS.values()]
     if not safe and not trust and sha256 not in published:

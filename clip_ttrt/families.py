@@ -13,7 +13,7 @@ from typing import Any, Callable, Mapping, Optional
 import torch
 from torch import Tensor, nn
 
-from clip_ttrt import deprecations
+from clip_ttrt import deprecations, tokenizers
 from clip_ttrt.errors import UserError
 from clip_ttrt.models import MODELS, Dimensions
 
@@ -58,8 +58,6 @@ class Model:
         raises RuntimeError for a text that is longer."""
         length = self.dimensions.context_length
         if self.dimensions.is_siglip:
-            from clip_ttrt import tokenizers
-
             return tokenizers.read(self.folder, length)
         return lambda texts, truncate=False: (
             deprecations.clip().tokenize(texts, length, truncate).int())
@@ -256,9 +254,6 @@ def transformers_names(state_dict: StateDict) -> StateDict:
         parts = [found.pop(name.replace(".q_", f".{each}_")) for each in "qkv"]
         found[name.replace(".q_proj.", ".in_proj_")] = torch.cat(parts)
     return found
-
-
-# The table
 
 
 def openai_model(dims: Dimensions) -> nn.Module:

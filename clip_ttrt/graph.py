@@ -24,8 +24,6 @@ Pass = Callable[[fx.GraphModule], Iterator[fx.Node]]
 MOVES = (ops.select_token, ops.pool_end_of_text, ops.split_tokens)  # rows, and computes nothing
 QUANTIZE = (ops.fused_layer_norm, ops.residual_layer_norm, ops.bias_gelu,
             ops.fused_attention, ops.embed_image)  # with an out_scale
-
-
 THEIRS = (aten.relu.default, aten.avg_pool2d.default)  # which Torch-TensorRT converts, as they are
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from clip_ttrt.checkpoint import load_checkpoint, original_with_weights
+from clip_ttrt.encoders import ImageEncoder
 from clip_ttrt.engine import DTYPES
 from clip_ttrt.errors import UserError
 from clip_ttrt.families import find
@@ -52,41 +53,32 @@ def allow_tf32(precision: str) -> None:
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
-class PlainImageEncoder(torch.nn.Module):
-    """Images [B, 3, R, R] in the weights' dtype -> features [B, embed_dim]."""
+class PlainEncoder(torch.nn.Module):
+    """Images [B, 3, R, R], in the weights' dtype, or tokens int [B, T] -> features [B, E]."""
 
     def __init__(self, encoder: torch.nn.Module):
         super().__init__()
-        self.encoder = encoder
-        size = encoder.patch_size
-        weight = encoder.patches.weight.detach().unflatten(1, (3, size, size))
-        self.patches = torch.nn.Conv2d(3, weight.shape[0], size, size, bias=False)
-        self.patches.weight = torch.nn.Parameter(weight.contiguous(), requires_grad=False)
+        self.encoder, self.patches = encoder, None
+        if isinstance(encoder, ImageEncoder):
+            size = encoder.patch_size
+            weight = encoder.patches.weight.detach().unflatten(1, (3, size, size))
+            self.patches = torch.nn.Conv2d(3, weight.shape[0], size, size, bias=False)
+            self.patches.weight = torch.nn.Parameter(weight.contiguous(), requires_grad=False)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         encoder = self.encoder
-        x = self.patches(images).flatten(2).transpose(1, 2)
-        token = encoder.class_embedding.expand(x.shape[0], 1, -1)
-        x = encoder.ln_pre(torch.cat([token, x], dim=1) + encoder.positional_embedding)
+        if self.patches is None:
+            x = encoder.token_embedding(inputs) + encoder.positional_embedding[:inputs.shape[1]]
+        else:
+            x = self.patches(inputs).flatten(2).transpose(1, 2)
+            token = encoder.class_embedding.expand(x.shape[0], 1, -1)
+            x = encoder.ln_pre(torch.cat([token, x], dim=1) + encoder.positional_embedding)
         for block in encoder.blocks:
             x = block(x)
-        return encoder.projection(encoder.ln_post(x[:, 0]))
-
-
-class PlainTextEncoder(torch.nn.Module):
-    """Tokens int [B, T] -> features [B, embed_dim]."""
-
-    def __init__(self, encoder: torch.nn.Module):
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        encoder = self.encoder
-        x = encoder.token_embedding(tokens) + encoder.positional_embedding[:tokens.shape[1]]
-        for block in encoder.blocks:
-            x = block(x)
+        if self.patches is not None:
+            return encoder.projection(encoder.ln_post(x[:, 0]))
         rows = torch.arange(x.shape[0], device=x.device)
-        return encoder.projection(encoder.ln_post(x)[rows, tokens.argmax(dim=-1)])
+        return encoder.projection(encoder.ln_post(x)[rows, inputs.argmax(dim=-1)])
 
 
 class ScaledLinear(torch.nn.Module):
@@ -158,8 +150,7 @@ def plain(model: str, encoder: str, precision: str, device: str) -> Callable:
             raise UserError(f"{model}'s own encoder is not measured in fp8; choose fp16")
         own = original(model, "fp32", device).to(DTYPES[precision])
         return getattr(own, f"encode_{encoder}")
-    layout = PlainImageEncoder if encoder == "image" else PlainTextEncoder
-    return layout(rearranged(model, encoder, precision, device)).to(device)
+    return PlainEncoder(rearranged(model, encoder, precision, device)).to(device)
 
 
 def compiled(encoder: Callable) -> Callable:
