@@ -170,5 +170,5 @@ def test_one_of_openais_archives_is_recognised_by_its_digest(tmp_path, state_dic
 def test_openais_weights_without_a_network(tmp_path, monkeypatch, problem):
     monkeypatch.setattr(clip.clip, "_download", mock.Mock(side_effect=problem))
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    with pytest.raises(UserError, match=r"place the file ViT-B-32.pt in .*\.cache/clip, or use"):
+    with pytest.raises(UserError, match=r"put ViT-B-32.pt in .*\.cache/clip, or use"):
         load_checkpoint("ViT-B/32")
