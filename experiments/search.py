@@ -49,8 +49,8 @@ def made(rows: int, device: torch.device) -> Library:
     """A library of random features, in memory."""
     library = object.__new__(Library)
     library.width, library.approximate, library.rows = 512, None, torch.arange(rows, device=device)
-    library.shards = [torch.nn.functional.normalize(torch.randn(SHARD, 512)).half().to(device)
-                      for _ in range(-(-rows // SHARD))]
+    whole, library.last = torch.nn.functional.normalize(torch.randn(rows, 512)).half(), rows
+    library.shards = [whole.to(device)] if device.type == "cuda" else [*whole.split(SHARD)]
     library.items = np.zeros(rows, ITEM)
     library.items["file"] = library.items["id"] = np.arange(rows)
     return library

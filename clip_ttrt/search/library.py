@@ -80,9 +80,14 @@ class Library:
                             f"{self.model.artifact.folder}; --artifact names the right one")
         self.version, self.width, self.items = version, self.store.get("width"), self.store.items()
         self.rows = torch.from_numpy(self.items["id"].copy()).to(self.model.device)
-        shards = [np.load(self.store.shard(number, self.width), mmap_mode="c")
-                  for number in range(self.items["id"].max(initial=-1) // SHARD + 1)]
-        self.shards = [torch.from_numpy(each).to(self.model.device) for each in shards]
+        self.last = int(self.items["id"].max(initial=-1)) + 1
+        files = [self.store.shard(at, self.width) for at in range(-(-self.last // SHARD))]
+        self.shards = [torch.from_numpy(np.load(each, mmap_mode="c")) for each in files]
+        if self.rows.is_cuda:  # one there: several would have to be waited for
+            whole = self.rows.new_empty(len(files) * SHARD, self.width, dtype=torch.half)
+            for part, shard in zip(whole.split(SHARD), self.shards):
+                part.copy_(shard)
+            self.shards = [whole]
         path, self.approximate = self.store.folder / INDEX, None
         if path.exists():
             usearch = library("usearch.index", "search")
@@ -143,6 +148,8 @@ class Library:
 
     def features(self, rows: Tensor) -> Tensor:
         """float32 [n, E] on the device."""
+        if len(self.shards) == 1:
+            return self.shards[0][rows].float()
         found = rows.new_empty(len(rows), self.width, dtype=torch.float32)
         for number in (rows // SHARD).unique().tolist():
             here = rows // SHARD == number
@@ -159,8 +166,7 @@ class Library:
             scores = self.features(self.rows[sample.to(wanted.device)]) @ wanted
             found = self.approximate.search(wanted.cpu().numpy(), size).keys.astype(np.int64)
             return torch.from_numpy(np.sort(found)).to(wanted.device), scores
-        last = self.items["id"].max() + 1
-        scores = torch.cat([torch.mv(shard[:last - number * SHARD], wanted.half())
+        scores = torch.cat([torch.mv(shard[:self.last - number * SHARD], wanted.half())
                             for number, shard in enumerate(self.shards)])[self.rows].float()
         return scores.topk(size, sorted=False).indices.sort().values, scores
 
