@@ -118,8 +118,7 @@ def read_dataset(source: str, options: EvaluateOptions) -> tuple[list, list[str]
     if options.root:
         which = source, options.root, options.split
         data = torchvision_set(*which)
-        names = [each if isinstance(each, str) else each[0]
-                 for each in getattr(data, "classes", ())]
+        names = [each if type(each) is str else each[0] for each in getattr(data, "classes", ())]
         rows = [[*which, row] for row in range(len(data))]
         return shards(rows, TorchvisionRows), read_texts(options.labels or names, "labels"), None
     rows, captions = read_rows(source, options), {}

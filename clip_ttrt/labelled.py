@@ -43,8 +43,7 @@ def labels_of(source: str, rows: list[list], options: Any) -> np.ndarray:
     """Of `read_rows` the labels, as texts; UserError where one has none."""
     names = [row[2].get(options.label) for row in rows]
     if None in names or "" in names:
-        raise UserError(f"{source} has rows without a {options.label!r}; --label names the column "
-                        "of them")
+        raise UserError(f"{source} has rows without a {options.label!r}; --label names its column")
     return np.array(list(map(str, names)))
 
 
