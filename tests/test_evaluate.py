@@ -245,7 +245,7 @@ def test_a_data_set_of_torchvision_s(demo_artifact, tmp_path, capsys, monkeypatc
     (["--dataset", "broken.tar"], "broken.tar cannot be read: "),
     (["--dataset", "other.csv"], "other.csv has no column image_path or path that serves"),
     (["--dataset", "plain.csv"], "plain.csv has no column caption or text that serves; --column"),
-    (["--dataset", "part.csv"], "part.csv has rows without a 'label'; --label names the column"),
+    (["--dataset", "part.csv"], "part.csv has rows without a 'label'; --label names its column"),
     (["--dataset", "one.csv"], "no picture can be read; the first: No such file"),
     (["--dataset", "one.csv", "--weights", "nowhere.pt"], "nowhere.pt: no such file"),
 ])
