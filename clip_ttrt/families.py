@@ -44,8 +44,8 @@ class Model:
                 hub(self.name, pattern)
             if paths := sorted(self.folder.glob(pattern)):
                 return paths
-        known = " or ".join(self.files) or "weights of its own"
-        raise UserError(f"{self.name} comes with no {known}; give --weights FILE or random")
+        raise UserError(f"{self.name} comes with no {' or '.join(self.files) or 'weights'} of its "
+                        "own; give --weights FILE or random")
 
     def encoder(self, name: str, state_dict: StateDict) -> nn.Module:
         """Our encoder, image or text, of the original's tensors: fp32, in evaluation mode."""
@@ -54,8 +54,7 @@ class Model:
         return ENCODERS[name](self.dimensions).load(self.names(state_dict))
 
     def tokenizer(self) -> Callable[..., Tensor]:
-        """A function of texts and `truncate=False` -> tokens int32 [N, context_length], which
-        raises RuntimeError for a text that is longer."""
+        """Texts, truncate=False -> tokens int32 [N, T]; RuntimeError for a text that is longer."""
         length = self.dimensions.context_length
         if self.dimensions.is_siglip:
             return tokenizers.read(self.folder, length)
