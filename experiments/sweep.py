@@ -53,7 +53,7 @@ from typing import Any
 import torch
 
 import clip_ttrt
-from clip_ttrt.artifact import load_modules, read_artifact
+from clip_ttrt.artifact import read_artifact
 from clip_ttrt.errors import UserError
 from clip_ttrt.families import find
 from clip_ttrt.options import BACKENDS, KERNELS, PRECISIONS, BatchRange
@@ -105,9 +105,9 @@ def calls_of(job: Job) -> dict[str, Callable]:
     if not job.artifact:
         run = PEERS[job.backend](job.model, job.encoder, job.precision, job.device)
         return dict.fromkeys(job.hows, run)
-    model, module = clip_ttrt.load(job.artifact)[0], load_modules(read_artifact(job.artifact))
-    call = model.encode_image if job.encoder == "image" else model.encode_text
-    return {how: call if "call" in how else module[job.encoder] for how in job.hows}
+    model = clip_ttrt.load(job.artifact)[0]
+    call, module = getattr(model, f"encode_{job.encoder}"), model._encoders[job.encoder].module
+    return {how: call if "call" in how else module for how in job.hows}
 
 
 def measure(job: Job, batch: int, how: str, run: Callable | None) -> list[float]:
