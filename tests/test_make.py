@@ -50,10 +50,12 @@ class Clone:
 
     def make(self, *arguments, code=0):
         """Runs make; returns what the stand-ins wrote down."""
-        path, log = f"{self.folder / 'bin'}:{os.environ['PATH']}", self.folder / "log"
+        log, env = self.folder / "log", {**os.environ, "MAKEFLAGS": ""}
+        env["PATH"] = f"{self.folder / 'bin'}:{env['PATH']}"
+        env.pop("PYTHON", None)  # of a `make test PYTHON=...` that runs this
         log.write_text("")
         self.done = subprocess.run(["make", *arguments], cwd=self.folder, capture_output=True,
-                                   text=True, env={**os.environ, "PATH": path, "MAKEFLAGS": ""})
+                                   text=True, env=env)
         assert self.done.returncode == code, self.done.stderr
         return log.read_text().splitlines()
 
