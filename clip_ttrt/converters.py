@@ -376,8 +376,8 @@ def plugin(op: Any, plugin: str, fields: Callable[..., dict[str, Any]],
 
 plugin(ops.fused_attention, kernels.ATTENTION,
        lambda qkv, heads, causal, query_bias=None, out_scale=0.0: {
-           "tokens": max(qkv.shape[1], 0), "heads": heads, "causal": causal,
-           "query_bias": query_bias is not None, "out_scale": out_scale})
+           "tokens": max(qkv.shape[1], 0), "heads": heads, "head_dim": qkv.shape[2] // 3 // heads,
+           "causal": causal, "query_bias": query_bias is not None, "out_scale": out_scale})
 # A table says what was measured before the network was built, and the sizes.
 plugin(ops.fused_linear, kernels.LINEAR, lambda x, weight, bias, table="": {
     "table": bytes.fromhex(table) or linear.pack(*weight.shape, bias is not None)}, torch.half)

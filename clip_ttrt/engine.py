@@ -52,7 +52,7 @@ def plan_for(options: Options) -> Plan:
     passes = dict.fromkeys(options.encoders, (graph.lower,))
     for name in fusible if fused else ():
         left = {graph.fuse_image_embedding} if dims.is_siglip else set()  # without a class token
-        if (size := getattr(dims, f"{name}_head_dim")) != HEAD_DIM:
+        if (size := getattr(dims, f"{name}_head_dim")) != HEAD_DIM and not kernels.attends(size):
             left.add(graph.fuse_attention)
             choice = choice._replace(reason=f"{choice.reason}; TensorRT's own attention for the "
                                             f"{name} encoder, whose heads have {size} columns")

@@ -16,7 +16,6 @@ from torch import fx, nn
 from torch.export import Dim, export
 
 from clip_ttrt import linear, ops
-from clip_ttrt.models import HEAD_DIM
 from clip_ttrt.options import LARGEST_BATCH, BatchRange
 
 aten = torch.ops.aten
@@ -176,8 +175,7 @@ def fuse_attention(module: fx.GraphModule) -> Iterator[fx.Node]:
     for node in calls(module, ops.attention):
         projection, heads, causal = node.args
         outputs = list(readers(node))
-        if not (gives_bias(projection) and all(map(is_biased_linear, outputs))
-                and node.meta["val"].shape[-1] == heads * HEAD_DIM):
+        if not (gives_bias(projection) and all(map(is_biased_linear, outputs))):
             continue
         query, _, value = parameter(module, without_bias(projection)).chunk(3)
         for output in outputs:

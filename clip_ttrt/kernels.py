@@ -47,7 +47,8 @@ def struct(pointers: str, int64: str, int32: str = "", float32: str = "") -> typ
 
 
 PARAMS = {  # launcher clip_*_launch -> its struct
-    "attention": struct("qkv out query_bias", "batch", "heads tokens causal variant", "out_scale"),
+    "attention": struct("qkv out query_bias", "batch", "heads tokens head_dim causal variant",
+                        "out_scale"),
     "bias_gelu": struct("in bias out", "rows", "width approximate", "out_scale"),
     "residual_layer_norm": struct(
         "x delta bias scale shift sum_out out", "rows", "width", "epsilon out_scale"
@@ -337,21 +338,20 @@ def attention(
 ) -> torch.Tensor:  # fmt: skip
     """The fused kernel on a CUDA tensor, on the current stream.
 
-    fp16 [B, T, 3·heads·64] -> fp16 [B, T, heads·64].  `query_bias`, fp32 [heads·64] on the same
-    device, is added to the queries (rounded to fp16, as in an fp16 linear layer).  With `out_scale`
-    the result is float8_e4m3fn, divided by it and at most 448.  Raises ValueError for another bias,
-    UserError without the library, RuntimeError where the launch fails.
+    fp16 [B, T, 3·W] -> fp16 [B, T, W], W = heads · head dimension.  `query_bias`, fp32 [W] on the
+    same device, is added to the queries (rounded to fp16, as in an fp16 linear layer).  With
+    `out_scale` the result is float8_e4m3fn, divided by it and at most 448.  Raises ValueError for
+    another bias, UserError without the library, RuntimeError where the launch fails.
     """
-    if query_bias is not None:
-        check("query_bias", query_bias, torch.float32, (heads * 64,), qkv.device)
     batch, tokens, width = qkv.shape
+    if query_bias is not None:
+        check("query_bias", query_bias, torch.float32, (width // 3,), qkv.device)
     dtype = torch.float8_e4m3fn if out_scale else qkv.dtype
     out = qkv.new_empty((batch, tokens, width // 3), dtype=dtype)
     if batch > 0:
-        launch(
-            "attention", qkv.device, qkv=qkv, out=out, query_bias=query_bias, batch=batch,
-            heads=heads, tokens=tokens, causal=int(causal), out_scale=out_scale or 0,
-        )  # fmt: skip
+        launch("attention", qkv.device, qkv=qkv, out=out, query_bias=query_bias, batch=batch,
+               heads=heads, tokens=tokens, head_dim=width // 3 // heads, causal=int(causal),
+               out_scale=out_scale or 0)  # fmt: skip
     return out
 
 
@@ -367,11 +367,16 @@ def serves(qkv: torch.Tensor, heads: int) -> bool:
     """Whether the fused attention takes this tensor: CUDA, fp16, sizes and a GPU that it has."""
     if not (qkv.is_cuda and qkv.dtype == torch.half and qkv.dim() == 3):
         return False
-    if qkv.shape[2] != 3 * heads * 64 or not serves_on(qkv.device):
+    if qkv.shape[2] % (3 * heads) or not serves_on(qkv.device):
         return False
-    batch, capability = max(1, qkv.shape[0]), torch.cuda.get_device_capability(qkv.device)
-    supported = library().clip_attention_supported
-    return bool(supported(ctypes.c_int64(batch), heads, qkv.shape[1], 64, *capability))
+    batch, tokens, width = max(1, qkv.shape[0]), *qkv.shape[1:]
+    return attends(width // 3 // heads, batch, heads, tokens, qkv.device)
+
+
+def attends(head_dim: int, batch: int = 1, heads: int = 1, tokens: int = 1, device=None) -> bool:
+    """Whether the fused attention has heads of so many columns, and sizes, on a GPU."""
+    supported, capability = library().clip_attention_supported, torch.cuda.get_device_capability
+    return bool(supported(ctypes.c_int64(batch), heads, tokens, head_dim, *capability(device)))
 
 
 # JPEG files

@@ -206,7 +206,7 @@ def fused_attention_reference(
 ) -> Tensor:
     """`attention` with query_bias [W] added to the queries."""
     if query_bias is not None:
-        qkv = qkv + F.pad(query_bias, (0, 2 * heads * HEAD_DIM)).to(qkv.dtype)
+        qkv = qkv + F.pad(query_bias, (0, 2 * len(query_bias))).to(qkv.dtype)
     return to_e4m3(attention_reference(qkv, heads, causal), out_scale)
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clip_ttrt.errors import UserError
-from clip_ttrt.models import HEAD_DIM, Dimensions
+from clip_ttrt.models import Dimensions
 from experiments.baselines import DTYPES, allow_tf32
 from experiments.timing import launch_times_us
 
@@ -35,20 +35,20 @@ class Work:
 
     products: tuple[tuple[int, int, int, int], ...]  # of blocks: rows, inputs, outputs, times
     others: tuple[tuple[int, int, int, int], ...]  # patches and the projection to features
-    attention: tuple[int, int, int, bool, int]  # batch, heads, tokens, causal, times
+    attention: tuple[int, int, int, bool, int, int]  # batch, width, tokens, causal, heads, times
     norms: tuple[tuple[int, int, int], ...]  # rows, width, times
 
     @property
     def flops(self) -> float:
         """Operations of the products and of attention."""
-        *shape, times = self.attention
+        *shape, _, times = self.attention
         products = sum(2 * m * k * n * count for m, k, n, count in (*self.products, *self.others))
         return products + attention_flops(*shape) * times
 
 
-def attention_flops(batch: int, heads: int, tokens: int, causal: bool) -> float:
+def attention_flops(batch: int, width: int, tokens: int, causal: bool) -> float:
     """Operations of one attention, half of them with the causal mask."""
-    return 4 * batch * heads * tokens**2 * HEAD_DIM * (0.5 if causal else 1)
+    return 4 * batch * width * tokens**2 * (0.5 if causal else 1)
 
 
 def work_of(dims: Dimensions, encoder: str, batch: int) -> Work:
@@ -70,13 +70,13 @@ def work_of(dims: Dimensions, encoder: str, batch: int) -> Work:
     products += [(batch, inputs, outputs, 1) for inputs, outputs in block]
     others = [*patches, (batch, width, dims.embed_dim, 1)]
     norms += [(rows, width, 2 * layers - 1), (batch, width, 2)]
-    attention = (batch, heads, tokens, encoder == "text", layers)
+    attention = (batch, width, tokens, encoder == "text", heads, layers)
     return Work(tuple(products), tuple(others), attention, tuple(norms))
 
 
-def split(qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Packed projections [B, T, 3·heads·64] as three views [B, heads, T, 64]."""
-    return qkv.unflatten(2, (3, -1, HEAD_DIM)).permute(2, 0, 3, 1, 4).unbind(0)
+def split(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, ...]:
+    """Packed projections [B, T, 3·heads·D] as three views [B, heads, T, D]."""
+    return qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def attend(library: str, causal: bool) -> Callable[..., torch.Tensor]:
@@ -89,18 +89,16 @@ def attend(library: str, causal: bool) -> Callable[..., torch.Tensor]:
     return run
 
 
-def scaled(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, one: torch.Tensor
-) -> torch.Tensor:
+def scaled(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, one: torch.Tensor
+           ) -> torch.Tensor:  # fmt: skip
     """A linear layer of E4M3 tensors; `one` stands for both scales."""
     return torch._scaled_mm(
         x, weight.t(), one, one, bias=bias, out_dtype=bias.dtype, use_fast_accum=True
     )
 
 
-def floor_ms(
-    dims: Dimensions, encoder: str, batch: int, precision: str, device: str
-) -> dict[str, float]:
+def floor_ms(dims: Dimensions, encoder: str, batch: int, precision: str, device: str
+             ) -> dict[str, float]:  # fmt: skip
     """Milliseconds of the products, of attention, of the norms, and their sum."""
     allow_tf32(precision)
 
@@ -123,8 +121,8 @@ def floor_ms(
     for rows, width, times in work.norms:
         tensors = randn(rows, width), (width,), randn(width), randn(width)
         parts["norms"] += times * median_ms(F.layer_norm, *tensors)
-    _, heads, tokens, causal, times = work.attention
-    packed, found = split(randn(batch, tokens, 3 * heads * HEAD_DIM)), []
+    _, width, tokens, causal, heads, times = work.attention
+    packed, found = split(randn(batch, tokens, 3 * width), heads), []
     for layout in (packed, [part.contiguous() for part in packed]):
         for library in LIBRARIES:
             with contextlib.suppress(RuntimeError), warnings.catch_warnings():

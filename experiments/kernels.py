@@ -28,6 +28,7 @@ import torch.nn.functional as F
 
 from clip_ttrt import kernels, linear, ops
 from clip_ttrt.errors import UserError
+from clip_ttrt.families import find
 from clip_ttrt.models import MODELS
 from clip_ttrt.pipeline.resize import Preprocess
 from experiments.floor import LIBRARIES, attend, attention_flops, split
@@ -46,7 +47,7 @@ class Place:
 
     def __init__(self, model: str, encoder: str, batch: int, device: str):
         self.model, self.encoder, self.batch, self.device = model, encoder, batch, device
-        self.dims, self.causal = MODELS[model], encoder == "text"
+        self.dims, self.causal = find(model).dimensions, encoder == "text"
         image = (self.dims.image_tokens, self.dims.image_width, self.dims.image_heads)
         text = (self.dims.context_length, self.dims.text_width, self.dims.text_heads)
         self.tokens, self.width, self.heads = text if self.causal else image
@@ -100,18 +101,19 @@ class Case:
 def attention(at: Place) -> Iterator[Case]:
     def inputs() -> Sequence[torch.Tensor]:
         qkv = at.randn(at.batch, at.tokens, 3 * at.width)
-        return qkv, *split(qkv), *(part.contiguous() for part in split(qkv))
+        packed = split(qkv, at.heads)
+        return qkv, *packed, *(part.contiguous() for part in packed)
 
     def library(name: str, first: int, *tensors: torch.Tensor) -> torch.Tensor:
         return attend(name, at.causal)(*tensors[first : first + 3])
 
     e4m3 = OUT_SCALES["e4m3"]
-    shape = f"{at.heads} heads of 64, {at.tokens} tokens"
+    shape = f"{at.heads} heads of {at.width // at.heads}, {at.tokens} tokens"
     yield Case(
         shape, at.rows * at.width * (3 * at.dtype.itemsize + 1), inputs,
         lambda qkv, *_: ops.fused_attention_reference(qkv, at.heads, at.causal, None, e4m3),
         lambda: lambda qkv, *_: kernels.attention(qkv, at.heads, at.causal, out_scale=e4m3),
-        flops=attention_flops(at.batch, at.heads, at.tokens, at.causal), name="e4m3",
+        flops=attention_flops(at.batch, at.width, at.tokens, at.causal), name="e4m3",
     )  # fmt: skip
     yield Case(
         shape, at.rows * at.width * 4 * at.dtype.itemsize, inputs,
@@ -119,7 +121,7 @@ def attention(at: Place) -> Iterator[Case]:
         lambda: lambda qkv, *_: kernels.attention(qkv, at.heads, at.causal),
         {f"{name} {layout}": partial(library, name, first)
          for name in LIBRARIES for layout, first in (("packed", 1), ("separate", 4))},
-        attention_flops(at.batch, at.heads, at.tokens, at.causal),
+        attention_flops(at.batch, at.width, at.tokens, at.causal),
     )  # fmt: skip
 
 
@@ -391,7 +393,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--ops", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help=", ".join(OPS))
     models = [name for name, dims in MODELS.items() if not dims.is_resnet]  # whose kernels they are
-    add("--models", nargs="+", choices=models, default=[name for name in models if name != "demo"])
+    add("--models", nargs="+", default=[name for name in models if name != "demo"])
     add("--encoders", nargs="+", choices=("image", "text"), default=["image", "text"])
     add("--batches", nargs="+", type=int, default=[1, 32] if gpu else [1])
     add("--device", choices=("cuda", "cpu"), default="cuda" if gpu else "cpu")
@@ -404,14 +406,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.device == "cuda":
             kernels.library()
+        places = [Place(model, encoder, batch, options.device) for batch in options.batches
+                  for model in options.models for encoder in options.encoders]  # fmt: skip
     except UserError as problem:
         parser.error(str(problem))
     torch.backends.cudnn.benchmark = True  # the fastest convolution
     end, seen, left, here = time.monotonic() + options.seconds, set(), 0, provenance()
-    places = [
-        Place(model, encoder, batch, options.device) for batch in options.batches
-        for model in options.models for encoder in options.encoders
-    ]  # fmt: skip
     for op in options.ops:
         for at in places:
             for case in OPS[op](at):

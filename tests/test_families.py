@@ -334,8 +334,11 @@ def test_every_vit_of_open_clip_with_openai_s_tokenizer_is_known_and_the_others_
 @pytest.mark.parametrize("dims, unfused", [
     (small.OF_80, ["image"]), (small.OF_104, ["image", "text"]), (small.OF_SIGLIP, ["image"])],
     ids=["80", "104", "siglip"])
-def test_where_heads_are_wide_the_fused_kernels_do_all_but_attention(dims, unfused, monkeypatch):
+@pytest.mark.parametrize("served", [False, True])
+def test_the_fused_kernels_do_all_but_attention_of_heads_that_they_have_not(
+        served, dims, unfused, monkeypatch):
     small.add(monkeypatch, small=dims)
+    monkeypatch.setattr(engine.kernels, "attends", lambda size: served or size == 64)
     monkeypatch.setattr(backends, "choose",
                         lambda *_: backends.Backend("tensorrt", "cuda", "fp16", "asked"))
     monkeypatch.setattr(backends.kernels, "obstacle", lambda: None)
@@ -343,7 +346,7 @@ def test_where_heads_are_wide_the_fused_kernels_do_all_but_attention(dims, unfus
     assert plan.kernels.kernels == "fused"
     state_dict = load_checkpoint("small", "random").state_dict
     for encoder in ENCODERS:
-        wide = encoder in unfused
+        wide = encoder in unfused and not served
         told = f"TensorRT's own attention for the {encoder} encoder, whose heads have"
         assert (told in plan.kernels.reason) is wide
         lower, *passes, tune = plan.passes[encoder]

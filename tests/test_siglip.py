@@ -16,7 +16,6 @@ from clip_ttrt.encoders import ENCODERS
 from clip_ttrt.engine import in_precision
 from clip_ttrt.errors import UserError
 from clip_ttrt.guard import trace
-from clip_ttrt.models import HEAD_DIM
 from clip_ttrt.pipeline.resize import Preprocess
 from clip_ttrt.verify import COSINE_BOUND
 from lowering import DYNAMIC, lowered
@@ -215,12 +214,9 @@ def test_an_encoder_becomes_one_graph_for_any_batch(original, encoder, read):
     graph.run(module, [graph.lower])
     called = {node.target for node in module.graph.nodes if node.op == "call_function"}
     assert called <= set(ops.REFERENCES) and (ops.attention_probe in called) is (encoder == "image")
-    dims = model.dimensions
-    heads_fit = dims.text_head_dim == HEAD_DIM
-    passes = [each for each in graph.FUSE[encoder] if each is not graph.fuse_image_embedding
-              and (heads_fit or each is not graph.fuse_attention)]
-    counts, blocks = graph.run(module, passes), getattr(dims, f"{encoder}_layers")
-    assert counts.get("fuse_attention", 0) == blocks * heads_fit
+    passes = [each for each in graph.FUSE[encoder] if each is not graph.fuse_image_embedding]
+    counts, blocks = graph.run(module, passes), getattr(model.dimensions, f"{encoder}_layers")
+    assert counts["fuse_attention"] == blocks
     assert counts["fuse_bias_gelu"] == blocks + (encoder == "image")  # and of the head
     assert counts["fuse_residual_layer_norm"] == 2 * blocks
     for rows in (x, x[:1]):

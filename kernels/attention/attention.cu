@@ -1,6 +1,6 @@
 // Fused attention on packed QKV for CLIP's short sequences (50, 77, 197, 257, 577 tokens; any up to
-// 1024), head dimension 64, fp16 in, fp16 or E4M3 out, fp32 softmax. Interface and layout:
-// attention.h.
+// 1024), head dimension 64, on sm_90a also 72, 80, 88 and 104, fp16 in, fp16 or E4M3 out, fp32
+// softmax. Interface and layout: attention.h.
 //
 // Three kernels:
 //   portable_kernel  mma.sync and cp.async, sm_80 and newer. One block takes 64 query rows of one
@@ -30,12 +30,36 @@
 
 namespace {
 
-constexpr int kHeadDim = kClipAttentionHeadDim;
+constexpr int kHeadDim = 64;              // of the kernels that have one
 constexpr int kRowBytes = kHeadDim * 2;   // one head's row of q, k, v or out: 128 bytes
 constexpr int kBiasBytes = kHeadDim * 4;  // one head's query bias, fp32
 constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kScale = 0.125f * kLog2e;  // 1/sqrt(64), with exp(x) = exp2(x log2 e)
-constexpr float kRescaleAbove = 8.0f;      // log2 of the largest probability weight kept unscaled
+constexpr float kRescaleAbove = 8.0f;  // log2 of the largest probability weight kept unscaled
+
+// A head of kDim columns in shared memory: padded to 16s, with zeros, and cut into parts of 64, 32
+// and 16 columns, each at most once. A part's rows are as long as its swizzle, and follow each
+// other.
+template <int kDim>
+struct Columns {
+  static constexpr int padded = (kDim + 15) / 16 * 16;
+  static_assert(kDim >= 64 && kDim % 8 == 0 && padded < 128, "head dimension");
+  static constexpr int parts = 1 + (padded / 32 & 1) + (padded / 16 & 1);
+  static constexpr int row_bytes = padded * 2;
+  static constexpr int step = parts == 1 ? kDim : 1;  // of a head in the tensor maps' coordinates
+  __host__ __device__ static constexpr int width(int part) {
+    return part == 0 ? 64 : part == 1 && (padded & 32) ? 32 : 16;
+  }
+  __host__ __device__ static constexpr int first(int part) {
+    return part == 0 ? 0 : first(part - 1) + width(part - 1);
+  }
+  // 1/sqrt(kDim), with exp(x) = exp2(x log2 e).
+  static constexpr float scale = kLog2e * (kDim == 64   ? 0.125f
+                                           : kDim == 72 ? 0.11785113019775793f
+                                           : kDim == 80 ? 0.11180339887498949f
+                                           : kDim == 88 ? 0.10660035817780521f
+                                                        : 0.09805806756909202f);
+  static_assert(kDim == 64 || kDim == 72 || kDim == 80 || kDim == 88 || kDim == 104, "its scale");
+};
 
 // ---------------------------------------------------------------------------------------------
 // Pieces that all kernels use
@@ -87,8 +111,10 @@ __device__ __forceinline__ uint4 quad_transpose(uint32_t r0, uint32_t r1, uint32
 
 // Softmax state of one thread: two rows (r and r + 8 of a 16-row tile), and their output in the
 // accumulator layout: o[4 j + e] is row r + 8 (e / 2), column 8 j + 2 (lane % 4) + e % 2.
+template <int kDim>
 struct Rows {
-  float o[32];
+  static constexpr float scale = Columns<kDim>::scale;
+  float o[Columns<kDim>::padded / 2];
   float maximum[2];  // of the raw scores; may lag by kRescaleAbove
   float sum[2];      // this thread's columns only, until the end
 };
@@ -96,9 +122,10 @@ struct Rows {
 // Scores s[4 j + e] (layout as above) of N keys to probability weights in place; updates maximum
 // and sum. Returns whether the output of earlier keys must shrink by `shrink`, the same for the
 // whole warp. Every lane of the warp must call it.
-template <int N>
-__device__ __forceinline__ bool softmax_weights(float (&s)[N / 2], Rows& rows, bool first,
+template <int N, int kDim>
+__device__ __forceinline__ bool softmax_weights(float (&s)[N / 2], Rows<kDim>& rows, bool first,
                                                 float (&shrink)[2]) {
+  constexpr float kScale = Rows<kDim>::scale;
   // Two chains per row, even and odd columns, in maximum and sum: half as many dependent steps.
   float even[2] = {s[0], s[2]}, odd[2] = {s[1], s[3]};
 #pragma unroll
@@ -142,13 +169,14 @@ __device__ __forceinline__ bool softmax_weights(float (&s)[N / 2], Rows& rows, b
   return rescale;
 }
 
-__device__ __forceinline__ void shrink_output(Rows& rows, const float (&shrink)[2]) {
+template <int kDim>
+__device__ __forceinline__ void shrink_output(Rows<kDim>& rows, const float (&shrink)[2]) {
 #pragma unroll
-  for (int i = 0; i < 32; ++i) rows.o[i] *= shrink[(i >> 1) & 1];
+  for (int i = 0; i < Columns<kDim>::padded / 2; ++i) rows.o[i] *= shrink[(i >> 1) & 1];
 }
 
-template <int N>
-__device__ __forceinline__ void softmax_step(float (&s)[N / 2], Rows& rows, bool first) {
+template <int N, int kDim>
+__device__ __forceinline__ void softmax_step(float (&s)[N / 2], Rows<kDim>& rows, bool first) {
   float shrink[2];
   if (softmax_weights<N>(s, rows, first, shrink)) shrink_output(rows, shrink);
 }
@@ -170,45 +198,68 @@ using E4m3 = uint8_t;
 
 // Divides by the sums and writes rows `row` and `row + 8` (this lane's) of one head as 16-byte
 // pieces.
-__device__ __forceinline__ void store_rows(const Rows& rows, Half* head_out, int64_t row_stride,
-                                           int row, int tokens, float) {
+template <int kDim>
+__device__ __forceinline__ void store_rows(const Rows<kDim>& rows, Half* head_out,
+                                           int64_t row_stride, int row, int tokens, float) {
+  constexpr int kPieces = kDim / 8, kFours = (kPieces + 3) / 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float scale = 1.0f / quad_sum(rows.sum[r]);
-    uint32_t packed[8];
+    uint32_t packed[4 * kFours];
 #pragma unroll
-    for (int j = 0; j < 8; ++j)
-      packed[j] = pack_half2(rows.o[4 * j + 2 * r] * scale, rows.o[4 * j + 2 * r + 1] * scale);
-    const uint4 left = quad_transpose(packed[0], packed[1], packed[2], packed[3]);
-    const uint4 right = quad_transpose(packed[4], packed[5], packed[6], packed[7]);
+    for (int j = 0; j < 4 * kFours; ++j)
+      packed[j] = j < kPieces
+                      ? pack_half2(rows.o[4 * j + 2 * r] * scale, rows.o[4 * j + 2 * r + 1] * scale)
+                      : 0;
+    uint4 piece[kFours];
+#pragma unroll
+    for (int i = 0; i < kFours; ++i)
+      piece[i] =
+          quad_transpose(packed[4 * i], packed[4 * i + 1], packed[4 * i + 2], packed[4 * i + 3]);
     if (row + 8 * r < tokens) {
       uint4* target =
           reinterpret_cast<uint4*>(head_out + (row + 8 * r) * row_stride) + (threadIdx.x & 3);
-      target[0] = left;
-      target[4] = right;
+#pragma unroll
+      for (int i = 0; i < kFours; ++i)
+        if (4 * i + 4 <= kPieces || (threadIdx.x & 3) < kPieces - 4 * i) target[4 * i] = piece[i];
     }
   }
 }
 
-// Times `inverse_scale` too. A row of a head is 64 bytes, a piece for each lane of the quad. Word j
-// has two columns of each half of piece j, so that after the transposition a lane holds its piece
-// with the halves' columns in turns.
-__device__ __forceinline__ void store_rows(const Rows& rows, E4m3* head_out, int64_t row_stride,
-                                           int row, int tokens, float inverse_scale) {
+// Times `inverse_scale` too. Pieces of 16 columns, four of which the quad's lanes take at once.
+// Word j has two columns of each half of piece j, so that after the transposition a lane holds its
+// piece with the halves' columns in turns. A row of a head is 64 bytes, or a number of 8s.
+template <int kDim>
+__device__ __forceinline__ void store_rows(const Rows<kDim>& rows, E4m3* head_out,
+                                           int64_t row_stride, int row, int tokens,
+                                           float inverse_scale) {
+  constexpr int kPieces = Columns<kDim>::padded / 16;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float scale = inverse_scale / quad_sum(rows.sum[r]);
-    uint32_t packed[4];
+    E4m3* const target = head_out + (row + 8 * r) * row_stride;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float* const o = &rows.o[8 * j + 2 * r];
-      packed[j] = e4m3::pack(o[0] * scale, o[1] * scale, o[4] * scale, o[5] * scale);
+    for (int four = 0; four < kPieces; four += 4) {
+      uint32_t packed[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float* const o = &rows.o[four + j < kPieces ? 8 * (four + j) + 2 * r : 0];
+        packed[j] = e4m3::pack(o[0] * scale, o[1] * scale, o[4] * scale, o[5] * scale);
+      }
+      const uint4 piece = quad_transpose(packed[0], packed[1], packed[2], packed[3]);
+      const uint2 left =
+          make_uint2(__byte_perm(piece.x, piece.y, 0x5410), __byte_perm(piece.z, piece.w, 0x5410));
+      const uint2 right =
+          make_uint2(__byte_perm(piece.x, piece.y, 0x7632), __byte_perm(piece.z, piece.w, 0x7632));
+      const int column = 16 * (four + (threadIdx.x & 3));
+      if (row + 8 * r >= tokens) continue;
+      if constexpr (kDim == 64) {
+        *reinterpret_cast<uint4*>(target + column) = make_uint4(left.x, left.y, right.x, right.y);
+      } else {
+        if (column < kDim) *reinterpret_cast<uint2*>(target + column) = left;
+        if (column + 8 < kDim) *reinterpret_cast<uint2*>(target + column + 8) = right;
+      }
     }
-    const uint4 piece = quad_transpose(packed[0], packed[1], packed[2], packed[3]);
-    if (row + 8 * r < tokens)
-      reinterpret_cast<uint4*>(head_out + (row + 8 * r) * row_stride)[threadIdx.x & 3] =
-          make_uint4(__byte_perm(piece.x, piece.y, 0x5410), __byte_perm(piece.z, piece.w, 0x5410),
-                     __byte_perm(piece.x, piece.y, 0x7632), __byte_perm(piece.z, piece.w, 0x7632));
   }
 }
 
@@ -338,7 +389,7 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
     const int tile0 = q0 + warp * kTiles * 16;
     const bool busy = tile0 < tokens;  // the same for the whole warp
     uint32_t q_fragments[kTiles][4][4];
-    Rows rows[kTiles];
+    Rows<kHeadDim> rows[kTiles];
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
@@ -487,6 +538,17 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
 }
 
 // A box of 64 columns of a [batch][tokens][columns] tensor; rows past `tokens` arrive as zeros.
+// The same of a [batch][tokens][heads][columns] tensor: columns past a head's do, too.
+__device__ __forceinline__ void copy_tensor(uint32_t target, const CUtensorMap* map,
+                                            uint32_t barrier, int column, int head, int row,
+                                            int image) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(target),
+      "l"(map), "r"(barrier), "r"(column), "r"(head), "r"(row), "r"(image)
+      : "memory");
+}
+
 __device__ __forceinline__ void copy_tensor(uint32_t target, const CUtensorMap* map,
                                             uint32_t barrier, int column, int row, int image) {
   asm volatile(
@@ -506,10 +568,29 @@ __device__ __forceinline__ void copy_bytes(uint32_t target, const void* source, 
 }
 
 constexpr int kTileRows = 64;  // of a warpgroup
-constexpr int kTileBytes = kTileRows * kRowBytes;
 constexpr int kMaxStages = 24;
 constexpr int kHopperSharedBytes = 227 * 1024;     // that a block may have on sm_90
 constexpr int kHopperReservedBytes = 1024 + 1024;  // to align tiles; barriers
+
+// Boxes of one number of rows, for each part of a head's columns.
+template <int kDim>
+struct Maps {
+  CUtensorMap part[Columns<kDim>::parts];
+};
+
+// Copies rows of a head of q, k or v; head: its number in this order, times `step`.
+template <int kDim>
+__device__ __forceinline__ void copy_head(uint32_t target, int rows, const Maps<kDim>& maps,
+                                          uint32_t barrier, int head, int row, int image) {
+  if constexpr (kDim == 64) {
+    copy_tensor(target, &maps.part[0], barrier, head, row, image);
+  } else {
+#pragma unroll
+    for (int part = 0; part < Columns<kDim>::parts; ++part)
+      copy_tensor(target + rows * 2 * Columns<kDim>::first(part), &maps.part[part], barrier,
+                  Columns<kDim>::first(part), head, row, image);
+  }
+}
 
 // Where one block's work lies. A unit is one (image, head) and up to tiles_per_unit of its tiles; a
 // block takes units blockIdx.x, blockIdx.x + gridDim.x, ...
@@ -528,14 +609,18 @@ struct HopperPlan {
 // kKeys: keys of a chunk. kTailKeys: of a head's last chunk, whose first kTailSeen keys are real
 // (the mask then skips them). kGroups: warpgroups that compute. kQueries: query tiles in flight for
 // each.
-template <int kKeys, int kTailKeys, int kTailSeen, int kGroups, int kQueries, bool kCausal>
+template <int kDim, int kKeys, int kTailKeys, int kTailSeen, int kGroups, int kQueries,
+          bool kCausal>
 struct HopperShape {
-  static constexpr int keys = kKeys, tail_keys = kTailKeys, tail_seen = kTailSeen, groups = kGroups,
-                       queries = kQueries;
+  static constexpr int dim = kDim, keys = kKeys, tail_keys = kTailKeys, tail_seen = kTailSeen,
+                       groups = kGroups, queries = kQueries;
   static constexpr bool causal = kCausal;
-  static constexpr int chunk_bytes = kKeys * kRowBytes;  // of k, or of v
-  static constexpr int query_bytes = kGroups * kQueries * kTileBytes;
-  static constexpr int bias_bytes = kGroups * kQueries * kBiasBytes;
+  static constexpr int row_bytes = Columns<kDim>::row_bytes;
+  static constexpr int chunk_bytes = kKeys * row_bytes;  // of k, or of v
+  static constexpr int tile_bytes = kTileRows * row_bytes;
+  static constexpr int query_bytes = kGroups * kQueries * tile_bytes;
+  static constexpr int head_bias_bytes = kDim * 4;
+  static constexpr int bias_bytes = kGroups * kQueries * head_bias_bytes;
   // Many warpgroups need more registers each than an equal share: the copying warp then gets a
   // warpgroup of its own, which gives back most of what it had at launch.
   static constexpr bool moves_registers = kGroups >= 3;
@@ -549,7 +634,7 @@ struct HopperShape {
                 "chunk shape");
   // Rows of k and v that the last chunk copies: what it multiplies, in steps of 16 values.
   static constexpr int tail_rows = (kTailKeys + 15) / 16 * 16;
-  static constexpr int tail_bytes = tail_rows * kRowBytes;
+  static constexpr int tail_bytes = tail_rows * row_bytes;
   // Stages of the ring that fit, beside alignment and barriers.
   static constexpr int max_stages_fit =
       (kHopperSharedBytes - kHopperReservedBytes - query_bytes - bias_bytes) / (2 * chunk_bytes);
@@ -559,29 +644,43 @@ struct HopperShape {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Issues the scores of a tile against N keys; they are there after a wait.
-template <int N>
+// Issues the scores of a tile against the first N keys of a chunk; they are there after a wait.
+template <class Shape, int N, int kPart = 0>
 __device__ __forceinline__ void issue_scores(float (&s)[N / 2], uint32_t q_shared,
                                              uint32_t k_shared) {
-  wgmma::fence();
+  using Head = Columns<Shape::dim>;
+  constexpr int kWidth = Head::width(kPart), kFirst = Head::first(kPart);
+  if (kPart == 0) wgmma::fence();
 #pragma unroll
-  for (int d = 0; d < 4; ++d)  // 16 columns are 32 bytes: 2 in a descriptor's units of 16
-    wgmma::Scores<N>::step(s, wgmma::descriptor(q_shared, 2 * d),
-                           wgmma::descriptor(k_shared, 2 * d), d > 0);
-  wgmma::commit();
+  for (int d = 0; d < kWidth / 16; ++d)  // 16 columns are 32 bytes: 2 in a descriptor's units of 16
+    wgmma::Scores<N>::step(s, wgmma::descriptor<kWidth>(q_shared + kTileRows * 2 * kFirst, 2 * d),
+                           wgmma::descriptor<kWidth>(k_shared + Shape::keys * 2 * kFirst, 2 * d),
+                           kPart > 0 || d > 0);
+  if constexpr (kPart + 1 < Head::parts)
+    issue_scores<Shape, N, kPart + 1>(s, q_shared, k_shared);
+  else
+    wgmma::commit();
 }
 
 // Issues the product of N weights, rounded to fp16, with N values (N rounded up to 16: weights past
 // N are zero, and the copy left no NaN in those rows of v). `first`: overwrites the output.
-template <int N>
-__device__ __forceinline__ void issue_values(const uint32_t (&p)[(N + 15) / 16 * 4], Rows& rows,
-                                             uint32_t v_shared, bool first) {
-  wgmma::fence();
+template <class Shape, int N, int kPart = 0>
+__device__ __forceinline__ void issue_values(const uint32_t (&p)[(N + 15) / 16 * 4],
+                                             Rows<Shape::dim>& rows, uint32_t v_shared,
+                                             bool first) {
+  using Head = Columns<Shape::dim>;
+  constexpr int kWidth = Head::width(kPart), kFirst = Head::first(kPart);
+  if (kPart == 0) wgmma::fence();
 #pragma unroll
-  for (int step = 0; step < (N + 15) / 16; ++step)
-    wgmma::values(rows.o, &p[4 * step], wgmma::descriptor(v_shared, step * kRowBytes),
-                  step > 0 || !first);
-  wgmma::commit();
+  for (int step = 0; step < (N + 15) / 16; ++step)  // 16 rows, in a descriptor's units of 16 bytes
+    wgmma::Values<kWidth>::step(
+        &rows.o[kFirst / 2], &p[4 * step],
+        wgmma::descriptor<kWidth>(v_shared + Shape::keys * 2 * kFirst, step * 2 * kWidth),
+        step > 0 || !first);
+  if constexpr (kPart + 1 < Head::parts)
+    issue_values<Shape, N, kPart + 1>(p, rows, v_shared, first);
+  else
+    wgmma::commit();
 }
 
 template <int N>
@@ -593,31 +692,42 @@ __device__ __forceinline__ void pack_weights(const float (&s)[N / 2],
 }
 
 // Adds a head's query bias, fp32 in shared memory, in place to a warp's 16 rows of a tile of
-// queries, which wgmma reads there. Lane l takes piece l % 8 of rows l / 8, l / 8 + 4, ...: eight
-// lanes share a row and no bank.
-__device__ __forceinline__ void add_piece_bias(uint32_t warp_rows, uint32_t head_bias) {
-  uint32_t q[4][4], bias[4];
+// queries, which wgmma reads there. Of the first 64 columns lane l takes piece l % 8 of rows l / 8,
+// l / 8 + 4, ...: eight lanes share a row and no bank.
+template <int kDim, int kPart = 0>
+__device__ __forceinline__ void add_piece_bias(uint32_t tile, int first_row, uint32_t head_bias) {
+  using Head = Columns<kDim>;
+  constexpr int kPieces = Head::width(kPart) / 8, kFirst = Head::first(kPart);
+  constexpr int kCount = kPieces / 2;  // of this lane: 16 rows of kPieces, over 32 lanes
+  const int lane = threadIdx.x & 31, piece = lane % kPieces;
+  if constexpr (kPart + 1 < Head::parts)
+    add_piece_bias<kDim, kPart + 1>(tile, first_row, head_bias);
+  if (kFirst + 8 * piece >= kDim) return;  // zeros stay, and there is no bias
+  uint32_t q[kCount][4], bias[4];
 #pragma unroll
   for (int i = 0; i < 4; i += 2) {
     float x[4];
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
-                 : "r"(head_bias + (threadIdx.x & 7) * 32 + i * 8)
+                 : "r"(head_bias + kFirst * 4 + piece * 32 + i * 8)
                  : "memory");
     bias[i] = pack_half2(x[0], x[1]);
     bias[i + 1] = pack_half2(x[2], x[3]);
   }
+  // The swizzle: which of eight 128-byte lines a row lies in is added to its pieces' places.
+  const uint32_t rows = tile + kTileRows * 2 * kFirst + first_row * 16 * kPieces;
   auto address = [&](int i) {
-    return warp_rows + swizzled(((threadIdx.x & 31) >> 3) + 4 * i, threadIdx.x & 7);
+    const int row = lane / kPieces + 32 / kPieces * i;
+    return rows + row * 16 * kPieces + ((piece ^ (row * kPieces / 8 % kPieces)) << 4);
   };
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
+  for (int i = 0; i < kCount; ++i)
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(q[i][0]), "=r"(q[i][1]), "=r"(q[i][2]), "=r"(q[i][3])
                  : "r"(address(i))
                  : "memory");
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < kCount; ++i) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) q[i][j] = add_half2(q[i][j], bias[j]);
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address(i)), "r"(q[i][0]),
@@ -674,9 +784,9 @@ struct Cursor {
 
 template <class Shape, class Out>
 __global__ void __launch_bounds__(Shape::threads, 1)
-    hopper_kernel(const __grid_constant__ CUtensorMap query_map,
-                  const __grid_constant__ CUtensorMap key_map,
-                  const __grid_constant__ CUtensorMap tail_map, Out* __restrict__ out,
+    hopper_kernel(const __grid_constant__ Maps<Shape::dim> query_maps,
+                  const __grid_constant__ Maps<Shape::dim> key_maps,
+                  const __grid_constant__ Maps<Shape::dim> tail_maps, Out* __restrict__ out,
                   const float* __restrict__ query_bias, const HopperPlan plan,
                   const float inverse_scale) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -720,23 +830,24 @@ __global__ void __launch_bounds__(Shape::threads, 1)
       // Keys and values of every unit, in order.
       int stage = 0, phase = 0;
       for (; at.unit < plan.units; at.next_unit(plan)) {
-        const int k_column = (plan.heads + at.head) * kHeadDim;
-        const int v_column = k_column + plan.heads * kHeadDim;
-        auto copy_chunk = [&](const CUtensorMap& map, int bytes, int c) {
+        constexpr int kStep = Columns<Shape::dim>::step;
+        const int k_head = (plan.heads + at.head) * kStep, v_head = k_head + plan.heads * kStep;
+        auto copy_chunk = [&](const Maps<Shape::dim>& maps, int bytes, int c) {
           const uint32_t k_shared = ring + stage * 2 * Shape::chunk_bytes;
           barrier_wait(empty + 8 * stage, phase ^ 1);
           barrier_expect(k_full + 8 * stage, bytes);
-          copy_tensor(k_shared, &map, k_full + 8 * stage, k_column, c * Shape::keys, at.image);
+          copy_head<Shape::dim>(k_shared, Shape::keys, maps, k_full + 8 * stage, k_head,
+                                c * Shape::keys, at.image);
           barrier_expect(v_full + 8 * stage, bytes);
-          copy_tensor(k_shared + Shape::chunk_bytes, &map, v_full + 8 * stage, v_column,
-                      c * Shape::keys, at.image);
+          copy_head<Shape::dim>(k_shared + Shape::chunk_bytes, Shape::keys, maps,
+                                v_full + 8 * stage, v_head, c * Shape::keys, at.image);
           if (++stage == plan.stages) {
             stage = 0;
             phase ^= 1;
           }
         };
-        for (int c = 0; c < plan.full_chunks; ++c) copy_chunk(key_map, Shape::chunk_bytes, c);
-        copy_chunk(tail_map, Shape::tail_bytes, plan.full_chunks);
+        for (int c = 0; c < plan.full_chunks; ++c) copy_chunk(key_maps, Shape::chunk_bytes, c);
+        copy_chunk(tail_maps, Shape::tail_bytes, plan.full_chunks);
       }
     } else if (warp == 4 * Shape::groups + 1 && lane == 0) {
       // Queries of every tile, in order: item i of the block's list goes to warpgroup i % kGroups.
@@ -744,13 +855,14 @@ __global__ void __launch_bounds__(Shape::threads, 1)
       for (; at.unit < plan.units; at.skip_tiles(plan, 1)) {
         const int which = group * Shape::queries + buffer;
         barrier_wait(q_empty + 8 * which, phase ^ 1);
-        barrier_expect(q_full + 8 * which, kTileBytes + (query_bias != nullptr ? kBiasBytes : 0));
-        copy_tensor(queries + which * kTileBytes, &query_map, q_full + 8 * which,
-                    at.head * kHeadDim, (at.part * plan.tiles_per_unit + at.tile) * kTileRows,
-                    at.image);
+        barrier_expect(q_full + 8 * which,
+                       Shape::tile_bytes + (query_bias != nullptr ? Shape::head_bias_bytes : 0));
+        copy_head<Shape::dim>(queries + which * Shape::tile_bytes, kTileRows, query_maps,
+                              q_full + 8 * which, at.head * Columns<Shape::dim>::step,
+                              (at.part * plan.tiles_per_unit + at.tile) * kTileRows, at.image);
         if (query_bias != nullptr)
-          copy_bytes(biases + which * kBiasBytes, query_bias + at.head * kHeadDim, kBiasBytes,
-                     q_full + 8 * which);
+          copy_bytes(biases + which * Shape::head_bias_bytes, query_bias + at.head * Shape::dim,
+                     Shape::head_bias_bytes, q_full + 8 * which);
         if (++group == Shape::groups) {
           group = 0;
           if (++buffer == Shape::queries) {
@@ -767,9 +879,9 @@ __global__ void __launch_bounds__(Shape::threads, 1)
 
   // A computing warpgroup: tiles group, group + kGroups, ... of this block's list of tiles.
   const int group = warp >> 2, group_warp = warp & 3;
-  Rows rows;
+  Rows<Shape::dim> rows;
 #pragma unroll
-  for (int i = 0; i < 32; ++i) rows.o[i] = 0.0f;
+  for (int i = 0; i < Columns<Shape::dim>::padded / 2; ++i) rows.o[i] = 0.0f;
 
   int buffer = 0, buffer_phase = 0;
   for (at.skip_tiles(plan, group); at.unit < plan.units; at.skip_tiles(plan, Shape::groups)) {
@@ -801,14 +913,15 @@ __global__ void __launch_bounds__(Shape::threads, 1)
       if (lane == 0) barrier_arrive(empty + 8 * which);
     };
     const int which = group * Shape::queries + buffer;
-    const uint32_t q_shared = queries + which * kTileBytes;
+    const uint32_t q_shared = queries + which * Shape::tile_bytes;
     auto release_queries = [&] {
       __syncwarp();
       if (lane == 0) barrier_arrive(q_empty + 8 * which);
     };
     barrier_wait(q_full + 8 * which, buffer_phase);
     if (query_bias != nullptr) {
-      add_piece_bias(q_shared + group_warp * 16 * kRowBytes, biases + which * kBiasBytes);
+      add_piece_bias<Shape::dim>(q_shared, group_warp * 16,
+                                 biases + which * Shape::head_bias_bytes);
       // wgmma reads through the async proxy, and all warps' rows.
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
       asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
@@ -818,7 +931,7 @@ __global__ void __launch_bounds__(Shape::threads, 1)
       float s[Shape::keys / 2];
       uint32_t p[Shape::keys / 4];
       wait_keys();
-      issue_scores<Shape::keys>(s, q_shared, k_shared());
+      issue_scores<Shape, Shape::keys>(s, q_shared, k_shared());
       wgmma::wait<0>();
       wgmma::settle(s);
       if (Shape::causal && c == visible - 1) release_queries();
@@ -829,7 +942,7 @@ __global__ void __launch_bounds__(Shape::threads, 1)
       }
       pack_weights<Shape::keys>(s, p);
       wait_values();
-      issue_values<Shape::keys>(p, rows, v_shared(), c == 0);
+      issue_values<Shape, Shape::keys>(p, rows, v_shared(), c == 0);
       wgmma::wait<0>();
       wgmma::settle(rows.o);
       release_stage(stage);
@@ -839,7 +952,7 @@ __global__ void __launch_bounds__(Shape::threads, 1)
       float s[Shape::tail_keys / 2];
       uint32_t p[(Shape::tail_keys + 15) / 16 * 4];
       wait_keys();
-      issue_scores<Shape::tail_keys>(s, q_shared, k_shared());
+      issue_scores<Shape, Shape::tail_keys>(s, q_shared, k_shared());
       wgmma::wait<0>();
       wgmma::settle(s);
       release_queries();
@@ -850,7 +963,7 @@ __global__ void __launch_bounds__(Shape::threads, 1)
       }
       pack_weights<Shape::tail_keys>(s, p);
       wait_values();
-      issue_values<Shape::tail_keys>(p, rows, v_shared(), c == 0);
+      issue_values<Shape, Shape::tail_keys>(p, rows, v_shared(), c == 0);
       wgmma::wait<0>();
       wgmma::settle(rows.o);
       release_stage(stage);
@@ -866,9 +979,9 @@ __global__ void __launch_bounds__(Shape::threads, 1)
       next_stage();
     }
     if (visible > 0 && busy) {
-      const int width = plan.heads * kHeadDim;
+      const int width = plan.heads * Shape::dim;
       store_rows(rows,
-                 out + static_cast<int64_t>(at.image) * plan.tokens * width + at.head * kHeadDim,
+                 out + static_cast<int64_t>(at.image) * plan.tokens * width + at.head * Shape::dim,
                  width, row, plan.tokens, inverse_scale);
     }
     if (++buffer == Shape::queries) {
@@ -979,7 +1092,7 @@ __global__ void __launch_bounds__(kWarps * 32 + 32, kBlocks)
                                                         stage * kBiasBytes));
       add_fragment_bias(q, bias);
     }
-    Rows rows;
+    Rows<kHeadDim> rows;
     float s[kRows / 2];
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
@@ -1123,6 +1236,35 @@ cudaError_t encode_map(CUtensorMap& map, const ClipAttentionParams& params, int 
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+// Boxes of `rows` rows of qkv for each part of a head, in the layouts that wgmma::descriptor
+// describes. Only where a head has several is it a dimension: past its end are zeros, and not the
+// next head.
+template <int kDim>
+cudaError_t encode_maps(Maps<kDim>& maps, const ClipAttentionParams& params, int rows) {
+  if constexpr (kDim == 64) return encode_map(maps.part[0], params, rows);
+  EncodeTiled encode;
+  cudaError_t status = find_encode_tiled(encode);
+  if (status != cudaSuccess) return status;
+  const cuuint64_t heads = 3 * static_cast<cuuint64_t>(params.heads), row_bytes = heads * kDim * 2;
+  const cuuint64_t sizes[4] = {kDim, heads, static_cast<cuuint64_t>(params.tokens),
+                               static_cast<cuuint64_t>(params.batch)};
+  const cuuint64_t strides[3] = {kDim * 2, row_bytes, row_bytes * params.tokens};
+  const cuuint32_t element_strides[4] = {1, 1, 1, 1};
+  for (int part = 0; part < Columns<kDim>::parts; ++part) {
+    const int width = Columns<kDim>::width(part);
+    const cuuint32_t box[4] = {static_cast<cuuint32_t>(width), 1, static_cast<cuuint32_t>(rows), 1};
+    const CUresult result =
+        encode(&maps.part[part], CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, const_cast<void*>(params.qkv),
+               sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               width == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
+               : width == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
+                             : CU_TENSOR_MAP_SWIZZLE_32B,
+               CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result != CUDA_SUCCESS) return cudaErrorInvalidValue;
+  }
+  return cudaSuccess;
+}
+
 constexpr int hopper_full_chunks(int tokens, int keys, int tail_keys) {
   return tokens > tail_keys ? ceil_div(tokens - tail_keys, keys) : 0;
 }
@@ -1203,16 +1345,16 @@ cudaError_t launch_hopper(const ClipAttentionParams& params, const Device& devic
   if (plan.stages > turns * chunks) plan.stages = turns * chunks;
   const int shared =
       1024 + Shape::query_bytes + plan.stages * 2 * Shape::chunk_bytes + Shape::bias_bytes;
-  CUtensorMap query_map, key_map, tail_map;
-  cudaError_t status = encode_map(query_map, params, kTileRows);
-  if (status == cudaSuccess) status = encode_map(key_map, params, Shape::keys);
-  if (status == cudaSuccess) status = encode_map(tail_map, params, Shape::tail_rows);
+  Maps<Shape::dim> query_maps, key_maps, tail_maps;
+  cudaError_t status = encode_maps(query_maps, params, kTileRows);
+  if (status == cudaSuccess) status = encode_maps(key_maps, params, Shape::keys);
+  if (status == cudaSuccess) status = encode_maps(tail_maps, params, Shape::tail_rows);
   if (status != cudaSuccess) return status;
   return with_output(params, [&](auto* out) {
     auto kernel = hopper_kernel<Shape, std::remove_pointer_t<decltype(out)>>;
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (status != cudaSuccess) return status;
-    kernel<<<grid, Shape::threads, shared, stream>>>(query_map, key_map, tail_map, out,
+    kernel<<<grid, Shape::threads, shared, stream>>>(query_maps, key_maps, tail_maps, out,
                                                      static_cast<const float*>(params.query_bias),
                                                      plan, e4m3::reciprocal(params.out_scale));
     return cudaGetLastError();
@@ -1263,6 +1405,7 @@ struct Variant {
   int id;
   const char* name;
   bool hopper;
+  int head_dim;
   Launch launch;
   Serves serves;
 };
@@ -1271,23 +1414,27 @@ bool serves_all(int, int) { return true; }
 
 template <int kWarps, int kTiles, int kKeys, int kStages, int kBlocks>
 constexpr Variant portable(int id, const char* name) {
-  return {id, name, false, launch_portable<kWarps, kTiles, kKeys, kStages, kBlocks>, serves_all};
+  return {
+      id,        name, false, kHeadDim, launch_portable<kWarps, kTiles, kKeys, kStages, kBlocks>,
+      serves_all};
 }
 
-template <int kKeys, int kTailKeys, int kTailSeen, int kGroups, int kQueries, bool kCausal>
+template <int kKeys, int kTailKeys, int kTailSeen, int kGroups, int kQueries, bool kCausal,
+          int kDim = kHeadDim>
 constexpr Variant hopper(int id, const char* name) {
-  using Shape = HopperShape<kKeys, kTailKeys, kTailSeen, kGroups, kQueries, kCausal>;
-  return {id, name, true, launch_hopper<Shape>, hopper_serves<Shape>};
+  using Shape = HopperShape<kDim, kKeys, kTailKeys, kTailSeen, kGroups, kQueries, kCausal>;
+  return {id, name, true, kDim, launch_hopper<Shape>, hopper_serves<Shape>};
 }
 
 template <int kRows, int kWarps, int kBlocks>
 constexpr Variant short_variant(int id, const char* name) {
-  return {id, name, true, launch_short<kRows, kWarps, kBlocks>,
+  return {id, name, true, kHeadDim, launch_short<kRows, kWarps, kBlocks>,
           // No warp has two tiles of a head.
           [](int tokens, int) { return tokens <= kRows && ceil_div(tokens, 16) <= kWarps; }};
 }
 
-// Names: warps x tiles x keys x stages; rows, warps x blocks; keys/tail keys x warpgroups.
+// Names: warps x tiles x keys x stages; rows, warps x blocks; keys/tail keys x warpgroups, and the
+// head dimension where that is not 64.
 enum VariantId {
   kPortable = 1,
   kShort64 = 10,
@@ -1302,7 +1449,10 @@ enum VariantId {
   kHopper96Causal = 25,
   kHopper128Tail8 = 26,
   kHopper128Tail72 = 27,
+  kWide = 100,  // plus three times the head dimension's number among kWideDims, plus 0, 1 or 2
 };
+
+constexpr int kWideDims[] = {72, 80, 88, 104};
 
 const Variant kVariants[] = {
     portable<4, 1, 64, 3, 4>(kPortable, "portable 4x1x64x3"),
@@ -1318,6 +1468,18 @@ const Variant kVariants[] = {
     hopper<96, 96, 1, 4, 1, true>(kHopper96Causal, "hopper 96/96x4 causal"),
     hopper<128, 8, 1, 1, 1, false>(kHopper128Tail8, "hopper 128/8x1"),
     hopper<128, 72, 65, 3, 1, false>(kHopper128Tail72, "hopper 128/72x3"),
+    hopper<96, 72, 65, 3, 1, false, 72>(kWide, "hopper 96/72x3 of 72"),
+    hopper<96, 96, 1, 3, 1, false, 72>(kWide + 1, "hopper 96/96x3 of 72"),
+    hopper<96, 96, 1, 3, 1, true, 72>(kWide + 2, "hopper 96/96x3 causal of 72"),
+    hopper<96, 72, 65, 3, 1, false, 80>(kWide + 3, "hopper 96/72x3 of 80"),
+    hopper<96, 96, 1, 3, 1, false, 80>(kWide + 4, "hopper 96/96x3 of 80"),
+    hopper<96, 96, 1, 3, 1, true, 80>(kWide + 5, "hopper 96/96x3 causal of 80"),
+    hopper<96, 72, 65, 3, 1, false, 88>(kWide + 6, "hopper 96/72x3 of 88"),
+    hopper<96, 96, 1, 3, 1, false, 88>(kWide + 7, "hopper 96/96x3 of 88"),
+    hopper<96, 96, 1, 3, 1, true, 88>(kWide + 8, "hopper 96/96x3 causal of 88"),
+    hopper<96, 72, 65, 3, 1, false, 104>(kWide + 9, "hopper 96/72x3 of 104"),
+    hopper<96, 96, 1, 3, 1, false, 104>(kWide + 10, "hopper 96/96x3 of 104"),
+    hopper<96, 96, 1, 3, 1, true, 104>(kWide + 11, "hopper 96/96x3 causal of 104"),
 };
 
 const Variant* find_variant(int id) {
@@ -1326,10 +1488,18 @@ const Variant* find_variant(int id) {
   return nullptr;
 }
 
-bool variant_serves(const Variant& variant, int tokens, int causal, int sm_major, int sm_minor) {
-  if (sm_major < 8) return false;
+bool variant_serves(const Variant& variant, int tokens, int head_dim, int causal, int sm_major,
+                    int sm_minor) {
+  if (sm_major < 8 || variant.head_dim != head_dim) return false;
   if (variant.hopper && !(sm_major == 9 && sm_minor == 0)) return false;
   return variant.serves(tokens, causal);
+}
+
+// The first of three variants for a head dimension above 64; 0: there is none.
+int wide_variant(int head_dim) {
+  for (int i = 0; i < 4; ++i)
+    if (kWideDims[i] == head_dim) return kWide + 3 * i;
+  return 0;
 }
 
 }  // namespace
@@ -1337,9 +1507,11 @@ bool variant_serves(const Variant& variant, int tokens, int causal, int sm_major
 extern "C" int32_t clip_attention_params_size(void) { return sizeof(ClipAttentionParams); }
 
 extern "C" int32_t clip_attention_supported(int64_t batch, int32_t heads, int32_t tokens,
-                                            int32_t head_dim, int32_t sm_major, int32_t) {
+                                            int32_t head_dim, int32_t sm_major, int32_t sm_minor) {
   return batch >= 1 && heads >= 1 && heads <= kClipAttentionMaxHeads && tokens >= 1 &&
-         tokens <= kClipAttentionMaxTokens && head_dim == kClipAttentionHeadDim && sm_major >= 8;
+         tokens <= kClipAttentionMaxTokens &&
+         (head_dim == kHeadDim ? sm_major >= 8
+                               : wide_variant(head_dim) != 0 && sm_major == 9 && sm_minor == 0);
 }
 
 extern "C" const char* clip_attention_variant(int32_t index, int32_t* id) {
@@ -1349,17 +1521,22 @@ extern "C" const char* clip_attention_variant(int32_t index, int32_t* id) {
   return kVariants[index].name;
 }
 
-extern "C" int32_t clip_attention_variant_serves(int32_t variant, int32_t tokens, int32_t causal,
-                                                 int32_t sm_major, int32_t sm_minor) {
+extern "C" int32_t clip_attention_variant_serves(int32_t variant, int32_t tokens, int32_t head_dim,
+                                                 int32_t causal, int32_t sm_major,
+                                                 int32_t sm_minor) {
   const Variant* found = find_variant(variant);
-  return found != nullptr && variant_serves(*found, tokens, causal, sm_major, sm_minor);
+  return found != nullptr && variant_serves(*found, tokens, head_dim, causal, sm_major, sm_minor);
 }
 
 // The measurements behind this are in NOTES.md. CLIP's lengths are 50, 77 (and shorter prompts),
 // 197, 257 and 577; other lengths take what serves them with the least padding.
 extern "C" int32_t clip_attention_choose(int64_t batch, int32_t heads, int32_t tokens,
-                                         int32_t causal, int32_t sm_major, int32_t sm_minor,
-                                         int32_t sm_count) {
+                                         int32_t head_dim, int32_t causal, int32_t sm_major,
+                                         int32_t sm_minor, int32_t sm_count) {
+  if (const int wide = wide_variant(head_dim)) {
+    if (causal) return wide + 2;
+    return find_variant(wide)->serves(tokens, causal) ? wide : wide + 1;
+  }
   if (sm_major != 9 || sm_minor != 0) return kPortable;
   const int64_t pairs = batch * heads;
   const auto serves = [&](int id) { return find_variant(id)->serves(tokens, causal); };
@@ -1394,17 +1571,17 @@ extern "C" cudaError_t clip_attention_launch(const ClipAttentionParams* params,
   cudaError_t status = current_device(device);
   if (status != cudaSuccess) return status;
   if (device.sm_major < 8) return cudaErrorNoKernelImageForDevice;
-  if (!clip_attention_supported(params->batch, params->heads, params->tokens, kHeadDim,
+  if (!clip_attention_supported(params->batch, params->heads, params->tokens, params->head_dim,
                                 device.sm_major, device.sm_minor))
     return cudaErrorInvalidValue;
-  const int id =
-      params->variant != 0
-          ? params->variant
-          : clip_attention_choose(params->batch, params->heads, params->tokens, params->causal,
-                                  device.sm_major, device.sm_minor, device.sm_count);
+  const int id = params->variant != 0
+                     ? params->variant
+                     : clip_attention_choose(params->batch, params->heads, params->tokens,
+                                             params->head_dim, params->causal, device.sm_major,
+                                             device.sm_minor, device.sm_count);
   const Variant* variant = find_variant(id);
-  if (variant == nullptr ||
-      !variant_serves(*variant, params->tokens, params->causal, device.sm_major, device.sm_minor))
+  if (variant == nullptr || !variant_serves(*variant, params->tokens, params->head_dim,
+                                            params->causal, device.sm_major, device.sm_minor))
     return cudaErrorInvalidValue;
   status = e4m3::supported(params->out_scale);
   if (status != cudaSuccess) return status;

@@ -3,8 +3,8 @@
 //
 //   Scores<N>::step       s[64 x N] += A * B^T. A: 64 x 16 and B: N x 16, in shared memory, both
 //                         with the 16 (head) columns contiguous
-//   values(o, p, b, add)  o[64 x 64] += P * V. P: 64 x 16 in registers, V: 16 x 64 in shared
-//                         memory, with the 64 columns contiguous (hence "transposed").
+//   Values<N>::step       o[64 x N] += P * V. P: 64 x 16 in registers, V: 16 x N in shared
+//                         memory, with the N columns contiguous (hence "transposed").
 //                         accumulate = 0 overwrites instead
 // fp16 operands, fp32 accumulators. Only for sm_90a; see the PTX manual, "wgmma.mma_async".
 #ifndef CLIP_TTRT_WGMMA_CUH_
@@ -34,15 +34,17 @@ __device__ __forceinline__ void settle(float (&registers)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
-// Shared-memory matrix descriptor for rows of 128 bytes in the 128-byte swizzle that the tensor
-// copy writes: 8 rows are one 1024-byte atom, the next 8 rows follow. For K-major operands and for
-// a 64-wide MN-major operand the stride between atoms is the only stride in use. `offset` in units
-// of 16 bytes. Shared addresses have fewer than 18 bits, so nothing needs masking.
+// Shared-memory matrix descriptor for rows of kWidth columns, 128, 64 or 32 bytes, in the swizzle
+// of that length that the tensor copy writes: 8 rows are one atom, the next 8 rows follow. For
+// K-major operands and for a kWidth-wide MN-major operand the stride between atoms is the only
+// stride in use. `offset` in units of 16 bytes. Shared addresses have fewer than 18 bits, so
+// nothing needs masking.
+template <int kWidth>
 __device__ __forceinline__ uint64_t descriptor(uint32_t shared_address, uint32_t offset = 0) {
-  constexpr uint32_t kSwizzle128 = 1u << 30;  // bits 62-63: 1
-  constexpr uint32_t kStride = 1024 >> 4;     // bits 32-45
-  constexpr uint32_t kLeading = 1u << 16;     // bits 16-29: not used by these layouts
-  return uint64_t(kSwizzle128 | kStride) << 32 | (kLeading + (shared_address >> 4) + offset);
+  constexpr uint32_t kSwizzle = (kWidth == 64 ? 1u : kWidth == 32 ? 2u : 3u) << 30;  // bits 62-63
+  constexpr uint32_t kStride = 8 * 2 * kWidth >> 4;                                  // bits 32-45
+  constexpr uint32_t kLeading = 1u << 16;  // bits 16-29: not used by these layouts
+  return uint64_t(kSwizzle | kStride) << 32 | (kLeading + (shared_address >> 4) + offset);
 }
 
 template <int N>
@@ -168,21 +170,58 @@ struct Scores<128> {
   }
 };
 
-__device__ __forceinline__ void values(float (&o)[32], const uint32_t* p, uint64_t b,
-                                       int accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "{%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"
-      : "+f"(o[0]), "+f"(o[1]), "+f"(o[2]), "+f"(o[3]), "+f"(o[4]), "+f"(o[5]), "+f"(o[6]),
-        "+f"(o[7]), "+f"(o[8]), "+f"(o[9]), "+f"(o[10]), "+f"(o[11]), "+f"(o[12]), "+f"(o[13]),
-        "+f"(o[14]), "+f"(o[15]), "+f"(o[16]), "+f"(o[17]), "+f"(o[18]), "+f"(o[19]), "+f"(o[20]),
-        "+f"(o[21]), "+f"(o[22]), "+f"(o[23]), "+f"(o[24]), "+f"(o[25]), "+f"(o[26]), "+f"(o[27]),
-        "+f"(o[28]), "+f"(o[29]), "+f"(o[30]), "+f"(o[31])
-      : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "l"(b), "r"(accumulate));
-}
+template <int N>
+struct Values;
+
+template <>
+struct Values<16> {
+  __device__ __forceinline__ static void step(float* o, const uint32_t* p, uint64_t b,
+                                              int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %13, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7}, "
+        "{%8, %9, %10, %11}, %12, p, 1, 1, 1;\n}\n"
+        : "+f"(o[0]), "+f"(o[1]), "+f"(o[2]), "+f"(o[3]), "+f"(o[4]), "+f"(o[5]), "+f"(o[6]),
+          "+f"(o[7])
+        : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "l"(b), "r"(accumulate));
+  }
+};
+
+template <>
+struct Values<32> {
+  __device__ __forceinline__ static void step(float* o, const uint32_t* p, uint64_t b,
+                                              int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+        "{%16, %17, %18, %19}, %20, p, 1, 1, 1;\n}\n"
+        : "+f"(o[0]), "+f"(o[1]), "+f"(o[2]), "+f"(o[3]), "+f"(o[4]), "+f"(o[5]), "+f"(o[6]),
+          "+f"(o[7]), "+f"(o[8]), "+f"(o[9]), "+f"(o[10]), "+f"(o[11]), "+f"(o[12]), "+f"(o[13]),
+          "+f"(o[14]), "+f"(o[15])
+        : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "l"(b), "r"(accumulate));
+  }
+};
+
+template <>
+struct Values<64> {
+  __device__ __forceinline__ static void step(float* o, const uint32_t* p, uint64_t b,
+                                              int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "{%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"
+        : "+f"(o[0]), "+f"(o[1]), "+f"(o[2]), "+f"(o[3]), "+f"(o[4]), "+f"(o[5]), "+f"(o[6]),
+          "+f"(o[7]), "+f"(o[8]), "+f"(o[9]), "+f"(o[10]), "+f"(o[11]), "+f"(o[12]), "+f"(o[13]),
+          "+f"(o[14]), "+f"(o[15]), "+f"(o[16]), "+f"(o[17]), "+f"(o[18]), "+f"(o[19]), "+f"(o[20]),
+          "+f"(o[21]), "+f"(o[22]), "+f"(o[23]), "+f"(o[24]), "+f"(o[25]), "+f"(o[26]), "+f"(o[27]),
+          "+f"(o[28]), "+f"(o[29]), "+f"(o[30]), "+f"(o[31])
+        : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "l"(b), "r"(accumulate));
+  }
+};
 
 }  // namespace wgmma
 

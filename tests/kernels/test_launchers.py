@@ -144,7 +144,7 @@ def test_what_is_outside_the_contract_is_refused_and_no_rows_are_no_work(name):
 @needs.built
 @pytest.mark.parametrize("out_scale", [-1.0, *WRONG["out_scale"]])
 def test_attention_refuses_such_an_out_scale(out_scale):
-    sizes = {"batch": 1, "heads": 1, "tokens": 50, "out_scale": out_scale}
+    sizes = {"batch": 1, "heads": 1, "tokens": 50, "head_dim": 64, "out_scale": out_scale}
     params = kernels.PARAMS["attention"](qkv=POINTER, out=POINTER, **sizes)
     status = kernels.library().clip_attention_launch(ctypes.byref(params), None)
     assert status == INVALID_VALUE
@@ -167,10 +167,11 @@ def test_attention_of_other_sizes_is_not_supported():
     supported = kernels.library().clip_attention_supported
     for batch, heads, tokens, dim, major in (
         (1, 0, 50, 64, 9), (1, 41, 50, 64, 9), (1, 12, 0, 64, 9), (1, 12, 1025, 64, 9),
-        (0, 12, 50, 64, 9), (1, 12, 50, 80, 9), (1, 12, 50, 64, 7),
+        (0, 12, 50, 64, 9), (1, 12, 50, 96, 9), (1, 12, 50, 80, 8), (1, 12, 50, 64, 7),
     ):  # fmt: skip
         assert supported(ctypes.c_int64(batch), heads, tokens, dim, major, 0) == 0
     assert supported(ctypes.c_int64(70000), 40, 1024, 64, 8, 0) == 1
+    assert supported(ctypes.c_int64(70000), 40, 1024, 104, 9, 0) == 1
 
 
 # The wrappers, with a library that computes nothing

@@ -17,6 +17,7 @@ DEVICE, EPSILON = "cuda", 1e-5
 TOKENS = [1, 2, 15, 16, 17, 49, 50, 64, 65, 77, 128, 196, 197, 257, 320, 577, 1024]
 # At which a head has fewer tiles than a block of the kernel has warps for them.
 SKIPPING = [1, 7, 16, 17, 32, 33, 48, 60, 64, 70, 80, 81, 100, 128, 150, 190]
+HEAD_DIMS = [72, 80, 88, 104]  # beside 64, on GPUs of capability 9.0
 WIDTHS = [8, 64, 72, 128, 192, 256, 264, 512, 520, 768, 1000, 1024, 1032, 2048, 3072, 4096, 4104,
           5120, 8192]
 # [outputs, inputs] of CLIP's weights: ViT-B/32's image and text encoders; ViT-L/14's patches,
@@ -108,25 +109,27 @@ def variants():
     return found
 
 
-def serves(variant, tokens, causal, capability):
+def serves(variant, tokens, head_dim, causal, capability):
     served = kernels.library().clip_attention_variant_serves
-    return variant == 0 or served(variant, tokens, int(causal), *capability) == 1
+    return variant == 0 or served(variant, tokens, head_dim, int(causal), *capability) == 1
 
 
 @needs.built
 def test_every_length_has_a_variant_on_every_supported_gpu():
     choose, batches = kernels.library().clip_attention_choose, map(ctypes.c_int64, (1, 128))
-    sizes = itertools.product(batches, range(1, 1025), (0, 1), ((9, 0), (8, 6)))
-    for batch, tokens, causal, capability in sizes:
-        chosen = choose(batch, 12, tokens, causal, *capability, 132)
-        assert chosen and serves(chosen, tokens, causal, capability), (capability, tokens)
-    assert not any(serves(variant, 50, False, (7, 5)) for variant in variants())
+    served = [(64, (9, 0)), (64, (8, 6)), *((each, (9, 0)) for each in HEAD_DIMS)]
+    for batch, tokens, causal, (head_dim, capability) in itertools.product(
+            batches, range(1, 1025), (0, 1), served):
+        chosen = choose(batch, 12, tokens, head_dim, causal, *capability, 132)
+        assert chosen and serves(chosen, tokens, head_dim, causal, capability), (tokens, head_dim)
+    assert not any(serves(variant, 50, 64, False, (7, 5)) for variant in variants())
 
 
-def attention(batch, heads, tokens, causal, biased, scale=1.0, variants=(0,), out_scale=0.0):
+def attention(batch, heads, tokens, causal, biased, scale=1.0, variants=(0,), out_scale=0.0,
+              head_dim=64):
     """Allowed is twice the largest error of PyTorch's fp16 attention, or twice what rounding the
     largest result may cost, where PyTorch is luckier; and what rounding to E4M3 costs beside."""
-    width = heads * 64
+    width = heads * head_dim
     qkv = randn(batch, tokens, 3 * width, scale=scale).half()
     bias = randn(width, scale=scale) if biased else None
     reference = ops.fused_attention_reference
@@ -141,7 +144,8 @@ def attention(batch, heads, tokens, causal, biased, scale=1.0, variants=(0,), ou
     for variant in variants:
         check("attention", {"out": (batch * tokens, width)},
               lambda out: [(out, exact, allowed)], qkv=qkv, query_bias=bias,
-              batch=batch, heads=heads, tokens=tokens, causal=int(causal), variant=variant,
+              batch=batch, heads=heads, tokens=tokens, head_dim=head_dim, causal=int(causal),
+              variant=variant,
               out_scale=out_scale)
 
 
@@ -159,8 +163,28 @@ def test_every_variant_of_attention(tokens):
     """Of a few heads, and of as many as fill the GPU."""
     capability, sizes = torch.cuda.get_device_capability(), [(1, 1), (3, 12), (33, 16)]
     for size, causal, biased in itertools.product(sizes, (False, True), (False, True)):
-        serving = [one for one in variants() if serves(one, tokens, causal, capability)]
+        serving = [one for one in variants() if serves(one, tokens, 64, causal, capability)]
         attention(*size, tokens, causal, biased, variants=serving)
+
+
+@on_gpu
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_every_variant_of_wider_heads(tokens, head_dim):
+    """Also beside infinities in other heads, which padding must not read."""
+    capability = torch.cuda.get_device_capability()
+    if not kernels.attends(head_dim):
+        pytest.skip("needs a GPU of capability 9.0")
+    for size, causal, biased in itertools.product(
+            [(1, 1), (3, 12), (33, 16)], (False, True), (False, True)):
+        serving = [one for one in variants() if serves(one, tokens, head_dim, causal, capability)]
+        for out_scale in (0.0, *OUT_SCALES):
+            attention(*size, tokens, causal, biased, 1.0, serving, out_scale, head_dim)
+    qkv = randn(2, tokens, 3, 4, head_dim).half()
+    alone = kernels.attention(qkv[:, :, :, 1].flatten(2).contiguous(), 1, False)
+    qkv[:, :, :, [0, 2, 3]] = torch.inf
+    beside = kernels.attention(qkv.flatten(2), 4, False).unflatten(2, (4, head_dim))[:, :, 1]
+    assert torch.equal(alone, beside)
 
 
 @on_fp8_gpu
@@ -168,7 +192,7 @@ def test_every_variant_of_attention(tokens):
 def test_every_variant_of_attention_in_e4m3(tokens):
     capability = torch.cuda.get_device_capability()
     for size, causal in itertools.product([(1, 1), (3, 12), (33, 16)], (False, True)):
-        serving = [one for one in variants() if serves(one, tokens, causal, capability)]
+        serving = [one for one in variants() if serves(one, tokens, 64, causal, capability)]
         for out_scale in OUT_SCALES:
             attention(*size, tokens, causal, True, variants=serving, out_scale=out_scale)
 

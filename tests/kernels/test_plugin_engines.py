@@ -20,7 +20,8 @@ pytestmark = [pytest.mark.gpu, needs.ampere]
 W = 768
 TABLE = linear.pack(64, 128, False)
 FIELDS = {  # of each plugin: an int32, a float32, or bytes
-    ATTENTION: {"heads": 12, "tokens": 77, "causal": 1, "query_bias": 1, "out_scale": 0.0},
+    ATTENTION: {"heads": 12, "tokens": 77, "head_dim": 64, "causal": 1, "query_bias": 1,
+                "out_scale": 0.0},
     BIAS_GELU: {"approximate": 1, "out_scale": 0.0},
     RESIDUAL_LAYER_NORM: {"residual": 1, "epsilon": 1e-5, "out_scale": 0.0},
     EXTRACT_PATCHES: {"patch_size": 14},
@@ -69,7 +70,7 @@ class Form(NamedTuple):
         return i == 0 or self.params.get("delta") == f"x{i}"
 
 
-_ATTENTION = {"qkv": "x0", "out": "y0", "heads": 12, "tokens": 77}
+_ATTENTION = {"qkv": "x0", "out": "y0", "heads": 12, "tokens": 77, "head_dim": 64}
 _GELU = {"in": "x0", "bias": "x1", "out": "y0", "rows": 100, "width": 3072, "approximate": 1}
 _SUM = {"x": "x0", "delta": "x1", "bias": "x2", "scale": "x3", "shift": "x4", "sum_out": "y0",
         "out": "y1", "rows": 100, "width": W}
@@ -129,7 +130,8 @@ _E4M3 = linear.pack(64, 128, False, scale=1.0)
 _NO_TABLES += [struct.pack("<i", 136) + _E4M3[4:], *(
     linear.with_scale(_E4M3, scale) for scale in (-1.0, float("nan"), float("inf"), 1e-40))]
 UNUSABLE = {
-    "heads": [0, 41], "tokens": [-1], "causal": [2, -1], "query_bias": [2, -1],
+    "heads": [0, 41], "tokens": [-1], "head_dim": [0, 68, 112], "causal": [2, -1],
+    "query_bias": [2, -1],
     "residual": [2, -1], "epsilon": [0.0, -1.0, float("nan"), float("inf")], "epsilon_pre": [0.0],
     "epsilon_1": [float("nan")], "out_scale": [-1.0, float("nan"), float("inf"), 1e-40],
     "patch_size": [0, 15, -2, 4098], "approximate": [-1, 3],
