@@ -5,7 +5,7 @@
 The pictures are crops of the shipped ones, JPEGs of 4:2:0, some thousand of each size under ten
 names each, in a folder (`source` files) or in archives (tar), and in the page cache.  The column
 `backend`:
-    clip_ttrt       `clip-ttrt embed`, from the moment that its first process is ready
+    clip_ttrt       `clip-ttrt embed`, from the moment that its processes are ready, on average
     graph           replays of the encoder's CUDA graph at embed's batch, with nothing to read
     dataloader      a DataLoader with all cores, Pillow and clip's preprocess, and torch.compile
     clip-retrieval  its reader and mapper, where the package lies on the path, and clip in fp16

@@ -90,7 +90,7 @@ def execute(tasks: list[Task], make_worker: Callable, devices: Sequence[str], pr
                 with contextlib.suppress(ConnectionError):
                     pipe.send(waiting.popleft() if waiting else None)
                 ready.add(pipe)
-                progress.ready()
+                progress.ready(children[pipe].name)
                 if result:
                     yield result
     finally:

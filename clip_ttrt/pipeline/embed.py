@@ -29,12 +29,12 @@ class Progress:
     """A bar with images/s, the share of each decoder and what encoders wait for most."""
 
     def __init__(self, rows: int):
-        self.rows, self.ready_at, self.stages, self.decode = 0, None, Counter(), {}
+        self.rows, self.ready_at, self.stages, self.decode = 0, {}, Counter(), {}
         self.bar = tqdm(total=rows, unit=" images", dynamic_ncols=True, leave=False, delay=1,
                         mininterval=0.5 if sys.stderr.isatty() else 10)
 
-    def ready(self) -> None:
-        self.ready_at = self.ready_at or time.perf_counter()
+    def ready(self, device: str = "") -> None:
+        self.ready_at.setdefault(device, time.perf_counter())
 
     def count(self, result: dict[str, Any]) -> None:
         """Add the result of `Worker.embed` for a shard."""
@@ -67,7 +67,7 @@ def embed(artifact: Union[str, Path], inputs: Union[str, Sequence], output: Unio
     metadata/metadata_N.parquet with a row for each, bad/ with what cannot be read, and why.
     With more than one process, or a GPU, a script needs `if __name__ == "__main__":` around it.
     Returns a summary, also in OUTPUT: counts of this run and of the whole output, seconds, and
-    images/s once the first device was ready.  Raises UserError for bad input, for an OUTPUT of
+    images/s once the devices are ready, on average.  Raises UserError for bad input, an OUTPUT of
     another artifact, inputs or options, and where processes fail: the same call then goes on."""
     begun, options = time.perf_counter(), EmbedOptions(**options)
     model, kind = read_artifact(artifact), "text" if options.text else "image"
@@ -103,7 +103,7 @@ def embed(artifact: Union[str, Path], inputs: Union[str, Sequence], output: Unio
     images, bad, total_images, total_bad = (
         sum(each[name] for each in some) for some in (ours, written.values())
         for name in ("rows", "bad"))
-    ready = progress.ready_at or end
+    ready = sum(progress.ready_at.values()) / len(progress.ready_at) if progress.ready_at else end
     summary = {"images": images, "bad": bad, "shards": len(ours),
                "skipped": len(shards) - len(todo), "total_images": total_images,
                "total_bad": total_bad, "bad_share": total_bad / max(1, total_images + total_bad),
