@@ -36,8 +36,7 @@ class Batch:
 
 
 class Worker:
-    """Embeds shards for `Output`.  device: cpu or cuda:N.  `progress` is called with the images of
-    each batch.  Raises UserError where the artifact or the decoder cannot be had there."""
+    """Embeds shards for `Output`, on cpu or cuda:N; UserError where artifact or decoder fail."""
 
     def __init__(self, artifact: Path, out: Output, options: Any, device: str):
         self.model, _ = load(artifact, device, force=options.force)
