@@ -9,7 +9,6 @@ from typing import Any, Collection, NamedTuple, Optional
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
-from torch.utils.benchmark import Timer
 
 from clip_ttrt import (
     backends, deprecations, families, graph, kernels, linear, pictures, stack, tokenizers, trt,
@@ -173,13 +172,15 @@ def build_encoder(name: str, checkpoint: Checkpoint, batch: BatchRange, plan: Pl
 def beside_fp16(name: str, in_fp8: torch.jit.ScriptModule, checkpoint: Checkpoint,
                 options: Options, rows: torch.Tensor, progress: Progress) -> dict[str, float]:
     """Milliseconds of a call at the optimal batch in fp8 and in fp16, which is built here."""
+    from torch.utils import benchmark  # whose import may warn that no GPU is there
+
     options = replace(options, precision="fp16", calibrate=None, scales=None, compare=False)
     in_fp16, _ = build_encoder(name, checkpoint, options.batch, plan_for(options), progress)
     x, found = verify.repeated(rows, size := options.batch.optimal)[:size].cuda(), {}
     for precision, module in ("fp8", in_fp8), ("fp16", in_fp16):
         encoder = Encoder([module], options.batch, checkpoint.dimensions.embed_dim, x[:0], True)
         encoder.warmup([size] * 50)
-        timer = Timer("call(x)", globals={"call": encoder, "x": x})
+        timer = benchmark.Timer("call(x)", globals={"call": encoder, "x": x})
         found[precision] = timer.timeit(50).mean * 1e3
     progress.say(f"{name}, batch {size}: {found['fp8']:.3f} ms in fp8, {found['fp16']:.3f} in fp16")
     return found
