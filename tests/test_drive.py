@@ -107,8 +107,9 @@ def test_one_cpu_is_this_process(tmp_path):
 
 def test_processes_share_the_shards_and_take_over_those_of_the_dead(tmp_path):
     shards = [["kills once"] * 2] + [["sleeps"] * 2] * 7
-    out, progress, log = drive_all(tmp_path, shards, ["cpu", "cpu"])
+    out, progress, log = drive_all(tmp_path, shards, ["cpu:0", "cpu:1"])
     assert set(out.done()) == set(range(8)) and progress.rows == 16
+    assert set(progress.ready_at) == {"cpu:0", "cpu:1"}  # each once, whoever took over
     processes = [process for process, _, _ in log]
     assert str(os.getpid()) not in processes
     first, second = [process for process, number, _ in log if number == "0"]

@@ -106,7 +106,7 @@ def serve(pipe, make_worker: Callable, device: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
     try:
         worker = make_worker(device)
-        gc.freeze()  # collections then leave out what was imported, 0.2 s of each
+        gc.freeze()  # collections, which stop all threads, then leave out what was imported
         with ThreadPoolExecutor(1) as writer:
             written = writer.submit(dict)
             pipe.send({})

@@ -537,8 +537,8 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
       : "memory");
 }
 
-// A box of 64 columns of a [batch][tokens][columns] tensor; rows past `tokens` arrive as zeros.
-// The same of a [batch][tokens][heads][columns] tensor: columns past a head's do, too.
+// A box of a [batch][tokens][heads][columns] tensor; rows past `tokens` arrive as zeros, and so do
+// columns past a head's.
 __device__ __forceinline__ void copy_tensor(uint32_t target, const CUtensorMap* map,
                                             uint32_t barrier, int column, int head, int row,
                                             int image) {
@@ -549,6 +549,7 @@ __device__ __forceinline__ void copy_tensor(uint32_t target, const CUtensorMap* 
       : "memory");
 }
 
+// The same of 64 columns of a [batch][tokens][columns] tensor.
 __device__ __forceinline__ void copy_tensor(uint32_t target, const CUtensorMap* map,
                                             uint32_t barrier, int column, int row, int image) {
   asm volatile(

@@ -1,13 +1,11 @@
 // The TensorRT plugin around clip_attention_launch (attention.h).
 //
-//   ClipAttention     int32 heads, tokens (0: as the shape says), head_dim, causal (0 or 1),
+//   ClipAttention     int32 heads, tokens (0: as the shape says), head_dim (D), causal (0 or 1),
 //   query_bias (0 or 1); float32 out_scale
-//     in    qkv fp16 [batch * tokens, 3 * heads * head_dim] or [batch, tokens, 3 * heads *
-//     head_dim];
-//           with query_bias 1 a bias fp32 [heads * head_dim], which is added to q
-//     out   fp16, qkv's shape with heads * head_dim as its last dimension; with an out_scale above
-//     0
-//           it is E4M3, divided by out_scale, as plugin.h says
+//     in    qkv fp16 [batch * tokens, 3 * heads * D] or [batch, tokens, 3 * heads * D];
+//           with query_bias 1 a bias fp32 [heads * D], which is added to q
+//     out   fp16, qkv's shape with heads * D as its last dimension; with an out_scale above 0 it
+//           is E4M3, divided by out_scale, as plugin.h says
 //
 // Rank 2 is what matrix products give and take without a copy; the number of tokens, which the
 // shape then does not show, is a field. With 0 in it qkv has rank 3, and launches differ in tokens.
@@ -54,9 +52,8 @@ class Attention final : public Plugin<Attention, AttentionData> {
     const bool any = data_.tokens == 0;
     const bool fits = flat ? !any : in[0].nbDims == 3 && (any || agrees(in[0].d[1], data_.tokens));
     if (!fits || !agrees(width_of(in[0]), 3 * width()))
-      return "qkv is neither [batch * tokens, 3 * heads * head_dim] nor [batch, tokens, 3 * heads "
-             "* "
-             "head_dim] for the sizes that it was built with";
+      return "qkv is neither [batch * tokens, 3 * heads * head_dim] nor [batch, tokens, "
+             "3 * heads * head_dim] for the sizes that it was built with";
     if (flat && !multiple(in[0].d[0], data_.tokens))
       return "the number of rows is not a multiple of the tokens that it was built with";
     if (data_.query_bias != 0 && (in[1].nbDims != 1 || !agrees(in[1].d[0], width())))

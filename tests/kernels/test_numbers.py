@@ -145,8 +145,7 @@ def attention(batch, heads, tokens, causal, biased, scale=1.0, variants=(0,), ou
         check("attention", {"out": (batch * tokens, width)},
               lambda out: [(out, exact, allowed)], qkv=qkv, query_bias=bias,
               batch=batch, heads=heads, tokens=tokens, head_dim=head_dim, causal=int(causal),
-              variant=variant,
-              out_scale=out_scale)
+              variant=variant, out_scale=out_scale)
 
 
 @on_gpu
