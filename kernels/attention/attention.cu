@@ -1443,6 +1443,7 @@ enum VariantId {
   kShort80Warps9 = 12,
   kShort16 = 13,
   kShort32 = 14,
+  kShort48 = 15,
   kHopper64Tail56 = 20,
   kHopper64 = 21,
   kHopper64Causal = 28,
@@ -1459,8 +1460,9 @@ constexpr int kWideDims[] = {72, 80, 88, 104};
 
 const Variant kVariants[] = {
     portable<4, 1, 64, 3, 4>(kPortable, "portable 4x1x64x3"),
-    short_variant<16, 1, 12>(kShort16, "short 16 1x12"),
-    short_variant<32, 2, 8>(kShort32, "short 32 2x8"),
+    short_variant<16, 4, 4>(kShort16, "short 16 4x4"),
+    short_variant<32, 4, 4>(kShort32, "short 32 4x4"),
+    short_variant<48, 6, 2>(kShort48, "short 48 6x2"),
     short_variant<64, 4, 4>(kShort64, "short 64 4x4"),
     short_variant<80, 5, 3>(kShort80, "short 80 5x3"),
     short_variant<80, 9, 2>(kShort80Warps9, "short 80 9x2"),
@@ -1547,7 +1549,7 @@ extern "C" int32_t clip_attention_choose(int64_t batch, int32_t heads, int32_t t
   const auto serves = [&](int id) { return find_variant(id)->serves(tokens, causal); };
   if (tokens <= 16) return kShort16;
   if (tokens <= 32) return kShort32;
-  if (tokens <= 48) return kShort64;
+  if (tokens <= 48) return kShort48;
   if (tokens <= 64) {
     // Tiles of 64 rows need several heads in flight per multiprocessor.
     if (causal || pairs <= sm_count) return kShort64;
