@@ -302,20 +302,23 @@ def convert_attention_pool(to, x, positions, query_weight, query_bias, key_weigh
     query = to.shuffle(query, "of_heads", (0, *of_heads), swapped)
     weight = to.beside(query, key_weight.unflatten(0, of_heads), "key_weight")
     sought = to.shuffle(to.product(query, weight, "NONE", "keys"), "sought", order=swapped)
-    sought = to.cast(sought, trt.float32, "sought_fp32")
-    return attended(to, sought, tokens, value_weight, x.dtype)
+    scores = to.product(to.cast(sought, trt.float32, "sought_fp32"), tokens, "TRANSPOSE", "scores")
+    return attended(to, scores, tokens, value_weight, x.dtype)
 
 
 @converter(ops.attention_probe)
 def convert_attention_probe(to, x, sought, value_weight):
+    """Scores as tokens by heads: the other way round TensorRT 10.6 gets them wrong in fp32."""
     tokens = to.cast(x, trt.float32, "fp32")
-    return attended(to, to.beside(tokens, sought, "sought"), tokens, value_weight, x.dtype)
+    found = to.product(tokens, to.beside(tokens, sought, "sought"), "TRANSPOSE", "found")
+    scores = to.shuffle(found, "scores", order=(0, 2, 1))
+    return attended(to, scores, tokens, value_weight, x.dtype)
 
 
-def attended(to, sought, tokens, value_weight, dtype):
-    """The values of what heads seek, as the references' `_attend`."""
-    heads, swapped = sought.shape[1], (1, 0, 2)
-    softmax = to.net.add_softmax(to.product(sought, tokens, "TRANSPOSE", "scores"))
+def attended(to, scores, tokens, value_weight, dtype):
+    """The values of what heads seek, from scores [B, H, T], as the references' `_attend`."""
+    heads, swapped = scores.shape[1], (1, 0, 2)
+    softmax = to.net.add_softmax(scores)
     softmax.axes = 1 << 2
     pooled = to.product(to.named(softmax, "weights"), tokens, "NONE", "pooled")
     pooled = to.shuffle(to.cast(pooled, dtype, "pooled_back"), "pooled_heads", order=swapped)
