@@ -174,7 +174,7 @@ def sigterm_as_ctrl_c():
 
 
 def run_embed(artifact: Path, inputs: list[str], output: str, **options: Any) -> int:
-    from clip_ttrt.pipeline.embed import embed  # which brings torchvision
+    from clip_ttrt.pipeline.embed import embed
 
     with sigterm_as_ctrl_c():
         summary = embed(artifact, inputs, output, **options)

@@ -391,6 +391,12 @@ def nvimagecodec() -> Optional[Path]:
     return found and Path(found.origin).with_name("libnvimgcodec.so.0")
 
 
+def load_jpeg_op() -> None:
+    """torchvision's `decode_jpeg`, of its library alone: the package takes seconds to import."""
+    for path in Path(importlib.util.find_spec("torchvision").origin).parent.glob("image*.so"):
+        torch.ops.load_library(str(path))
+
+
 class JpegDecoder:
     """nvImageCodec's decoder on the engines of a GPU, given by its number, or None: on the CPU.
 

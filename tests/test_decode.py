@@ -4,6 +4,7 @@ import io
 import random
 import shutil
 import subprocess
+import sys
 import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -322,6 +323,18 @@ def test_any_bytes(decoder):
             assert result.route == expected.route
             assert torch.equal(result.pixels, expected.pixels)
         assert all(isinstance(each, Bad) for each in results[5:])
+
+
+def test_a_jpeg_is_decoded_without_all_of_torchvision():
+    """Whose import takes seconds, of every process of `embed`; the transform's takes them, too."""
+    script = ("import sys; from clip_ttrt import kernels\n"
+              "from clip_ttrt.pipeline import decode, worker\n"
+              "decoder = decode.Decoder('exact', lambda: None)\n"
+              "[one] = decoder.decode([(kernels.PACKAGE / 'pictures/coffee.jpg').read_bytes()])\n"
+              "print(one.route, *{'torchvision', 'torch._dynamo'} & {*sys.modules})")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True,
+                          text=True)
+    assert done.stdout == "cpu\n" and not done.returncode, done.stdout + done.stderr
 
 
 def test_user_errors():

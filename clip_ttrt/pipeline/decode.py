@@ -19,7 +19,6 @@ from typing import Callable, Iterator, NamedTuple, Optional, Union
 
 import numpy as np
 import torch
-import torchvision  # which registers the op that decodes
 from PIL import Image
 from torch import Tensor
 
@@ -91,6 +90,7 @@ def header(data: bytes) -> tuple[int, int, int, int]:
 @functools.cache
 def libjpeg() -> Callable[[list[Tensor]], list[Tensor]]:
     """torchvision's for a list, in TorchScript: it asks for the GIL once, not for each file."""
+    kernels.load_jpeg_op()
     return torch.jit.CompilationUnit("""
 def decode(files: List[Tensor]) -> List[Tensor]:
     return [torch.ops.image.decode_jpeg(each, 0, False).permute(1, 2, 0) for each in files]
@@ -101,7 +101,7 @@ def decode_jpegs(files: list) -> list[Optional[Tensor]]:
     """uint8 [H, W, C] of each on the CPU, equal to Pillow's; None for what libjpeg refuses."""
     try:
         return libjpeg()([torch.frombuffer(each, dtype=torch.uint8) for each in files])
-    except RuntimeError:  # of one of them, or there is no such op
+    except (RuntimeError, OSError):  # of one of them, or there is no such op
         return [None] if len(files) == 1 else [decode_jpegs([each])[0] for each in files]
 
 
@@ -163,9 +163,9 @@ class Decoder:
     """Batches of files to pixels, by any number of threads at once.
 
     mode: auto (the GPU's engines where they are, then the CPU), exact and cpu (equal to Pillow's
-    pixels), gpu (the engines must be there), pillow (Pillow resizes too).  transform: from a PIL
-    image to float32 [3, R, R], or R for clip's.  device: where the engines are.  threads: of the
-    CPU, all cores by default.
+    pixels), gpu (the engines must be there), pillow (Pillow resizes too).  transform: gives the one
+    from a PIL image to float32 [3, R, R], or is R, of clip's.  device: where the engines are.
+    threads: of the CPU, all cores by default.
     Raises UserError for an unknown mode, and in mode gpu where something is missing."""
 
     def __init__(self, mode: str, transform: Union[int, Callable],
@@ -173,8 +173,8 @@ class Decoder:
         if mode not in DECODE:
             raise UserError(f"unknown decode mode {mode!r}; choose one of {', '.join(DECODE)}")
         if isinstance(transform, int):
-            transform = deprecations.clip()._transform(transform)
-        self.transform = torchvision.transforms.Compose(transform.transforms[:-2])  # -> RGB, R x R
+            transform = functools.partial(deprecations.clip()._transform, transform)
+        self.transform = functools.cache(transform)
         self.mode, self.threads = mode, threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(self.threads, "decode")
         self._lock, self._counts, self._gaps = threading.Lock(), Counter(), set()
@@ -260,7 +260,7 @@ class Decoder:
             opened = item if isinstance(item, Image.Image) else Image.open(io.BytesIO(item))
             large = np.prod(size := opened.size) > LARGE_OTHER
             if self.mode == "pillow" or large or opened.mode not in ("L", "RGB"):
-                opened = self.transform(opened)
+                opened = type(own := self.transform())(own.transforms[:-2])(opened)  # RGB, R x R
             return Picture(torch.from_numpy(np.atleast_3d(np.array(opened))), "pillow", *size)
         except Exception as problem:
             return Bad(problem)
