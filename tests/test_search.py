@@ -405,9 +405,11 @@ def test_an_empty_library_says_so(tmp_path):
 
 def test_segments():
     scores, times = np.array([5, 1, 5, 6, 1, 7]), [0, 1, 2.5, 3, 4, 5, 5.5]
-    assert [(each["start"], each["end"], each["time"]) for each in segments(scores, times, 5)] == [
+    found = segments(scores, times, 5, 5)
+    assert [(each["start"], each["end"], each["time"]) for each in found] == [
         (0, 1, 0), (2.5, 4, 3), (5, 5.5, 5)]
-    assert segments(scores, times, 8) == []
+    assert segments(scores, times, 5, 2.5)[1]["time"] == 2.5  # whose score was rounded down
+    assert segments(scores, times, 8, 5) == []
 
 
 def test_an_approximate_index_tells_its_recall(tmp_path):

@@ -211,19 +211,18 @@ class Library:
             begin, end = np.searchsorted(self.items["file"], result["file"] + np.arange(2))
             every = (self.features(self.rows[begin:end]) @ wanted).cpu().numpy()
             times = [*self.items["time"][begin:end].tolist(), result["seconds"]]
-            result["segments"] = segments(every, times, min(scores[0], (mean + scores[0]) / 2))
+            floor = min(scores[0], (mean + scores[0]) / 2)
+            result["segments"] = segments(every, times, floor, result["time"])
             step = -(-len(every) // POINTS)
             result["strip"] = [[times[at], float(every[at:at + step].max() - mean) / deviation]
                                for at in range(0, len(every), step)]
         return result
 
 
-def segments(scores: np.ndarray, times: Sequence[float], floor: float) -> list[dict[str, float]]:
-    """Runs of frames above floor.  times: of the frames, and of the end."""
+def segments(scores: np.ndarray, times: Sequence[float], floor: float, best: float) -> list[dict]:
+    """Runs of frames above floor.  times: of the frames, and of the end.  best: of the best one."""
     above = np.concatenate([[False], scores >= floor, [False]])
-    found = []
-    for begin, end in np.flatnonzero(above[1:] != above[:-1]).reshape(-1, 2).tolist():
-        best = begin + int(scores[begin:end].argmax())
-        found.append({"start": times[begin], "end": times[end], "time": times[best],
-                      "score": float(scores[best])})
-    return found
+    runs = np.flatnonzero(above[1:] != above[:-1]).reshape(-1, 2).tolist()
+    peaks = [max(range(*run), key=lambda at: (times[at] == best, scores[at])) for run in runs]
+    return [{"start": times[begin], "end": times[end], "time": times[at],
+             "score": float(scores[at])} for (begin, end), at in zip(runs, peaks)]
