@@ -66,7 +66,7 @@ class PillowDecoder:
     """As pipeline.decode's, for RGB pictures."""
 
     def __init__(self, mode, transform, device, threads):
-        assert (mode, transform.transforms[0].size, threads) == ("exact", 112, None)
+        assert (mode, transform().transforms[0].size, threads) == ("exact", 112, None)
 
     def decode(self, items):
         return [self.decode_one(one) for one in items]
