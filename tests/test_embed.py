@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import clip
@@ -41,6 +42,15 @@ def written(output):
     return {str(path.relative_to(output)): path.read_bytes()
             for folder in ("img_emb", "text_emb", "metadata", "bad")
             for path in sorted((output / folder).glob("*"))}
+
+
+def test_threads_end_with_a_run(demo_artifact, pictures, tmp_path):
+    """A fork after them would else take what they hold into the child, and one can hang there."""
+    before, end = {*threading.enumerate()}, time.monotonic() + 10
+    embed(demo_artifact.folder, pictures, tmp_path / "o", decode="cpu")
+    while left := {each for each in threading.enumerate() if each.name != "tqdm_monitor"} - before:
+        assert time.monotonic() < end, left
+        time.sleep(0.01)
 
 
 def test_the_command_embeds_a_folder_and_does_no_more_the_second_time(

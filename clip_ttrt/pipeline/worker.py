@@ -44,21 +44,18 @@ class Worker:
         self.encode = self.model.encode_text if options.text else self.model.encode_image
         # All graphs are captured here: CUDA forbids other threads some calls meanwhile.
         self.model.warmup({self.size_for(count) for count in range(1, options.batch + 1)})
-        self.load = self.load_texts if options.text else self.load_pictures
         if not options.text:
             own = options.decode == "auto" and not self.on_gpu  # Pillow's resize is faster there
             self.decoder = self.model.decoder("pillow" if own else options.decode, options.threads)
             self.preprocess = self.model.resize
         out.table([{"": ""}])  # arrow's imports take their time, and not that of the first shard
-        self.pools = [ThreadPoolExecutor(n, initializer=self.own_stream) for n in (LOADERS, 1)]
+        # Threads that know nothing of this worker, and so end with it, each on a stream of its own.
+        own = (lambda: torch.cuda.set_stream(torch.cuda.Stream(device))) if self.on_gpu else None
+        self.pools = [ThreadPoolExecutor(n, initializer=own) for n in (LOADERS, 1)]
         self.progress: Callable[[int], Any] = lambda images: None
         if self.on_gpu and not options.text:  # what a process does for the first time takes longer
             files = [*map(str, kernels.PACKAGE.glob("pictures/*.jpg"))] * options.batch
             self.embed(0, Rows(files), range((LOADERS + 1) * options.batch))()
-
-    def own_stream(self) -> None:
-        if self.on_gpu:
-            torch.cuda.set_stream(torch.cuda.Stream(self.model.device))
 
     def embed(self, number: int, rows: Rows, only: Optional[range] = None) -> Callable[[], dict]:
         """Embed a shard or, with `only`, try those rows.  Returns what writes the shard, in any
@@ -102,7 +99,8 @@ class Worker:
     def batches(self, rows: Rows, span: range, killers: set, waited: Counter) -> Iterator[Batch]:
         """The batches of a shard in order, a few of them being loaded ahead."""
         size, pool = self.options.batch, self.pools[rows.sequential]
-        loads = (pool.submit(self.load, rows, span[start:start + size], killers)
+        load = self.load_texts if self.options.text else self.load_pictures
+        loads = (pool.submit(load, rows, span[start:start + size], killers)
                  for start in range(0, len(span), size))
         ahead = deque(islice(loads, LOADERS + 1))
         while ahead:
