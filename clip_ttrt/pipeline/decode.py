@@ -82,6 +82,7 @@ def header(data: bytes) -> tuple[int, int, int, int]:
         opened = Image.open(io.BytesIO(data), formats=["JPEG"])
         names, adobe = bytes(each[0] for each in opened.layer), opened.info.get("adobe_transform")
         ycbcr = opened.mode == "RGB" and names != b"RGB" and adobe in (None, 1)
+        ycbcr = ycbcr and opened.layer[0][1] >= opened.layer[0][2]  # as kernels/jpeg has it
         if (ycbcr or opened.mode == "L") and opened.width * opened.height <= LARGE:
             return CPU, opened.height, opened.width, len(names)
     return PILLOW, 0, 0, 0

@@ -76,7 +76,9 @@ Header scan(const uint8_t* data, int64_t size, int64_t large) {
   }
   if (at + 4 >= size) return {};
   rgb = rgb || (components[0] == 'R' && components[3] == 'G' && components[6] == 'B');
-  if (bits != 8 || (channels != 1 && (channels != 3 || rgb)) || width * height == 0 ||
+  // Chroma that is halved in height alone (4:4:0) older libjpegs upsample otherwise than Pillow's.
+  const bool tall = channels == 3 && components[1] >> 4 < (components[1] & 15);
+  if (bits != 8 || (channels != 1 && (channels != 3 || rgb)) || tall || width * height == 0 ||
       width * height > large)
     return {};
   const bool easy = kind == kBaseline && data[at + 4] == channels && fits(width) && fits(height) &&

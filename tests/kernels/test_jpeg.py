@@ -57,7 +57,8 @@ def scan(data, large=decode.LARGE):
         ids, samplings, scanned = components[::3], tuple(components[1::3]), data[at + 4]
     except (struct.error, IndexError):
         return other
-    colour = channels == 3 and ids != b"RGB" and not rgb
+    tall = samplings[0] >> 4 < samplings[0] & 15 if samplings else False
+    colour = channels == 3 and ids != b"RGB" and not rgb and not tall
     if bits != 8 or not (colour or channels == 1) or not 0 < width * height <= large:
         return other
     easy = (kind == 0xC0 and scanned == channels and samplings in SAMPLINGS
