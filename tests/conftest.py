@@ -1,5 +1,6 @@
 """Fixtures, and the rule for the `gpu` marker: skipped where no GPU answers, and all but those of
 the kernels where no Torch-TensorRT is installed; pytest tells the first reason that holds."""
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,12 +8,15 @@ import torch
 
 import clip_ttrt
 from clip_ttrt import stack
+from clip_ttrt.demo import scenes
 
 collect_ignore = ["rtx"]  # run by test_rtx.py, in a process of its own
 OF_KERNELS = Path(__file__).parent / "kernels"
+LONGEST = ("test_rtx.py", "test_ray.py")  # begun first, so that no process waits for them
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     missing = [name for name in ("torch-tensorrt", "tensorrt") if name not in stack.versions()]
     for item in items:
         if "gpu" not in item.keywords:
@@ -27,8 +31,12 @@ def pytest_collection_modifyitems(items):
 
 
 def compiled(backend, folder):
-    """The embedded model, compiled and verified as `make compile` does, for batches of 2 to 8."""
-    return clip_ttrt.compile(batch="2:4:8", backend=backend, output=folder)
+    """The embedded model, compiled and verified as `make compile` does, for batches of 2 to 8; for
+    TorchScript with fewer scenes, which take a core 10 seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        if backend == "torchscript":
+            patch.setattr(scenes, "held_out_set", partial(scenes.held_out_set, 2))
+        return clip_ttrt.compile(batch="2:4:8", backend=backend, output=folder)
 
 
 @pytest.fixture(scope="session")
