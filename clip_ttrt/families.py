@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from clip_ttrt import deprecations, tokenizers
 from clip_ttrt.errors import UserError
 from clip_ttrt.models import MODELS, Dimensions
+from clip_ttrt.transform import MEAN, STD, fitted, transform
 
 HUB, PACKAGE = "hf-hub:", "open_clip:"  # before a name
 # Arguments of `resize.Preprocess` that OpenAI's models have.
-OPENAI_PREPROCESS = {"filter": "bicubic", "fit": "crop",
-                     "mean": [0.48145466, 0.4578275, 0.40821073],
-                     "std": [0.26862954, 0.26130258, 0.27577711]}
+OPENAI_PREPROCESS = {"filter": "bicubic", "fit": "crop", "mean": [*MEAN], "std": [*STD]}
 StateDict = Mapping[str, Tensor]
 
 
@@ -61,26 +60,14 @@ class Model:
         return lambda texts, truncate=False: (
             deprecations.clip().tokenize(texts, length, truncate).int())
 
+    def fitted(self, picture: Any) -> Any:
+        """A PIL image of any mode as the model has it: another, RGB, R x R."""
+        return fitted(picture, self.dimensions.image_resolution, **self.preprocess)
+
     def transform(self) -> Callable[[Any], Tensor]:
         """From a PIL image of any mode to float32 [3, R, R], of OpenAI's steps or open_clip's."""
-        from torchvision import transforms
-
-        side, facts = self.dimensions.image_resolution, self.preprocess
-        filter = transforms.InterpolationMode(facts["filter"])
-        sizes = {"crop": [transforms.Resize(side, filter), transforms.CenterCrop(side)],
-                 "squash": [transforms.Resize((side, side), filter)],
-                 "pad": [functools.partial(shrink, side, filter), transforms.CenterCrop(side)]}
-        return transforms.Compose([
-            *sizes[facts["fit"]], deprecations.clip()._convert_image_to_rgb,
-            transforms.ToTensor(), transforms.Normalize(facts["mean"], facts["std"])])
-
-
-def shrink(side: int, filter: Any, picture: Any) -> Any:
-    """A PIL image whose longer side becomes `side`."""
-    from torchvision.transforms.functional import resize
-
-    ratio = max(picture.size) / side
-    return resize(picture, [max(1, round(each / ratio)) for each in picture.size[::-1]], filter)
+        return functools.partial(
+            transform, resolution=self.dimensions.image_resolution, **self.preprocess)
 
 
 def find(name: str) -> Model:

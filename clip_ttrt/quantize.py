@@ -45,7 +45,7 @@ def read(paths: Sequence[str], encoder: str, model: Model, device: str) -> tuple
     from clip_ttrt.pipeline import decode, resize, sources
 
     text, rows = encoder == "text", {}
-    decoder = decode.Decoder("exact", model.transform, device)
+    decoder = decode.Decoder("exact", model.fitted, device)
     preprocess = resize.Preprocess(model.dimensions.image_resolution, device, **model.preprocess)
     chosen = [path for path in paths if is_captions(path) is text]
     shards = sources.plan(chosen, text, BATCH, 1.0, None) if chosen else []

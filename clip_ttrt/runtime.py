@@ -26,13 +26,6 @@ def load(folder: Union[str, Path], device: Optional[str] = None, force: bool = F
     Raises UserError where the folder is no artifact, was altered, failed its verification or
     cannot run here, where the GPU's memory runs out, and for contexts below 1.
     """
-    model = load_model(folder, device, force, cuda_graphs, contexts)
-    return model, model.artifact.model.transform()
-
-
-def load_model(folder: Union[str, Path], device: Optional[str] = None, force: bool = False,
-               cuda_graphs: bool = True, contexts: int = 1) -> "CompiledCLIP":
-    """`load` without the transform, for which torchvision takes seconds to import."""
     artifact = read_artifact(folder)
     if artifact.verified is False and not force:
         raise UserError(f"{folder} failed its verification; compile anew, or force=True (--force)")
@@ -46,7 +39,7 @@ def load_model(folder: Union[str, Path], device: Optional[str] = None, force: bo
         raise UserError(f"there is no {device} here: {torch.cuda.device_count()} GPUs answer")
     with torch.cuda.device(index):  # on which the runtime places an engine; -1: the current one
         check_runs_here(artifact, device)
-        return CompiledCLIP(artifact, cuda_graphs, contexts)
+        return CompiledCLIP(artifact, cuda_graphs, contexts), artifact.model.transform()
 
 
 class CompiledCLIP(nn.Module):
@@ -92,7 +85,7 @@ class CompiledCLIP(nn.Module):
         """A decoder of pictures in a mode for what `resize` does with them."""
         from clip_ttrt.pipeline.decode import Decoder
 
-        return Decoder(mode, self.artifact.model.transform, self.device, threads)
+        return Decoder(mode, self.artifact.model.fitted, self.device, threads)
 
     _decoder = cached_property(lambda self: self.decoder("exact"))
 

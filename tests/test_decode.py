@@ -325,16 +325,17 @@ def test_any_bytes(decoder):
         assert all(isinstance(each, Bad) for each in results[5:])
 
 
-def test_a_jpeg_is_decoded_without_all_of_torchvision():
-    """Whose import takes seconds, of every process of `embed`; the transform's takes them, too."""
-    script = ("import sys; from clip_ttrt import kernels\n"
+def test_pictures_are_decoded_without_all_of_torchvision():
+    """Whose import takes seconds, of every process of `embed`."""
+    script = ("import sys; from PIL import Image; from clip_ttrt import kernels\n"
               "from clip_ttrt.pipeline import decode, worker\n"
-              "decoder = decode.Decoder('exact', lambda: None)\n"
-              "[one] = decoder.decode([(kernels.PACKAGE / 'pictures/coffee.jpg').read_bytes()])\n"
-              "print(one.route, *{'torchvision', 'torch._dynamo'} & {*sys.modules})")
+              "jpeg = (kernels.PACKAGE / 'pictures/coffee.jpg').read_bytes()\n"
+              "pictures = decode.Decoder('exact', 224).decode([jpeg, Image.new('CMYK', (9, 5))])\n"
+              "print(*(one.route for one in pictures), pictures[1].pixels.shape[0],\n"
+              "      *{'torchvision', 'torch._dynamo'} & {*sys.modules})")
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True,
                           text=True)
-    assert done.stdout == "cpu\n" and not done.returncode, done.stdout + done.stderr
+    assert done.stdout == "cpu pillow 224\n" and not done.returncode, done.stdout + done.stderr
 
 
 def test_user_errors():

@@ -65,8 +65,8 @@ def test_the_interface_of_clip(loaded, original):
 class PillowDecoder:
     """As pipeline.decode's, for RGB pictures."""
 
-    def __init__(self, mode, transform, device, threads):
-        assert (mode, transform().transforms[0].size, threads) == ("exact", 112, None)
+    def __init__(self, mode, fitted, device, threads):
+        assert (mode, fitted(Image.new("L", (9, 5))).size, threads) == ("exact", (112, 112), None)
 
     def decode(self, items):
         return [self.decode_one(one) for one in items]

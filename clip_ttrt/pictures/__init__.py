@@ -3,12 +3,13 @@
 Pictures from scikit-image (see README.md in this folder), captions from OpenAI's notebook
 "Interacting with CLIP" (https://github.com/openai/CLIP, `notebooks/`).
 """
+from functools import partial
 from pathlib import Path
 from typing import Callable, Optional
 
 import torch
 
-from clip_ttrt import deprecations
+from clip_ttrt.transform import transform
 
 FOLDER = Path(__file__).parent
 
@@ -30,6 +31,6 @@ def load(resolution: int, preprocess: Optional[Callable] = None
     captions."""
     from PIL import Image
 
-    preprocess = preprocess or deprecations.clip()._transform(resolution)
+    preprocess = preprocess or partial(transform, resolution=resolution)
     images = [preprocess(Image.open(FOLDER / f"{name}.jpg")) for name in CAPTIONS]
     return torch.stack(images), [f"This is {caption}" for caption in CAPTIONS.values()]

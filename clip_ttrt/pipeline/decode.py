@@ -2,7 +2,7 @@
 
     gpu      baseline JPEGs: the GPU's JPEG engines, through nvImageCodec, a level from Pillow
     cpu      other grey and YCbCr JPEGs: torchvision's libjpeg in threads, equal to Pillow
-    pillow   everything else: Pillow and the original transform, in threads
+    pillow   everything else: Pillow, in threads, which resizes the largest
 
 What one refuses the next one tries, and what Pillow refuses is Bad."""
 import contextlib
@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clip_ttrt import deprecations, kernels
+from clip_ttrt import kernels, transform
 from clip_ttrt.errors import UserError
 from clip_ttrt.options import DECODE
 
@@ -164,18 +164,17 @@ class Decoder:
     """Batches of files to pixels, by any number of threads at once.
 
     mode: auto (the GPU's engines where they are, then the CPU), exact and cpu (equal to Pillow's
-    pixels), gpu (the engines must be there), pillow (Pillow resizes too).  transform: gives the one
-    from a PIL image to float32 [3, R, R], or is R, of clip's.  device: where the engines are.
+    pixels), gpu (the engines must be there), pillow (Pillow resizes too).  fitted: makes a PIL
+    image RGB, R x R, or is R, of clip's.  device: where the engines are.
     threads: of the CPU, all cores by default.
     Raises UserError for an unknown mode, and in mode gpu where something is missing."""
 
-    def __init__(self, mode: str, transform: Union[int, Callable],
+    def __init__(self, mode: str, fitted: Union[int, Callable],
                  device: Union[str, torch.device] = "cpu", threads: Optional[int] = None):
         if mode not in DECODE:
             raise UserError(f"unknown decode mode {mode!r}; choose one of {', '.join(DECODE)}")
-        if isinstance(transform, int):
-            transform = functools.partial(deprecations.clip()._transform, transform)
-        self.transform = functools.cache(transform)
+        self.fitted = (fitted if callable(fitted) else
+                       functools.partial(transform.fitted, resolution=fitted))
         self.mode, self.threads = mode, threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(self.threads, "decode")
         self._lock, self._counts, self._gaps = threading.Lock(), Counter(), set()
@@ -261,7 +260,7 @@ class Decoder:
             opened = item if isinstance(item, Image.Image) else Image.open(io.BytesIO(item))
             large = np.prod(size := opened.size) > LARGE_OTHER
             if self.mode == "pillow" or large or opened.mode not in ("L", "RGB"):
-                opened = type(own := self.transform())(own.transforms[:-2])(opened)  # RGB, R x R
+                opened = self.fitted(opened)
             return Picture(torch.from_numpy(np.atleast_3d(np.array(opened))), "pillow", *size)
         except Exception as problem:
             return Bad(problem)

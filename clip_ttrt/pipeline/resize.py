@@ -14,9 +14,8 @@ from torch import Tensor
 
 from clip_ttrt import kernels
 from clip_ttrt.errors import UserError
+from clip_ttrt.transform import MEAN, STD, geometry
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
-STD = (0.26862954, 0.26130258, 0.27577711)
 BITS = 22  # of a weight
 MOST_BYTES = 1 << 28  # of pixels and workspace in one launch; larger batches take several
 SIZES = 1024  # whose tables are kept: 16 KB each where pictures are shrunk to a half or so
@@ -66,13 +65,7 @@ def table(n_in: int, n_out: int, offset: int, resolution: int, filter: str) -> t
 @functools.lru_cache(SIZES)
 def plan(height: int, width: int, resolution: int, filter: str, fit: str, order: str) -> Plan:
     """Both passes for a size of picture.  order: as `pillow_order` gives it."""
-    if fit == "crop":  # as torchvision has it
-        full = [int(resolution * side / min(height, width)) for side in (height, width)]
-    else:  # as open_clip has it
-        ratio = max(height, width) / resolution
-        full = [resolution if fit == "squash" else max(1, round(side / ratio))
-                for side in (height, width)]
-    before = [(round if fit == "crop" else int)((side - resolution) / 2) for side in full]
+    full, before = geometry(height, width, resolution, fit)
     (rows, down), (columns, right) = (
         table(*each, resolution, filter) for each in zip((height, width), full, before))
     vertical = order == "vertical" and height - full[0] > max(0, 2 * (width - full[1]))

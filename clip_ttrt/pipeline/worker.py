@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from clip_ttrt import kernels
 from clip_ttrt.pipeline.output import Output
 from clip_ttrt.pipeline.sources import Record, Rows
-from clip_ttrt.runtime import load_model
+from clip_ttrt.runtime import load
 
 LOADERS = 3  # batches that are read and decoded at once
 IN_FLIGHT = 2  # batches that the GPU may be behind
@@ -39,7 +39,7 @@ class Worker:
     """Embeds shards for `Output`, on cpu or cuda:N; UserError where artifact or decoder fail."""
 
     def __init__(self, artifact: Path, out: Output, options: Any, device: str):
-        self.model = load_model(artifact, device, force=options.force)
+        self.model, _ = load(artifact, device, force=options.force)
         self.out, self.options, self.on_gpu = out, options, self.model.device.type == "cuda"
         self.encode = self.model.encode_text if options.text else self.model.encode_image
         # All graphs are captured here: CUDA forbids other threads some calls meanwhile.
