@@ -40,7 +40,7 @@ def test_an_import_brings_what_loading_needs_and_no_compiler():
     assert subprocess.check_output([sys.executable, "-c", code]).strip() == b"[]"
 
 
-def test_compile_verify_and_classify(tmp_path, monkeypatch):
+def test_compile_verify_and_classify(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder, report = str(tmp_path / "a"), tmp_path / "report.json"
     done = command("compile", "--batch", "1:4:8", "--backend", "torchscript", "--output", folder)
@@ -52,8 +52,8 @@ def test_compile_verify_and_classify(tmp_path, monkeypatch):
     assert [line.split()[0] for line in lines[2:8]] == names
     assert "zero-shot top-1" in done.stdout and lines[-1] == f"wrote {folder} (verified)"
 
-    done = command("verify", folder, "--json", str(report))
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "passed", done.stderr
+    assert cli.main(["verify", folder, "--json", str(report)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "passed"
     top1 = json.loads(report.read_text())["top1"]
     assert top1["compiled"] == top1["reference"] == top1["agreement"] == 100
 
