@@ -449,11 +449,13 @@ def million(folder, device, most):
     random = torch.Generator().manual_seed(0)
     wanted = torch.randn(512, generator=random)
     wanted /= wanted.norm()
+    part = torch.randn(store.SHARD, 512, generator=random)
+    part = (part / part.norm(dim=1, keepdim=True)).half()
     for number in range(8):
-        part = torch.randn(store.SHARD, 512, generator=random)
-        part[5] = wanted * part[5].norm()
+        part = part[:, torch.randperm(512, generator=random)]
+        part[5] = wanted
         shard = np.load(made.store.shard(number, 512), mmap_mode="r+")
-        shard[:] = (part / part.norm(dim=1, keepdim=True)).half().numpy()
+        shard[:] = part.numpy()
     with made.store.db as db:
         db.executemany("INSERT INTO files (id, path) VALUES (?, ?)",
                        ((n, str(n)) for n in range(1_000_000)))
