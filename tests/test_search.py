@@ -468,6 +468,7 @@ def million(folder, device, most):
         pool, scores = made.scan(wanted.to(device), 1000)
         scores[pool[-1]].item()
         times.append((time.perf_counter() - begun) * 1e3)
+        time.sleep(0.5 * (len(times) > 10))
     assert set(range(5, 1_000_000, store.SHARD)) <= set(pool.tolist())
     return min(times)
 
