@@ -11,11 +11,14 @@ from clip_ttrt.demo import scenes
 
 collect_ignore = ["rtx"]  # run by test_rtx.py, in a process of its own
 OF_KERNELS = Path(__file__).parent / "kernels"
-LONGEST = ("test_rtx.py", "test_ray.py")  # begun first, so that no process waits for them
+# The longest are begun first, so that at the end no process waits for another.
+LONGEST = ["rtx", "ray", "quantize", "command_line", "embed", "encoders", "drive", "search", "cpp",
+           "families", "sweep", "wheel", "probe", "train_demo", "graph", "evaluate", "siglip"]
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    order = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
     missing = [name for name in ("torch-tensorrt", "tensorrt") if name not in stack.versions()]
     for item in items:
         if "gpu" not in item.keywords:
