@@ -21,8 +21,7 @@ def relative_error(actual, expected):
     return ((actual - expected).abs().amax(dim=1) / expected.norm(dim=1)).max().item()
 
 
-CHECKED = ["demo", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px", "RN50",
-           pytest.param("RN50x4", marks=pytest.mark.slow)]
+CHECKED = ["demo", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px", "RN50"]
 
 
 @pytest.mark.parametrize("name", CHECKED)
