@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
+# CLIP's normalisation: https://github.com/openai/CLIP, `clip/clip.py`, `_transform`.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 

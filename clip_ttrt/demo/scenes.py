@@ -12,10 +12,7 @@ import torch
 
 from clip_ttrt.demo import captions
 from clip_ttrt.demo.captions import ATTRIBUTES
-
-# CLIP's normalisation: https://github.com/openai/CLIP, `clip/clip.py`, `_transform`.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
+from clip_ttrt.transform import MEAN, STD
 
 MOST = len(ATTRIBUTES["number"])  # objects in one scene
 RADII = ((0.125, 0.155), (0.20, 0.24))  # small, large
