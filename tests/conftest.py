@@ -11,9 +11,11 @@ from clip_ttrt.demo import scenes
 
 collect_ignore = ["rtx"]  # run by test_rtx.py, in a process of its own
 OF_KERNELS = Path(__file__).parent / "kernels"
-# The longest are begun first, so that at the end no process waits for another.
-LONGEST = ["rtx", "ray", "quantize", "command_line", "embed", "encoders", "drive", "search", "cpp",
-           "families", "sweep", "wheel", "probe", "train_demo", "graph", "evaluate", "siglip"]
+# The longest are begun first, so that at the end no process waits for another; Ray, which counts
+# the processes that start in time, when what they import has been read before.
+LONGEST = ["rtx", "quantize", "command_line", "embed", "encoders", "drive", "search", "cpp",
+           "families", "sweep", "wheel", "probe", "train_demo", "graph", "evaluate", "siglip",
+           "ray"]
 
 
 def pytest_collection_modifyitems(items):
